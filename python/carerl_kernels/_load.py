@@ -1,0 +1,4 @@
+"""Loads the backends (temporary minimal version)."""
+from . import reference
+def load() -> None:
+    reference.register()

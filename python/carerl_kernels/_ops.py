@@ -1,0 +1,420 @@
+"""The operators of ``torch.ops.carerl``: schema, argument checks and fake kernel of each, side by side.
+
+This is the one place where an op is declared. Kernels live elsewhere and register against these schemas:
+``reference.py`` (any device), the native CPU and CUDA libraries (``csrc/ops``) and Triton.
+
+Conventions
+    B gradients, N elements, D domains, k rows ("slots") per domain, K = D*k rows altogether, T tensors of a list.
+    Rows are directions in the *gradient convention*: ``u . g > 0`` means that the step ``-lr*g`` repeats prior learning.
+    An empty slot is a row of exact zeros.
+    Every N-sized op has an overload ``.list`` that takes the tensors of a parameter list (B = 1) and, for each, the offset
+    of its first element within the rows of the bases, so that nobody has to flatten. Offsets are multiples of 128 and
+    segments do not overlap; only the covered segments are read or written. With ``per_tensor=True`` the coefficients are kept
+    apart per tensor (leading dimension T), otherwise they are summed over the list.
+    int8 bases carry fp32 ``scales [D, k, ceil(N/block)]``; ``block`` is a power of two of at least 32.
+    Nothing is written where a coefficient is not finite: a row of ``mix``/``scale`` with a NaN or an infinity leaves its
+    gradient untouched, a ``q`` with one leaves its bases untouched.
+
+All argument errors are ``RuntimeError`` and name the op, what was expected and what was found.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "carerl"
+SEGMENT = 128  # elements; the granularity of list offsets: one cache line of int8 and a whole number of vectors everywhere
+GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BASIS_DTYPES = (*GRAD_DTYPES, torch.int8)
+
+_LIB = torch.library.Library(NAMESPACE, "DEF")
+
+SCHEMAS: dict[str, str] = {
+    "project": "(Tensor grads, Tensor bases, Tensor? scales=None, ScalarType out_dtype=float) -> Tensor",
+    "project.list": "(Tensor[] grads, Tensor bases, int[] offsets, Tensor? scales=None, ScalarType out_dtype=float,"
+    " bool per_tensor=False) -> Tensor",
+    "gram": "(Tensor bases, Tensor grads, Tensor? scales=None) -> Tensor",
+    "gram.list": "(Tensor bases, Tensor[] grads, int[] offsets, Tensor? scales=None, bool per_tensor=False) -> Tensor",
+    "edit_": "(Tensor(a!) grads, Tensor bases, Tensor mix, Tensor scale, Tensor? scales=None) -> ()",
+    "edit_.list": "(Tensor(a!)[] grads, Tensor bases, int[] offsets, Tensor mix, Tensor scale, Tensor? scales=None,"
+    " bool per_tensor=False) -> ()",
+    "rotate_": "(Tensor(a!) bases, Tensor grads, Tensor q, int seed=0) -> ()",
+    "rotate_.list": "(Tensor(a!) bases, Tensor[] grads, int[] offsets, Tensor q, bool per_tensor=False, int seed=0) -> ()",
+    "edit_rotate_": "(Tensor(a!) grads, Tensor(b!) bases, Tensor mix, Tensor scale, int domain, Tensor q, int seed=0) -> ()",
+    "edit_rotate_.list": "(Tensor(a!)[] grads, Tensor(b!) bases, int[] offsets, Tensor mix, Tensor scale, int domain, Tensor q,"
+    " bool per_tensor=False, int seed=0) -> ()",
+    "dacsp_": "(Tensor(a!) grads, Tensor bases, float aligned, float conflict, float threshold, Tensor? root=None,"
+    " Tensor? scales=None) -> (Tensor, Tensor)",
+    "dacsp_.tensor": "(Tensor(a!) grads, Tensor bases, Tensor aligned, Tensor conflict, Tensor threshold, Tensor? root=None,"
+    " Tensor? scales=None) -> (Tensor, Tensor)",
+    "dacsp_.list": "(Tensor(a!)[] grads, Tensor bases, int[] offsets, float aligned, float conflict, float threshold,"
+    " Tensor? root=None, Tensor? scales=None, bool per_tensor=False) -> (Tensor, Tensor)",
+    "dacsp_.list_tensor": "(Tensor(a!)[] grads, Tensor bases, int[] offsets, Tensor aligned, Tensor conflict, Tensor threshold,"
+    " Tensor? root=None, Tensor? scales=None, bool per_tensor=False) -> (Tensor, Tensor)",
+    "pca_update_": "(Tensor(a!) bases, Tensor(b!) singular_values, Tensor grads, float decay=1.0, int seed=0) -> Tensor",
+    "pca_update_.list": "(Tensor(a!) bases, Tensor(b!) singular_values, Tensor[] grads, int[] offsets, float decay=1.0,"
+    " bool per_tensor=False, int seed=0) -> Tensor",
+    "quantize_bases": "(Tensor bases, int block=128) -> (Tensor, Tensor)",
+}
+
+OP_NAMES: tuple[str, ...] = tuple(dict.fromkeys(name.split(".")[0] for name in SCHEMAS))
+
+for _name, _schema in SCHEMAS.items():
+    _LIB.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _fake(name: str) -> Callable[[Callable], Callable]:
+    return torch.library.register_fake(f"{NAMESPACE}::{name}", lib=_LIB)
+
+
+# ---------------------------------------------------------------------------------------------------------- checks
+
+
+def _require(condition: bool, op: str, expected: str, found: object, remedy: str = "") -> None:
+    torch._check(
+        condition, lambda: f"carerl::{op}: expected {expected}, found {found}" + (f"; {remedy}" if remedy else "")
+    )
+
+
+def _check_rows(op: str, name: str, rows: Tensor, dims: tuple[int, ...], dtypes: Sequence[torch.dtype]) -> None:
+    """Rank, dtype and layout of an N-sized argument: the last dimension is dense, rows may be strided."""
+    _require(rows.dim() in dims, op, f"{name} with {' or '.join(map(str, dims))} dimensions", tuple(rows.shape))
+    _require(
+        rows.dtype in dtypes,
+        op,
+        f"{name} of dtype {', '.join(str(d).removeprefix('torch.') for d in dtypes)}",
+        str(rows.dtype).removeprefix("torch."),
+    )
+    _require(
+        rows.shape[-1] <= 1 or rows.stride(-1) == 1,
+        op,
+        f"{name} contiguous in its last dimension",
+        f"strides {tuple(rows.stride())}",
+        "call .contiguous() first",
+    )
+
+
+def _check_bases(op: str, bases: Tensor, scales: Tensor | None, dims: tuple[int, ...] = (3,)) -> int:
+    """Checks a basis stack and its int8 scales; returns its number of rows K."""
+    _check_rows(op, "bases", bases, dims, BASIS_DTYPES)
+    _require(
+        bases.is_contiguous(), op, "contiguous bases", f"strides {tuple(bases.stride())}", "call .contiguous() first"
+    )
+    n = bases.shape[-1]
+    if bases.dtype == torch.int8:
+        _require(scales is not None, op, "scales with int8 bases", "None", "pass both results of quantize_bases")
+        assert scales is not None
+        _require(
+            scales.dtype == torch.float32 and scales.is_contiguous() and scales.shape[:-1] == bases.shape[:-1],
+            op,
+            f"contiguous float32 scales [{', '.join(map(str, bases.shape[:-1]))}, ceil(N/block)]",
+            f"{scales.dtype} {tuple(scales.shape)}",
+        )
+        _check_device(op, "scales", scales, bases)
+        block_of(op, n, scales.shape[-1])
+    else:
+        _require(scales is None, op, f"no scales with {bases.dtype} bases", "a tensor")
+    return math.prod(bases.shape[:-1])
+
+
+def block_of(op: str, n: int, blocks: int) -> int:
+    """Elements per scale of int8 bases with N elements and this many scales a row; unique because a block is 32 * 2**i."""
+    block = 32
+    while -(-n // block) > max(blocks, 1):
+        block *= 2
+    _require(-(-n // block) == blocks, op, "ceil(N/block) scales a row with block a power of two >= 32", blocks)
+    return block
+
+
+def _check_device(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
+    _require(tensor.device == like.device, op, f"{name} on {like.device} like bases", tensor.device)
+
+
+def _check_small(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], bases: Tensor, dtypes: Sequence[torch.dtype]):
+    _require(
+        tensor.dtype in dtypes and tuple(tensor.shape) == shape,
+        op,
+        f"{name} [{', '.join(map(str, shape))}] of dtype {' or '.join(str(d).removeprefix('torch.') for d in dtypes)}",
+        f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}",
+    )
+    _require(tensor.is_contiguous(), op, f"contiguous {name}", f"strides {tuple(tensor.stride())}")
+    _check_device(op, name, tensor, bases)
+
+
+def _check_grads(op: str, grads: Tensor, bases: Tensor) -> int:
+    """One gradient [N] or a batch [B, N]; returns B."""
+    _check_rows(op, "grads", grads, (1, 2), GRAD_DTYPES)
+    _require(grads.shape[-1] == bases.shape[-1], op, f"grads with N = {bases.shape[-1]} like bases", tuple(grads.shape))
+    _check_device(op, "grads", grads, bases)
+    return grads.shape[0] if grads.dim() == 2 else 1
+
+
+def _check_list(op: str, grads: Sequence[Tensor], offsets: Sequence[int], bases: Tensor) -> None:
+    """A list of dense tensors of one dtype and the ascending offsets of their segments."""
+    _require(len(grads) > 0, op, "at least one tensor in grads", "an empty list")
+    _require(len(grads) == len(offsets), op, f"{len(grads)} offsets, one per tensor", len(offsets))
+    end = 0
+    for t, (grad, offset) in enumerate(zip(grads, offsets, strict=True)):
+        _require(
+            grad.dtype in GRAD_DTYPES and grad.dtype == grads[0].dtype,
+            op,
+            "grads of one dtype out of float32, bfloat16, float16",
+            f"{str(grad.dtype).removeprefix('torch.')} at index {t}",
+        )
+        _require(
+            grad.is_contiguous(),
+            op,
+            "contiguous grads",
+            f"strides {tuple(grad.stride())} at index {t}",
+            "call .contiguous() first",
+        )
+        _check_device(op, f"grads[{t}]", grad, bases)
+        _require(
+            offset % SEGMENT == 0 and offset >= end,
+            op,
+            f"ascending offsets that are multiples of {SEGMENT} without overlap",
+            f"{offset} at index {t} where the segment before it ends at {end}",
+        )
+        end = offset + grad.numel()
+    _require(end <= bases.shape[-1], op, f"segments within N = {bases.shape[-1]}", f"one that ends at {end}")
+
+
+def _groups(grads: Sequence[Tensor], per_tensor: bool) -> tuple[int, ...]:
+    """Leading shape of list coefficients: (T,) per tensor, () when summed."""
+    return (len(grads),) if per_tensor else ()
+
+
+_F32 = (torch.float32,)
+_CORE = (torch.float32, torch.float64)
+
+
+# ------------------------------------------------------------------------------------------------- checks and fakes
+
+
+def check_project(grads: Tensor, bases: Tensor, scales: Tensor | None, out_dtype: torch.dtype) -> None:
+    _check_bases("project", bases, scales)
+    _check_grads("project", grads, bases)
+    _require(out_dtype in _CORE, "project", "out_dtype float32 or float64", out_dtype)
+
+
+@_fake("project")
+def _project_fake(grads, bases, scales=None, out_dtype=torch.float32):
+    check_project(grads, bases, scales, out_dtype)
+    return grads.new_empty(grads.shape[:-1] + bases.shape[:2], dtype=out_dtype)
+
+
+def check_project_list(grads, bases, offsets, scales, out_dtype) -> None:
+    _check_bases("project", bases, scales)
+    _check_list("project", grads, offsets, bases)
+    _require(out_dtype in _CORE, "project", "out_dtype float32 or float64", out_dtype)
+
+
+@_fake("project.list")
+def _project_list_fake(grads, bases, offsets, scales=None, out_dtype=torch.float32, per_tensor=False):
+    check_project_list(grads, bases, offsets, scales, out_dtype)
+    return bases.new_empty(_groups(grads, per_tensor) + tuple(bases.shape[:2]), dtype=out_dtype)
+
+
+def check_gram(bases: Tensor, grads: Tensor, scales: Tensor | None) -> tuple[int, int]:
+    rows = _check_bases("gram", bases, scales, (2, 3))
+    return rows, _check_grads("gram", grads, bases)
+
+
+@_fake("gram")
+def _gram_fake(bases, grads, scales=None):
+    rows, batch = check_gram(bases, grads, scales)
+    return bases.new_empty((rows + batch, rows + batch), dtype=torch.float64)
+
+
+def check_gram_list(bases, grads, offsets, scales) -> int:
+    rows = _check_bases("gram", bases, scales, (2, 3))
+    _check_list("gram", grads, offsets, bases)
+    return rows
+
+
+@_fake("gram.list")
+def _gram_list_fake(bases, grads, offsets, scales=None, per_tensor=False):
+    rows = check_gram_list(bases, grads, offsets, scales)
+    return bases.new_empty((*_groups(grads, per_tensor), rows + 1, rows + 1), dtype=torch.float64)
+
+
+def check_edit(op: str, grads: Tensor, bases: Tensor, mix: Tensor, scale: Tensor, scales: Tensor | None) -> None:
+    rows = _check_bases(op, bases, scales)
+    batch = _check_grads(op, grads, bases)
+    _check_small(op, "mix", mix, (batch, rows), bases, _F32)
+    _check_small(op, "scale", scale, (batch,), bases, _F32)
+
+
+@_fake("edit_")
+def _edit_fake(grads, bases, mix, scale, scales=None):
+    check_edit("edit_", grads, bases, mix, scale, scales)
+
+
+def check_edit_list(op, grads, bases, offsets, mix, scale, scales, per_tensor) -> None:
+    rows = _check_bases(op, bases, scales)
+    _check_list(op, grads, offsets, bases)
+    groups = len(grads) if per_tensor else 1
+    _check_small(op, "mix", mix, (groups, rows), bases, _F32)
+    _check_small(op, "scale", scale, (groups,), bases, _F32)
+
+
+@_fake("edit_.list")
+def _edit_list_fake(grads, bases, offsets, mix, scale, scales=None, per_tensor=False):
+    check_edit_list("edit_", grads, bases, offsets, mix, scale, scales, per_tensor)
+
+
+def _check_rotatable(op: str, bases: Tensor, dims: tuple[int, ...]) -> None:
+    _require(
+        bases.dtype != torch.int8,
+        op,
+        "bases of dtype float32, bfloat16, float16",
+        "int8",
+        "int8 bases are never rotated: stream into a float basis and call quantize_bases when the stage ends",
+    )
+    _check_bases(op, bases, None, dims)
+
+
+def _check_q(op: str, q: Tensor, bases: Tensor, batch: int, groups: tuple[int, ...]) -> None:
+    k = bases.shape[-2]
+    ok = q.dim() == len(groups) + 2 and tuple(q.shape[:-2]) == groups and q.shape[-1] == k + batch and q.shape[-2] <= k
+    shape = ", ".join(map(str, (*groups, f"<= {k}", k + batch)))
+    _require(ok and q.dtype == torch.float32, op, f"float32 q [{shape}]", f"{q.dtype} {list(q.shape)}")
+    _require(q.is_contiguous(), op, "contiguous q", f"strides {tuple(q.stride())}")
+    _check_device(op, "q", q, bases)
+
+
+def check_rotate(bases: Tensor, grads: Tensor, q: Tensor) -> None:
+    _check_rotatable("rotate_", bases, (2,))
+    _check_q("rotate_", q, bases, _check_grads("rotate_", grads, bases), ())
+
+
+@_fake("rotate_")
+def _rotate_fake(bases, grads, q, seed=0):
+    check_rotate(bases, grads, q)
+
+
+def check_rotate_list(bases, grads, offsets, q, per_tensor) -> None:
+    _check_rotatable("rotate_", bases, (2,))
+    _check_list("rotate_", grads, offsets, bases)
+    _check_q("rotate_", q, bases, 1, _groups(grads, per_tensor))
+
+
+@_fake("rotate_.list")
+def _rotate_list_fake(bases, grads, offsets, q, per_tensor=False, seed=0):
+    check_rotate_list(bases, grads, offsets, q, per_tensor)
+
+
+def _check_domain(op: str, domain: int, bases: Tensor) -> None:
+    _require(0 <= domain < bases.shape[0], op, f"domain in 0..{bases.shape[0] - 1}", domain)
+
+
+def check_edit_rotate(grads, bases, mix, scale, domain, q) -> None:
+    _check_rotatable("edit_rotate_", bases, (3,))
+    check_edit("edit_rotate_", grads, bases, mix, scale, None)
+    _check_domain("edit_rotate_", domain, bases)
+    _check_q("edit_rotate_", q, bases, 1 if grads.dim() == 1 else grads.shape[0], ())
+
+
+@_fake("edit_rotate_")
+def _edit_rotate_fake(grads, bases, mix, scale, domain, q, seed=0):
+    check_edit_rotate(grads, bases, mix, scale, domain, q)
+
+
+def check_edit_rotate_list(grads, bases, offsets, mix, scale, domain, q, per_tensor) -> None:
+    _check_rotatable("edit_rotate_", bases, (3,))
+    check_edit_list("edit_rotate_", grads, bases, offsets, mix, scale, None, per_tensor)
+    _check_domain("edit_rotate_", domain, bases)
+    _check_q("edit_rotate_", q, bases, 1, _groups(grads, per_tensor))
+
+
+@_fake("edit_rotate_.list")
+def _edit_rotate_list_fake(grads, bases, offsets, mix, scale, domain, q, per_tensor=False, seed=0):
+    check_edit_rotate_list(grads, bases, offsets, mix, scale, domain, q, per_tensor)
+
+
+def _check_rule(weights: Sequence[Tensor | float], root: Tensor | None, bases: Tensor, groups: tuple[int, ...]) -> None:
+    rows = bases.shape[0] * bases.shape[1]
+    for name, weight in zip(("aligned", "conflict", "threshold"), weights, strict=True):
+        if isinstance(weight, Tensor):
+            _check_small("dacsp_", name, weight, (rows,), bases, _F32)
+        else:
+            _require(weight == weight and abs(weight) != float("inf"), "dacsp_", f"finite {name}", weight)
+    if root is not None:
+        _check_small("dacsp_", "root", root, (*groups, rows, rows), bases, _CORE)
+
+
+def check_dacsp(grads, bases, aligned, conflict, threshold, root, scales) -> None:
+    _check_bases("dacsp_", bases, scales)
+    _check_grads("dacsp_", grads, bases)
+    _check_rule((aligned, conflict, threshold), root, bases, ())
+
+
+@_fake("dacsp_")
+@_fake("dacsp_.tensor")
+def _dacsp_fake(grads, bases, aligned, conflict, threshold, root=None, scales=None):
+    check_dacsp(grads, bases, aligned, conflict, threshold, root, scales)
+    shape = grads.shape[:-1] + bases.shape[:2]
+    return grads.new_empty(shape, dtype=torch.float32), grads.new_empty(shape, dtype=torch.int8)
+
+
+def check_dacsp_list(grads, bases, offsets, aligned, conflict, threshold, root, scales, per_tensor) -> None:
+    _check_bases("dacsp_", bases, scales)
+    _check_list("dacsp_", grads, offsets, bases)
+    _check_rule((aligned, conflict, threshold), root, bases, _groups(grads, per_tensor))
+
+
+@_fake("dacsp_.list")
+@_fake("dacsp_.list_tensor")
+def _dacsp_list_fake(
+    grads, bases, offsets, aligned, conflict, threshold, root=None, scales=None, per_tensor=False
+):
+    check_dacsp_list(grads, bases, offsets, aligned, conflict, threshold, root, scales, per_tensor)
+    shape = _groups(grads, per_tensor) + tuple(bases.shape[:2])
+    return bases.new_empty(shape, dtype=torch.float32), bases.new_empty(shape, dtype=torch.int8)
+
+
+def _check_spectrum(bases: Tensor, singular_values: Tensor, decay: float, groups: tuple[int, ...]) -> None:
+    _check_rotatable("pca_update_", bases, (2,))
+    _check_small("pca_update_", "singular_values", singular_values, (*groups, bases.shape[0]), bases, _CORE)
+    _require(0.0 <= decay <= 1.0, "pca_update_", "decay in 0..1", decay)
+
+
+def check_pca_update(bases, singular_values, grads, decay) -> None:
+    _check_spectrum(bases, singular_values, decay, ())
+    _check_grads("pca_update_", grads, bases)
+
+
+@_fake("pca_update_")
+def _pca_update_fake(bases, singular_values, grads, decay=1.0, seed=0):
+    check_pca_update(bases, singular_values, grads, decay)
+    return bases.new_empty((), dtype=torch.float64)
+
+
+def check_pca_update_list(bases, singular_values, grads, offsets, decay, per_tensor) -> None:
+    _check_spectrum(bases, singular_values, decay, _groups(grads, per_tensor))
+    _check_list("pca_update_", grads, offsets, bases)
+
+
+@_fake("pca_update_.list")
+def _pca_update_list_fake(bases, singular_values, grads, offsets, decay=1.0, per_tensor=False, seed=0):
+    check_pca_update_list(bases, singular_values, grads, offsets, decay, per_tensor)
+    return bases.new_empty(_groups(grads, per_tensor), dtype=torch.float64)
+
+
+def check_quantize(bases: Tensor, block: int) -> None:
+    _check_rows("quantize_bases", "bases", bases, (3,), GRAD_DTYPES)
+    _require(bases.is_contiguous(), "quantize_bases", "contiguous bases", f"strides {tuple(bases.stride())}")
+    _require(
+        block >= 32 and block & (block - 1) == 0, "quantize_bases", "block a power of two of at least 32", block
+    )
+
+
+@_fake("quantize_bases")
+def _quantize_fake(bases, block=128):
+    check_quantize(bases, block)
+    shape = (*bases.shape[:2], -(-bases.shape[-1] // block))
+    return bases.new_empty(bases.shape, dtype=torch.int8), bases.new_empty(shape, dtype=torch.float32)

@@ -1,0 +1,40 @@
+"""Writing files so that a crash or a full disk never leaves half of one."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_atomically(path: Path | str, write: Callable[[Path], None]) -> None:
+    """Lets ``write`` fill a temporary file beside ``path``, flushes it to disk and renames it into place.
+
+    Raises:
+        OSError: with the path and what to do, when the directory or the disk refuses; an older file stays as it was.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except Exception as error:
+        # safetensors reports a full disk as its own exception type; users should see one kind of error.
+        kept = "the file that was there is unchanged" if path.exists() else "no file was left behind"
+        raise OSError(f"could not write {path}: {error}; {kept}; free space or choose another directory") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

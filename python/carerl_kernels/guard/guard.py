@@ -1,0 +1,574 @@
+"""CapabilityGuard: three lines around ``optimizer.step()`` that keep one domain from eating another (DACSP)."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..subspace import BasisError, DomainBasis, Layout, StageRecorder
+from ..subspace.layout import Kind
+from ..subspace.store import hash_parameters
+from .rules import COMBINES, RULES, Combine, Rule, RuleParams, RuleState, decide
+from .stack import BasisStack
+from .statistics import Statistics
+
+# These keep float32 masters and overwrite the parameters from them, so an edit of the parameters would be lost.
+MASTER_OPTIMIZERS = (
+    "BF16_Optimizer",
+    "DeepSpeedZeroOptimizer",
+    "DeepSpeedZeroOptimizer_Stage3",
+    "DistributedOptimizer",
+    "FP16_Optimizer",
+    "Float16OptimizerWithFloat16Params",
+)
+_UNSET = object()
+
+
+class CapabilityGuard:
+    """Projects what each optimizer step did onto the directions earlier stages learned along, and corrects it (DACSP).
+
+    Args:
+        model: the module whose trainable parameters are guarded, or pairs of name and parameter.
+        rule: what passes; see :mod:`carerl_kernels.guard.rules`.
+        basis: "per_matrix" (k directions for every weight matrix) or "flat" (k over all parameters).
+        k: directions per domain.
+        combine: "symmetric" never reverses a component whatever the overlap; "sum" and "min_norm" for comparison.
+        apply_to: "update" corrects the parameters after the step, whatever the optimizer made of the gradient, without a copy
+            of them; "grad" edits ``p.grad`` before the step (Adam largely normalises such an edit away).
+        aligned, conflict: weights of components along (at least 0, 1 passes) and against (0 removes) prior learning; a
+            number, or one per domain.
+        bound: rule "bounded": how far a stage may move along a direction in all, as a fraction of the recorded stage's own
+            displacement: a number for both sides, (against, along), or one of these per domain.
+        z, beta: significance level and moving-average decay of the rules that use them.
+        norm_cap: update: the correction is at most this times the update's component in the guarded subspace;
+            grad: the edited gradient is at most this times the raw one.
+        max_grad_norm: grad mode: clips the edited gradient (clip before the step as usual in update mode).
+        probe_every: rule "probed": steps between probes.
+        basis_dtype: storage of the acting directions: float32, bfloat16, float16, or int8 (block-scaled).
+        record_every: record every n-th gradient of a stage.
+        oversample: extra rows while recording.
+        track_energy: measure the share of the update that is aligned, conflicting, orthogonal and touched. In update mode this
+            keeps one copy of the parameters.
+        domains: all domain names, so that a misspelt one is an error; None accepts any.
+
+    Raises:
+        ValueError: an argument out of range, named with what was expected.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Iterable[tuple[str, nn.Parameter]],
+        rule: Rule = "remove",
+        *,
+        basis: Kind = "per_matrix",
+        k: int = 64,
+        combine: Combine = "symmetric",
+        apply_to: str = "update",
+        aligned: float | Mapping[str, float] = 1.0,
+        conflict: float | Mapping[str, float] = 0.0,
+        bound: float | tuple[float, float] | Mapping[str, float | tuple[float, float]] = 0.1,
+        z: float = 3.0,
+        beta: float = 0.95,
+        norm_cap: float | None = None,
+        max_grad_norm: float | None = None,
+        probe_every: int = 20,
+        basis_dtype: torch.dtype = torch.float32,
+        record_every: int = 1,
+        oversample: int = 4,
+        track_energy: bool = False,
+        domains: Sequence[str] | None = None,
+    ):
+        _one_of("rule", rule, RULES)
+        _one_of("combine", combine, COMBINES)
+        _one_of("apply_to", apply_to, ("update", "grad"))
+        if rule == "bounded" and apply_to == "grad":
+            raise ValueError("rule 'bounded' compares with displacements of parameters: expected apply_to='update', found 'grad'")
+        if max_grad_norm is not None and apply_to == "update":
+            raise ValueError("max_grad_norm belongs to apply_to='grad'; in update mode clip before optimizer.step() as usual")
+        for name, number in (("z", z), ("norm_cap", norm_cap), ("max_grad_norm", max_grad_norm)):
+            if number is not None and not 0 < number < float("inf"):
+                raise ValueError(f"{name}: expected a positive number, found {number}")
+        if not 0 <= beta < 1:
+            raise ValueError(f"beta: expected 0 <= beta < 1, found {beta}")
+        for name, count in (("probe_every", probe_every), ("record_every", record_every)):
+            if count < 1:
+                raise ValueError(f"{name}: expected at least 1, found {count}")
+        named = list(model.named_parameters()) if isinstance(model, nn.Module) else list(model)
+        named = [(name, p) for name, p in named if p.requires_grad]
+        self.architecture = type(model).__name__ if isinstance(model, nn.Module) else "parameters"
+        self.parameters = [p for _, p in named]
+        self.layout = Layout.of(named, basis, k)
+        self.rule, self.combine, self.apply_to = rule, combine, apply_to
+        self._weights = {"aligned": aligned, "conflict": conflict, "bound": bound}
+        self.z, self.beta, self.norm_cap, self.max_grad_norm = z, beta, norm_cap, max_grad_norm
+        self.probe_every, self.record_every, self.oversample = probe_every, record_every, oversample
+        self.track_energy = track_energy
+        self.domains = tuple(domains) if domains is not None else None
+        self.seconds = {"act": 0.0, "record": 0.0, "probe": 0.0}
+
+        device = self.parameters[0].device
+        self._stack = BasisStack(self.layout, combine, basis_dtype, device)
+        self._statistics = Statistics()
+        self._recorder: StageRecorder | None = None
+        self._handles: list[Any] = []
+        self._current: Any = _UNSET  # domain of the batch; _UNSET: that of the stage
+        self._seen: dict[str, None] = dict.fromkeys(self.domains or ())
+        self._snapshot: list[Tensor] | None = None
+        self._dropped = False  # this optimizer step was dropped for a non-finite gradient
+        self._restored = False  # state was loaded: the next attach or stage goes on instead of starting afresh
+        self._since_probe: int | None = None
+        self._steps_here = 0  # since displacements were last counted from zero
+        self._displaced: dict[str, float] = {}
+        self._resize()
+
+    # ------------------------------------------------------------------------------------------------------ history
+
+    @classmethod
+    def load(cls, *paths: Path | str, model: nn.Module, **options: Any) -> CapabilityGuard:
+        """A guard with the history recorded in these files; ``options`` as for the constructor.
+
+        Raises:
+            BasisError: a file of another model, format or kind. A file whose end is neither the start of another file's
+                stage nor the model's present weights only warns.
+        """
+        if not paths:
+            raise ValueError("expected at least one basis file, found none; record one with guard.stage(name, path=...)")
+        bases = [DomainBasis.load(path) for path in paths]
+        first = bases[0].info
+        guard = cls(model, **{"basis": first.kind, "k": first.k, **options})
+        for basis in bases:
+            guard.add(basis)
+        known = {basis.info.start_hash for basis in bases} | {hash_parameters(guard.parameters)}
+        for basis in bases:
+            if basis.info.end_hash not in known:
+                warnings.warn(
+                    f"basis of domain {basis.info.domain!r} ends at weights that are neither another stage's start nor the "
+                    "model's present weights; its directions may no longer be where that capability lives",
+                    stacklevel=2,
+                )
+        return guard
+
+    def add(self, basis: DomainBasis | Path | str) -> None:
+        """Takes a recorded domain (or its file) into the history; an earlier recording of the same domain is replaced."""
+        if not isinstance(basis, DomainBasis):
+            basis = DomainBasis.load(basis)
+        basis.check_model(self.layout, self.architecture)
+        self._known(basis.info.domain)
+        self._close()
+        with torch.no_grad():
+            self._stack.put(basis, self.parameters)
+        self._resize()
+        self._rebase()
+
+    @property
+    def history(self) -> list[str]:
+        """Names of the domains with a basis, oldest first."""
+        return list(self._stack.names)
+
+    # ----------------------------------------------------------------------------------------------- where it attaches
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Corrects every step of this optimizer from now on, and drops steps whose gradient is not finite.
+
+        Raises:
+            TypeError: not an optimizer, or one that overwrites parameters from float32 masters.
+            RuntimeError: already attached.
+            ValueError: the optimizer holds none of the guarded parameters.
+        """
+        while not isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer  # accelerate and others wrap the real one
+        names = [c.__name__ for c in type(optimizer).__mro__]
+        for name in MASTER_OPTIMIZERS:
+            if name in names:
+                raise TypeError(
+                    f"{name} keeps float32 masters and overwrites the parameters: an edit would be lost; "
+                    "build the guard over its master parameters, or use an optimizer that updates the parameters in place"
+                )
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"expected a torch.optim.Optimizer, found {type(optimizer).__name__}")
+        if self._handles:
+            raise RuntimeError("this guard is attached already; call guard.detach() first")
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(p) in held for p in self.parameters):
+            raise ValueError(
+                "expected an optimizer over the guarded model's parameters, found one that holds none of them; "
+                "build optimizer and guard from the same model"
+            )
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        self._start_here()
+
+    def detach(self) -> None:
+        """Leaves the optimizer alone again. Does nothing when not attached."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @contextmanager
+    def domain(self, name: str | None) -> Iterator[None]:
+        """Says which domain the batch of the optimizer steps inside came from; None for a mixed batch.
+
+        The rows of every *other* domain act on it; on a mixed batch, or one of a domain without history, all rows do.
+        """
+        if name is not None:
+            self._known(name)
+        before, self._current = self._current, name
+        try:
+            yield
+        finally:
+            self._current = before
+
+    @contextmanager
+    def stage(
+        self, name: str, path: Path | str | None = None, start_checkpoint: Path | str | None = None
+    ) -> Iterator[StageRecorder]:
+        """Records a stage: inside, gradients stream into the domain's basis; on exit it becomes history.
+
+        Steps inside belong to this domain unless ``guard.domain`` says otherwise; only its own steps are recorded. If the
+        block raises, nothing becomes history.
+
+        Args:
+            name: of the domain.
+            path: safetensors file to write on exit, atomically.
+            start_checkpoint: safetensors file with the parameters as they are now; None keeps a temporary one.
+
+        Raises:
+            RuntimeError: inside another stage, or no finite gradient arrived.
+            OSError: a file could not be written; the basis is history all the same.
+        """
+        self._known(name)
+        if self._recorder is not None and not (self._restored and self._recorder.domain == name):
+            raise RuntimeError(f"expected no stage in progress, found {self._recorder.domain!r}; stages do not nest")
+        recorder = self._recorder or self._new_recorder(name, start_checkpoint)
+        self._recorder = recorder
+        self._start_here()
+        before, self._current = self._current, name
+        try:
+            yield recorder
+            basis = recorder.finish(self.parameters)
+        finally:
+            self._recorder, self._current = None, before
+        self.add(basis)
+        if path is not None:
+            basis.save(path)
+
+    def _new_recorder(self, name: str, start_checkpoint: Path | str | None = None) -> StageRecorder:
+        return StageRecorder(
+            name,
+            self.layout,
+            self.parameters,
+            self.layout.k,
+            self.oversample,
+            start_checkpoint=start_checkpoint,
+            architecture=self.architecture,
+            every=self.record_every,
+        )
+
+    @contextmanager
+    def probe(self, name: str) -> Iterator[None]:
+        """Rule "probed": inside, call ``loss.backward()`` on the earlier domain's own loss on stored prompts.
+
+        The gradient is projected on that domain's rows and thrown away; gradients gathered for training are put back.
+
+        Raises:
+            KeyError: a domain without history.
+            RuntimeError: no gradient arrived.
+        """
+        if name not in self._stack.names:
+            raise KeyError(f"probe: expected a domain with history ({', '.join(self.history) or 'none yet'}), found {name!r}")
+        kept = [p.grad for p in self.parameters]
+        for p in self.parameters:
+            p.grad = None
+        try:
+            yield
+            started = time.perf_counter()
+            if all(p.grad is None for p in self.parameters):
+                raise RuntimeError(f"probe of {name!r}: expected a gradient, found none; call loss.backward() inside the block")
+            with torch.no_grad():
+                a = self._stack.project_domain(self._gradients(), name)
+            columns = self._stack.columns(name)
+            # A probe that is not finite leaves the sign of the one before.
+            self._state.probe[:, columns] = torch.where(a.isfinite().all(), a.sign(), self._state.probe[:, columns])
+            self._since_probe = 0
+            self.seconds["probe"] += time.perf_counter() - started
+        finally:
+            for p, grad in zip(self.parameters, kept, strict=True):
+                p.grad = grad
+
+    def probes_due(self) -> bool:
+        """Whether rule "probed" wants fresh probes before the next step."""
+        stale = self._since_probe is None or self._since_probe >= self.probe_every
+        return self.rule == "probed" and len(self._stack) > 0 and stale
+
+    # --------------------------------------------------------------------------------------------------- the step itself
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        started = time.perf_counter()
+        held = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self._dropped = bool(held) and not _finite([p.grad for p in held if p.grad is not None])
+        if self._dropped:
+            self._statistics.dropped += 1
+            for p in held:
+                p.grad = None
+            return
+        own = self._own()
+        if len(self._stack) and self.apply_to == "grad":
+            self._edit_gradients(own)
+        if len(self._stack) and self.apply_to == "update" and self.track_energy:
+            self._snapshot = [p.clone() for p in self.parameters]
+        self.seconds["act"] += time.perf_counter() - started
+        if self._recorder is not None and own == self._recorder.domain:
+            started = time.perf_counter()
+            self._recorder.update(self._gradients())
+            self.seconds["record"] += time.perf_counter() - started
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._restored = False
+        if self._dropped:
+            return
+        started = time.perf_counter()
+        if len(self._stack) and self.apply_to == "update":
+            self._edit_update(self._own())
+        self._statistics.steps += 1
+        self._steps_here += 1
+        if self._since_probe is not None:
+            self._since_probe += 1
+        self.seconds["act"] += time.perf_counter() - started
+
+    def _edit_update(self, own: str | None) -> None:
+        """Corrects the step just taken by projecting the parameters themselves (MATH: apply_to="update").
+
+        Rows are in the gradient convention, so a step that repeats prior learning lowers q: c = q_prev - q. The coefficients
+        after the edit are predicted as q + S x; what rounding of the parameters makes of it shows up in the next c and is
+        corrected there, so errors do not accumulate.
+        """
+        stack = self._stack
+        q = stack.project(self.parameters)  # [T, K]
+        c = self._q_prev - q
+        x = self._decide(c, own)
+        x = x * self._cap(x, c, own)
+        total = None
+        if self._snapshot is not None:
+            total = sum((a.double() - b.double()).square().sum() for a, b in zip(self._snapshot, self.parameters, strict=True))
+            self._snapshot = None
+        self._statistics.count(stack, c, x, total)
+        stack.edit_(self.parameters, x)
+        after = q + _matvec(stack.overlap, x)
+        finite = after.isfinite().all()
+        # The batch's own rows move freely: their baseline goes along instead of counting as displacement.
+        moved = torch.where(stack.active(own), 0.0, after - self._q_prev)
+        self._q_start = torch.where(finite, self._q_start + moved, self._q_start)
+        self._q_prev = torch.where(finite, after, self._q_prev)
+
+    def _edit_gradients(self, own: str | None) -> None:
+        """Edits ``p.grad`` before the step; norm cap and clipping fold into the scale, known before the second pass."""
+        stack, grads = self._stack, self._gradients()
+        c = stack.project(grads)  # [T, K]
+        x = self._decide(c, own)
+        scale = torch.ones((), dtype=torch.float64, device=c.device)
+        total = None
+        if self.track_energy or self.norm_cap is not None or self.max_grad_norm is not None:
+            total = torch.stack([g.norm(dtype=torch.float32).double().square() for g in grads]).sum()
+            edited = (total - 2 * (x * c).sum() + (x * _matvec(stack.overlap, x)).sum()).clamp_min(0.0).sqrt()
+            for limit in (
+                None if self.norm_cap is None else self.norm_cap * total.sqrt(),
+                None if self.max_grad_norm is None else self.max_grad_norm,
+            ):
+                if limit is not None:
+                    scale = torch.minimum(scale, limit / edited.clamp_min(1e-30))
+        self._statistics.count(stack, c, x, total if self.track_energy else None)
+        for p, g in zip(self.parameters, grads, strict=True):
+            p.grad = g
+        stack.edit_(grads, -x, scale.float().expand(x.shape[0]).contiguous())
+
+    def _decide(self, c: Tensor, own: str | None) -> Tensor:
+        stack = self._stack
+        return decide(self.rule, c, stack.active(own), self._state, self._params, stack.frame(own), stack.displacement)
+
+    def _cap(self, x: Tensor, c: Tensor, own: str | None) -> Tensor | float:
+        if self.norm_cap is None:
+            return 1.0
+        inside = _matvec(self._stack.frame(own).into, c).square().sum().sqrt()
+        size = (x * _matvec(self._stack.overlap, x)).sum().clamp_min(0.0).sqrt()
+        return (self.norm_cap * inside / size.clamp_min(1e-30)).clamp_max(1.0)
+
+    # ----------------------------------------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is needed to go on exactly: rule memory, baselines, statistics, a stage in progress. Not the bases: those are
+        files; :meth:`add` them before :meth:`load_state_dict`."""
+        return {
+            "history": self.history,
+            "rule": self.rule,
+            "state": {name: value.clone() for name, value in vars(self._state).items()},
+            "q_prev": self._q_prev.clone(),
+            "q_start": self._q_start.clone(),
+            "since_probe": self._since_probe,
+            "statistics": self._statistics.state_dict(),
+            "steps_here": self._steps_here,
+            "displaced": dict(self._displaced),
+            "seen": list(self._seen),
+            "recorder": None if self._recorder is None else self._recorder.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from :meth:`state_dict`, before or after ``attach`` and ``stage`` of the same stage.
+
+        Raises:
+            ValueError: the state has another history or rule than this guard.
+        """
+        for name, here in (("history", self.history), ("rule", self.rule)):
+            if state[name] != here:
+                raise ValueError(
+                    f"guard state: expected {name} {state[name]!r} as saved, found {here!r}; add the same basis files in the "
+                    "same order, and construct the guard with the same rule, first"
+                )
+        for name, value in state["state"].items():
+            getattr(self._state, name).copy_(value)
+        self._q_prev.copy_(state["q_prev"])
+        self._q_start.copy_(state["q_start"])
+        self._since_probe = state["since_probe"]
+        self._statistics.load_state_dict(state["statistics"])
+        self._steps_here, self._displaced = state["steps_here"], dict(state["displaced"])
+        self._seen.update(dict.fromkeys(state["seen"]))
+        if state["recorder"] is not None:
+            name = state["recorder"]["domain"]
+            if self._recorder is None or self._recorder.domain != name:
+                self._recorder = self._new_recorder(name)
+            self._recorder.load_state_dict(state["recorder"])
+        self._restored = True
+
+    def report(self) -> dict[str, Any]:
+        """What the guard did and what it cannot protect.
+
+        Returns a dictionary that JSON can hold: ``rule``, ``combine``, ``apply_to``, ``basis``, ``k``, ``steps``,
+        ``dropped_steps``, ``touched_share`` (share of update energy the edits took or gave; None unless tracked), ``seconds``,
+        ``open_windows`` (domains without a basis above the noise floor: nothing protects them), and per domain with history
+        ``energy`` (shares aligned / conflicting / orthogonal of the raw updates; orthogonal None unless tracked),
+        ``net_displacement`` (along its rows in this stage or, between stages, the last one; relative to the recorded stage's own), ``capture`` and
+        ``steps``.
+        """
+        domains = {}
+        for name in self.history:
+            info = self._stack.infos[name].info
+            domains[name] = {
+                "energy": self._statistics.shares(name),
+                "net_displacement": self._displaced.get(name, 0.0) if self._steps_here == 0 else self._net_displacement(name),
+                "capture": {"gradient": info.gradient_capture, "displacement": info.displacement_capture},
+                "steps": info.steps,
+            }
+        # k random directions hold this share of any displacement: a basis that holds no more than thrice that knows nothing.
+        floor = 3 * self.layout.k * self.layout.T / self.layout.parameters
+        blind = [n for n in self.history if domains[n]["capture"]["displacement"] <= min(floor, 1.0)]
+        return {
+            "rule": self.rule,
+            "combine": self.combine,
+            "apply_to": self.apply_to,
+            "basis": self.layout.kind,
+            "k": self.layout.k,
+            "steps": self._statistics.steps,
+            "dropped_steps": self._statistics.dropped,
+            "touched_share": self._statistics.touched_share,
+            "domains": domains,
+            "open_windows": [n for n in self._seen if n not in self.history] + blind,
+            "seconds": dict(self.seconds),
+        }
+
+    # --------------------------------------------------------------------------------------------------------- internals
+
+    def _resize(self) -> None:
+        """Fresh rule memory for the present number of rows; per-domain numbers spread over the rows."""
+        rows, device = self._stack.rows, self.parameters[0].device
+        self._state = RuleState.zeros(self.layout.T, rows, device)
+        self._q_prev = torch.zeros(self.layout.T, rows, dtype=torch.float64, device=device)
+        self._q_start = self._q_prev.clone()
+        numbers: dict[str, list[float]] = {"aligned": [], "conflict": [], "lower": [], "upper": []}
+        for name in self._stack.names:
+            bound = _for_domain("bound", self._weights["bound"], name)
+            lower, upper = bound if isinstance(bound, (tuple, list)) else (bound, bound)
+            for key, value in (
+                ("aligned", _for_domain("aligned", self._weights["aligned"], name)),
+                ("conflict", _for_domain("conflict", self._weights["conflict"], name)),
+                ("lower", lower),
+                ("upper", upper),
+            ):
+                if not 0 <= value < float("inf"):
+                    raise ValueError(f"{key} of domain {name!r}: expected a finite number of at least 0, found {value}")
+                numbers[key] += [float(value)] * self.layout.k
+        tensors = {key: torch.tensor(v, dtype=torch.float64, device=device) for key, v in numbers.items()}
+        self._params = RuleParams(**tensors, z=self.z, beta=self.beta)
+
+    def _net_displacement(self, name: str) -> float:
+        columns = self._stack.columns(name)
+        size = self._stack.displacement[:, columns].norm()
+        return float((self._q_start - self._q_prev)[:, columns].norm() / size) if size > 0 else 0.0
+
+    def _start_here(self) -> None:
+        if not self._restored:
+            self._rebase()
+
+    def _close(self) -> None:
+        """Keeps what the report says of the stage that ends here."""
+        if self._steps_here:
+            self._displaced = {name: self._net_displacement(name) for name in self.history}
+        self._steps_here = 0
+
+    @torch.no_grad()
+    def _rebase(self) -> None:
+        """A stage begins at the present parameters: displacements, averages and probes start afresh."""
+        self._close()
+        self._state.begin_stage()
+        self._since_probe = None
+        if len(self._stack):
+            self._q_start = self._stack.project(self.parameters)
+            self._q_prev = self._q_start.clone()
+
+    def _known(self, name: str) -> None:
+        if self.domains is not None and name not in self.domains:
+            raise ValueError(f"domain: expected one of {', '.join(self.domains)}, found {name!r}")
+        self._seen[name] = None
+
+    def _own(self) -> str | None:
+        if self._current is not _UNSET:
+            return self._current
+        return self._recorder.domain if self._recorder is not None else None
+
+    def _gradients(self) -> list[Tensor]:
+        """A gradient per guarded parameter; one without counts as zero."""
+        return [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
+
+
+def _finite(tensors: Sequence[Tensor]) -> bool:
+    """One flag for all of them: the only synchronisation of a guarded step. The largest magnitude overflows for none."""
+    return bool(torch.stack([n.float() for n in torch._foreach_norm(list(tensors), float("inf"))]).isfinite().all())
+
+
+def _matvec(matrix: Tensor, vector: Tensor) -> Tensor:
+    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+
+
+def _for_domain(what: str, value: Any, name: str) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    if name not in value:
+        raise ValueError(f"{what}: expected a number for domain {name!r}, found one only for {', '.join(value)}")
+    return value[name]
+
+
+def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, found {value!r}")
+
+
+__all__ = ["BasisError", "CapabilityGuard"]

@@ -1,0 +1,71 @@
+"""Counts of what the guard saw and did, kept as device scalars so that counting never synchronises."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .stack import BasisStack
+
+
+class Statistics:
+    """Energies of raw updates along each domain's rows, and of the corrections.
+
+    Attributes:
+        steps, dropped: optimizer steps taken, and dropped for a non-finite gradient.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.dropped = 0
+        self._energies: dict[str, Tensor] = {}  # domain -> [aligned, conflicting, total while it was history]
+        self._touched: Tensor | None = None  # [energy of corrections, total energy]
+
+    def count(self, stack: BasisStack, c: Tensor, x: Tensor, total: Tensor | None) -> None:
+        """Adds one step: coefficients c and correction x ``[T, K]``, squared norm of the raw update if it is known."""
+        known = torch.full((), torch.nan, dtype=c.dtype, device=c.device) if total is None else total.to(c.dtype)
+        for name in stack.names:
+            part = c[:, stack.columns(name)].square() * c[:, stack.columns(name)].sign()
+            add = torch.stack([part.clamp_min(0).sum(), -part.clamp_max(0).sum(), known])
+            self._energies[name] = self._energies[name] + add if name in self._energies else add
+        correction = (x * (stack.overlap @ x.unsqueeze(-1)).squeeze(-1)).sum()
+        add = torch.stack([correction, known])
+        self._touched = add if self._touched is None else self._touched + add
+
+    def shares(self, name: str) -> dict[str, float | None] | None:
+        """Shares of raw update energy: of the whole update where it was tracked, else of the part along the domain's rows."""
+        if name not in self._energies:
+            return None
+        aligned, conflicting, total = (float(v) for v in self._energies[name])
+        if total != total:
+            inside = max(aligned + conflicting, 1e-300)
+            return {"aligned": aligned / inside, "conflicting": conflicting / inside, "orthogonal": None}
+        total = max(total, 1e-300)
+        return {
+            "aligned": aligned / total,
+            "conflicting": conflicting / total,
+            "orthogonal": max(0.0, 1 - (aligned + conflicting) / total),
+        }
+
+    @property
+    def touched_share(self) -> float | None:
+        """Energy of all corrections over energy of all raw updates; None unless tracked."""
+        if self._touched is None:
+            return None
+        touched, total = (float(v) for v in self._touched)
+        return touched / total if total > 0 else None  # NaN > 0 is False: not tracked
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "steps": self.steps,
+            "dropped": self.dropped,
+            "energies": dict(self._energies),
+            "touched": self._touched,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps, self.dropped = state["steps"], state["dropped"]
+        self._energies, self._touched = dict(state["energies"]), state["touched"]

@@ -1,0 +1,173 @@
+"""How the parameters of a model lie within the N-sized rows of a basis, and how list ops are called over them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .._ops import SEGMENT
+
+Kind = Literal["flat", "per_matrix"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a list op: these tensors, into row ``row`` of the coefficients or, per tensor, the rows from there on."""
+
+    indices: tuple[int, ...]
+    row: int
+    per_tensor: bool
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.row, self.row + (len(self.indices) if self.per_tensor else 1))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names, shapes and offsets of the parameters within basis rows of ``size`` elements.
+
+    ``flat``: one basis over all parameters, T = 1 row of coefficients. ``per_matrix``: one basis per tensor; tensors with
+    fewer than ``8*k`` elements are too small for k directions of their own and share one pooled basis in the last row.
+
+    Attributes:
+        names, shapes: of the parameters, in order.
+        kind: "flat" or "per_matrix".
+        k: directions per domain and coefficient row.
+        offsets: first element of each parameter within a row; multiples of 128, zero-padded between.
+        size: N, elements of a row including padding.
+        calls: list-op calls that together cover every parameter (split by dtype, device and pooling).
+        T: rows of coefficients.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    kind: Kind
+    k: int
+    offsets: tuple[int, ...]
+    size: int
+    calls: tuple[Call, ...] = field(compare=False)
+    T: int
+
+    @classmethod
+    def of(cls, named: Iterable[tuple[str, Tensor]], kind: Kind, k: int) -> Layout:
+        """Lays out named tensors.
+
+        Raises:
+            ValueError: no tensors, an unknown kind, k < 1, or a tensor that is not dense, not floating or sharded.
+        """
+        if kind not in get_args(Kind):
+            raise ValueError(f"basis kind: expected one of {', '.join(get_args(Kind))}, found {kind!r}")
+        if k < 1:
+            raise ValueError(f"k: expected at least one direction per domain, found {k}")
+        named = list(named)
+        if not named:
+            raise ValueError("expected a model with at least one trainable parameter, found none (all frozen?)")
+        offsets, end = [], 0
+        for name, tensor in named:
+            _check_tensor(name, tensor)
+            offsets.append(end)
+            end += -(-tensor.numel() // SEGMENT) * SEGMENT
+
+        buckets: dict[tuple, list[int]] = {}
+        small = 8 * k
+        for index, (_, tensor) in enumerate(named):
+            apart = kind == "per_matrix" and tensor.numel() >= small
+            buckets.setdefault((not apart, str(tensor.dtype), str(tensor.device)), []).append(index)
+        calls, row = [], 0
+        for (pooled, *_), indices in sorted(buckets.items()):
+            calls.append(Call(tuple(indices), row, not pooled))
+            row += 0 if pooled else len(indices)
+        has_pool = any(not call.per_tensor for call in calls)
+        return cls(
+            names=tuple(name for name, _ in named),
+            shapes=tuple(tuple(tensor.shape) for _, tensor in named),
+            kind=kind,
+            k=k,
+            offsets=tuple(offsets),
+            size=end,
+            calls=tuple(calls),
+            T=row + int(has_pool),
+        )
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters without padding."""
+        return sum(torch.Size(shape).numel() for shape in self.shapes)
+
+    def fingerprint(self) -> str:
+        """Hash of parameter names and shapes: bases move between checkpoints of one architecture, never to another."""
+        text = json.dumps([self.names, self.shapes])
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def gather(
+        self, tensors: Sequence[Tensor], op: Callable[[list[Tensor], list[int], bool], Tensor], trailing: tuple[int, ...]
+    ) -> Tensor:
+        """Runs a coefficient op over all calls: float64 ``[T, *trailing]``; pooled calls add up in their row."""
+        out = torch.zeros(self.T, *trailing, dtype=torch.float64, device=tensors[0].device)
+        for call in self.calls:
+            part = op([tensors[i] for i in call.indices], [self.offsets[i] for i in call.indices], call.per_tensor)
+            out[call.rows] += part.view(-1, *trailing).to(out.device)
+        return out
+
+    def project(self, tensors: Sequence[Tensor], bases: Tensor, scales: Tensor | None = None) -> Tensor:
+        """Coefficients ``[T, D*k]`` float64 of tensors laid out like the parameters on bases ``[D, k, N]``."""
+
+        def op(part: list[Tensor], offsets: list[int], per_tensor: bool) -> Tensor:
+            return torch.ops.carerl.project.list(part, bases, offsets, scales, torch.float64, per_tensor)
+
+        return self.gather(tensors, op, (bases.shape[0] * bases.shape[1],))
+
+    def gram(self, bases: Tensor, tensors: Sequence[Tensor], scales: Tensor | None = None) -> Tensor:
+        """Gram matrices ``[T, K+1, K+1]`` float64 of the rows and the tensors."""
+
+        def op(part: list[Tensor], offsets: list[int], per_tensor: bool) -> Tensor:
+            return torch.ops.carerl.gram.list(bases, part, offsets, scales, per_tensor)
+
+        rows = bases.shape[:-1].numel() + 1
+        return self.gather(tensors, op, (rows, rows))
+
+    def edit_(
+        self, tensors: Sequence[Tensor], bases: Tensor, mix: Tensor, scale: Tensor, scales: Tensor | None = None
+    ) -> None:
+        """``tensor <- scale*(tensor + mix U)`` in place; mix ``[T, D*k]``, scale ``[T]``."""
+        mix, scale = mix.float(), scale.float()
+        for call in self.calls:
+            torch.ops.carerl.edit_.list(
+                [tensors[i] for i in call.indices],
+                bases,
+                [self.offsets[i] for i in call.indices],
+                mix[call.rows],
+                scale[call.rows],
+                scales,
+                call.per_tensor,
+            )
+
+    def rotate_(self, bases: Tensor, tensors: Sequence[Tensor], q: Tensor, seed: int = 0) -> None:
+        """``U <- q [U; g]`` in place on one domain's rows ``[k, N]``; q ``[T, k', k+1]``."""
+        q = q.float()
+        for call in self.calls:
+            part = q[call.rows] if call.per_tensor else q[call.row]
+            torch.ops.carerl.rotate_.list(
+                bases,
+                [tensors[i] for i in call.indices],
+                [self.offsets[i] for i in call.indices],
+                part.contiguous(),
+                call.per_tensor,
+                seed,
+            )
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    if type(tensor).__name__ == "DTensor" or type(tensor.data).__name__ == "DTensor":
+        raise ValueError(f"parameter {name!r}: expected a plain tensor, found a sharded DTensor; unshard it first")
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"parameter {name!r}: expected float32, bfloat16 or float16, found {tensor.dtype}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"parameter {name!r}: expected a contiguous tensor, found strides {tensor.stride()}")

@@ -20,8 +20,8 @@ class _Rows:
     """The rows of a basis stack, dequantised a chunk at a time."""
 
     def __init__(self, bases: Tensor, scales: Tensor | None):
-        self.rows = bases.reshape(-1, bases.shape[-1])
-        self.scales = None if scales is None else scales.reshape(-1, scales.shape[-1])
+        self.rows = bases.flatten(0, -2)  # flatten, not reshape(-1, N): N may be 0
+        self.scales = None if scales is None else scales.flatten(0, -2)
         self.block = 0 if scales is None else _ops.block_of("reference", bases.shape[-1], scales.shape[-1])
 
     def read(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
@@ -201,7 +201,7 @@ def edit_rotate_list(grads, bases, offsets, mix, scale, domain, q, per_tensor=Fa
 def _dacsp(grads, offsets, bases, weights, root, scales, per_tensor) -> tuple[Tensor, Tensor]:
     coeffs = _coefficients(grads, offsets, bases, scales, per_tensor)
     classes, mix = dacsp_core(coeffs, *weights, root)
-    mix32 = mix.float().view(-1, mix.shape[-1])
+    mix32 = torch.atleast_2d(mix.float())
     _edit(grads, offsets, bases, mix32, torch.ones_like(mix32[:, 0]), scales)
     batch = grads.shape[:-1] if isinstance(grads, Tensor) else coeffs.shape[:-1]
     shape = tuple(batch) + tuple(bases.shape[:2])

@@ -1,0 +1,43 @@
+"""Fixtures of the op tests: every test that takes ``op`` runs once per backend that can run here."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault(
+    "OPENBLAS_NUM_THREADS", "1"
+)  # read when numpy is imported; the oracle shall not fight the kernels
+
+import pytest
+import torch
+from helpers import BACKENDS, GPU_BACKENDS, Backend
+from hypothesis import settings
+
+settings.register_profile(
+    "repeatable", deadline=None, derandomize="CARERL_TEST_SEED" not in os.environ, max_examples=40
+)
+settings.load_profile("repeatable")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a GPU, or runs GPU kernels under emulation")
+    torch.set_num_threads(1)  # workers share the cores; tests of threading ask for more themselves
+
+
+def _parameter(backend: Backend):
+    return pytest.param(backend, id=backend.name, marks=[pytest.mark.gpu] if backend.name in GPU_BACKENDS else [])
+
+
+@pytest.fixture(params=[_parameter(b) for b in BACKENDS if b.missing() is None])
+def op(request: pytest.FixtureRequest) -> Backend:
+    """The kernels under test, called by overload: ``op("project.list", ...)``."""
+    return request.param
+
+
+@pytest.fixture(params=[1, 2, 3], ids=lambda threads: f"{threads}threads")
+def threads(request: pytest.FixtureRequest):
+    """Runs the test with this many intra-op threads; an odd count leaves an uneven last share."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

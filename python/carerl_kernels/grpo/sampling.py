@@ -1,0 +1,206 @@
+"""Batched sampling from any transformers causal LM: uneven prompts, KV cache, one prefill per prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .text import SpecialTokens, forward_accepts, left_pad, position_ids
+
+
+@dataclass
+class Rollout:
+    """Prompts with sampled completions, rows of one prompt adjacent.
+
+    Attributes:
+        prompt_ids: [B, P] left-padded.
+        prompt_mask: [B, P].
+        completion_ids: [B, L] right-padded; the end-of-sequence token belongs to the completion.
+        completion_mask: [B, L] 1 up to and including the end of sequence.
+        logps: [B, L] log-probabilities of the sampled tokens at the sampling temperature, before top-p; 0 on padding.
+        entropy: [B, L] entropy in nats of the distribution each token was drawn from; 0 on padding.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    completion_ids: Tensor
+    completion_mask: Tensor
+    logps: Tensor
+    entropy: Tensor
+
+    @property
+    def input_ids(self) -> Tensor:
+        return torch.cat([self.prompt_ids, self.completion_ids], 1)  # [B, P+L]
+
+    @property
+    def attention_mask(self) -> Tensor:
+        return torch.cat([self.prompt_mask, self.completion_mask], 1)  # [B, P+L]
+
+    @property
+    def tokens(self) -> int:
+        """Sampled tokens without padding."""
+        return int(self.completion_mask.sum())
+
+    def completions(self) -> list[list[int]]:
+        """Token ids of each completion without padding."""
+        lengths = self.completion_mask.sum(1).tolist()
+        return [row[:n] for row, n in zip(self.completion_ids.tolist(), lengths, strict=True)]
+
+    def select(self, rows: Tensor) -> Rollout:
+        """Some rows, with columns that are padding in all of them trimmed off."""
+        prompt_mask, completion_mask = self.prompt_mask[rows], self.completion_mask[rows]
+        first = prompt_mask.shape[1] - int(prompt_mask.sum(1).max())
+        last = int(completion_mask.sum(1).max())
+        return Rollout(
+            prompt_ids=self.prompt_ids[rows][:, first:],
+            prompt_mask=prompt_mask[:, first:],
+            completion_ids=self.completion_ids[rows][:, :last],
+            completion_mask=completion_mask[:, :last],
+            logps=self.logps[rows][:, :last],
+            entropy=self.entropy[rows][:, :last],
+        )
+
+
+def tempered_log_softmax(logits: Tensor, temperature: float, banned: Sequence[int]) -> Tensor:
+    """Log-probabilities [..., V] in fp32 (at least) of the policy: logits / temperature, banned ids removed.
+
+    A banned id gets the lowest finite number instead of -inf: its probability is 0 all the same, but p * log p stays
+    0 instead of NaN.
+    """
+    scaled = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    if temperature != 1.0:
+        scaled = scaled / temperature
+    if banned:
+        index = torch.tensor(banned, device=logits.device)
+        scaled = scaled.index_fill(-1, index, torch.finfo(scaled.dtype).min)
+    return scaled.log_softmax(-1)
+
+
+def nucleus(logp: Tensor, top_p: float) -> Tensor:
+    """Log-probabilities [B, V] with everything outside the smallest set of mass >= top_p at -inf (not renormalised)."""
+    if top_p >= 1.0:
+        return logp
+    ordered, order = logp.sort(-1, descending=True)
+    before = ordered.exp().cumsum(-1) - ordered.exp()  # mass of strictly likelier tokens; the first is always kept
+    drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
+    return logp.masked_fill(drop, -torch.inf)
+
+
+@torch.no_grad()
+def sample(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    tokens: SpecialTokens,
+    *,
+    num_samples: int = 1,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Rollout:
+    """Sample `num_samples` completions of every prompt.
+
+    Prompts are prefilled once each and their cache repeated, then all rows decode in lockstep until every row has
+    ended or reached the limit. The model is in eval mode meanwhile and back in its own mode afterwards.
+
+    Args:
+        model: Causal LM whose output has `logits` and `past_key_values`.
+        prompts: Token ids, lengths may differ.
+        tokens: Padding, end and banned ids.
+        num_samples: Completions per prompt; row i*num_samples+j is the j-th of prompt i.
+        max_new_tokens: Limit L on the completion, its end-of-sequence token included.
+        temperature: 0 takes the likeliest token (log-probabilities are then those at temperature 1).
+        top_p: Nucleus.
+        generator: On the model's device; None uses torch's global one.
+
+    Returns:
+        The completions with the log-probabilities they were sampled at.
+
+    Raises:
+        ValueError: No prompt, an empty prompt, or numbers out of range.
+        FloatingPointError: The model's logits are not finite.
+    """
+    if not prompts or not all(len(p) for p in prompts):
+        raise ValueError("sample: expected one or more prompts of at least one token each")
+    if num_samples < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            "sample: expected num_samples >= 1, max_new_tokens >= 1, temperature >= 0 and 0 < top_p <= 1, "
+            f"found {num_samples}, {max_new_tokens}, {temperature}, {top_p}"
+        )
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    try:
+        return _decode(model, prompts, tokens, num_samples, max_new_tokens, temperature, top_p, generator, device)
+    finally:
+        model.train(was_training)
+
+
+def _decode(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    tokens: SpecialTokens,
+    num_samples: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    generator: torch.Generator | None,
+    device: torch.device,
+) -> Rollout:
+    prompt_ids, prompt_mask = left_pad(prompts, tokens.pad, device)  # [P0, P]
+    with_positions = forward_accepts(model, "position_ids")
+    last_only = {"logits_to_keep": 1} if forward_accepts(model, "logits_to_keep") else {}
+
+    def step(ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        kwargs = dict(last_only, position_ids=positions) if with_positions else dict(last_only)
+        out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **kwargs)
+        return out.logits[:, -1], out.past_key_values
+
+    positions = position_ids(prompt_mask)
+    logits, cache = step(prompt_ids, prompt_mask, positions, None)
+    if not bool(torch.isfinite(logits).all()):
+        # one check per batch: a diverged model would otherwise surface as an obscure multinomial error, or not at all
+        raise FloatingPointError("sample: the model's logits are not finite; its weights have diverged or are corrupt")
+    if num_samples > 1:
+        cache.batch_repeat_interleave(num_samples)
+        prompt_ids, prompt_mask, positions, logits = (
+            t.repeat_interleave(num_samples, 0) for t in (prompt_ids, prompt_mask, positions, logits)
+        )
+
+    rows = prompt_ids.shape[0]  # B
+    eos = torch.tensor(tokens.eos, device=device)
+    alive = torch.ones(rows, dtype=torch.bool, device=device)
+    position = positions[:, -1]
+    mask = prompt_mask
+    ids_out, mask_out, logp_out, entropy_out = [], [], [], []
+    for t in range(max_new_tokens):
+        logp = tempered_log_softmax(logits, temperature or 1.0, tokens.banned)  # [B, V]
+        if temperature == 0:
+            chosen = logp.argmax(-1)
+        else:
+            chosen = torch.multinomial(nucleus(logp, top_p).exp(), 1, generator=generator)[:, 0]
+        chosen_logp = logp.gather(-1, chosen[:, None])[:, 0]
+        ids_out.append(torch.where(alive, chosen, tokens.pad))
+        mask_out.append(alive)
+        logp_out.append(torch.where(alive, chosen_logp, 0.0))
+        entropy_out.append(torch.where(alive, -(logp.exp() * logp).sum(-1), 0.0))
+        step_mask = alive
+        alive = alive & ~torch.isin(chosen, eos)
+        if t + 1 == max_new_tokens or not bool(alive.any()):
+            break
+        # rows that have ended keep decoding padding nobody attends to: cheaper than compacting the cache
+        mask = torch.cat([mask, step_mask.long()[:, None]], 1)
+        position = position + 1
+        logits, cache = step(ids_out[-1][:, None], mask, position[:, None], cache)
+    return Rollout(
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        completion_ids=torch.stack(ids_out, 1),
+        completion_mask=torch.stack(mask_out, 1).long(),
+        logps=torch.stack(logp_out, 1),
+        entropy=torch.stack(entropy_out, 1),
+    )

@@ -1,0 +1,50 @@
+"""Thin GRPO reference trainer: any transformers causal LM, several verifiable domains, exact resume.
+
+Importing it loads torch and pydantic only; transformers, matplotlib and rich are imported where they are used.
+"""
+
+from .advantages import group_advantages, informative_fraction
+from .config import GRPOConfig, Stage, lr_factor
+from .domain import Domain, Example, RewardError
+from .evaluate import evaluate
+from .learner import Guard
+from .logprobs import answer_logprobs, answer_loss, completion_logprobs, success_probability
+from .losses import LossStats, kl_k3, policy_loss
+from .rollout import Batch, prompt_counts, rollout
+from .rundir import CheckpointError, RunDirectory
+from .sampling import Rollout, nucleus, sample
+from .text import SpecialTokens, encode_answer, encode_prompt, special_tokens
+from .trainer import GRPOTrainer
+
+__all__ = [
+    "Batch",
+    "CheckpointError",
+    "Domain",
+    "Example",
+    "GRPOConfig",
+    "GRPOTrainer",
+    "Guard",
+    "LossStats",
+    "Rollout",
+    "RewardError",
+    "RunDirectory",
+    "SpecialTokens",
+    "Stage",
+    "answer_logprobs",
+    "answer_loss",
+    "completion_logprobs",
+    "encode_answer",
+    "encode_prompt",
+    "evaluate",
+    "group_advantages",
+    "informative_fraction",
+    "kl_k3",
+    "lr_factor",
+    "nucleus",
+    "policy_loss",
+    "prompt_counts",
+    "rollout",
+    "sample",
+    "special_tokens",
+    "success_probability",
+]

@@ -1,0 +1,72 @@
+"""How good the policy is in each domain, measured without disturbing training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .domain import Domain
+from .logprobs import success_probability
+from .sampling import sample
+from .text import SpecialTokens, decode, encode_prompt
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    domain: Domain,
+    tokens: SpecialTokens,
+    *,
+    max_new_tokens: int,
+    num_samples: int = 1,
+    temperature: float = 1.0,
+    batch_size: int = 256,
+    seed: int = 0,
+) -> float:
+    """Mean success over `domain.eval_examples`.
+
+    With eval_mode "exact": the mean probability at temperature 1 of writing the answer and stopping. With "sampled":
+    the mean reward of `num_samples` completions per example, drawn from a generator of its own so that evaluating
+    more or less often changes nothing in training.
+
+    Args:
+        model: Causal LM.
+        tokenizer: Its tokenizer.
+        domain: With eval_examples.
+        tokens: Padding, end and banned ids.
+        max_new_tokens: The sampler's limit.
+        num_samples: Completions per example (sampled mode).
+        temperature: Of the sampled mode.
+        batch_size: Sequences at once.
+        seed: Of the sampled mode's generator.
+
+    Raises:
+        ValueError: The domain has no eval_examples.
+    """
+    examples = list(domain.eval_examples)
+    if not examples:
+        raise ValueError(f"domain {domain.name!r} has no eval_examples; give it some to measure accuracy")
+    total = 0.0
+    if domain.eval_mode == "exact":
+        for i in range(0, len(examples), batch_size):
+            chunk = examples[i : i + batch_size]
+            total += float(success_probability(model, tokenizer, chunk, tokens, max_new_tokens=max_new_tokens).sum())
+        return total / len(examples)
+    device = next(model.parameters()).device
+    generator = torch.Generator(device=device).manual_seed(seed)
+    per_batch = max(1, batch_size // num_samples)
+    for i in range(0, len(examples), per_batch):
+        chunk = examples[i : i + per_batch]
+        rollout = sample(
+            model,
+            [encode_prompt(tokenizer, e.prompt) for e in chunk],
+            tokens,
+            num_samples=num_samples,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            generator=generator,
+        )
+        texts = decode(tokenizer, rollout.completions())
+        total += sum(domain.score(chunk[j // num_samples], text) for j, text in enumerate(texts))
+    return total / (len(examples) * num_samples)

@@ -1,0 +1,131 @@
+"""From domains to a judged batch: draw prompts, sample completions, score them, turn scores into advantages."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .advantages import group_advantages
+from .config import GRPOConfig
+from .domain import Domain, Example
+from .sampling import Rollout, sample
+from .text import SpecialTokens, decode, encode_prompt
+
+
+@dataclass
+class Batch:
+    """B judged completions; completions of one prompt are adjacent.
+
+    Attributes:
+        rollout: Tokens and log-probabilities.
+        texts: B decoded completions.
+        rewards: [B] float64.
+        group_ids: [B] number of the prompt.
+        advantages: [B] float32.
+        domains: B domain names.
+    """
+
+    rollout: Rollout
+    texts: list[str]
+    rewards: Tensor
+    group_ids: Tensor
+    advantages: Tensor
+    domains: list[str]
+
+    @property
+    def domain(self) -> str | None:
+        """The domain of the batch, None when it mixes several."""
+        return self.domains[0] if len(set(self.domains)) == 1 else None
+
+    def reward_by_domain(self) -> dict[str, float]:
+        """Mean reward of each domain present."""
+        sums: dict[str, list[float]] = {}
+        for name, reward in zip(self.domains, self.rewards.tolist(), strict=True):
+            sums.setdefault(name, []).append(reward)
+        return {name: sum(values) / len(values) for name, values in sums.items()}
+
+
+def prompt_counts(own: Sequence[str], earlier: Sequence[str], total: int, replay: float, step: int) -> dict[str, int]:
+    """How many of a step's prompts each domain gets.
+
+    `round(replay * total)` go to earlier domains (none before there are any), the rest to the stage's own; each share
+    is split evenly, and what does not divide rotates with `step`.
+    """
+    replayed = round(replay * total) if earlier else 0
+    counts: dict[str, int] = {}
+    for names, share in ((own, total - replayed), (earlier, replayed)):
+        for j in range(share):
+            name = names[(step * share + j) % len(names)]
+            counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+def rollout(
+    model: Any,
+    tokenizer: Any,
+    tokens: SpecialTokens,
+    domains: Mapping[str, Domain],
+    counts: Mapping[str, int],
+    config: GRPOConfig,
+    *,
+    rng: random.Random,
+    generator: torch.Generator | None = None,
+    phase: Callable[[str], AbstractContextManager[Any]] | None = None,
+) -> Batch:
+    """Draw prompts, sample `config.group_size` completions each, score and compare them.
+
+    Args:
+        model: Policy.
+        tokenizer: Its tokenizer.
+        tokens: Padding, end and banned ids.
+        domains: By name.
+        counts: Prompts per domain name.
+        config: Sampling and advantage settings.
+        rng: Draws prompts.
+        generator: Samples tokens; on the model's device.
+        phase: Context manager factory timing the phases "sample" and "reward".
+
+    Raises:
+        RewardError: A verifier returned no finite number.
+    """
+    examples: list[Example] = []
+    names: list[str] = []
+    for name, count in counts.items():
+        examples += domains[name].draw(rng, count)
+        names += [name] * count
+    with _phase(phase, "sample"):
+        sampled = sample(
+            model,
+            [encode_prompt(tokenizer, e.prompt) for e in examples],
+            tokens,
+            num_samples=config.group_size,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            generator=generator,
+        )
+    with _phase(phase, "reward"):
+        texts = decode(tokenizer, sampled.completions())
+        owners = [i for i in range(len(examples)) for _ in range(config.group_size)]
+        rewards = [domains[names[i]].score(examples[i], text) for i, text in zip(owners, texts, strict=True)]
+    device = sampled.completion_ids.device
+    reward_tensor = torch.tensor(rewards, dtype=torch.float64, device=device)
+    group_ids = torch.tensor(owners, device=device)
+    return Batch(
+        rollout=sampled,
+        texts=texts,
+        rewards=reward_tensor,
+        group_ids=group_ids,
+        advantages=group_advantages(reward_tensor, group_ids, normalize_std=config.advantage_std),
+        domains=[names[i] for i in owners],
+    )
+
+
+def _phase(phase: Callable[[str], AbstractContextManager[Any]] | None, name: str) -> AbstractContextManager[Any]:
+    return nullcontext() if phase is None else phase(name)

@@ -1,0 +1,243 @@
+"""A run's directory: configuration, metrics as JSON lines, checkpoints that are complete or absent.
+
+config.json                    settings, stages, domains
+metrics.jsonl                  one object per step (step 0: the evaluation before training)
+bases/NAME.safetensors         written by the guard at the end of each stage
+checkpoints/step-00000040/     model.safetensors, state.pt
+reference.safetensors          only with a KL term
+accuracy.png, training.png
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import uuid
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint or run directory does not belong to this run, or is damaged."""
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace a file's content in one step: readers see the old or the new, a full disk leaves the old."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters (tied ones once) and persistent buffers by name."""
+    tensors = {n: p.detach() for n, p in model.named_parameters()}
+    for prefix, module in model.named_modules():
+        transient = module._non_persistent_buffers_set
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in transient:
+                tensors[f"{prefix}.{name}" if prefix else name] = buffer.detach()
+    return tensors
+
+
+def save_weights(path: Path, model: nn.Module) -> None:
+    """Write a model's tensors as safetensors, atomically."""
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        save_file({n: t.contiguous().cpu() for n, t in model_tensors(model).items()}, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Copy stored tensors into a model, in place (optimizers keep pointing at the same parameters).
+
+    Raises:
+        CheckpointError: Names, shapes or dtypes differ; nothing is copied then.
+    """
+    from safetensors.torch import load_file
+
+    stored, own = load_file(path), model_tensors(model)
+    missing, extra = sorted(own.keys() - stored.keys()), sorted(stored.keys() - own.keys())
+    odd = [
+        f"{n}: expected {tuple(own[n].shape)} {own[n].dtype}, found {tuple(stored[n].shape)} {stored[n].dtype}"
+        for n in own.keys() & stored.keys()
+        if own[n].shape != stored[n].shape or own[n].dtype != stored[n].dtype
+    ]
+    if missing or extra or odd:
+        raise CheckpointError(
+            f"{path} belongs to another model: missing {missing[:3]}, unknown {extra[:3]}, differing {odd[:3]}; "
+            "resume with the model that the run was started with"
+        )
+    for name, tensor in own.items():
+        tensor.copy_(stored[name])
+
+
+def rng_state() -> dict[str, Any]:
+    """States of the global generators of Python, numpy and torch (all devices): verifiers and dropout may use them."""
+    import numpy as np
+
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    words = torch.from_numpy(np.asarray(keys).astype(np.int64))
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (kind, words, int(position), int(has_gauss), float(cached)),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Inverse of `rng_state`."""
+    import numpy as np
+
+    random.setstate(nested_tuples(state["python"]))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def nested_tuples(value: Any) -> Any:
+    """Lists to tuples all the way down, as `random.setstate` insists."""
+    return tuple(nested_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+class RunDirectory:
+    """Files of one run. See the module's text for the layout."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.config_path = self.path / "config.json"
+        self.checkpoints_path = self.path / "checkpoints"
+
+    def start(self, config: Mapping[str, Any]) -> None:
+        """Create the directory for a new run.
+
+        Raises:
+            CheckpointError: It holds a run already.
+        """
+        if self.config_path.exists() or self.metrics_path.exists():
+            raise CheckpointError(
+                f"{self.path} already holds a run; resume it with run(..., resume=True) or choose another directory"
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "bases").mkdir(exist_ok=True)
+        write_atomic(self.config_path, (json.dumps(config, indent=2) + "\n").encode())
+        self.metrics_path.touch()
+
+    def check(self, settings: Mapping[str, Any], cosmetic: Collection[str]) -> None:
+        """Compare settings with those the run was started with.
+
+        Args:
+            settings: As given to `start`.
+            cosmetic: Names under "config" that may differ.
+
+        Raises:
+            CheckpointError: They differ, or the stored ones are unreadable.
+        """
+        try:
+            stored = json.loads(self.config_path.read_text())
+            theirs = {**stored.pop("config"), **stored}
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise CheckpointError(f"{self.config_path} is unreadable ({e}); cannot resume {self.path}") from e
+        ours = json.loads(json.dumps(settings))  # tuples become lists, as they are when read back
+        ours = {**ours.pop("config"), **ours}
+        names = [n for n in sorted(ours.keys() | theirs.keys()) if n not in cosmetic and ours.get(n) != theirs.get(n)]
+        if names:
+            listed = "; ".join(f"{n}: expected {theirs.get(n)!r}, found {ours.get(n)!r}" for n in names)
+            raise CheckpointError(
+                f"cannot resume {self.path} exactly with other settings: {listed}; restore them, or start anew in "
+                "another directory"
+            )
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Add one line of metrics; a non-finite number is written as null (JSON has none)."""
+        with open(self.metrics_path, "a") as f:
+            f.write(json.dumps(_finite(line)) + "\n")
+
+    def truncate(self, last_step: int) -> list[dict[str, Any]]:
+        """Forget metrics after `last_step` (and a line cut short by the interruption); returns what remains.
+
+        Raises:
+            CheckpointError: Fewer lines than the checkpoint had seen.
+        """
+        kept: list[dict[str, Any]] = []
+        for text in self.metrics_path.read_text().splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                break
+            if line["step"] > last_step:
+                break
+            kept.append(line)
+        if [line["step"] for line in kept] != list(range(last_step + 1)):
+            raise CheckpointError(
+                f"{self.metrics_path}: expected lines for steps 0..{last_step} of the checkpoint, found {len(kept)}; "
+                "the file was edited or lost"
+            )
+        write_atomic(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        return kept
+
+    def save_checkpoint(self, step: int, model: nn.Module, state: Mapping[str, Any], keep: int) -> None:
+        """Write a checkpoint and drop the oldest beyond `keep`. Complete under its final name, or absent."""
+        final = self.checkpoints_path / f"step-{step:08d}"
+        temporary = self.checkpoints_path / f".tmp-{uuid.uuid4().hex[:8]}"
+        temporary.mkdir(parents=True)
+        try:
+            save_weights(temporary / "model.safetensors", model)
+            torch.save(dict(state), temporary / "state.pt")
+            if final.exists():  # same step, saved before the interruption that we resumed from
+                shutil.rmtree(final)
+            os.replace(temporary, final)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for old in self.checkpoints()[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return sorted(self.checkpoints_path.glob("step-*")) if self.checkpoints_path.exists() else []
+
+    def load_checkpoint(self, model: nn.Module) -> dict[str, Any] | None:
+        """Copy the latest checkpoint's weights into the model and return its state; None without a checkpoint.
+
+        Raises:
+            CheckpointError: Another model, or a damaged file.
+        """
+        paths = self.checkpoints()
+        if not paths:
+            return None
+        try:
+            state = torch.load(paths[-1] / "state.pt", map_location="cpu", weights_only=True)
+        except Exception as e:
+            raise CheckpointError(f"{paths[-1]} is damaged ({e}); delete it to resume from an earlier one") from e
+        load_weights(paths[-1] / "model.safetensors", model)
+        return dict(state)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, float) and not (value == value and abs(value) != float("inf")):
+        return None
+    return value

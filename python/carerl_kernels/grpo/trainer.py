@@ -1,0 +1,300 @@
+"""The run: stages in order, guard attached, evaluation, records, exact resume."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import COSMETIC_FIELDS, GRPOConfig, Stage, lr_factor, stage_names
+from .domain import Domain, domain_table
+from .evaluate import evaluate
+from .learner import Guard, Learner
+from .plots import plot_accuracy, plot_training
+from .progress import StageProgress
+from .rollout import prompt_counts
+from .rundir import (
+    CheckpointError,
+    RunDirectory,
+    load_weights,
+    nested_tuples,
+    rng_state,
+    save_weights,
+    set_rng_state,
+    write_atomic,
+)
+
+
+class GRPOTrainer:
+    """Trains a causal LM with GRPO over several domains, in sequence or mixed, optionally behind a guard.
+
+    Args:
+        model: Any transformers causal LM. Losses run in the mode (train or eval) it arrives in.
+        tokenizer: Its tokenizer.
+        domains: What can be trained and evaluated.
+        config: Settings; defaults if None.
+        guard: Edits what the optimizer does to protect earlier domains; None trains plainly.
+        run_dir: Where records go; None keeps them in `history` only, without resume.
+        make_optimizer: `make_optimizer(parameters) -> Optimizer`; default AdamW of the configuration. The trainer sets
+            every group's "lr" before each step.
+        on_step: Called with each line of metrics after it is on disk.
+
+    Attributes:
+        history: The lines of metrics.jsonl.
+        guard_reports: `guard.report()` at the end of each stage run by this process, by stage name.
+        seconds: Wall-clock seconds per phase of this process: sample, reward, loss, step, guard, probe, eval, save.
+
+    Raises:
+        ValueError: Domains without distinct names, nothing to train, or no end-of-sequence token.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        domains: Sequence[Domain],
+        config: GRPOConfig | None = None,
+        *,
+        guard: Guard | None = None,
+        run_dir: Path | str | None = None,
+        make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
+        on_step: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.guard = model, tokenizer, guard
+        self.config = config or GRPOConfig()
+        self.domains = domain_table(domains)
+        self.directory = None if run_dir is None else RunDirectory(run_dir)
+        self.history: list[dict[str, Any]] = []
+        self.guard_reports: dict[str, dict[str, Any]] = {}
+        self._learner = Learner(model, tokenizer, self.domains, self.config, guard)
+        self._clock = self._learner.clock
+        self.seconds = self._clock.totals
+        self._make_optimizer = make_optimizer or self._adamw
+        self._on_step = on_step
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._step = 0
+
+    def run(self, stages: Sequence[Stage], *, resume: bool = False) -> list[dict[str, Any]]:
+        """Train the stages in order.
+
+        Args:
+            stages: What to train, and for how long.
+            resume: Continue the run in `run_dir` from its latest checkpoint, or start it when there is none yet. The
+                result is bitwise that of an uninterrupted run on the same machine and thread count (timings aside).
+                Model, tokenizer, domains and guard must be built as for the first start; weights come from the disk.
+
+        Returns:
+            `history`.
+
+        Raises:
+            ValueError: A stage names an unknown domain, or resume without run_dir.
+            CheckpointError: run_dir holds a run already (without resume), or one with other settings.
+            RewardError: A verifier returned no finite number.
+            FloatingPointError: The model diverged.
+        """
+        stages = list(stages)
+        unknown = sorted({d for s in stages for d in s.domains} - self.domains.keys())
+        if not stages or unknown:
+            raise ValueError(f"expected stages over the domains {list(self.domains)}, found {unknown or 'no stage'}")
+        if resume and self.directory is None:
+            raise ValueError("resume=True needs the run_dir of the run to continue")
+        names = stage_names(stages)
+        state = self._open(stages, resume)
+        first, offset = (0, 0) if state is None else (state["stage"], state["stage_step"])
+        if state is not None and first == len(stages):
+            self._restore(state)
+        with StageProgress(self.config.progress) as progress:
+            if state is None:
+                scores = self._evaluate()
+                self._record({"step": 0, "stage": None, "eval": scores, "seconds": self._clock.drain()})
+                self._checkpoint(0, 0)
+            for i in range(first, len(stages)):
+                progress.start(names[i], stages[i].steps, offset)
+                self._run_stage(stages, i, names[i], offset, state, progress)
+                state, offset = None, 0
+        self._finish(stages, names)
+        return self.history
+
+    # ---- stages
+
+    def _run_stage(
+        self,
+        stages: list[Stage],
+        index: int,
+        name: str,
+        offset: int,
+        state: dict[str, Any] | None,
+        progress: StageProgress,
+    ) -> None:
+        stage, config = stages[index], self.config
+        if self._optimizer is None or config.fresh_optimizer:
+            self._optimizer = self._make_optimizer(self._learner.parameters)
+        optimizer = self._optimizer
+        self._set_reference(index, offset)
+        if state is not None and offset == 0:
+            self._restore(state)
+        earlier = [d for d in dict.fromkeys(d for s in stages[:index] for d in s.domains) if d not in stage.domains]
+        with self._guarded(name, optimizer):
+            if state is not None and offset > 0:
+                self._restore(state)  # inside the stage: the guard's recording in progress is part of it
+            for done in range(offset, stage.steps):
+                lr = (stage.lr or config.lr) * lr_factor(
+                    done, stage.steps, warmup=config.warmup_steps, decay=config.decay, final=config.final_lr_fraction
+                )
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                counts = prompt_counts(stage.domains, earlier, config.prompts_per_step, config.replay_fraction, done)
+                metrics = self._learner.step(optimizer, counts)
+                self._step += 1
+                last = done + 1 == stage.steps
+                if last or (config.eval_every and (done + 1) % config.eval_every == 0):
+                    metrics["eval"] = self._evaluate()
+                position = {"step": self._step, "stage": name, "stage_step": done + 1, "lr": lr}
+                line = {**position, **metrics, "seconds": self._clock.drain()}
+                self._record(line)
+                if config.checkpoint_every and (done + 1) % config.checkpoint_every == 0 and not last:
+                    self._checkpoint(index, done + 1)
+                progress.advance(line)
+                if self._on_step is not None:
+                    self._on_step(line)
+        if self.guard is not None:
+            self.guard_reports[name] = self.guard.report()
+            if self.directory is not None:
+                text = json.dumps(self.guard_reports[name], indent=2, default=str) + "\n"
+                write_atomic(self.directory.path / "bases" / f"{name}.report.json", text.encode())
+        self._checkpoint(index + 1, 0)
+
+    @contextmanager
+    def _guarded(self, name: str, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """Guard attached and recording for the length of a stage."""
+        if self.guard is None:
+            yield
+            return
+        path = None if self.directory is None else self.directory.path / "bases" / f"{name}.safetensors"
+        with ExitStack() as stack:
+            with self._clock("guard"):
+                self.guard.attach(optimizer)
+                stack.callback(self.guard.detach)
+            stack.enter_context(self._clock.around("guard", self.guard.stage(name, path=path)))
+            yield
+
+    def _adamw(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        config = self.config
+        return torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+
+    def _set_reference(self, index: int, offset: int) -> None:
+        """Freeze the weights that the KL term compares with, or bring the frozen ones back after an interruption."""
+        if self.config.kl_beta == 0:
+            return
+        path = None if self.directory is None else self.directory.path / "reference.safetensors"
+        starts_here = offset == 0 and (index == 0 or self.config.kl_reference == "stage")
+        if self._learner.reference is None:
+            self._learner.reference = copy.deepcopy(self.model).eval().requires_grad_(False)
+            if not starts_here and path is not None:
+                load_weights(path, self._learner.reference)
+        if starts_here:
+            self._learner.reference.load_state_dict(self.model.state_dict())
+            if path is not None:
+                save_weights(path, self.model)
+
+    def _evaluate(self) -> dict[str, float]:
+        config = self.config
+        with self._clock("eval"):
+            return {
+                name: evaluate(
+                    self.model,
+                    self.tokenizer,
+                    domain,
+                    self._learner.tokens,
+                    max_new_tokens=config.max_new_tokens,
+                    num_samples=config.eval_samples,
+                    batch_size=config.eval_batch_size,
+                    seed=config.seed,
+                )
+                for name, domain in self.domains.items()
+                if domain.eval_examples
+            }
+
+    # ---- records
+
+    def _open(self, stages: list[Stage], resume: bool) -> dict[str, Any] | None:
+        """Start the run directory, or load weights, metrics and state of the latest checkpoint."""
+        if self.directory is None:
+            return None
+        settings = {
+            "config": self.config.model_dump(mode="json"),
+            "stages": [{"domain": s.domain, "steps": s.steps, "lr": s.lr} for s in stages],
+            "domains": list(self.domains),
+            "guarded": self.guard is not None,
+            "parameters": sum(p.numel() for p in self._learner.parameters),
+        }
+        if not resume or not self.directory.config_path.exists():
+            self.directory.start(settings)
+            return None
+        self.directory.check(settings, COSMETIC_FIELDS)
+        state = self.directory.load_checkpoint(self.model)
+        if state is None:
+            raise CheckpointError(
+                f"{self.directory.path} was interrupted before its first checkpoint; delete it and start anew"
+            )
+        self.history = self.directory.truncate(state["step"])
+        self._step = state["step"]
+        return state
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Random states, optimizer and guard as they were."""
+        if state["optimizer"] is not None:
+            if self._optimizer is None:
+                self._optimizer = self._make_optimizer(self._learner.parameters)
+            self._optimizer.load_state_dict(state["optimizer"])
+        if self.guard is not None:
+            self.guard.load_state_dict(state["guard"])
+        self._learner.rng.setstate(nested_tuples(state["prompts"]))
+        self._learner.generator.set_state(state["sampler"])
+        set_rng_state(state["global"])
+
+    def _checkpoint(self, stage: int, stage_step: int) -> None:
+        if self.directory is None:
+            return
+        carries = self._optimizer is not None and (stage_step > 0 or not self.config.fresh_optimizer)
+        state = {
+            "step": self._step,
+            "stage": stage,
+            "stage_step": stage_step,
+            "optimizer": self._optimizer.state_dict() if carries and self._optimizer is not None else None,
+            "guard": None if self.guard is None else self.guard.state_dict(),
+            "prompts": self._learner.rng.getstate(),
+            "sampler": self._learner.generator.get_state(),
+            "global": rng_state(),
+        }
+        with self._clock("save"):
+            self.directory.save_checkpoint(self._step, self.model, state, self.config.keep_checkpoints)
+
+    def _record(self, line: dict[str, Any]) -> None:
+        self.history.append(line)
+        if self.directory is not None:
+            self.directory.append(line)
+
+    def _finish(self, stages: list[Stage], names: list[str]) -> None:
+        """The trained model in transformers' own format, and pictures."""
+        if self.directory is None:
+            return
+        model: Any = self.model
+        if hasattr(model, "save_pretrained"):
+            model.save_pretrained(self.directory.path / "model")
+            self.tokenizer.save_pretrained(self.directory.path / "model")
+        if not self.config.plots:
+            return
+        ends = [sum(s.steps for s in stages[: i + 1]) for i in range(len(stages))]
+        try:
+            plot_accuracy(self.directory.path / "accuracy.png", self.history, list(zip(ends, names, strict=True)))
+            plot_training(self.directory.path / "training.png", self.history, list(zip(ends, names, strict=True)))
+        except ImportError as e:
+            warnings.warn(f"no pictures: {e}", stacklevel=2)

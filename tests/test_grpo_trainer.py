@@ -1,0 +1,408 @@
+"""The trainer: exact resume, what the guard is told, replay and mixing, records, clear errors."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from carerl_kernels.grpo import (
+    CheckpointError,
+    Domain,
+    Example,
+    GRPOConfig,
+    GRPOTrainer,
+    RewardError,
+    Stage,
+    lr_factor,
+    prompt_counts,
+)
+
+pytest.importorskip("transformers")
+from carerl_kernels.demo.tasks import character_tokenizer, demo_domains, tiny_model
+
+BASE = dict(
+    prompts_per_step=4,
+    group_size=3,
+    max_new_tokens=4,
+    lr=1e-3,
+    warmup_steps=2,
+    eval_every=2,
+    eval_batch_size=64,
+    checkpoint_every=2,
+    seed=3,
+    progress=False,
+    plots=False,
+)
+STAGES = [Stage("code", 4), Stage(("chat", "math"), 3), Stage("code", 3, lr=5e-4)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def small_domains():
+    domains = demo_domains(0)
+    for domain in domains:
+        domain.eval_examples = domain.eval_examples[:6]
+        domain.probe_examples = domain.probe_examples[:3]
+    domains[2].eval_mode = "sampled"
+    # a verifier that uses the global generators, as some do: they too must come back after an interruption
+    judge = domains[1].reward
+    domains[1].reward = lambda example, text: judge(example, text) + 0.01 * random.random()
+    return domains
+
+
+def trainer(path, *, guard=None, on_step=None, model=None, **changes):
+    random.seed(0)
+    tokenizer = character_tokenizer()
+    model = model or tiny_model(tokenizer, 0)
+    guard = guard(model) if guard is not None else None
+    config = GRPOConfig(**(BASE | changes))
+    return GRPOTrainer(model, tokenizer, small_domains(), config, guard=guard, run_dir=path, on_step=on_step)
+
+
+def without_timings(lines):
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def metrics(path):
+    return without_timings(json.loads(text) for text in (path / "metrics.jsonl").read_text().splitlines())
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(step):
+    def on_step(line):
+        if line["step"] == step:
+            raise Killed
+
+    return on_step
+
+
+SETTINGS = {
+    "plain": {},
+    "replay_and_kl": dict(replay_fraction=0.5, kl_beta=0.1, kl_reference="stage"),
+    "minibatches_one_optimizer": dict(
+        inner_epochs=2,
+        minibatches=2,
+        micro_batch_size=5,
+        loss="dapo",
+        clip_high=0.28,
+        fresh_optimizer=False,
+        kl_beta=0.05,
+    ),
+}
+
+
+@pytest.mark.parametrize("settings", sorted(SETTINGS))
+def test_resume_is_bitwise_exact_wherever_the_run_was_killed(tmp_path, settings):
+    changes = SETTINGS[settings]
+    whole = trainer(tmp_path / "whole", **changes)
+    whole.run(STAGES)
+    expected = metrics(tmp_path / "whole")
+    assert [line["step"] for line in expected] == list(range(11))
+    for step in (1, 3, 4, 6, 10) if settings == "plain" else (3, 6):
+        path = tmp_path / f"killed-{step}"
+        with pytest.raises(Killed):
+            trainer(path, on_step=kill_at(step), **changes).run(STAGES)
+        torch.manual_seed(step)  # whatever the new process's generators hold
+        resumed = trainer(path, **changes)
+        resumed.run(STAGES, resume=True)
+        assert metrics(path) == expected
+        assert without_timings(resumed.history) == without_timings(whole.history)
+        for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_resume_after_sigkill_with_a_line_cut_short(tmp_path):
+    """A real process, killed without warning, several times over."""
+    script = textwrap.dedent(
+        f"""
+        import os, signal, sys
+        sys.path[:0] = [{os.path.dirname(__file__)!r}]
+        import torch
+        torch.set_num_threads(1)
+        from pathlib import Path
+        from test_grpo_trainer import STAGES, trainer
+        stop = int(sys.argv[2])
+        trainer(Path(sys.argv[1]), on_step=lambda l: l["step"] == stop and os.kill(os.getpid(), signal.SIGKILL)).run(
+            STAGES, resume=True)
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", script, tmp_path / "killed", "5"], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    with open(tmp_path / "killed" / "metrics.jsonl", "a") as f:
+        f.write('{"step": 6, "sta')
+    trainer(tmp_path / "killed").run(STAGES, resume=True)
+    trainer(tmp_path / "whole").run(STAGES)
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+
+
+def test_finished_run_resumes_to_nothing_and_bad_resumes_are_refused(tmp_path):
+    first = trainer(tmp_path / "run")
+    first.run(STAGES[:1])
+    again = trainer(tmp_path / "run")
+    assert without_timings(again.run(STAGES[:1], resume=True)) == without_timings(first.history)
+    assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True))
+
+    with pytest.raises(CheckpointError, match="already holds a run"):
+        trainer(tmp_path / "run").run(STAGES[:1])
+    with pytest.raises(CheckpointError, match=r"lr: expected 0\.001, found 0\.002"):
+        trainer(tmp_path / "run", lr=2e-3).run(STAGES[:1], resume=True)
+    with pytest.raises(CheckpointError, match="stages: expected"):
+        trainer(tmp_path / "run").run(STAGES, resume=True)
+    (tmp_path / "run" / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="unreadable"):
+        trainer(tmp_path / "run").run(STAGES[:1], resume=True)
+    with pytest.raises(ValueError, match="needs the run_dir"):
+        trainer(None).run(STAGES[:1], resume=True)
+
+
+def test_full_disk_leaves_the_previous_checkpoint_and_nothing_half_written(tmp_path, monkeypatch):
+    run = trainer(tmp_path / "run")
+    with monkeypatch.context() as patched:
+        save, calls = torch.save, []
+
+        def failing(*arguments, **keywords):
+            calls.append(1)
+            if len(calls) == 2:
+                raise OSError(28, "No space left on device")
+            save(*arguments, **keywords)
+
+        patched.setattr(torch, "save", failing)
+        with pytest.raises(OSError, match="No space left"):
+            run.run(STAGES)
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000000"]
+    trainer(tmp_path / "run").run(STAGES, resume=True)
+    trainer(tmp_path / "whole").run(STAGES)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+def test_run_directory_is_complete(tmp_path):
+    run = trainer(tmp_path / "run", plots=True)
+    run.run(STAGES[:2])
+    present = {str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert {"config.json", "metrics.jsonl", "accuracy.png", "training.png", "model/model.safetensors"} <= present
+    assert {"checkpoints/step-00000007/model.safetensors", "checkpoints/step-00000007/state.pt"} <= present
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2  # keep_checkpoints
+    assert not [p for p in present if "tmp" in p]
+    line = metrics(tmp_path / "run")[3]
+    for key in ("loss", "reward", "rewards", "kl", "clip_fraction", "entropy", "grad_norm", "tokens", "lr", "skipped"):
+        assert key in line
+    import transformers
+
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), reloaded.parameters(), strict=True))
+
+
+def test_evaluating_more_often_changes_no_training_step():
+    often, never = (without_timings(trainer(None, eval_every=n).run(STAGES)) for n in (1, 0))
+    assert (
+        len([line for line in often if "eval" in line]) == 11 and len([line for line in never if "eval" in line]) == 4
+    )
+    for a, b in zip(often, never, strict=True):
+        a.pop("eval"), b.pop("eval", None)
+        assert a == b
+
+
+def test_micro_batches_change_rounding_only():
+    whole, parts = (
+        trainer(None, micro_batch_size=size, loss="dr_grpo", kl_beta=0.1).run([Stage("chat", 2)]) for size in (0, 5)
+    )
+    for a, b in zip(whole[1:], parts[1:], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4, abs=1e-7)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_reinforcement_learns():
+    """A one-letter task: reward far above chance within seconds, by every loss."""
+    tokenizer = character_tokenizer()
+    domain = Domain(
+        "letter",
+        sample=lambda rng, n: [Example(f"c^{rng.choice('abcd')}>", "e") for _ in range(n)],
+        reward=lambda example, text: float(text.startswith("e")),
+        eval_examples=[Example("c^a>", "e")],
+        eval_mode="sampled",
+    )
+    for loss in ("grpo", "dr_grpo", "dapo", "gspo"):
+        config = GRPOConfig(
+            prompts_per_step=8, group_size=8, max_new_tokens=2, lr=5e-3, loss=loss, progress=False, eval_samples=64
+        )
+        run = GRPOTrainer(tiny_model(tokenizer, 0), tokenizer, [domain], config)
+        history = run.run([Stage("letter", 40)])
+        assert history[0]["eval"]["letter"] < 0.3 and history[-1]["eval"]["letter"] > 0.9, loss
+
+
+class WatchingGuard:
+    """Edits nothing and writes down what it is told."""
+
+    def __init__(self, model):
+        self.told, self.history, self.seconds, self._gradients = [], [], {"act": 0.0}, list(model.parameters())
+        self.due = False
+
+    def attach(self, optimizer):
+        self.told.append(("attach", type(optimizer).__name__))
+
+    def detach(self):
+        self.told.append(("detach",))
+
+    @contextmanager
+    def stage(self, name, path=None):
+        self.told.append(("stage", name, None if path is None else path.name))
+        yield
+        self.told.append(("recorded", name))
+        self.history.append(name)
+
+    @contextmanager
+    def domain(self, name):
+        yield
+        self.told.append(("domain", name))
+
+    @contextmanager
+    def probe(self, name):
+        kept = [p.grad for p in self._gradients]
+        for p in self._gradients:
+            p.grad = None
+        yield
+        self.told.append(("probe", name, all(p.grad is not None for p in self._gradients)))
+        for p, g in zip(self._gradients, kept, strict=True):
+            p.grad = g
+
+    def probes_due(self):
+        return self.due
+
+    def report(self):
+        return {"stages": len(self.history)}
+
+    def state_dict(self):
+        return {"history": list(self.history)}
+
+    def load_state_dict(self, state):
+        self.history = list(state["history"])
+
+
+def test_guard_is_told_stage_domain_and_nothing_else_changes(tmp_path):
+    guarded = trainer(tmp_path / "run", guard=WatchingGuard)
+    guarded.run(STAGES)
+    told = guarded.guard.told
+    assert told[:2] == [("attach", "AdamW"), ("stage", "code", "code.safetensors")]
+    assert told[2:6] == [("domain", "code")] * 4 and told[6:8] == [("recorded", "code"), ("detach",)]
+    assert told[9:13] == [("stage", "chat+math", "chat+math.safetensors")] + [("domain", None)] * 3
+    assert told[16] == ("stage", "code-3", "code-3.safetensors")
+    assert guarded.guard_reports["code"] == {"stages": 1}
+    assert json.loads((tmp_path / "run" / "bases" / "code.report.json").read_text()) == {"stages": 1}
+    plain = trainer(None)
+    plain.run(STAGES)
+    assert without_timings(plain.history) == without_timings(guarded.history)
+
+
+def test_probes_read_the_earlier_domain_and_leave_training_alone():
+    def due(model):
+        guard = WatchingGuard(model)
+        guard.due = True
+        return guard
+
+    probing, plain = trainer(None, guard=due), trainer(None)
+    stages = [Stage("code", 2), Stage("math", 2)]
+    probing.run(stages)
+    plain.run(stages)
+    assert [t for t in probing.guard.told if t[0] == "probe"] == [("probe", "code", True)] * 2
+    assert without_timings(plain.history) == without_timings(probing.history)
+    assert probing.seconds["probe"] > 0
+
+    probing.domains["code"].probe_examples = ()
+    with pytest.raises(ValueError, match="probe of domain 'code'.*found none stored"):
+        probing.run([Stage("math", 1)])
+
+
+def test_replay_mixes_earlier_domains_and_tells_the_guard_so():
+    run = trainer(None, guard=WatchingGuard, replay_fraction=0.5)
+    history = run.run([Stage("code", 1), Stage("chat", 1), Stage("math", 2)])
+    assert [set(line.get("rewards", {})) for line in history[1:]] == [
+        {"code"},
+        {"chat", "code"},
+        {"math", "code", "chat"},
+        {"math", "code", "chat"},
+    ]
+    assert [t[1] for t in run.guard.told if t[0] == "domain"] == ["code", None, None, None]
+
+
+def test_prompt_counts_are_even_and_rotate():
+    assert prompt_counts(["a"], [], 16, 0.25, 0) == {"a": 16}
+    assert prompt_counts(["a"], ["b", "c"], 16, 0.25, 5) == {"a": 12, "b": 2, "c": 2}
+    assert prompt_counts(["a", "b"], [], 5, 0.0, 0) == {"a": 3, "b": 2}
+    assert prompt_counts(["a", "b"], [], 5, 0.0, 1) == {"b": 3, "a": 2}
+    total = {"b": 0, "c": 0, "d": 0}
+    for step in range(3):
+        for name, n in prompt_counts(["a"], ["b", "c", "d"], 16, 0.25, step).items():
+            if name != "a":
+                total[name] += n
+    assert total == {"b": 4, "c": 4, "d": 4}
+
+
+def test_learning_rate_shape():
+    factors = [lr_factor(i, 10, warmup=4, decay="linear", final=0.1) for i in range(10)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0] and factors[4] == 1.0
+    steps = [a - b for a, b in zip(factors[4:], factors[5:], strict=False)]
+    assert all(s == pytest.approx(steps[0]) for s in steps)
+    assert lr_factor(9, 10, warmup=4, decay="constant", final=0.0) == 1.0
+    assert lr_factor(1, 2, warmup=5, decay="linear", final=0.0) == 1.0
+
+
+def test_poisoned_gradients_touch_nothing():
+    run = trainer(None)
+    before = [p.detach().clone() for p in run.model.parameters()]
+    handle = next(run.model.parameters()).register_hook(lambda g: torch.full_like(g, math.nan))
+    history = run.run([Stage("code", 2)])
+    handle.remove()
+    assert [line["skipped"] for line in history[1:]] == [1, 1]
+    assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, None, "high"])
+def test_bad_reward_names_domain_and_value(value):
+    run = trainer(None)
+    run.domains["code"].reward = lambda example, text: value
+    with pytest.raises(RewardError, match=f"domain 'code': expected a finite number.*{value!r}"):
+        run.run([Stage("code", 1)])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GRPOConfig(group_size=1), "group_size"),
+        (lambda: GRPOConfig(learning_rate=1), "learning_rate"),
+        (lambda: GRPOConfig(loss="ppo"), "loss"),
+        (lambda: GRPOConfig(minibatches=1000), "exceeds the 128 sequences"),
+        (lambda: GRPOConfig(prompts_per_step=1, replay_fraction=0.25), "rounds to no prompt"),
+        (lambda: Stage("code", 0), "expected steps >= 1, found 0"),
+        (lambda: Stage(("a", "a"), 1), "named twice"),
+        (lambda: Stage("a", 1, lr=-1.0), "expected lr > 0"),
+        (lambda: Example(""), "non-empty prompt"),
+        (lambda: Domain("a/b", lambda r, n: [], lambda e, t: 0.0), "found 'a/b'"),
+        (
+            lambda: Domain("a", lambda r, n: [], lambda e, t: 0.0, eval_examples=[Example("x")], eval_mode="exact"),
+            "1 have none",
+        ),
+        (lambda: Domain("a", lambda r, n: [], lambda e, t: 0.0).draw(random.Random(), 2), "2 Example objects, found 0"),
+        (lambda: trainer(None).run([Stage("poetry", 1)]), "found \\['poetry'\\]"),
+        (lambda: trainer(None).run([]), "found no stage"),
+    ],
+)
+def test_errors_say_what_was_found(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

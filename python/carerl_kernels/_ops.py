@@ -342,7 +342,7 @@ def _check_rule(weights: Sequence[Tensor | float], root: Tensor | None, bases: T
         if isinstance(weight, Tensor):
             _check_small("dacsp_", name, weight, (rows,), bases, _F32)
         else:
-            _require(weight == weight and abs(weight) != float("inf"), "dacsp_", f"finite {name}", weight)
+            _require(math.isfinite(weight), "dacsp_", f"finite {name}", weight)
     if root is not None:
         _check_small("dacsp_", "root", root, (*groups, rows, rows), bases, _CORE)
 

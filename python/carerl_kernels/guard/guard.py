@@ -125,7 +125,7 @@ class CapabilityGuard:
         self._restored = False  # state was loaded: the next attach or stage goes on instead of starting afresh
         self._since_probe: int | None = None
         self._steps_here = 0  # since displacements were last counted from zero
-        self._displaced: dict[str, float] = {}
+        self._displaced: dict[str, float | None] = {}
         self._resize()
 
     # ------------------------------------------------------------------------------------------------------ history
@@ -399,7 +399,7 @@ class CapabilityGuard:
     def _cap(self, x: Tensor, c: Tensor, own: str | None) -> Tensor | float:
         if self.norm_cap is None:
             return 1.0
-        inside = _matvec(self._stack.frame(own).into, c).square().sum().sqrt()
+        inside = _matvec(self._stack.frame(own).root, c).square().sum().sqrt()
         size = (x * _matvec(self._stack.overlap, x)).sum().clamp_min(0.0).sqrt()
         return (self.norm_cap * inside / size.clamp_min(1e-30)).clamp_max(1.0)
 
@@ -509,7 +509,9 @@ class CapabilityGuard:
         tensors = {key: torch.tensor(v, dtype=torch.float64, device=device) for key, v in numbers.items()}
         self._params = RuleParams(**tensors, z=self.z, beta=self.beta)
 
-    def _net_displacement(self, name: str) -> float:
+    def _net_displacement(self, name: str) -> float | None:
+        if self.apply_to == "grad":
+            return None  # parameters are not measured in this mode
         columns = self._stack.columns(name)
         size = self._stack.displacement[:, columns].norm()
         return float((self._q_start - self._q_prev)[:, columns].norm() / size) if size > 0 else 0.0

@@ -38,12 +38,14 @@ class Frame:
 
     Attributes:
         into, out: ``[T, K, K]`` float64.
+        root: ``[T, K, K]``, (S^+)^(1/2) whatever the combine: ``|root c|`` is the norm of the component in the span of the rows.
         reach: ``[T, K]``, ``sqrt(diag(into S into^T))``: how far a unit displacement along a row is in the frame. Duplicated
             rows share one displacement in the symmetric frame; bounds scale with this so that they count once.
     """
 
     into: Tensor
     out: Tensor
+    root: Tensor
     reach: Tensor
 
     @classmethod
@@ -52,14 +54,15 @@ class Frame:
         mask = active.to(overlap.dtype)
         masked = overlap * mask * mask.unsqueeze(1)
         identity = torch.diag_embed((masked.diagonal(dim1=-2, dim2=-1) > 0).to(overlap.dtype))
+        root = loewdin_root(masked)
         if combine == "symmetric":
-            into = out = loewdin_root(masked)
+            into = out = root
         elif combine == "sum":
             into = out = identity
         else:
             into, out = identity, pinv_power(masked, -1.0)
         reach = (into @ masked @ into.mT).diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
-        return cls(into, out, reach)
+        return cls(into, out, root, reach)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,7 +41,7 @@ class Statistics:
         if name not in self._energies:
             return None
         aligned, conflicting, total = (float(v) for v in self._energies[name])
-        if total != total:
+        if math.isnan(total):
             inside = max(aligned + conflicting, 1e-300)
             return {"aligned": aligned / inside, "conflicting": conflicting / inside, "orthogonal": None}
         total = max(total, 1e-300)

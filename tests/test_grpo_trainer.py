@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from carerl_kernels.grpo import (
     CheckpointError,
@@ -27,6 +28,7 @@ from carerl_kernels.grpo import (
 
 pytest.importorskip("transformers")
 from carerl_kernels.demo.tasks import character_tokenizer, demo_domains, tiny_model
+from carerl_kernels.guard import CapabilityGuard
 
 BASE = dict(
     prompts_per_step=4,
@@ -257,6 +259,9 @@ class WatchingGuard:
     def attach(self, optimizer):
         self.told.append(("attach", type(optimizer).__name__))
 
+    def add(self, basis):
+        self.history.append(basis.stem)
+
     def detach(self):
         self.told.append(("detach",))
 
@@ -301,13 +306,49 @@ def test_guard_is_told_stage_domain_and_nothing_else_changes(tmp_path):
     told = guarded.guard.told
     assert told[:2] == [("attach", "AdamW"), ("stage", "code", "code.safetensors")]
     assert told[2:6] == [("domain", "code")] * 4 and told[6:8] == [("recorded", "code"), ("detach",)]
-    assert told[9:13] == [("stage", "chat+math", "chat+math.safetensors")] + [("domain", None)] * 3
-    assert told[16] == ("stage", "code-3", "code-3.safetensors")
+    assert told[9:13] == [("stage", "chat+math", "chat+math.safetensors")] + [("domain", "chat+math")] * 3
+    assert told[16] == ("stage", "code", "code-3.safetensors")
     assert guarded.guard_reports["code"] == {"stages": 1}
     assert json.loads((tmp_path / "run" / "bases" / "code.report.json").read_text()) == {"stages": 1}
     plain = trainer(None)
     plain.run(STAGES)
     assert without_timings(plain.history) == without_timings(guarded.history)
+
+
+GUARDS = {
+    "remove": dict(rule="remove", k=4, track_energy=True),
+    "bounded_flat": dict(rule="bounded", basis="flat", k=4),
+    "probed": dict(rule="probed", k=4, probe_every=2),
+    "ema_gradient": dict(rule="ema", k=4, apply_to="grad"),
+}
+
+
+@pytest.mark.parametrize("options", sorted(GUARDS))
+def test_resume_with_a_guard_is_bitwise_exact(tmp_path, options):
+    """Bases come back from their files; the recording in progress, rule memory and baselines from the checkpoint."""
+
+    def guard(model):
+        return CapabilityGuard(model, **GUARDS[options])
+
+    stages = [Stage("code", 4), Stage("chat", 4), Stage(("code", "math"), 3)]
+    whole = trainer(tmp_path / "whole", guard=guard)
+    whole.run(stages)
+    for step in (3, 4, 7, 11):
+        path = tmp_path / f"killed-{step}"
+        with pytest.raises(Killed):
+            trainer(path, guard=guard, on_step=kill_at(step)).run(stages)
+        resumed = trainer(path, guard=guard)
+        resumed.run(stages, resume=True)
+        assert metrics(path) == metrics(tmp_path / "whole")
+        for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+            assert torch.equal(a, b)
+        for name in ("code", "chat", "code+math"):
+            ours, theirs = (load_file(root / "bases" / f"{name}.safetensors") for root in (path, tmp_path / "whole"))
+            assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+        assert resumed.guard.history == whole.guard.history == ["code", "chat", "code+math"]
+        ours, theirs = resumed.guard.report(), whole.guard.report()
+        ours.pop("seconds"), theirs.pop("seconds")
+        assert ours == theirs
 
 
 def test_probes_read_the_earlier_domain_and_leave_training_alone():
@@ -329,7 +370,7 @@ def test_probes_read_the_earlier_domain_and_leave_training_alone():
         probing.run([Stage("math", 1)])
 
 
-def test_replay_mixes_earlier_domains_and_tells_the_guard_so():
+def test_replay_mixes_earlier_domains_into_the_stages_own_steps():
     run = trainer(None, guard=WatchingGuard, replay_fraction=0.5)
     history = run.run([Stage("code", 1), Stage("chat", 1), Stage("math", 2)])
     assert [set(line.get("rewards", {})) for line in history[1:]] == [
@@ -338,7 +379,8 @@ def test_replay_mixes_earlier_domains_and_tells_the_guard_so():
         {"math", "code", "chat"},
         {"math", "code", "chat"},
     ]
-    assert [t[1] for t in run.guard.told if t[0] == "domain"] == ["code", None, None, None]
+    assert [line["domain"] for line in history[1:]] == ["code", None, None, None]
+    assert [t[1] for t in run.guard.told if t[0] == "domain"] == ["code", "chat", "math", "math"]
 
 
 def test_prompt_counts_are_even_and_rotate():

@@ -26,6 +26,7 @@ from .update import accumulate_gradients, frozen_logprobs
 class Guard(Protocol):
     """What the trainer asks of a guard (`carerl_kernels.CapabilityGuard` provides it)."""
 
+    def add(self, basis: Any) -> Any: ...
     def attach(self, optimizer: torch.optim.Optimizer) -> Any: ...
     def detach(self) -> Any: ...
     def stage(self, name: str, path: Any = None) -> AbstractContextManager[Any]: ...
@@ -68,12 +69,14 @@ class Learner:
         self.reference: nn.Module | None = None
         self.clock = PhaseClock()
 
-    def step(self, optimizer: torch.optim.Optimizer, counts: Mapping[str, int]) -> dict[str, Any]:
+    def step(self, optimizer: torch.optim.Optimizer, counts: Mapping[str, int], owner: str) -> dict[str, Any]:
         """Sample a batch and take every optimizer step on it.
 
         Args:
             optimizer: Over this model's parameters, learning rate set.
             counts: Prompts per domain name.
+            owner: Whose steps these are to the guard: the stage's name, also where some prompts are replayed from
+                earlier domains, for the stage records its own steps and every other domain's directions act on them.
 
         Returns:
             Metrics of the step (without timings; those are in `clock`).
@@ -108,7 +111,7 @@ class Learner:
                 stats.add(part)
                 gap += part_gap if epoch == 0 else 0.0
                 if math.isfinite(norm):
-                    self._optimizer_step(optimizer, batch.domain)
+                    self._optimizer_step(optimizer, owner)
                 else:  # one poisoned batch must not reach weights, moments or bases
                     skipped += 1
         optimizer.zero_grad(set_to_none=True)
@@ -133,7 +136,7 @@ class Learner:
             ref = frozen_logprobs(self.reference, batch.rollout, self.tokens, self.config)
         return old, ref
 
-    def _optimizer_step(self, optimizer: torch.optim.Optimizer, domain: str | None) -> None:
+    def _optimizer_step(self, optimizer: torch.optim.Optimizer, owner: str) -> None:
         guard = self.guard
         if guard is None:
             with self.clock("step"):
@@ -144,7 +147,7 @@ class Learner:
                 self._probe(guard)
         before = sum(guard.seconds.values())
         start = time.perf_counter()
-        with guard.domain(domain):
+        with guard.domain(owner):
             optimizer.step()
         wall, own = time.perf_counter() - start, sum(guard.seconds.values()) - before
         self.clock.add("guard", own)

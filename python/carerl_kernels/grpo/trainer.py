@@ -108,6 +108,9 @@ class GRPOTrainer:
         names = stage_names(stages)
         state = self._open(stages, resume)
         first, offset = (0, 0) if state is None else (state["stage"], state["stage_step"])
+        if self.guard is not None:
+            for name in names[:first]:  # directions are files of the run, not part of the checkpoint
+                self.guard.add(self._basis_path(name))
         if state is not None and first == len(stages):
             self._restore(state)
         with StageProgress(self.config.progress) as progress:
@@ -141,7 +144,7 @@ class GRPOTrainer:
         if state is not None and offset == 0:
             self._restore(state)
         earlier = [d for d in dict.fromkeys(d for s in stages[:index] for d in s.domains) if d not in stage.domains]
-        with self._guarded(name, optimizer):
+        with self._guarded(stage.name, self._basis_path(name), optimizer):
             if state is not None and offset > 0:
                 self._restore(state)  # inside the stage: the guard's recording in progress is part of it
             for done in range(offset, stage.steps):
@@ -151,7 +154,7 @@ class GRPOTrainer:
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 counts = prompt_counts(stage.domains, earlier, config.prompts_per_step, config.replay_fraction, done)
-                metrics = self._learner.step(optimizer, counts)
+                metrics = self._learner.step(optimizer, counts, stage.name)
                 self._step += 1
                 last = done + 1 == stage.steps
                 if last or (config.eval_every and (done + 1) % config.eval_every == 0):
@@ -172,18 +175,20 @@ class GRPOTrainer:
         self._checkpoint(index + 1, 0)
 
     @contextmanager
-    def _guarded(self, name: str, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    def _guarded(self, name: str, path: Path | None, optimizer: torch.optim.Optimizer) -> Iterator[None]:
         """Guard attached and recording for the length of a stage."""
         if self.guard is None:
             yield
             return
-        path = None if self.directory is None else self.directory.path / "bases" / f"{name}.safetensors"
         with ExitStack() as stack:
             with self._clock("guard"):
                 self.guard.attach(optimizer)
                 stack.callback(self.guard.detach)
             stack.enter_context(self._clock.around("guard", self.guard.stage(name, path=path)))
             yield
+
+    def _basis_path(self, name: str) -> Path | None:
+        return None if self.directory is None else self.directory.path / "bases" / f"{name}.safetensors"
 
     def _adamw(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         config = self.config

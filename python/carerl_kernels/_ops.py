@@ -153,6 +153,12 @@ def _check_grads(op: str, grads: Tensor, bases: Tensor) -> int:
     return grads.shape[0] if grads.dim() == 2 else 1
 
 
+def _check_written(op: str, grads: Tensor) -> None:
+    """Rows that share memory (an expanded gradient, overlapping windows) would be edited more than once."""
+    apart = grads.dim() == 1 or grads.shape[0] <= 1 or grads.stride(0) >= grads.shape[-1]
+    _require(apart, op, "grads whose rows do not overlap", f"strides {tuple(grads.stride())}", "call .contiguous() first")
+
+
 def _check_list(op: str, grads: Sequence[Tensor], offsets: Sequence[int], bases: Tensor) -> None:
     """A list of dense tensors of one dtype and the ascending offsets of their segments."""
     _require(len(grads) > 0, op, "at least one tensor in grads", "an empty list")
@@ -245,6 +251,7 @@ def _gram_list_fake(bases, grads, offsets, scales=None, per_tensor=False):
 def check_edit(op: str, grads: Tensor, bases: Tensor, mix: Tensor, scale: Tensor, scales: Tensor | None) -> None:
     rows = _check_bases(op, bases, scales)
     batch = _check_grads(op, grads, bases)
+    _check_written(op, grads)
     _check_small(op, "mix", mix, (batch, rows), bases, _F32)
     _check_small(op, "scale", scale, (batch,), bases, _F32)
 
@@ -343,6 +350,7 @@ def _check_rule(weights: Sequence[Tensor | float], root: Tensor | None, bases: T
             _check_small("dacsp_", name, weight, (rows,), bases, _F32)
         else:
             _require(math.isfinite(weight), "dacsp_", f"finite {name}", weight)
+            _require(name != "threshold" or weight >= 0, "dacsp_", "threshold of at least 0", weight)
     if root is not None:
         _check_small("dacsp_", "root", root, (*groups, rows, rows), bases, _CORE)
 
@@ -350,6 +358,7 @@ def _check_rule(weights: Sequence[Tensor | float], root: Tensor | None, bases: T
 def check_dacsp(grads, bases, aligned, conflict, threshold, root, scales) -> None:
     _check_bases("dacsp_", bases, scales)
     _check_grads("dacsp_", grads, bases)
+    _check_written("dacsp_", grads)
     _check_rule((aligned, conflict, threshold), root, bases, ())
 
 

@@ -149,8 +149,11 @@ def _store(value: Tensor, dtype: torch.dtype, start: int, seed: int) -> Tensor:
         return value.to(dtype)
     dropped = 16 if dtype == torch.bfloat16 else 13  # mantissa bits that the storage dtype lacks
     noise = _random_bits(value.shape[0], start, start + value.shape[1], seed, value.device) >> (32 - dropped)
-    bits = (value.view(torch.int32) + noise.to(torch.int32)) & -(1 << dropped)
-    return bits.view(torch.float32).to(dtype)
+    size = value.abs()
+    # Below its normal range fp16 has fewer mantissa bits: lifted into the first normal binade, the dropped bits line up again.
+    lift = torch.where(size < 2.0**-14, 2.0**-14, 0.0) if dtype == torch.float16 else torch.zeros_like(size)
+    bits = ((size + lift).view(torch.int32) + noise.to(torch.int32)) & -(1 << dropped)
+    return torch.copysign(bits.view(torch.float32) - lift, value).to(dtype)
 
 
 def _rotate_chunk(basis: Tensor, chunk: Tensor, q: Tensor, start: int, seed: int) -> None:
@@ -202,7 +205,7 @@ def _dacsp(grads, offsets, bases, weights, root, scales, per_tensor) -> tuple[Te
     coeffs = _coefficients(grads, offsets, bases, scales, per_tensor)
     classes, mix = dacsp_core(coeffs, *weights, root)
     mix32 = torch.atleast_2d(mix.float())
-    _edit(grads, offsets, bases, mix32, torch.ones_like(mix32[:, 0]), scales)
+    _edit(grads, offsets, bases, mix32, mix32.new_ones(mix32.shape[0]), scales)
     batch = grads.shape[:-1] if isinstance(grads, Tensor) else coeffs.shape[:-1]
     shape = tuple(batch) + tuple(bases.shape[:2])
     return coeffs.float().view(shape), classes.view(shape)
@@ -248,7 +251,8 @@ def quantize_bases(bases, block=128):
         padded = torch.nn.functional.pad(chunk, (0, -chunk.shape[-1] % block)).unflatten(-1, (-1, block))
         scale = padded.abs().amax(-1) / 127
         scales[..., start // block : start // block + scale.shape[-1]] = scale
-        code = torch.where(scale.unsqueeze(-1) > 0, padded / scale.unsqueeze(-1), 0.0).round().to(torch.int8)
+        ratio = torch.where(scale.unsqueeze(-1) > 0, padded / scale.unsqueeze(-1), 0.0)
+        code = ratio.round().clamp(-127, 127).to(torch.int8)  # a subnormal scale is so coarse that the ratio may exceed 127
         codes[..., start : start + step] = code.flatten(-2)[..., : chunk.shape[-1]]
     return codes, scales
 

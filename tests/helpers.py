@@ -1,24 +1,22 @@
-"""What the op tests share: the backends under test, inputs of every shape and geometry, guarded buffers, error bounds."""
+"""What the op tests share: the backends under test, comparisons and error bounds, guarded buffers."""
 
 from __future__ import annotations
 
-import itertools
 import os
 import zlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
-import oracle
 import torch
 from torch import Tensor
 
-from carerl_kernels import _ops, reference
+from carerl_kernels import reference
 
 # --------------------------------------------------------------------------------------------------------- backends
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Backend:
     """A set of kernels under test: ``backend("project.list", ...)`` calls the overload of that name."""
 
@@ -29,6 +27,9 @@ class Backend:
 
     def __call__(self, overload: str, *args, **kwargs):
         return self.kernel(overload)(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return self.name
 
 
 def dispatched(overload: str) -> torch._ops.OpOverload:
@@ -50,8 +51,8 @@ BACKENDS = [
     Backend("reference", "cpu", reference.KERNELS.__getitem__, lambda: None),
     Backend("cpu", "cpu", dispatched, lambda: _no_kernel_for("CPU")),
     Backend("cuda", "cuda", dispatched, _no_cuda),
-    # Triton (on a GPU, or interpreted on CPU tensors) and the emulated CUDA kernels join here: a name, the device of their
-    # tensors, a lookup from overload to callable, and the reason for being skipped.
+    # Triton (on a GPU, or interpreted on CPU tensors) and the emulated CUDA kernels join here: a name, the device of
+    # their tensors, a lookup from overload to callable, and the reason for being skipped.
 ]
 GPU_BACKENDS = {"cuda", "triton"}
 
@@ -74,8 +75,9 @@ FLOOR = {
 }  # the same below the normal range
 
 DOT_UNIT = 1e-6
-"""Bound on a blocked dot product relative to sum |u_i g_i|. Lanes are fp32 and totals fp64, so a kernel that sums m products in
-a lane has an error of m * 2^-24 at worst and sqrt(m) * 2^-24 typically: 1e-6 allows 16 at worst, 280 typically."""
+"""Bound on a blocked dot product relative to sum |u_i g_i|. Lanes are fp32 and totals fp64, so a kernel that sums m
+products in a lane has an error of m * 2^-24 at worst and sqrt(m) * 2^-24 typically: 1e-6 allows 16 at worst, 280
+typically."""
 
 
 def rng_of(*labels: object) -> np.random.Generator:
@@ -84,7 +86,8 @@ def rng_of(*labels: object) -> np.random.Generator:
 
 
 def to64(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().double().cpu().numpy()
+    """Exact float64 values, a copy: in-place ops must not reach what the oracle is given."""
+    return tensor.detach().cpu().double().numpy().copy()
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -117,7 +120,7 @@ def dot_bound(g: np.ndarray, rows: np.ndarray, out: torch.dtype = torch.float32)
 
 
 def edit_bound(g: np.ndarray, rows: np.ndarray, mix: np.ndarray, scale: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    """Bound on g' ``[B, N]``: K + 1 fp32 terms in any order, one rounding each for dequantisation, scale and storage."""
+    """Bound on g' ``[B, N]``: K + 1 fp32 terms in any order, a rounding each for dequantisation, scale and storage."""
     size = np.abs(scale)[:, None] * (np.abs(g) + np.abs(mix) @ np.abs(rows))
     exact = scale[:, None] * (g + mix @ rows)
     return (len(rows) + 3) * FP32_UNIT * size + UNIT[dtype] * np.abs(exact) + FLOOR[dtype]
@@ -138,7 +141,7 @@ def rotate_bound(
 
 
 class Held:
-    """A tensor inside a larger buffer of sentinels (NaN, or -77 in int8): stray reads poison results, stray writes show.
+    """A tensor in a larger buffer of sentinels (NaN, or -77 in int8): stray reads poison results, stray writes show.
 
     Args:
         values: the contents, copied.
@@ -165,201 +168,3 @@ class Held:
     def intact(self) -> bool:
         """Whether everything around the tensor still has its bits."""
         return same_bits(self.buffer[self.outside], self.before[self.outside])
-
-
-LAYOUTS = {"plain": (0, 0), "offset": (1, 0), "strided": (3, 5)}
-
-# ------------------------------------------------------------------------------------------------------------- cases
-
-
-@dataclass(frozen=True)
-class Case:
-    """One combination of sizes, dtypes, geometry and memory layout. ``batch`` 0 stands for a 1-D gradient."""
-
-    n: int
-    batch: int
-    dk: tuple[int, int]
-    grad: str
-    basis: str
-    geometry: str
-    layout: str
-
-    def __str__(self) -> str:
-        batch = f"B{self.batch}" if self.batch else "1d"
-        return f"N{self.n}-{batch}-D{self.dk[0]}k{self.dk[1]}-{self.grad}x{self.basis}-{self.geometry}-{self.layout}"
-
-
-SIZES = (0, 1, 3, 15, 127, 128, 129, 1003, 70001)
-GEOMETRIES = ("overlap0", "overlap.5", "overlap.99", "overlap1", "zero_rows", "deficient")
-FACTORS: dict[str, tuple] = {
-    "n": SIZES,
-    "batch": (0, 1, 2, 5),
-    "dk": ((1, 1), (3, 8), (2, 5), (4, 16)),
-    "grad": ("fp32", "bf16", "fp16"),
-    "basis": ("fp32", "bf16", "fp16", "int8", "int8b32"),
-    "geometry": GEOMETRIES,
-    "layout": tuple(LAYOUTS),
-}
-
-
-def covering(**changes: Sequence) -> list[Case]:
-    """A small set of cases in which every pair of values of any two factors occurs together (greedy pairwise cover)."""
-    factors = {f.name: tuple(changes.get(f.name, FACTORS[f.name])) for f in fields(Case)}
-    names = list(factors)
-
-    def pairs(chosen: dict) -> Iterable:
-        return (
-            ((a, chosen[a]), (b, chosen[b])) for a, b in itertools.combinations(names, 2) if a in chosen and b in chosen
-        )
-
-    open_pairs = dict.fromkeys(
-        ((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in factors[a] for y in factors[b]
-    )
-    cases = []
-    while open_pairs:
-        chosen = dict(next(iter(open_pairs)))
-        for name in names:
-            if name not in chosen:
-                gain = [sum(p in open_pairs for p in pairs({**chosen, name: value})) for value in factors[name]]
-                best = max(gain)  # ties go to a value that rotates with the cases, to spread what need not be covered
-                ties = [i for i, g in enumerate(gain) if g == best]
-                chosen[name] = factors[name][ties[len(cases) % len(ties)]]
-        for pair in pairs(chosen):
-            open_pairs.pop(pair, None)
-        cases.append(Case(**chosen))
-    return cases
-
-
-def directions(rng: np.random.Generator, domains: int, slots: int, n: int, geometry: str) -> np.ndarray:
-    """Rows ``[D, k, N]`` of about unit length; slots are independent, domains overlap pairwise as the geometry says."""
-    own = rng.standard_normal((domains, slots, n)) / max(n, 1) ** 0.5
-    flat = own.reshape(domains * slots, n)
-    if geometry.startswith("overlap"):
-        overlap = float(geometry.removeprefix("overlap"))
-        shared = rng.standard_normal((slots, n)) / max(n, 1) ** 0.5
-        return overlap**0.5 * shared + (1 - overlap) ** 0.5 * own
-    if geometry == "zero_rows":
-        flat[::2] = 0.0
-        return own
-    rank = max(domains * slots // 2, 1)
-    mixing = rng.standard_normal((domains * slots, rank)) / rank**0.5
-    return (mixing @ flat[:rank]).reshape(own.shape)
-
-
-def store_bases(rows: np.ndarray, name: str, device: str = "cpu") -> tuple[Tensor, Tensor | None]:
-    """Stores float64 rows in a basis dtype; int8 with the oracle's scales."""
-    if DTYPES[name] != torch.int8:
-        return torch.from_numpy(rows).to(DTYPES[name]).to(device), None
-    codes, scales = oracle.quantize(rows.astype(np.float32).astype(np.float64), block_size(name))
-    return torch.from_numpy(codes).to(device), torch.from_numpy(scales).to(device)
-
-
-def block_size(name: str) -> int:
-    return 32 if name == "int8b32" else 128
-
-
-def dense_rows(bases: Tensor, scales: Tensor | None, name: str) -> np.ndarray:
-    """The rows ``[K, N]`` in float64 that stored bases stand for."""
-    if scales is None:
-        rows = to64(bases)
-    else:
-        rows = oracle.dequantize(bases.cpu().numpy(), scales.cpu().numpy(), block_size(name))
-    return rows.reshape(int(np.prod(rows.shape[:-1])), rows.shape[-1])
-
-
-def gradients(
-    rng: np.random.Generator, rows: np.ndarray, batch: int, dtype: torch.dtype, device: str = "cpu"
-) -> Tensor:
-    """Noise plus a pull along every row: coefficients of either sign, none near zero by construction of the signs."""
-    n = rows.shape[-1]
-    pull = rng.choice([-1.0, 1.0], (max(batch, 1), len(rows))) * rng.uniform(0.5, 2.0, (max(batch, 1), len(rows)))
-    g = rng.standard_normal((max(batch, 1), n)) + pull @ rows * n**0.5
-    return torch.from_numpy(g if batch else g[0]).to(dtype).to(device)
-
-
-def integers(rng: np.random.Generator, *shape: int, limit: int = 15, device: str = "cpu") -> Tensor:
-    """Small whole numbers in fp32: sums of their products are exact in any order, so different orders agree bitwise."""
-    return torch.from_numpy(rng.integers(-limit, limit, shape, endpoint=True)).float().to(device)
-
-
-@dataclass
-class Inputs:
-    """The tensors of a case, guarded, and their exact float64 values."""
-
-    grads: Held
-    bases: Held
-    scales: Tensor | None
-    g: np.ndarray  # [max(B, 1), N]
-    rows: np.ndarray  # [K, N]
-    rng: np.random.Generator
-
-
-def build(case: Case, device: str = "cpu") -> Inputs:
-    rng = rng_of(str(case))
-    bases, scales = store_bases(directions(rng, *case.dk, case.n, case.geometry), case.basis, device)
-    rows = dense_rows(bases, scales, case.basis)
-    grads = gradients(rng, rows, case.batch, DTYPES[case.grad], device)
-    lead, gap = LAYOUTS[case.layout]
-    return Inputs(Held(grads, lead, gap), Held(bases, lead), scales, np.atleast_2d(to64(grads)), rows, rng)
-
-
-def draw_mix(inputs: Inputs, batch: int, device: str) -> tuple[Tensor, Tensor]:
-    """Edit coefficients ``[B, K]`` and scale ``[B]`` in fp32."""
-    mix = torch.from_numpy(inputs.rng.standard_normal((batch, len(inputs.rows)))).float().to(device)
-    scale = torch.from_numpy(inputs.rng.uniform(0.25, 2.0, batch)).float().to(device)
-    return mix, scale
-
-
-# ------------------------------------------------------------------------------------------------------------- lists
-
-SHAPES: tuple[tuple[int, ...], ...] = ((), (0,), (3, 43), (128,), (7,), (2, 0, 3), (19, 53), (1,), (260, 259))
-"""A parameter list with scalars, empty tensors, whole segments and one tensor that spans a reference chunk's edge."""
-
-
-@dataclass
-class ListInputs:
-    """A parameter list, its offsets, and the same thing as a dense batch: one zero-padded row per tensor."""
-
-    grads: list[Held]
-    offsets: list[int]
-    bases: Held
-    scales: Tensor | None
-    g: np.ndarray  # [T, N]
-    masks: np.ndarray  # [T, N]: the elements of N that tensor t covers
-    rows: np.ndarray  # [K, N], zero in the gaps
-    rng: np.random.Generator
-
-    @property
-    def views(self) -> list[Tensor]:
-        return [held.view for held in self.grads]
-
-    def groups(self, per_tensor: bool) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(gradient [1, N], rows [K, N]) of each coefficient group: one per tensor, or everything at once."""
-        if per_tensor:
-            return [(self.g[t : t + 1], self.rows * self.masks[t]) for t in range(len(self.g))]
-        return [(self.g.sum(0, keepdims=True), self.rows)]
-
-
-def build_list(
-    grad: str, basis: str, device: str = "cpu", dk=(2, 5), geometry="overlap.5", lead: int = 1
-) -> ListInputs:
-    """Segments with gaps before, between and after; the gaps of float bases hold NaN, which no result may show."""
-    rng = rng_of("list", grad, basis, geometry)
-    offsets, end = [], 128
-    for t, shape in enumerate(SHAPES):
-        offsets.append(end)
-        end = -(-(end + int(np.prod(shape))) // 128) * 128 + (256 if t % 3 == 1 else 0)
-    n = end + 100
-    masks = np.zeros((len(SHAPES), n), dtype=bool)
-    for t, (shape, offset) in enumerate(zip(SHAPES, offsets, strict=True)):
-        masks[t, offset : offset + int(np.prod(shape))] = True
-    covered = masks.any(0)
-    bases, scales = store_bases(directions(rng, *dk, n, geometry), basis, device)
-    bases[..., torch.from_numpy(~covered).to(device)] = 77 if scales is not None else torch.nan
-    rows = np.where(covered, dense_rows(bases, scales, basis), 0.0)
-    flat = gradients(rng, rows, 0, DTYPES[grad], device)
-    grads = [
-        Held(flat[offset : offset + int(np.prod(shape))].reshape(shape), lead)
-        for shape, offset in zip(SHAPES, offsets, strict=True)
-    ]
-    return ListInputs(grads, offsets, Held(bases, lead), scales, np.where(masks, to64(flat), 0.0), masks, rows, rng)

@@ -1,7 +1,7 @@
 """Dense float64 versions of every op, in numpy, importing nothing from the package: what the kernels are judged by.
 
-Written from the definitions, not for speed: every function materialises what it needs. Arrays are float64 and hold exactly the
-values that the tensors store. Rows are directions: ``rows [K, N]``, gradients ``g [B, N]``.
+Written from the definitions, not for speed: every function materialises what it needs. Arrays are float64 and hold
+exactly the values that the tensors store. Rows are directions: ``rows [K, N]``, gradients ``g [B, N]``.
 """
 
 from __future__ import annotations
@@ -109,6 +109,7 @@ def pca_step(rows: Array, s: Array, g: Array, decay: float) -> tuple[Array, Arra
     kept, values = batch_pca(np.vstack([decay * s[:, None] * rows, g]), k)
     values = np.concatenate([values, np.zeros(max(0, k - len(values)))])
     kept = np.vstack([kept, np.zeros((k - len(kept), rows.shape[1]))])
+    kept[values[:k] <= 1e-12 * values.max(initial=0)] = 0.0  # slots without energy are empty
     return kept, values[:k], values[k:]
 
 
@@ -156,9 +157,9 @@ def random_bits(rows: int, positions: NDArray[np.int64], seed: int) -> NDArray[n
 def round_stochastically(value: Array, bits: NDArray[np.uint32], mantissa: int, min_exponent: int) -> Array:
     """Rounds away from zero when the dropped fraction plus a uniform number in [0, 1) reaches one.
 
-    The uniform number has as many of the leading ``bits`` as an fp32 mantissa has beyond the storage format's ``mantissa``
-    (7 for bf16, 10 for fp16). Below ``2^min_exponent`` the spacing of the format stays constant (subnormal numbers), and the
-    fraction is first rounded to the resolution of the uniform number.
+    The uniform number has as many of the leading ``bits`` as an fp32 mantissa has beyond the storage format's
+    ``mantissa`` (7 for bf16, 10 for fp16). Below ``2^min_exponent`` the spacing of the format stays constant (subnormal
+    numbers), and the fraction is first rounded to the resolution of the uniform number.
     """
     magnitude = np.abs(value)
     _, exponent = np.frexp(magnitude)  # magnitude = f * 2^exponent with f in [.5, 1)

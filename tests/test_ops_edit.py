@@ -3,27 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from helpers import (
-    DTYPES,
-    Case,
-    assert_within,
-    build,
-    build_list,
-    covering,
-    directions,
-    draw_mix,
-    edit_bound,
-    gradients,
-    integers,
-    rng_of,
-    rotate_bound,
-    same_bits,
-    store_bases,
-    to64,
-)
+
+import oracle
+from cases import Case, build, build_list, covering, draw_mix, gradients, integers, store_bases
+from helpers import DTYPES, assert_within, edit_bound, rng_of, rotate_bound, same_bits, to64
 
 FLOATS = ("fp32", "bf16", "fp16")
 EDIT_CASES = covering()
@@ -128,7 +113,7 @@ def test_rotate_list_matches_dense_and_skips_gaps(op, overload, grad, basis, per
 @pytest.mark.parametrize("seed", [0, 5], ids=["nearest", "stochastic"])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_a_list_is_the_flattened_batch(op, dtype, seed):
-    """Segments back to back are the same memory as one gradient; stochastic rounding depends on the position in the row."""
+    """Segments back to back are one gradient; what stochastic rounding does depends on the position in the row only."""
     rng = rng_of("list is batch", dtype)
     sizes = [128, 1280, 70016, 256, 77]
     offsets = [0, 128, 1408, 71424, 71680]

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
-import oracle
 import pytest
 import torch
-from helpers import (
-    DOT_UNIT,
-    DTYPES,
-    Inputs,
-    assert_within,
-    build,
-    build_list,
-    covering,
-    directions,
-    dot_bound,
-    gradients,
-    rng_of,
-    same_bits,
-    store_bases,
-    to64,
-)
+
+import oracle
+from cases import Inputs, build, build_list, covering, directions, gradients, store_bases
+from helpers import DOT_UNIT, DTYPES, assert_within, dot_bound, rng_of, same_bits, to64
 
 CASES = covering()
 PER_TENSOR = pytest.mark.parametrize("per_tensor", [False, True], ids=["summed", "per_tensor"])
@@ -109,7 +98,7 @@ def test_shards_add_up(op, overload):
     def call(g, u):
         return op("project", g, u, None, torch.float64).reshape(3, 8) if overload == "project" else op("gram", u, g)
 
-    parts = [call(grads[:, a:b], bases[..., a:b].contiguous()) for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [call(grads[:, a:b], bases[..., a:b].contiguous()) for a, b in itertools.pairwise(cuts)]
     left, right = (to64(grads), rows) if overload == "project" else (np.vstack([rows, to64(grads)]),) * 2
     bound = 2 * dot_bound(left, right, torch.float64)  # the sum of the parts and the whole each have this error
     assert_within(sum(parts), to64(call(grads, bases)), bound, "sum of shards")
@@ -157,10 +146,11 @@ def test_long_all_positive_sums_keep_six_digits(op):
 
 
 def test_the_smallest_step_of_large_parameters_is_resolved(op):
-    """The guard projects parameters: |theta| = 20 against a step whose coefficient is 1e-6 (Adam, lr 1e-6, random direction).
+    """The guard projects parameters: |theta| = 20 against a step of coefficient 1e-6 (Adam, lr 1e-6, random direction).
 
-    Lanes of m products u_i theta_i (each of rms |u||theta|/N) round by about 2^-25 * sqrt(m/2) |u||theta|/N per addition,
-    independently: sqrt(N m/2) * 2^-25 * |u||theta|/N = 1.0e-8 for m = 512; five sigma on a difference of two are 7e-8.
+    Lanes of m products u_i theta_i (each of rms |u||theta|/N) round by about 2^-25 * sqrt(m/2) |u||theta|/N per
+    addition, independently: sqrt(N m/2) * 2^-25 * |u||theta|/N = 1.0e-8 for m = 512; five sigma on a
+    difference of two are 7e-8.
     """
     rng = rng_of("small step")
     n = 1_000_003

@@ -1,0 +1,125 @@
+"""Storage: block-scaled int8 (error bound, layout of scales) and stochastic rounding of low-precision rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import oracle
+from cases import directions
+from helpers import DTYPES, FP32_UNIT, Held, assert_within, rng_of, same_bits, to64
+
+SIZES = (0, 1, 31, 32, 127, 128, 129, 1003, 70001)
+
+
+@pytest.mark.parametrize("block", [32, 128, 1024])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("n", SIZES)
+def test_dequantised_rows_are_within_half_a_step(op, n, dtype, block):
+    rng = rng_of("quantize", n, dtype, block)
+    values = directions(rng, 2, 5, n, "zero_rows") * rng.choice([1e-4, 1.0, 50.0], n)  # blocks of very different size
+    held = Held(torch.from_numpy(values).to(DTYPES[dtype]).to(op.device), lead=1)
+    codes, scales = op("quantize_bases", held.view, block)
+    assert codes.dtype == torch.int8 and codes.shape == (2, 5, n)
+    assert scales.dtype == torch.float32 and scales.shape == (2, 5, -(-n // block))
+    rows = to64(held.view)
+    found = oracle.dequantize(codes.cpu().numpy(), scales.cpu().numpy(), block)
+    step = np.repeat(to64(scales), block, axis=-1)[..., :n]
+    # Half a step, and the fp32 roundings of scale and quotient: they move a code of up to 127 by 127 * 2 * 2^-24 steps.
+    assert_within(found, rows, step * (0.5 + 254 * FP32_UNIT), "row")
+    assert codes.abs().max() <= 127 if n else True
+    assert (found[rows == 0] == 0).all()
+    _, expected = oracle.quantize(rows, block)
+    assert_within(scales, expected.astype(np.float64), FP32_UNIT * expected, "scale")
+    assert held.unchanged()
+
+
+def test_codes_saturate_instead_of_wrapping(op):
+    """Scales of tiny rows are subnormal and coarse: a quotient may exceed 127, and a bare conversion flips the sign."""
+    bases = torch.full((1, 1, 128), 2e-43, device=op.device)
+    codes, scales = op("quantize_bases", bases)
+    assert ((codes >= 0) & (codes <= 127)).all() and (scales >= 0).all()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_default_block_is_128(op, dtype):
+    bases = torch.randn(1, 2, 300, device=op.device).to(DTYPES[dtype])
+    for a, b in zip(op("quantize_bases", bases), op("quantize_bases", bases, 128), strict=True):
+        assert same_bits(a, b)
+
+
+# ---------------------------------------------------------------------------------------------- stochastic rounding
+
+FORMATS = {"bf16": (7, -126), "fp16": (10, -14)}  # mantissa bits, exponent of the smallest normal number
+LOW = pytest.mark.parametrize("dtype", FORMATS)
+
+
+def round_rows(op, values: torch.Tensor, dtype: str, seed: int) -> torch.Tensor:
+    """Stores fp32 rows ``[k, N]`` through a rotation that copies gradient i to row i exactly."""
+    k = len(values)
+    bases = torch.zeros(values.shape, dtype=DTYPES[dtype], device=values.device)
+    q = torch.cat([torch.zeros(k, k), torch.eye(k)], 1).to(values.device)
+    op("rotate_", bases, values, q, seed)
+    return bases
+
+
+def _values(rng, device: str, k: int = 4, n: int = 4099) -> torch.Tensor:
+    return torch.from_numpy(rng.standard_normal((k, n)) * 2.0 ** rng.integers(-10, 3, (k, n))).float().to(device)
+
+
+@LOW
+@pytest.mark.parametrize("seed", [1, -1, 12345, 2**40 + 7, -(2**62)])
+def test_rounding_is_the_documented_hash(op, dtype, seed):
+    values = _values(rng_of("hash", dtype), op.device)
+    bits = oracle.random_bits(4, np.arange(values.shape[1]), seed)
+    expected = oracle.round_stochastically(to64(values), bits, *FORMATS[dtype])
+    assert np.array_equal(to64(round_rows(op, values, dtype, seed)), expected)
+
+
+@LOW
+def test_seed_zero_rounds_to_nearest(op, dtype):
+    values = _values(rng_of("nearest", dtype), op.device)
+    assert same_bits(round_rows(op, values, dtype, 0), values.to(DTYPES[dtype]))
+
+
+@LOW
+def test_rounding_is_reproducible_and_differs_between_seeds(op, dtype):
+    values = _values(rng_of("seeds", dtype), op.device)
+    first = round_rows(op, values, dtype, 3)
+    assert same_bits(first, round_rows(op, values, dtype, 3))
+    assert not same_bits(first, round_rows(op, values, dtype, 4))
+
+
+@LOW
+def test_representable_values_never_move(op, dtype):
+    values = _values(rng_of("exact", dtype), op.device).to(DTYPES[dtype]).float()
+    values[:, ::5] = 0.0
+    for seed in range(1, 6):
+        assert same_bits(round_rows(op, values, dtype, seed), values.to(DTYPES[dtype]))
+
+
+@LOW
+@pytest.mark.parametrize("magnitude", ["normal", "subnormal"])
+def test_rounding_is_unbiased(op, dtype, magnitude):
+    """Over seeds, every element's mean error is zero and its spread is that of a coin with p = the dropped fraction."""
+    rng = rng_of("unbiased", dtype, magnitude)
+    values = _values(rng, op.device, 2, 1003)
+    mantissa, exponent = FORMATS[dtype]
+    if magnitude == "subnormal":
+        values = values / values.abs().max() * 2.0**exponent
+        values = torch.where(values.abs() < 2.0 ** (exponent - mantissa), 2.0 ** (exponent - 1) / 3, values)
+    exact, seeds = to64(values), 400
+    errors = np.stack([to64(round_rows(op, values, dtype, seed)) - exact for seed in range(1, seeds + 1)])
+    spacing = np.ldexp(1.0, np.maximum(np.frexp(exact)[1] - 1, exponent) - mantissa)
+    fraction = np.abs(exact) / spacing % 1
+    spread = spacing * np.sqrt(fraction * (1 - fraction) / seeds)
+    # Comparing with a 13 or 16 bit number shifts p by at most 2^-13: left out where that is not small to the spread.
+    usable = (fraction > 0.05) & (fraction < 0.95)
+    z = errors.mean(0)[usable] / spread[usable]
+    assert np.abs(errors).max() < spacing.max() and (np.abs(errors) < spacing).all()
+    assert np.abs(z).max() < 6 and abs(z.mean()) < 5 / len(z) ** 0.5 and 0.9 < z.std() < 1.1
+    # Neighbours along the row and across rows round independently.
+    noise = (errors / spacing)[:, :, :1000]
+    for a, b in ((noise[:, :, 1:], noise[:, :, :-1]), (noise[:, 1:], noise[:, :-1]), (noise[1:], noise[:-1])):
+        assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 6 / a.size**0.5

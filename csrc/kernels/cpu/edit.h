@@ -1,0 +1,189 @@
+// Pass 2: G <- scale * (G + mix U). Reads the rows that any gradient uses, reads and writes the gradients, rounds once.
+#pragma once
+
+#include "tile.h"
+
+namespace carerl::cpu::CARERL_ISA {
+
+CARERL_INLINE bool is_finite(float x) { return x - x == 0.0f; }
+
+// y[c] += sum_r mix[r][c] u[r] over n columns
+template <class E, int R, int C>
+static void axpy_tile(const Basis& basis, const int64_t* rows, int64_t column, const float* mix, int64_t mixes,
+                      float* y, int64_t pitch, int64_t n) {
+  const typename E::Type* u[R];
+  Float factor[R][C];
+  CARERL_UNROLL
+  for (int r = 0; r < R; ++r) {
+    u[r] = element<E>(basis, rows[r], column);
+    CARERL_UNROLL
+    for (int c = 0; c < C; ++c) factor[r][c] = splat(mix[r * mixes + c]);
+  }
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) {
+    Float direction[R];
+    CARERL_UNROLL
+    for (int r = 0; r < R; ++r) direction[r] = E::load(u[r] + i);
+    CARERL_UNROLL
+    for (int c = 0; c < C; ++c) {
+      Float value = load(y + c * pitch + i);
+      CARERL_UNROLL
+      for (int r = 0; r < R; ++r) value += factor[r][c] * direction[r];
+      store(y + c * pitch + i, value);
+    }
+  }
+  if (i < n) {
+    for (int c = 0; c < C; ++c) {
+      Float value = load(y + c * pitch + i);
+      for (int r = 0; r < R; ++r) value += factor[r][c] * load_part<E>(u[r] + i, n - i);
+      store(y + c * pitch + i, value);
+    }
+  }
+}
+
+template <class E>
+struct Axpy {
+  template <int R, int C>
+  CARERL_INLINE void run(const Basis& basis, const int64_t* rows, int64_t column, const float* mix, int64_t mixes,
+                         float* y, int64_t pitch, int64_t n) {
+    axpy_tile<E, R, C>(basis, rows, column, mix, mixes, y, pitch, n);
+  }
+};
+// int8: one run per block, with the scale folded into the factors.
+template <>
+struct Axpy<I8> {
+  template <int R, int C>
+  CARERL_INLINE void run(const Basis& basis, const int64_t* rows, int64_t column, const float* mix, int64_t mixes,
+                         float* y, int64_t pitch, int64_t n) {
+    for (int64_t i = 0; i < n;) {
+      const int64_t end = run_end(basis, column + i, column + n) - column;
+      float scaled[R * C];
+      for (int r = 0; r < R; ++r) {
+        const float scale = scale_row(basis, rows[r])[(column + i) >> basis.block_shift];
+        for (int c = 0; c < C; ++c) scaled[r * C + c] = mix[r * mixes + c] * scale;
+      }
+      axpy_tile<I8, R, C>(basis, rows, column + i, scaled, C, y + i, pitch, end - i);
+      i = end;
+    }
+  }
+};
+
+template <class E, int R>
+static void axpy_rows(const Basis& basis, const int64_t* rows, int64_t column, const float* mix, int64_t batch,
+                      float* y, int64_t pitch, int64_t n) {
+  int64_t b = 0;
+  for (; b + 2 <= batch; b += 2) {
+    Axpy<E>::template run<R, 2>(basis, rows, column, mix + b, batch, y + b * pitch, pitch, n);
+  }
+  if (b < batch) Axpy<E>::template run<R, 1>(basis, rows, column, mix + b, batch, y + b * pitch, pitch, n);
+}
+
+template <class E>
+static void axpy_all(const Basis& basis, const int64_t* rows, int64_t count, int64_t column, const float* mix,
+                     int64_t batch, float* y, int64_t pitch, int64_t n) {
+  int64_t r = 0;
+  for (; r + kRows <= count; r += kRows) {
+    axpy_rows<E, kRows>(basis, rows + r, column, mix + r * batch, batch, y, pitch, n);
+  }
+  switch (count - r) {
+    case 3:
+      return axpy_rows<E, 3>(basis, rows + r, column, mix + r * batch, batch, y, pitch, n);
+    case 2:
+      return axpy_rows<E, 2>(basis, rows + r, column, mix + r * batch, batch, y, pitch, n);
+    case 1:
+      return axpy_rows<E, 1>(basis, rows + r, column, mix + r * batch, batch, y, pitch, n);
+    default:
+      return;
+  }
+}
+
+// What an Edit comes to for up to kMaxBatch gradients: who moves, who is only scaled, and which rows are needed at all.
+struct EditPlan {
+  int64_t moved[kMaxBatch], scaled[kMaxBatch];  // indices into the batch
+  int64_t moves = 0, scalings = 0;
+  int64_t* rows;  // [count], ascending
+  float* mix;     // [count, moves]
+  int64_t count = 0;
+};
+
+static int64_t edit_plan_bytes(const Basis& basis, int64_t batch) {
+  return round_up(basis.rows * (sizeof(int64_t) + min64(batch, kMaxBatch) * sizeof(float)), 8);
+}
+
+static EditPlan plan_edit(const Basis& basis, const Edit& edit, int64_t first, int64_t batch, void* memory) {
+  EditPlan plan;
+  plan.rows = static_cast<int64_t*>(memory);
+  plan.mix = reinterpret_cast<float*>(plan.rows + basis.rows);
+  const int64_t k = basis.rows;
+  for (int64_t b = first; b < first + batch; ++b) {
+    const float* mix = edit.mix + b * k;
+    bool finite = is_finite(edit.scale[b]), moves = false;
+    for (int64_t r = 0; r < k; ++r) {
+      finite = finite && is_finite(mix[r]);
+      moves = moves || mix[r] != 0.0f;
+    }
+    if (finite && moves) plan.moved[plan.moves++] = b;
+    if (finite && !moves && edit.scale[b] != 1.0f) plan.scaled[plan.scalings++] = b;
+  }
+  for (int64_t r = 0; r < k; ++r) {
+    bool used = false;
+    float* mix = plan.mix + plan.count * plan.moves;
+    for (int64_t m = 0; m < plan.moves; ++m) {
+      mix[m] = edit.mix[plan.moved[m] * k + r];
+      used = used || mix[m] != 0.0f;
+    }
+    if (used) plan.rows[plan.count++] = r;
+  }
+  return plan;
+}
+
+CARERL_INLINE void* gradient(const Span& span, int64_t b, int64_t begin) {
+  return at(span.grads, span.dtype, b * span.stride + begin);
+}
+
+// Columns [begin, begin + n) of the span; y holds plan.moves tiles of `pitch` floats.
+static void edit_tile(const Basis& basis, const Span& span, const Edit& edit, const EditPlan& plan, int64_t begin,
+                      int64_t n, float* y, int64_t pitch) {
+  for (int64_t s = 0; s < plan.scalings; ++s) {
+    void* g = gradient(span, plan.scaled[s], begin);
+    load_tile(g, span.dtype, y, n);
+    store_tile(y, g, span.dtype, n, edit.scale[plan.scaled[s]]);
+  }
+  for (int64_t m = 0; m < plan.moves; ++m)
+    load_tile(gradient(span, plan.moved[m], begin), span.dtype, y + m * pitch, n);
+  const int64_t column = span.column + begin;
+  switch (basis.dtype) {
+    case DType::kF32:
+      axpy_all<F32>(basis, plan.rows, plan.count, column, plan.mix, plan.moves, y, pitch, n);
+      break;
+    case DType::kBF16:
+      axpy_all<BF16>(basis, plan.rows, plan.count, column, plan.mix, plan.moves, y, pitch, n);
+      break;
+    case DType::kF16:
+      axpy_all<F16>(basis, plan.rows, plan.count, column, plan.mix, plan.moves, y, pitch, n);
+      break;
+    case DType::kI8:
+      axpy_all<I8>(basis, plan.rows, plan.count, column, plan.mix, plan.moves, y, pitch, n);
+      break;
+  }
+  for (int64_t m = 0; m < plan.moves; ++m) {
+    store_tile(y + m * pitch, gradient(span, plan.moved[m], begin), span.dtype, n, edit.scale[plan.moved[m]]);
+  }
+}
+
+static void edit(const Basis& basis, const Span& span, const Edit& edit) {
+  for (int64_t first = 0; first < span.batch; first += kMaxBatch) {
+    const int64_t batch = min64(span.batch - first, kMaxBatch);
+    const int64_t tile = batch <= 2 ? kTile : kTile / 2;
+    const int64_t tiles_bytes = batch * tile * sizeof(float);
+    float* y = static_cast<float*>(scratch(tiles_bytes + edit_plan_bytes(basis, batch)));
+    const EditPlan plan = plan_edit(basis, edit, first, batch, y + batch * tile);
+    if (plan.moves + plan.scalings == 0) continue;
+    // Backwards: what pass 1 read last may still be in the last-level cache.
+    for (int64_t begin = (span.length - 1) / tile * tile; begin >= 0; begin -= tile) {
+      edit_tile(basis, span, edit, plan, begin, min64(tile, span.length - begin), y, tile);
+    }
+  }
+}
+
+}  // namespace carerl::cpu::CARERL_ISA

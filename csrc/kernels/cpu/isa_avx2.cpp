@@ -1,0 +1,2 @@
+#define CARERL_ISA avx2
+#include "table.h"

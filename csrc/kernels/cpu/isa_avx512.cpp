@@ -1,0 +1,2 @@
+#define CARERL_ISA avx512
+#include "table.h"

@@ -1,0 +1,2 @@
+#define CARERL_ISA generic
+#include "table.h"

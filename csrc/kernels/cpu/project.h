@@ -1,0 +1,180 @@
+// Pass 1: coefficients G U^T. Reads bases and gradients once.
+#pragma once
+
+#include "tile.h"
+
+namespace carerl::cpu::CARERL_ISA {
+
+// R rows of the bases against C gradients over n columns; fp32 lanes for at most kFold elements, then fp64.
+template <class E, int R, int C>
+static void dot_tile(const Basis& basis, int64_t row, int64_t column, const float* g, int64_t pitch, int64_t n,
+                     double* totals, int64_t rows) {
+  constexpr int kChains = C == 1 ? 2 : 1;  // at least eight independent sums hide the latency of the multiply-add
+  double lanes[R][C][kWidth] = {};
+  const typename E::Type* u[R];
+  CARERL_UNROLL
+  for (int r = 0; r < R; ++r) u[r] = element<E>(basis, row + r, column);
+  for (int64_t i = 0; i < n;) {
+    const int64_t end = min64(i + kFold, n);
+    Float sums[kChains][R][C] = {};
+    for (; i + kChains * kWidth <= end; i += kChains * kWidth) {
+      CARERL_UNROLL
+      for (int chain = 0; chain < kChains; ++chain) {
+        const int64_t at = i + chain * kWidth;
+        Float gradient[C];
+        CARERL_UNROLL
+        for (int c = 0; c < C; ++c) gradient[c] = load(g + c * pitch + at);
+        CARERL_UNROLL
+        for (int r = 0; r < R; ++r) {
+          const Float direction = E::load(u[r] + at);
+          CARERL_UNROLL
+          for (int c = 0; c < C; ++c) sums[chain][r][c] += direction * gradient[c];
+        }
+      }
+    }
+    for (; i < end; i += kWidth) {
+      for (int r = 0; r < R; ++r) {
+        const Float direction = i + kWidth <= n ? E::load(u[r] + i) : load_part<E>(u[r] + i, n - i);
+        for (int c = 0; c < C; ++c) sums[0][r][c] += direction * load(g + c * pitch + i);
+      }
+    }
+    CARERL_UNROLL
+    for (int r = 0; r < R; ++r) {
+      CARERL_UNROLL
+      for (int c = 0; c < C; ++c) {
+        CARERL_UNROLL
+        for (int chain = 1; chain < kChains; ++chain) sums[0][r][c] += sums[chain][r][c];
+        fold(lanes[r][c], sums[0][r][c]);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < C; ++c) totals[c * rows + row + r] += sum(lanes[r][c], kWidth);
+  }
+}
+
+// int8: codes are summed per block and the block's scale is applied once.
+template <int R, int C>
+static void dot_tile_int8(const Basis& basis, int64_t row, int64_t column, const float* g, int64_t pitch, int64_t n,
+                          double* totals, int64_t rows) {
+  double lanes[R][C][kWidth] = {};
+  const int8_t* u[R];
+  CARERL_UNROLL
+  for (int r = 0; r < R; ++r) u[r] = element<I8>(basis, row + r, column);
+  for (int64_t i = 0; i < n;) {
+    const int64_t fold_end = min64(i + kFold, n);
+    Float scaled[R][C] = {};
+    while (i < fold_end) {
+      const int64_t block = (column + i) >> basis.block_shift;
+      const int64_t end = run_end(basis, column + i, column + fold_end) - column;
+      Float sums[R][C] = {};
+      for (; i + kWidth <= end; i += kWidth) {
+        CARERL_UNROLL
+        for (int r = 0; r < R; ++r) {
+          const Float direction = I8::load(u[r] + i);
+          CARERL_UNROLL
+          for (int c = 0; c < C; ++c) sums[r][c] += direction * load(g + c * pitch + i);
+        }
+      }
+      if (i < end) {
+        for (int r = 0; r < R; ++r) {
+          const Float direction = load_part<I8>(u[r] + i, end - i);
+          for (int c = 0; c < C; ++c) sums[r][c] += direction * load(g + c * pitch + i);
+        }
+        i = end;
+      }
+      CARERL_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const Float scale = splat(scale_row(basis, row + r)[block]);
+        CARERL_UNROLL
+        for (int c = 0; c < C; ++c) scaled[r][c] += sums[r][c] * scale;
+      }
+    }
+    CARERL_UNROLL
+    for (int r = 0; r < R; ++r) {
+      CARERL_UNROLL
+      for (int c = 0; c < C; ++c) fold(lanes[r][c], scaled[r][c]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < C; ++c) totals[c * rows + row + r] += sum(lanes[r][c], kWidth);
+  }
+}
+
+template <class E>
+struct Dot {
+  template <int R, int C>
+  CARERL_INLINE void run(const Basis& basis, int64_t row, int64_t column, const float* g, int64_t pitch, int64_t n,
+                         double* totals) {
+    dot_tile<E, R, C>(basis, row, column, g, pitch, n, totals, basis.rows);
+  }
+};
+template <>
+struct Dot<I8> {
+  template <int R, int C>
+  CARERL_INLINE void run(const Basis& basis, int64_t row, int64_t column, const float* g, int64_t pitch, int64_t n,
+                         double* totals) {
+    dot_tile_int8<R, C>(basis, row, column, g, pitch, n, totals, basis.rows);
+  }
+};
+
+template <class E, int R>
+static void dot_rows(const Basis& basis, int64_t row, int64_t column, const float* g, int64_t pitch, int64_t batch,
+                     int64_t n, double* totals) {
+  int64_t b = 0;
+  for (; b + 3 <= batch; b += 3) {
+    Dot<E>::template run<R, 3>(basis, row, column, g + b * pitch, pitch, n, totals + b * basis.rows);
+  }
+  if (batch - b == 2) Dot<E>::template run<R, 2>(basis, row, column, g + b * pitch, pitch, n, totals + b * basis.rows);
+  if (batch - b == 1) Dot<E>::template run<R, 1>(basis, row, column, g + b * pitch, pitch, n, totals + b * basis.rows);
+}
+
+template <class E>
+static void project_tile(const Basis& basis, int64_t column, const float* g, int64_t pitch, int64_t batch, int64_t n,
+                         double* totals) {
+  int64_t row = 0;
+  for (; row + kRows <= basis.rows; row += kRows) dot_rows<E, kRows>(basis, row, column, g, pitch, batch, n, totals);
+  switch (basis.rows - row) {
+    case 3:
+      return dot_rows<E, 3>(basis, row, column, g, pitch, batch, n, totals);
+    case 2:
+      return dot_rows<E, 2>(basis, row, column, g, pitch, batch, n, totals);
+    case 1:
+      return dot_rows<E, 1>(basis, row, column, g, pitch, batch, n, totals);
+    default:
+      return;
+  }
+}
+
+static void project(const Basis& basis, const Span& span, double* totals) {
+  for (int64_t first = 0; first < span.batch; first += kMaxBatch) {
+    const int64_t batch = min64(span.batch - first, kMaxBatch);
+    // Beyond three gradients a tile of bases is read more than once: four rows of it and the gradients stay in L1/L2.
+    const int64_t tile = batch <= 3 ? kTile : kTile / 2;
+    float* g = static_cast<float*>(scratch(batch * tile * sizeof(float)));
+    for (int64_t begin = 0; begin < span.length; begin += tile) {
+      const int64_t n = min64(tile, span.length - begin);
+      for (int64_t b = 0; b < batch; ++b) {
+        load_tile(at(span.grads, span.dtype, (first + b) * span.stride + begin), span.dtype, g + b * tile, n);
+      }
+      const int64_t column = span.column + begin;
+      double* part = totals + first * basis.rows;
+      switch (basis.dtype) {
+        case DType::kF32:
+          project_tile<F32>(basis, column, g, tile, batch, n, part);
+          break;
+        case DType::kBF16:
+          project_tile<BF16>(basis, column, g, tile, batch, n, part);
+          break;
+        case DType::kF16:
+          project_tile<F16>(basis, column, g, tile, batch, n, part);
+          break;
+        case DType::kI8:
+          project_tile<I8>(basis, column, g, tile, batch, n, part);
+          break;
+      }
+    }
+  }
+}
+
+}  // namespace carerl::cpu::CARERL_ISA

@@ -1,0 +1,211 @@
+// A vector of floats and how storage types become one. Included by exactly one translation unit per instruction set,
+// inside its own namespace (CARERL_ISA), so that no two of them share a symbol.
+#pragma once
+
+#include "types.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#ifndef CARERL_VECTOR_BYTES
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define CARERL_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define CARERL_VECTOR_BYTES 32
+#else
+#define CARERL_VECTOR_BYTES 16  // SSE2 and NEON registers
+#endif
+#endif
+
+#define CARERL_INLINE static inline __attribute__((always_inline))
+// Names a loop of constant trip count over an array of vectors: fully unrolled, the array becomes registers.
+#define CARERL_UNROLL _Pragma("GCC unroll 16")
+
+namespace carerl::cpu::CARERL_ISA {
+
+constexpr int kWidth = CARERL_VECTOR_BYTES / 4;  // floats in a vector
+
+typedef float Float __attribute__((vector_size(CARERL_VECTOR_BYTES)));
+typedef uint32_t Word __attribute__((vector_size(CARERL_VECTOR_BYTES)));
+typedef int32_t Int __attribute__((vector_size(CARERL_VECTOR_BYTES)));
+typedef double Double __attribute__((vector_size(CARERL_VECTOR_BYTES)));  // kWidth / 2 doubles
+typedef uint16_t Half __attribute__((vector_size(CARERL_VECTOR_BYTES / 2)));
+typedef int8_t Byte __attribute__((vector_size(CARERL_VECTOR_BYTES / 4)));
+// Tensors are views with any offset: every access to them is unaligned.
+typedef float LooseFloat __attribute__((vector_size(CARERL_VECTOR_BYTES), aligned(1), may_alias));
+typedef double LooseDouble __attribute__((vector_size(CARERL_VECTOR_BYTES), aligned(1), may_alias));
+typedef Half LooseHalf __attribute__((aligned(1), may_alias));
+typedef Byte LooseByte __attribute__((aligned(1), may_alias));
+
+CARERL_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+CARERL_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+CARERL_INLINE Float splat(float x) { return x - Float{}; }  // x - 0 keeps the sign of zero and costs nothing
+CARERL_INLINE Word splat_word(uint32_t x) { return Word{} + x; }
+CARERL_INLINE Float as_float(Word x) { return (Float)x; }
+CARERL_INLINE Word as_word(Float x) { return (Word)x; }
+CARERL_INLINE Float load(const float* p) { return *reinterpret_cast<const LooseFloat*>(p); }
+CARERL_INLINE void store(float* p, Float x) { *reinterpret_cast<LooseFloat*>(p) = x; }
+
+// ------------------------------------------------------------------------------------------------ storage to float
+
+struct F32 {
+  using Type = float;
+  CARERL_INLINE Float load(const float* p) { return CARERL_ISA::load(p); }
+};
+
+CARERL_INLINE Word load_half(const uint16_t* p) {
+#if CARERL_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  return (Word)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif CARERL_VECTOR_BYTES == 32 && defined(__AVX2__)
+  return (Word)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  return __builtin_convertvector(*reinterpret_cast<const LooseHalf*>(p), Word);
+#endif
+}
+
+struct BF16 {
+  using Type = uint16_t;
+  CARERL_INLINE Float load(const uint16_t* p) { return as_float(load_half(p) << 16); }
+};
+
+struct F16 {
+  using Type = uint16_t;
+  CARERL_INLINE Float load(const uint16_t* p) {
+#if CARERL_VECTOR_BYTES == 64 && defined(__AVX512F__)
+    return (Float)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif CARERL_VECTOR_BYTES == 32 && defined(__F16C__)
+    return (Float)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+    const Word half = load_half(p);
+    const Word magnitude = (half & 0x7fff) << 13;
+    // The exponent is 112 too small; a product moves it and makes subnormals normal. Infinity and NaN keep exponent
+    // 255.
+    const Word finite = as_word(as_float(magnitude) * 0x1p112f);
+    const Word special = (Word)(magnitude >= splat_word(0x7c00u << 13)) & 0x7f800000u;
+    return as_float(finite | special | (half & 0x8000) << 16);
+#endif
+  }
+};
+
+struct I8 {
+  using Type = int8_t;
+  CARERL_INLINE Float load(const int8_t* p) {
+#if CARERL_VECTOR_BYTES == 64 && defined(__AVX512F__)
+    return (Float)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif CARERL_VECTOR_BYTES == 32 && defined(__AVX2__)
+    return (Float)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+    return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const LooseByte*>(p), Int), Float);
+#endif
+  }
+};
+
+// The first n < kWidth elements, zeros behind them. Reads nothing beyond.
+template <class E>
+CARERL_INLINE Float load_part(const typename E::Type* p, int64_t n) {
+  typename E::Type padded[kWidth] = {};
+  __builtin_memcpy(padded, p, n * sizeof(*p));
+  return E::load(padded);
+}
+
+// ------------------------------------------------------------------------------------------------ float to storage
+
+CARERL_INLINE void store_half(uint16_t* p, Word x) {
+#if CARERL_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)x));
+#elif CARERL_VECTOR_BYTES == 32 && defined(__AVX2__)
+  const __m256i packed = _mm256_packus_epi32((__m256i)x, (__m256i)x);  // each half of the register packs its own four
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+#else
+  *reinterpret_cast<LooseHalf*>(p) = __builtin_convertvector(x, Half);
+#endif
+}
+
+// To nearest, ties to even, like torch.
+CARERL_INLINE void store_as(F32, float* p, Float x) { store(p, x); }
+
+CARERL_INLINE void store_as(BF16, uint16_t* p, Float x) {
+  const Word bits = as_word(x);
+  const Word rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Word nan = (Word)(x != x);
+  store_half(p, (rounded & ~nan) | (nan & 0x7fc0));
+}
+
+#if !(CARERL_VECTOR_BYTES == 64 && defined(__AVX512F__)) && !(CARERL_VECTOR_BYTES == 32 && defined(__F16C__))
+CARERL_INLINE uint16_t half_bits(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000;
+  const uint32_t magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return sign | 0x7e00;   // NaN
+  if (magnitude >= 0x477ff000) return sign | 0x7c00;  // 65520 and more round to infinity
+  if (magnitude < 0x38800000) {  // below 2^-14: subnormal; adding 1/2 leaves its integer multiple of 2^-24
+    float small;
+    __builtin_memcpy(&small, &magnitude, 4);
+    small += 0.5f;
+    uint32_t shifted;
+    __builtin_memcpy(&shifted, &small, 4);
+    return sign | (shifted - 0x3f000000);
+  }
+  return sign | ((magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13);
+}
+#endif
+
+CARERL_INLINE void store_as(F16, uint16_t* p, Float x) {
+#if CARERL_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)x, 0));
+#elif CARERL_VECTOR_BYTES == 32 && defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)x, 0));
+#else
+  for (int lane = 0; lane < kWidth; ++lane) p[lane] = half_bits(x[lane]);
+#endif
+}
+
+template <class E>
+CARERL_INLINE void store_part(typename E::Type* p, Float x, int64_t n) {
+  typename E::Type padded[kWidth];
+  store_as(E{}, padded, x);
+  __builtin_memcpy(p, padded, n * sizeof(*p));
+}
+
+// -------------------------------------------------------------------------------------------------------- fp64 totals
+
+// lanes[0..kWidth) += x, each lane exactly widened.
+CARERL_INLINE void fold(double* lanes, Float x) {
+#if CARERL_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x));
+  const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1));
+  _mm512_storeu_pd(lanes, _mm512_add_pd(_mm512_loadu_pd(lanes), low));
+  _mm512_storeu_pd(lanes + 8, _mm512_add_pd(_mm512_loadu_pd(lanes + 8), high));
+#elif CARERL_VECTOR_BYTES == 32 && defined(__AVX2__)
+  const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x));
+  const __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1));
+  _mm256_storeu_pd(lanes, _mm256_add_pd(_mm256_loadu_pd(lanes), low));
+  _mm256_storeu_pd(lanes + 4, _mm256_add_pd(_mm256_loadu_pd(lanes + 4), high));
+#else
+  for (int lane = 0; lane < kWidth; ++lane) lanes[lane] += x[lane];
+#endif
+}
+
+CARERL_INLINE double sum(const double* lanes, int count) {
+  double total = 0;
+  for (int lane = 0; lane < count; ++lane) total += lanes[lane];
+  return total;
+}
+
+// dst[0..kWidth) = x in fp64
+CARERL_INLINE void widen(double* dst, Float x) {
+#if CARERL_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  _mm512_storeu_pd(dst, _mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x)));
+  _mm512_storeu_pd(dst + 8, _mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1)));
+#elif CARERL_VECTOR_BYTES == 32 && defined(__AVX2__)
+  _mm256_storeu_pd(dst, _mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x)));
+  _mm256_storeu_pd(dst + 4, _mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1)));
+#else
+  for (int lane = 0; lane < kWidth; ++lane) dst[lane] = x[lane];
+#endif
+}
+
+}  // namespace carerl::cpu::CARERL_ISA

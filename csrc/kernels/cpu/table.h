@@ -1,0 +1,14 @@
+// Last include of a translation unit: its kernels as a table.
+#pragma once
+
+#include "gram.h"
+#include "project.h"
+#include "rotate.h"
+
+#define CARERL_STRING_(x) #x
+#define CARERL_STRING(x) CARERL_STRING_(x)
+
+namespace carerl::cpu::CARERL_ISA {
+extern const KernelTable table;
+const KernelTable table = {CARERL_STRING(CARERL_ISA), project, gram, edit, rotate, edit_rotate, quantize};
+}  // namespace carerl::cpu::CARERL_ISA

@@ -1,0 +1,68 @@
+// What the CPU kernels and their callers agree on. No torch header, no std template: this header is compiled into one
+// translation unit per instruction set, and an inline std function compiled there with AVX-512 could be the copy that
+// the linker keeps for everybody.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace carerl::cpu {
+
+enum class DType : uint8_t { kF32, kBF16, kF16, kI8 };
+
+static inline int64_t element_size(DType dtype) { return dtype == DType::kF32 ? 4 : dtype == DType::kI8 ? 1 : 2; }
+
+// K rows of N elements, row after row. int8 rows carry one fp32 scale per block of 1 << block_shift elements.
+struct Basis {
+  void* data;
+  const float* scales;  // [rows, blocks], null unless int8
+  int64_t rows;
+  int64_t stride;  // N
+  int64_t blocks;
+  int block_shift;
+  DType dtype;
+};
+
+// `batch` gradients of `length` elements, and the column of the bases that belongs to their first element. Columns are
+// multiples of 128, so that a vector never straddles two int8 blocks or two halves of the 64-bit position.
+struct Span {
+  void* grads;
+  int64_t stride;  // elements between gradients of the batch
+  int64_t batch;
+  DType dtype;
+  int64_t column;
+  int64_t length;
+};
+
+// g <- scale * (g + mix U). A gradient with a non-finite number among its mix and scale is left alone.
+struct Edit {
+  const float* mix;    // [batch, rows]
+  const float* scale;  // [batch]
+};
+
+// U <- q [U; G], rows from `rows` on become zero. A q that is not finite leaves U alone. Rounding to the storage type
+// is stochastic when seed != 0.
+struct Rotation {
+  const float* q;  // [rows, K + batch]
+  int64_t rows;
+  int64_t seed;
+};
+
+struct KernelTable {
+  const char* name;
+  // totals [batch, K] += G U^T
+  void (*project)(const Basis&, const Span&, double* totals);
+  // totals [K + batch, K + batch] += [U; G] [U; G]^T, upper triangle
+  void (*gram)(const Basis&, const Span&, double* totals);
+  void (*edit)(const Basis&, const Span&, const Edit&);
+  void (*rotate)(const Basis&, const Span&, const Rotation&);
+  // Both in one pass over memory; `domain` is the part of `all` that is rotated, from the gradients before the edit.
+  void (*edit_rotate)(const Basis& all, const Basis& domain, const Span&, const Edit&, const Rotation&);
+  // Block-scaled int8 of one stretch of a row; `length` starts on a block boundary.
+  void (*quantize)(const void* row, DType, int64_t length, int64_t block, int8_t* codes, float* scales);
+};
+
+// Memory of the calling thread, aligned to 64 bytes, valid until its next call. Sized by tile and K, never by N.
+void* scratch(size_t bytes);
+
+}  // namespace carerl::cpu

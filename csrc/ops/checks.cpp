@@ -1,0 +1,254 @@
+#include "checks.h"
+
+#include <cmath>
+#include <initializer_list>
+#include <limits>
+#include <stdexcept>
+
+namespace carerl {
+namespace {
+
+std::string joined(torch::headeronly::IntHeaderOnlyArrayRef values) {
+  std::string out;
+  for (size_t i = 0; i < values.size(); ++i) out += (i ? ", " : "") + std::to_string(values[i]);
+  return out;
+}
+
+std::string tuple(torch::headeronly::IntHeaderOnlyArrayRef values) {
+  return "(" + joined(values) + (values.size() == 1 ? ",)" : ")");
+}
+
+std::string list(torch::headeronly::IntHeaderOnlyArrayRef values) { return "[" + joined(values) + "]"; }
+
+const char* name_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
+    default:
+      return "another type";
+  }
+}
+
+bool is_grad(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+}
+
+bool is_core(ScalarType dtype) { return dtype == ScalarType::Float || dtype == ScalarType::Double; }
+
+void check_device(const char* op, const std::string& name, const Tensor& tensor) {
+  if (!tensor.is_cpu()) fail(op, name + " on cpu like bases", tensor.is_cuda() ? "cuda" : "another device");
+}
+
+void check_dense(const char* op, const char* name, const Tensor& rows) {
+  const int64_t last = rows.dim() - 1;
+  if (rows.size(last) > 1 && rows.stride(last) != 1) {
+    fail(op, std::string(name) + " contiguous in its last dimension", "strides " + tuple(rows.strides()),
+         "call .contiguous() first");
+  }
+}
+
+void check_small(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape,
+                 bool double_allowed) {
+  const auto sizes = tensor.sizes();
+  bool same = sizes.size() == shape.size();
+  size_t i = 0;
+  for (int64_t size : shape) same = same && sizes[i++] == size;
+  const ScalarType dtype = tensor.scalar_type();
+  if (!same || !(dtype == ScalarType::Float || (double_allowed && dtype == ScalarType::Double))) {
+    fail(op,
+         std::string(name) + " " + list({shape.begin(), shape.size()}) + " of dtype float32" +
+             (double_allowed ? " or float64" : ""),
+         std::string(name_of(dtype)) + " " + list(sizes));
+  }
+  if (!tensor.is_contiguous()) fail(op, std::string("contiguous ") + name, "strides " + tuple(tensor.strides()));
+  check_device(op, name, tensor);
+}
+
+}  // namespace
+
+void fail(const char* op, const std::string& expected, const std::string& found, const char* remedy) {
+  throw std::runtime_error(std::string("carerl::") + op + ": expected " + expected + ", found " + found +
+                           (remedy ? std::string("; ") + remedy : std::string()));
+}
+
+BasisShape check_bases(const char* op, const Tensor& bases, const Optional& scales, bool matrix_allowed,
+                       bool stack_allowed) {
+  const int64_t dim = bases.dim();
+  if (!((matrix_allowed && dim == 2) || (stack_allowed && dim == 3))) {
+    const char* dims = matrix_allowed ? (stack_allowed ? "2 or 3" : "2") : "3";
+    fail(op, std::string("bases with ") + dims + " dimensions", tuple(bases.sizes()));
+  }
+  const ScalarType dtype = bases.scalar_type();
+  if (!is_grad(dtype) && dtype != ScalarType::Char) {
+    fail(op, "bases of dtype float32, bfloat16, float16, int8", name_of(dtype));
+  }
+  check_dense(op, "bases", bases);
+  if (!bases.is_contiguous()) {
+    fail(op, "contiguous bases", "strides " + tuple(bases.strides()), "call .contiguous() first");
+  }
+  const auto sizes = bases.sizes();
+  BasisShape shape;
+  shape.rows = dim == 3 ? sizes[0] * sizes[1] : sizes[0];
+  shape.stride = sizes[dim - 1];
+  if (dtype != ScalarType::Char) {
+    if (scales) fail(op, std::string("no scales with torch.") + name_of(dtype) + " bases", "a tensor");
+    return shape;
+  }
+  if (!scales) fail(op, "scales with int8 bases", "None", "pass both results of quantize_bases");
+  bool same = scales->dim() == dim;
+  for (int64_t i = 0; same && i + 1 < dim; ++i) same = scales->size(i) == sizes[i];
+  if (!same || scales->scalar_type() != ScalarType::Float || !scales->is_contiguous()) {
+    fail(op, "contiguous float32 scales [" + joined({sizes.data(), sizes.size() - 1}) + ", ceil(N/block)]",
+         std::string("torch.") + name_of(scales->scalar_type()) + " " + tuple(scales->sizes()));
+  }
+  check_device(op, "scales", *scales);
+  shape.blocks = scales->size(dim - 1);
+  shape.block_shift = 5;
+  auto needed = [&] { return (shape.stride + (int64_t{1} << shape.block_shift) - 1) >> shape.block_shift; };
+  while (needed() > (shape.blocks > 1 ? shape.blocks : 1)) ++shape.block_shift;
+  if (needed() != shape.blocks) {
+    fail(op, "ceil(N/block) scales a row with block a power of two >= 32", std::to_string(shape.blocks));
+  }
+  return shape;
+}
+
+BasisShape check_rotatable(const char* op, const Tensor& bases, bool stack) {
+  if (bases.scalar_type() == ScalarType::Char) {
+    fail(op, "bases of dtype float32, bfloat16, float16", "int8",
+         "int8 bases are never rotated: stream into a float basis and call quantize_bases when the stage ends");
+  }
+  return check_bases(op, bases, std::nullopt, !stack, stack);
+}
+
+int64_t check_grads(const char* op, const Tensor& grads, const Tensor& bases, bool written) {
+  const int64_t dim = grads.dim();
+  if (dim != 1 && dim != 2) fail(op, "grads with 1 or 2 dimensions", tuple(grads.sizes()));
+  if (!is_grad(grads.scalar_type())) {
+    fail(op, "grads of dtype float32, bfloat16, float16", name_of(grads.scalar_type()));
+  }
+  check_dense(op, "grads", grads);
+  const int64_t n = bases.size(bases.dim() - 1);
+  if (grads.size(dim - 1) != n) {
+    fail(op, "grads with N = " + std::to_string(n) + " like bases", tuple(grads.sizes()));
+  }
+  check_device(op, "grads", grads);
+  if (dim == 1) return 1;
+  const int64_t batch = grads.size(0);
+  if (written && batch > 1 && grads.stride(0) < n) {
+    fail(op, "grads whose rows do not overlap", "strides " + tuple(grads.strides()), "call .contiguous() first");
+  }
+  return batch;
+}
+
+void check_list(const char* op, const List& grads, const Offsets& offsets, const Tensor& bases) {
+  if (grads.empty()) fail(op, "at least one tensor in grads", "an empty list");
+  if (grads.size() != offsets.size()) {
+    fail(op, std::to_string(grads.size()) + " offsets, one per tensor", std::to_string(offsets.size()));
+  }
+  const ScalarType dtype = grads[0].scalar_type();
+  int64_t end = 0;
+  for (size_t t = 0; t < grads.size(); ++t) {
+    const std::string index = " at index " + std::to_string(t);
+    const ScalarType own = grads[t].scalar_type();
+    if (!is_grad(own) || own != dtype) {
+      fail(op, "grads of one dtype out of float32, bfloat16, float16", name_of(own) + index);
+    }
+    if (!grads[t].is_contiguous()) {
+      fail(op, "contiguous grads", "strides " + tuple(grads[t].strides()) + index, "call .contiguous() first");
+    }
+    if (!grads[t].is_cpu()) check_device(op, "grads[" + std::to_string(t) + "]", grads[t]);
+    if (offsets[t] % kSegment != 0 || offsets[t] < end) {
+      fail(op, "ascending offsets that are multiples of " + std::to_string(kSegment) + " without overlap",
+           std::to_string(offsets[t]) + index + " where the segment before it ends at " + std::to_string(end));
+    }
+    end = offsets[t] + grads[t].numel();
+  }
+  const int64_t n = bases.size(bases.dim() - 1);
+  if (end > n) fail(op, "segments within N = " + std::to_string(n), "one that ends at " + std::to_string(end));
+}
+
+void check_mix(const char* op, const Tensor& mix, const Tensor& scale, int64_t batch, int64_t rows) {
+  check_small(op, "mix", mix, {batch, rows}, false);
+  check_small(op, "scale", scale, {batch}, false);
+}
+
+void check_q(const char* op, const Tensor& q, const Tensor& bases, int64_t batch, int64_t groups) {
+  const int64_t k = bases.size(bases.dim() - 2), dim = q.dim(), lead = groups < 0 ? 0 : 1;
+  const bool same =
+      dim == lead + 2 && (lead == 0 || q.size(0) == groups) && q.size(dim - 1) == k + batch && q.size(dim - 2) <= k;
+  if (!same || q.scalar_type() != ScalarType::Float) {
+    fail(op,
+         "float32 q [" + (lead ? std::to_string(groups) + ", " : std::string()) + "<= " + std::to_string(k) + ", " +
+             std::to_string(k + batch) + "]",
+         std::string("torch.") + name_of(q.scalar_type()) + " " + list(q.sizes()));
+  }
+  if (!q.is_contiguous()) fail(op, "contiguous q", "strides " + tuple(q.strides()));
+  check_device(op, "q", q);
+}
+
+void check_domain(const char* op, int64_t domain, const Tensor& bases) {
+  const int64_t domains = bases.size(0);
+  if (domain < 0 || domain >= domains) {
+    fail(op, "domain in 0.." + std::to_string(domains - 1), std::to_string(domain));
+  }
+}
+
+void check_out_dtype(const char* op, ScalarType dtype) {
+  if (!is_core(dtype)) fail(op, "out_dtype float32 or float64", std::string("torch.") + name_of(dtype));
+}
+
+void check_weight(const char* name, double value) {
+  if (!std::isfinite(value)) {
+    fail("dacsp_", std::string("finite ") + name, std::isnan(value) ? "nan" : value > 0 ? "inf" : "-inf");
+  }
+}
+
+void check_weight(const char* name, const Tensor& value, int64_t rows) {
+  check_small("dacsp_", name, value, {rows}, false);
+}
+
+void check_root(const Optional& root, int64_t rows, int64_t groups) {
+  if (!root) return;
+  if (groups < 0) {
+    check_small("dacsp_", "root", *root, {rows, rows}, true);
+  } else {
+    check_small("dacsp_", "root", *root, {groups, rows, rows}, true);
+  }
+}
+
+void check_quantize(const Tensor& bases, int64_t block) {
+  const char* op = "quantize_bases";
+  if (bases.dim() != 3) fail(op, "bases with 3 dimensions", tuple(bases.sizes()));
+  if (!is_grad(bases.scalar_type())) {
+    fail(op, "bases of dtype float32, bfloat16, float16", name_of(bases.scalar_type()));
+  }
+  check_dense(op, "bases", bases);
+  if (!bases.is_contiguous()) fail(op, "contiguous bases", "strides " + tuple(bases.strides()));
+  if (block < 32 || (block & (block - 1)) != 0) {
+    fail(op, "block a power of two of at least 32", std::to_string(block));
+  }
+}
+
+}  // namespace carerl

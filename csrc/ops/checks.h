@@ -1,0 +1,50 @@
+// Argument checks of the native bindings: the same conditions and the same words as python/carerl_kernels/_ops.py,
+// where they are explained. The dispatcher calls native kernels directly, so they cannot rely on the checks over there.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace carerl {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+using List = std::vector<Tensor>;
+using Offsets = std::vector<int64_t>;
+
+constexpr int64_t kSegment = 128;  // granularity of list offsets
+
+// "carerl::op: expected ..., found ...; remedy" as a RuntimeError.
+[[noreturn]] void fail(const char* op, const std::string& expected, const std::string& found,
+                       const char* remedy = nullptr);
+
+// Shape of a checked basis stack. `stride` is N.
+struct BasisShape {
+  int64_t rows, stride;
+  int64_t blocks = 0;
+  int block_shift = 0;
+};
+
+BasisShape check_bases(const char* op, const Tensor& bases, const Optional& scales, bool matrix_allowed,
+                       bool stack_allowed = true);
+// Refuses int8 first.
+BasisShape check_rotatable(const char* op, const Tensor& bases, bool stack);
+// Returns B. `written`: rows of the batch must not overlap.
+int64_t check_grads(const char* op, const Tensor& grads, const Tensor& bases, bool written);
+void check_list(const char* op, const List& grads, const Offsets& offsets, const Tensor& bases);
+void check_mix(const char* op, const Tensor& mix, const Tensor& scale, int64_t batch, int64_t rows);
+// `groups` < 0: one q without a leading dimension.
+void check_q(const char* op, const Tensor& q, const Tensor& bases, int64_t batch, int64_t groups);
+void check_domain(const char* op, int64_t domain, const Tensor& bases);
+void check_out_dtype(const char* op, ScalarType dtype);
+void check_weight(const char* name, double value);
+void check_weight(const char* name, const Tensor& value, int64_t rows);
+void check_root(const Optional& root, int64_t rows, int64_t groups);
+void check_quantize(const Tensor& bases, int64_t block);
+
+}  // namespace carerl

@@ -4,10 +4,9 @@ import statistics
 
 import pytest
 import torch
+from carerl_kernels.grpo import group_advantages, informative_fraction
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from carerl_kernels.grpo import group_advantages, informative_fraction
 
 groups_of_rewards = st.lists(
     st.lists(st.integers(-8, 8).map(lambda i: i / 4), min_size=1, max_size=6), min_size=1, max_size=5

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from carerl_kernels.grpo import SpecialTokens, completion_logprobs, nucleus, sample
 
 transformers = pytest.importorskip("transformers")
@@ -10,10 +9,14 @@ transformers = pytest.importorskip("transformers")
 V = 23
 TOKENS = SpecialTokens(pad=0, eos=(1, 2), banned=(0,))
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [5, 5]]
-COMMON = dict(vocab_size=V, pad_token_id=0, eos_token_id=1, bos_token_id=None)
-SMALL = dict(
-    hidden_size=32, num_hidden_layers=2, intermediate_size=48, num_attention_heads=4, max_position_embeddings=64
-)
+COMMON = {"vocab_size": V, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
 ARCHITECTURES = {
     "qwen3": lambda: transformers.Qwen3Config(
         **COMMON, **SMALL, num_key_value_heads=2, head_dim=8, initializer_range=0.3
@@ -41,7 +44,7 @@ def qwen():
 
 
 def draw(model, seed=0, **changes):
-    arguments = dict(num_samples=3, max_new_tokens=9, generator=torch.Generator().manual_seed(seed)) | changes
+    arguments = {"num_samples": 3, "max_new_tokens": 9, "generator": torch.Generator().manual_seed(seed)} | changes
     return sample(model, PROMPTS, TOKENS, **arguments)
 
 
@@ -74,7 +77,8 @@ def test_completions_end_at_eos_or_limit_and_never_hold_padding(qwen):
     rollout = draw(qwen, num_samples=40)
     seen = set()
     for ids in rollout.completions():
-        assert 0 not in ids and not {1, 2} & set(ids[:-1])
+        assert 0 not in ids
+        assert not {1, 2} & set(ids[:-1])
         assert ids[-1] in (1, 2) or len(ids) == 9
         seen.add(ids[-1] in (1, 2))
     assert seen == {True, False}
@@ -83,7 +87,8 @@ def test_completions_end_at_eos_or_limit_and_never_hold_padding(qwen):
 
 def test_same_seed_same_tokens_other_seed_others(qwen):
     first, again, other = draw(qwen), draw(qwen), draw(qwen, seed=1)
-    assert torch.equal(first.completion_ids, again.completion_ids) and torch.equal(first.logps, again.logps)
+    assert torch.equal(first.completion_ids, again.completion_ids)
+    assert torch.equal(first.logps, again.logps)
     assert first.completions() != other.completions()
 
 
@@ -125,7 +130,8 @@ def test_select_trims_common_padding_only(qwen):
     rollout = draw(qwen)
     rows = torch.tensor([3, 4])  # the one-token prompt
     part = rollout.select(rows)
-    assert part.prompt_ids.shape[1] == 1 and part.prompt_ids[:, 0].tolist() == [8, 8]
+    assert part.prompt_ids.shape[1] == 1
+    assert part.prompt_ids[:, 0].tolist() == [8, 8]
     assert part.completions() == [rollout.completions()[3], rollout.completions()[4]]
     assert part.completion_ids.shape[1] == max(len(c) for c in part.completions())
 
@@ -135,8 +141,8 @@ def test_select_trims_common_padding_only(qwen):
     [
         ([], {}, "one or more prompts"),
         ([[5], []], {}, "at least one token"),
-        ([[5]], dict(temperature=-1.0), "temperature >= 0"),
-        ([[5]], dict(top_p=0.0), "0 < top_p <= 1"),
+        ([[5]], {"temperature": -1.0}, "temperature >= 0"),
+        ([[5]], {"top_p": 0.0}, "0 < top_p <= 1"),
     ],
 )
 def test_errors(qwen, prompts, changes, message):

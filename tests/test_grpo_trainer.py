@@ -12,8 +12,6 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
 from carerl_kernels.grpo import (
     CheckpointError,
     Domain,
@@ -25,24 +23,27 @@ from carerl_kernels.grpo import (
     lr_factor,
     prompt_counts,
 )
+from safetensors.torch import load_file
 
 pytest.importorskip("transformers")
+import itertools
+
 from carerl_kernels.demo.tasks import character_tokenizer, demo_domains, tiny_model
 from carerl_kernels.guard import CapabilityGuard
 
-BASE = dict(
-    prompts_per_step=4,
-    group_size=3,
-    max_new_tokens=4,
-    lr=1e-3,
-    warmup_steps=2,
-    eval_every=2,
-    eval_batch_size=64,
-    checkpoint_every=2,
-    seed=3,
-    progress=False,
-    plots=False,
-)
+BASE = {
+    "prompts_per_step": 4,
+    "group_size": 3,
+    "max_new_tokens": 4,
+    "lr": 1e-3,
+    "warmup_steps": 2,
+    "eval_every": 2,
+    "eval_batch_size": 64,
+    "checkpoint_every": 2,
+    "seed": 3,
+    "progress": False,
+    "plots": False,
+}
 STAGES = [Stage("code", 4), Stage(("chat", "math"), 3), Stage("code", 3, lr=5e-4)]
 
 
@@ -97,16 +98,16 @@ def kill_at(step):
 
 SETTINGS = {
     "plain": {},
-    "replay_and_kl": dict(replay_fraction=0.5, kl_beta=0.1, kl_reference="stage"),
-    "minibatches_one_optimizer": dict(
-        inner_epochs=2,
-        minibatches=2,
-        micro_batch_size=5,
-        loss="dapo",
-        clip_high=0.28,
-        fresh_optimizer=False,
-        kl_beta=0.05,
-    ),
+    "replay_and_kl": {"replay_fraction": 0.5, "kl_beta": 0.1, "kl_reference": "stage"},
+    "minibatches_one_optimizer": {
+        "inner_epochs": 2,
+        "minibatches": 2,
+        "micro_batch_size": 5,
+        "loss": "dapo",
+        "clip_high": 0.28,
+        "fresh_optimizer": False,
+        "kl_beta": 0.05,
+    },
 }
 
 
@@ -213,9 +214,8 @@ def test_run_directory_is_complete(tmp_path):
 
 def test_evaluating_more_often_changes_no_training_step():
     often, never = (without_timings(trainer(None, eval_every=n).run(STAGES)) for n in (1, 0))
-    assert (
-        len([line for line in often if "eval" in line]) == 11 and len([line for line in never if "eval" in line]) == 4
-    )
+    assert len([line for line in often if "eval" in line]) == 11
+    assert len([line for line in never if "eval" in line]) == 4
     for a, b in zip(often, never, strict=True):
         a.pop("eval"), b.pop("eval", None)
         assert a == b
@@ -246,7 +246,8 @@ def test_reinforcement_learns():
         )
         run = GRPOTrainer(tiny_model(tokenizer, 0), tokenizer, [domain], config)
         history = run.run([Stage("letter", 40)])
-        assert history[0]["eval"]["letter"] < 0.3 and history[-1]["eval"]["letter"] > 0.9, loss
+        assert history[0]["eval"]["letter"] < 0.3
+        assert history[-1]["eval"]["letter"] > 0.9, loss
 
 
 class WatchingGuard:
@@ -305,7 +306,8 @@ def test_guard_is_told_stage_domain_and_nothing_else_changes(tmp_path):
     guarded.run(STAGES)
     told = guarded.guard.told
     assert told[:2] == [("attach", "AdamW"), ("stage", "code", "code.safetensors")]
-    assert told[2:6] == [("domain", "code")] * 4 and told[6:8] == [("recorded", "code"), ("detach",)]
+    assert told[2:6] == [("domain", "code")] * 4
+    assert told[6:8] == [("recorded", "code"), ("detach",)]
     assert told[9:13] == [("stage", "chat+math", "chat+math.safetensors")] + [("domain", "chat+math")] * 3
     assert told[16] == ("stage", "code", "code-3.safetensors")
     assert guarded.guard_reports["code"] == {"stages": 1}
@@ -316,10 +318,10 @@ def test_guard_is_told_stage_domain_and_nothing_else_changes(tmp_path):
 
 
 GUARDS = {
-    "remove": dict(rule="remove", k=4, track_energy=True),
-    "bounded_flat": dict(rule="bounded", basis="flat", k=4),
-    "probed": dict(rule="probed", k=4, probe_every=2),
-    "ema_gradient": dict(rule="ema", k=4, apply_to="grad"),
+    "remove": {"rule": "remove", "k": 4, "track_energy": True},
+    "bounded_flat": {"rule": "bounded", "basis": "flat", "k": 4},
+    "probed": {"rule": "probed", "k": 4, "probe_every": 2},
+    "ema_gradient": {"rule": "ema", "k": 4, "apply_to": "grad"},
 }
 
 
@@ -344,7 +346,8 @@ def test_resume_with_a_guard_is_bitwise_exact(tmp_path, options):
             assert torch.equal(a, b)
         for name in ("code", "chat", "code+math"):
             ours, theirs = (load_file(root / "bases" / f"{name}.safetensors") for root in (path, tmp_path / "whole"))
-            assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[n], theirs[n]) for n in ours)
         assert resumed.guard.history == whole.guard.history == ["code", "chat", "code+math"]
         ours, theirs = resumed.guard.report(), whole.guard.report()
         ours.pop("seconds"), theirs.pop("seconds")
@@ -366,7 +369,7 @@ def test_probes_read_the_earlier_domain_and_leave_training_alone():
     assert probing.seconds["probe"] > 0
 
     probing.domains["code"].probe_examples = ()
-    with pytest.raises(ValueError, match="probe of domain 'code'.*found none stored"):
+    with pytest.raises(ValueError, match=r"probe of domain 'code'.*found none stored"):
         probing.run([Stage("math", 1)])
 
 
@@ -398,8 +401,9 @@ def test_prompt_counts_are_even_and_rotate():
 
 def test_learning_rate_shape():
     factors = [lr_factor(i, 10, warmup=4, decay="linear", final=0.1) for i in range(10)]
-    assert factors[:4] == [0.25, 0.5, 0.75, 1.0] and factors[4] == 1.0
-    steps = [a - b for a, b in zip(factors[4:], factors[5:], strict=False)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert factors[4] == 1.0
+    steps = [a - b for a, b in itertools.pairwise(factors)]
     assert all(s == pytest.approx(steps[0]) for s in steps)
     assert lr_factor(9, 10, warmup=4, decay="constant", final=0.0) == 1.0
     assert lr_factor(1, 2, warmup=5, decay="linear", final=0.0) == 1.0

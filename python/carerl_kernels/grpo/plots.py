@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 
-def pyplot() -> Any:
-    """matplotlib without a display.
+def new_figure(**options: Any) -> Any:
+    """A matplotlib figure that needs no display; without pyplot, so no global state and no backend switch.
 
     Raises:
         ImportError: matplotlib is missing; says what to install.
@@ -18,12 +18,8 @@ def pyplot() -> Any:
         from matplotlib.figure import Figure
     except ImportError as e:
         raise ImportError("plots need matplotlib: pip install 'carerl-kernels[train]'") from e
-
-    def figure(**kwargs: Any) -> Any:
-        made = Figure(**kwargs)  # no pyplot: no global state, no backend switch behind the caller's back
-        FigureCanvasAgg(made)
-        return made
-
+    figure = Figure(**options)
+    FigureCanvasAgg(figure)
     return figure
 
 
@@ -39,7 +35,7 @@ def plot_accuracy(path: Path, lines: Sequence[Mapping[str, Any]], boundaries: Se
     for line in lines:
         for name, value in line.get("eval", {}).items():
             points.setdefault(name, []).append((line["step"], value))
-    figure = pyplot()(figsize=(7.0, 3.6), layout="constrained")
+    figure = new_figure(figsize=(7.0, 3.6), layout="constrained")
     axes = figure.add_subplot()
     for name, series in points.items():
         axes.plot(*zip(*series, strict=True), marker=".", label=name)
@@ -53,7 +49,7 @@ def plot_accuracy(path: Path, lines: Sequence[Mapping[str, Any]], boundaries: Se
 def plot_training(path: Path, lines: Sequence[Mapping[str, Any]], boundaries: Sequence[tuple[int, str]]) -> None:
     """Reward, entropy, gradient norm and KL over steps."""
     steps = [line for line in lines if "reward" in line]
-    figure = pyplot()(figsize=(9.0, 5.0), layout="constrained")
+    figure = new_figure(figsize=(9.0, 5.0), layout="constrained")
     for i, (key, label) in enumerate(
         [("reward", "mean reward"), ("entropy", "entropy (nats/token)"), ("grad_norm", "gradient norm"), ("kl", "KL")]
     ):

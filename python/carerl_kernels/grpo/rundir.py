@@ -92,7 +92,7 @@ def rng_state() -> dict[str, Any]:
     """States of the global generators of Python, numpy and torch (all devices): verifiers and dropout may use them."""
     import numpy as np
 
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 (verifiers may use it)
     words = torch.from_numpy(np.asarray(keys).astype(np.int64))
     state: dict[str, Any] = {
         "python": random.getstate(),
@@ -110,7 +110,7 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 
     random.setstate(nested_tuples(state["python"]))
     kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])

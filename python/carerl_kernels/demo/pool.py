@@ -1,0 +1,194 @@
+"""Jobs spread over processes: live progress, dependencies, and no process left behind whatever happens."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+Report = Callable[[Any], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A call in some process: `function(*arguments, report)`, where `report(message)` reaches the caller at once.
+
+    Attributes:
+        key: Names the job.
+        function: At module level, so that another process can import it.
+        arguments: Picklable.
+        after: Key of a job that has to be done first.
+    """
+
+    key: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...] = ()
+    after: str | None = None
+
+
+class WorkerError(RuntimeError):
+    """A job failed or its process died; the message holds the job's name and its traceback."""
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    workers: int,
+    on_event: Callable[[str, str, Any], None] | None = None,
+    preload: Callable[[], None] | None = None,
+) -> dict[str, Any]:
+    """Run all jobs, each in one of `workers` processes with one torch thread.
+
+    Args:
+        jobs: Started in this order as processes become free and dependencies are met.
+        workers: Processes; 1 runs everything here.
+        on_event: `on_event(key, kind, payload)`: kind "start" (None), "progress" (the message), "done" (the result).
+        preload: Called in each process before its first job, to import what all of them need.
+
+    Returns:
+        Results by key.
+
+    Raises:
+        WorkerError: A job raised, or its process died. All others are stopped.
+        ValueError: A dependency names no earlier job.
+    """
+    known: set[str] = set()
+    for job in jobs:
+        if job.key in known or (job.after is not None and job.after not in known):
+            raise ValueError(
+                f"job {job.key!r}: expected a new key and `after` an earlier job, found after={job.after!r}"
+            )
+        known.add(job.key)
+    notify = on_event or (lambda key, kind, payload: None)
+    if workers <= 1 or len(jobs) == 1:
+        return _run_here(jobs, notify)
+    return _run_elsewhere(list(jobs), min(workers, len(jobs)), notify, preload)
+
+
+def _run_here(jobs: Sequence[Job], notify: Callable[[str, str, Any], None]) -> dict[str, Any]:
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {}
+    try:
+        for job in jobs:
+            notify(job.key, "start", None)
+
+            def report(message: Any, key: str = job.key) -> None:
+                notify(key, "progress", message)
+
+            try:
+                results[job.key] = job.function(*job.arguments, report)
+            except Exception as e:
+                raise WorkerError(f"{job.key} failed: {type(e).__name__}: {e}") from e
+            notify(job.key, "done", results[job.key])
+    finally:
+        torch.set_num_threads(threads)
+    return results
+
+
+@dataclass
+class _Worker:
+    process: Any
+    connection: Connection
+    job: Job | None = None
+
+
+def _run_elsewhere(
+    waiting: list[Job], workers: int, notify: Callable[[str, str, Any], None], preload: Callable[[], None] | None
+) -> dict[str, Any]:
+    context = multiprocessing.get_context("spawn")  # fork would copy torch's thread pools in an undefined state
+    pool: list[_Worker] = []
+    results: dict[str, Any] = {}
+    total = len(waiting)
+    try:
+        with _without_interrupts():
+            for _ in range(workers):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(theirs, preload), daemon=True)
+                process.start()
+                theirs.close()  # so that a dead process reads as end of file here
+                pool.append(_Worker(process, ours))
+        while len(results) < total:
+            for worker in pool:
+                if worker.job is None:
+                    worker.job = _next(waiting, results)
+                    if worker.job is not None:
+                        worker.connection.send((worker.job.function, worker.job.arguments))
+                        notify(worker.job.key, "start", None)
+            busy = {w.connection: w for w in pool if w.job is not None}
+            for ready in wait(list(busy)):
+                worker = busy[ready]  # type: ignore[index]
+                job = worker.job
+                assert job is not None
+                try:
+                    kind, payload = worker.connection.recv()
+                except (EOFError, OSError) as e:
+                    worker.process.join(5)
+                    raise WorkerError(
+                        f"{job.key}: its process died with exit code {worker.process.exitcode} "
+                        "(negative: a signal; -9 is usually the system running out of memory, try fewer workers)"
+                    ) from e
+                if kind == "error":
+                    raise WorkerError(f"{job.key} failed in its process:\n{payload}")
+                notify(job.key, kind, payload)
+                if kind == "done":
+                    results[job.key] = payload
+                    worker.job = None
+    finally:
+        for worker in pool:
+            worker.connection.close()
+            worker.process.terminate()
+        for worker in pool:
+            worker.process.join(5)
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join()
+    return results
+
+
+def _next(waiting: list[Job], done: dict[str, Any]) -> Job | None:
+    for i, job in enumerate(waiting):
+        if job.after is None or job.after in done:
+            return waiting.pop(i)
+    return None
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Children started inside ignore ctrl-C (the disposition survives exec): the parent alone reacts and stops them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _serve(connection: Connection, preload: Callable[[], None] | None) -> None:
+    """A worker's life: jobs until the other end closes."""
+    import torch
+
+    torch.set_num_threads(1)
+    if preload is not None:
+        preload()
+    while True:
+        try:
+            function, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            result = ("done", function(*arguments, lambda message: connection.send(("progress", message))))
+        except BrokenPipeError:
+            return  # the parent is gone
+        except BaseException:
+            result = ("error", traceback.format_exc())
+        connection.send(result)

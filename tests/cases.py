@@ -7,11 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
-import torch
-from torch import Tensor
-
 import oracle
+import torch
 from helpers import DTYPES, Held, rng_of, to64
+from torch import Tensor
 
 LAYOUTS = {"plain": (0, 0), "offset": (1, 0), "strided": (3, 5)}  # elements before the first row, between rows
 

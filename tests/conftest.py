@@ -8,9 +8,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read at numpy's import: th
 
 import pytest
 import torch
-from hypothesis import settings
-
 from helpers import BACKENDS, GPU_BACKENDS, Backend
+from hypothesis import settings
 
 FRESH = "CARERL_TEST_SEED" in os.environ
 settings.register_profile("carerl", deadline=None, derandomize=not FRESH, max_examples=40)

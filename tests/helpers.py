@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from carerl_kernels import _load, reference
 from torch import Tensor
-
-from carerl_kernels import reference
 
 # --------------------------------------------------------------------------------------------------------- backends
 
@@ -38,18 +37,17 @@ def dispatched(overload: str) -> torch._ops.OpOverload:
     return getattr(getattr(torch.ops.carerl, name), variant or "default")
 
 
-def _no_kernel_for(key: str) -> str | None:
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return None if has("carerl::project", key) else f"no {key} kernel of carerl::project is registered"
+def _not_loaded(name: str) -> str | None:
+    return _load.BACKENDS[name].reason or None
 
 
 def _no_cuda() -> str | None:
-    return _no_kernel_for("CUDA") if torch.cuda.is_available() else "no CUDA device"
+    return _not_loaded("cuda") if torch.cuda.is_available() else "no CUDA device"
 
 
 BACKENDS = [
     Backend("reference", "cpu", reference.KERNELS.__getitem__, lambda: None),
-    Backend("cpu", "cpu", dispatched, lambda: _no_kernel_for("CPU")),
+    Backend("cpu", "cpu", dispatched, lambda: _not_loaded("cpu")),
     Backend("cuda", "cuda", dispatched, _no_cuda),
     # Triton (on a GPU, or interpreted on CPU tensors) and the emulated CUDA kernels join here: a name, the device of
     # their tensors, a lookup from overload to callable, and the reason for being skipped.

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import oracle
 import pytest
 import torch
-
-import oracle
 from carerl_kernels.linalg import dacsp_core, loewdin_root, pca_core, pinv_power
 from cases import GEOMETRIES, directions
 from helpers import assert_within, rng_of, to64
@@ -62,7 +61,8 @@ def test_dacsp_core(lead, kind, combine):
     classes, mix = dacsp_core(torch.from_numpy(c), *passed, None if root is None else torch.from_numpy(root))
     flat = c.reshape(-1, 12)
     edited, _, sides, _ = oracle.dacsp(flat, np.eye(12), *weights, root)  # with unit rows the edit shows x itself
-    assert classes.dtype == torch.int8 and np.array_equal(classes.reshape(-1, 12).numpy(), sides)
+    assert classes.dtype == torch.int8
+    assert np.array_equal(classes.reshape(-1, 12).numpy(), sides)
     assert_within(mix.reshape(-1, 12), edited - flat, 1e-12, "x")
 
 
@@ -74,7 +74,7 @@ def test_dacsp_core_of_non_finite_coefficients_is_not_finite():
 
 
 @pytest.mark.parametrize("decay", [1.0, 0.5, 0.0])
-@pytest.mark.parametrize("k,batch", [(1, 1), (4, 3), (8, 1), (3, 12)])
+@pytest.mark.parametrize(("k", "batch"), [(1, 1), (4, 3), (8, 1), (3, 12)])
 def test_pca_core_is_an_exact_svd_step(k, batch, decay):
     """Float64 throughout: rows, values and what is left out agree with a dense SVD to 1e-9."""
     rng = rng_of("pca core", k, batch, decay)
@@ -108,8 +108,11 @@ def test_pca_core_is_batched_and_all_or_nothing():
     q, values, discarded = pca_core(torch.from_numpy(h), s, 0.9)
     for t in range(2):
         one = pca_core(torch.from_numpy(h[t]), s[t], 0.9)
-        assert torch.allclose(values[t], one[1]) and torch.allclose(discarded[t], one[2])
+        assert torch.allclose(values[t], one[1])
+        assert torch.allclose(discarded[t], one[2])
         assert torch.allclose(q[t].abs(), one[0].abs(), atol=1e-9)
     h[1, 0, 0] = np.nan
     q, values, discarded = pca_core(torch.from_numpy(h), s, 0.9)
-    assert q.isnan().all() and discarded.isnan().all() and torch.equal(values, s)
+    assert q.isnan().all()
+    assert discarded.isnan().all()
+    assert torch.equal(values, s)

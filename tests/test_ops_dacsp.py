@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import oracle
 import pytest
 import torch
-
-import oracle
 from cases import Case, build, build_list, covering
 from helpers import DTYPES, FP32_UNIT, assert_within, dot_bound, edit_bound, same_bits, to64
 
@@ -39,7 +38,8 @@ def check(found, g, rows, weights, root, dtype) -> None:
     """Coefficients, classes and edited gradients of one call against the oracle."""
     edited, coeffs, classes = found
     expected, c, sides, gains = oracle.dacsp(g, rows, *weights, root)
-    assert coeffs.dtype == torch.float32 and classes.dtype == torch.int8
+    assert coeffs.dtype == torch.float32
+    assert classes.dtype == torch.int8
     assert_within(coeffs.reshape(c.shape), c, dot_bound(g, rows), "c")
     assert np.array_equal(classes.reshape(c.shape).cpu().numpy(), sides)
     assert_within(edited.reshape(expected.shape), expected, edited_bound(g, rows, gains, root, dtype), "G'")
@@ -55,7 +55,8 @@ def test_scalar_weights_match_dense(op, case, combine):
     coeffs, classes = op("dacsp_", x.grads.view, x.bases.view, *WEIGHTS, threshold, passed, x.scales)
     assert coeffs.shape == classes.shape == ((case.batch, *case.dk) if case.batch else case.dk)
     check((x.grads.view, coeffs, classes), x.g, x.rows, (*WEIGHTS, threshold), root, DTYPES[case.grad])
-    assert x.grads.intact() and x.bases.unchanged()
+    assert x.grads.intact()
+    assert x.bases.unchanged()
 
 
 def draw_weights(x, threshold: float, device: str) -> tuple[list[torch.Tensor], list[np.ndarray]]:
@@ -76,13 +77,14 @@ def test_weights_of_every_row_match_dense(op, case, combine):
     coeffs, classes = op("dacsp_.tensor", x.grads.view, x.bases.view, *tensors, root, x.scales)
     root64 = None if root is None else to64(root)
     check((x.grads.view, coeffs, classes), x.g, x.rows, weights, root64, DTYPES[case.grad])
-    assert x.grads.intact() and x.bases.unchanged()
+    assert x.grads.intact()
+    assert x.bases.unchanged()
 
 
 @PER_TENSOR
 @COMBINE
 @pytest.mark.parametrize("overload", ["dacsp_.list", "dacsp_.list_tensor"])
-@pytest.mark.parametrize("grad,basis", [("fp32", "fp32"), ("bf16", "int8b32"), ("fp16", "bf16")])
+@pytest.mark.parametrize(("grad", "basis"), [("fp32", "fp32"), ("bf16", "int8b32"), ("fp16", "bf16")])
 def test_lists_match_dense(op, overload, grad, basis, combine, per_tensor):
     x = build_list(grad, basis, op.device)
     groups = x.groups(per_tensor)
@@ -116,13 +118,15 @@ def test_unit_weights_keep_every_bit(op, grad, basis, combine):
     op("dacsp_", x.grads.view, x.bases.view, 1.0, 1.0, 0.0, root, x.scales)
     ones = torch.ones(10, device=op.device)
     op("dacsp_.tensor", x.grads.view, x.bases.view, ones, ones, ones * 0, root, x.scales)
-    assert same_bits(x.grads.view, before) and x.grads.intact()
+    assert same_bits(x.grads.view, before)
+    assert x.grads.intact()
 
 
 def test_neutral_components_keep_every_bit(op):
     x = build(Case(1003, 5, (3, 8), "bf16", "fp32", "overlap.5", "strided"), op.device)
     coeffs, classes = op("dacsp_", x.grads.view, x.bases.view, *WEIGHTS, 1e6)
-    assert (classes == 0).all() and coeffs.abs().min() > 0
+    assert (classes == 0).all()
+    assert coeffs.abs().min() > 0
     assert x.grads.unchanged()
 
 
@@ -131,7 +135,8 @@ def test_the_sign_convention(op):
     bases = torch.eye(3, device=op.device).unsqueeze(0)
     grads = torch.tensor([2.0, -2.0, 0.0], device=op.device)
     coeffs, classes = op("dacsp_", grads, bases, 1.5, 0.25, 0.0)
-    assert classes.tolist() == [[1, -1, 0]] and coeffs.tolist() == [[2.0, -2.0, 0.0]]
+    assert classes.tolist() == [[1, -1, 0]]
+    assert coeffs.tolist() == [[2.0, -2.0, 0.0]]
     assert grads.tolist() == [3.0, -0.5, 0.0]
 
 
@@ -157,10 +162,12 @@ def test_a_non_finite_gradient_is_left_alone(op, overload, poison, combine, weig
     x.grads.view[2, 1001] = poison
     before = x.grads.view.clone()
     coeffs, _ = op(overload, x.grads.view, x.bases.view, *weights, root)
-    assert same_bits(x.grads.view[2], before[2]) and not coeffs[2].isfinite().any()
+    assert same_bits(x.grads.view[2], before[2])
+    assert not coeffs[2].isfinite().any()
     others = [0, 1, 3, 4]
     assert same_bits(x.grads.view[others], clean[others])
-    assert x.grads.intact() and x.bases.unchanged()
+    assert x.grads.intact()
+    assert x.bases.unchanged()
 
 
 @PER_TENSOR
@@ -184,7 +191,7 @@ def test_nan_in_tensor_weights_writes_nothing(op, which):
     assert x.grads.unchanged()
 
 
-@pytest.mark.parametrize("batch,domains,slots", [(0, 2, 3), (2, 0, 3)])
+@pytest.mark.parametrize(("batch", "domains", "slots"), [(0, 2, 3), (2, 0, 3)])
 def test_no_gradients_or_no_directions(op, batch, domains, slots):
     bases, grads = torch.ones(domains, slots, 129, device=op.device), torch.ones(batch, 129, device=op.device)
     coeffs, classes = op("dacsp_", grads, bases, *WEIGHTS, 0.0)

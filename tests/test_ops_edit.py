@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import oracle
 import pytest
 import torch
-
-import oracle
 from cases import Case, build, build_list, covering, draw_mix, gradients, integers, store_bases
 from helpers import DTYPES, assert_within, edit_bound, rng_of, rotate_bound, same_bits, to64
 
@@ -29,7 +28,8 @@ def test_edit_matches_dense(op, case):
     args = x.g, x.rows, to64(mix), to64(scale)
     expected = oracle.edit(*args)
     assert_within(x.grads.view.reshape(expected.shape), expected, edit_bound(*args, DTYPES[case.grad]), "G'")
-    assert x.grads.intact() and x.bases.unchanged()
+    assert x.grads.intact()
+    assert x.bases.unchanged()
 
 
 @pytest.mark.parametrize("case", ROTATE_CASES, ids=str)
@@ -43,7 +43,8 @@ def test_rotate_matches_dense(op, case):
     assert_within(basis, oracle.rotate(rows, x.g, to64(q)), bound, "U'")
     assert slots == 1 or same_bits(basis[-1], torch.zeros_like(basis[-1]))
     x.bases.view[0] = torch.from_numpy(rows).to(basis)  # back to what it was: the other domains never moved
-    assert x.bases.unchanged() and x.grads.unchanged()
+    assert x.bases.unchanged()
+    assert x.grads.unchanged()
 
 
 @pytest.mark.parametrize("case", ROTATE_CASES[::2], ids=str)
@@ -62,11 +63,12 @@ def test_edit_rotate_matches_dense(op, case):
     bound = np.zeros(bases.shape)  # the other domains stay exactly
     bound[domain] = rotate_bound(bases[domain], x.g, to64(q), DTYPES[case.basis])
     assert_within(x.bases.view, u, bound, "U'")
-    assert x.grads.intact() and x.bases.intact()
+    assert x.grads.intact()
+    assert x.bases.intact()
 
 
 @PER_TENSOR
-@pytest.mark.parametrize("grad,basis", [("fp32", "fp32"), ("bf16", "int8b32"), ("fp16", "bf16"), ("bf16", "bf16")])
+@pytest.mark.parametrize(("grad", "basis"), [("fp32", "fp32"), ("bf16", "int8b32"), ("fp16", "bf16"), ("bf16", "bf16")])
 def test_edit_list_matches_dense(op, grad, basis, per_tensor):
     x = build_list(grad, basis, op.device)
     mix, scale = draw_mix(x, len(x.grads) if per_tensor else 1, op.device)
@@ -82,7 +84,7 @@ def test_edit_list_matches_dense(op, grad, basis, per_tensor):
 
 @PER_TENSOR
 @pytest.mark.parametrize("overload", ["rotate_.list", "edit_rotate_.list"])
-@pytest.mark.parametrize("grad,basis", [("fp32", "fp32"), ("bf16", "bf16"), ("fp32", "bf16")])
+@pytest.mark.parametrize(("grad", "basis"), [("fp32", "fp32"), ("bf16", "bf16"), ("fp32", "bf16")])
 def test_rotate_list_matches_dense_and_skips_gaps(op, overload, grad, basis, per_tensor):
     x = build_list(grad, basis, op.device, dk=(2, 5))
     shape = (len(x.grads), 4, 6) if per_tensor else (4, 6)
@@ -106,7 +108,8 @@ def test_rotate_list_matches_dense_and_skips_gaps(op, overload, grad, basis, per
             assert_within(held.view.reshape(1, -1), oracle.edit(*args), edit_bound(*args, DTYPES[grad]), f"G'[{t}]")
         assert held.intact()
     gaps = torch.from_numpy(~x.masks.any(0))
-    assert same_bits(x.bases.view[0], before[0]) and same_bits(x.bases.view[1][:, gaps], before[1][:, gaps])
+    assert same_bits(x.bases.view[0], before[0])
+    assert same_bits(x.bases.view[1][:, gaps], before[1][:, gaps])
     assert x.bases.intact()
 
 
@@ -124,7 +127,8 @@ def test_a_list_is_the_flattened_batch(op, dtype, seed):
     q = integers(rng, 5, 6, limit=255, device=op.device)
     op("edit_rotate_", flat, bases, mix, scale, 1, q, seed)
     op("edit_rotate_.list", parts, moved, offsets, mix, scale, 1, q, False, seed)
-    assert same_bits(torch.cat(parts), flat) and same_bits(moved, bases)
+    assert same_bits(torch.cat(parts), flat)
+    assert same_bits(moved, bases)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -139,7 +143,8 @@ def test_edits_and_rotations_of_shards_are_those_of_the_whole(op, dtype):
         shards.append(bases[..., a:b].contiguous())
         op("edit_rotate_", parts[:, a:b], shards[-1], mix, scale, 0, q)
     op("edit_rotate_", grads, bases, mix, scale, 0, q)
-    assert same_bits(parts, grads) and same_bits(torch.cat(shards, -1), bases)
+    assert same_bits(parts, grads)
+    assert same_bits(torch.cat(shards, -1), bases)
 
 
 @pytest.mark.parametrize("grad", FLOATS)
@@ -206,7 +211,7 @@ def test_a_non_finite_tensor_of_a_list_leaves_only_its_own_segment(op):
     assert same_bits(x.bases.view[0][:, own], before[0][:, own])
 
 
-@pytest.mark.parametrize("grad,basis", [("fp32", "fp32"), ("bf16", "bf16")])
+@pytest.mark.parametrize(("grad", "basis"), [("fp32", "fp32"), ("bf16", "bf16")])
 def test_a_million_elements_on_any_number_of_threads(op, threads, grad, basis):
     """Threads share out N: results are bitwise those of one thread."""
     rng = rng_of("million edit", grad, basis)
@@ -224,10 +229,11 @@ def test_a_million_elements_on_any_number_of_threads(op, threads, grad, basis):
     torch.set_num_threads(1)
     again = grads.clone()
     op("edit_rotate_", again, bases, mix, scale, 0, q)
-    assert same_bits(again, edited) and same_bits(bases, rotated)
+    assert same_bits(again, edited)
+    assert same_bits(bases, rotated)
 
 
-@pytest.mark.parametrize("batch,domains,slots", [(0, 2, 3), (2, 0, 3)])
+@pytest.mark.parametrize(("batch", "domains", "slots"), [(0, 2, 3), (2, 0, 3)])
 def test_no_gradients_or_no_directions(op, batch, domains, slots):
     bases, grads = torch.ones(domains, slots, 129, device=op.device), torch.ones(batch, 129, device=op.device)
     mix, scale = torch.ones(batch, domains * slots, device=op.device), torch.full((batch,), 0.5, device=op.device)

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from carerl_kernels import _ops
 from helpers import bits
 
@@ -176,7 +175,7 @@ def refuse(op, overload: str, args: dict, message: str) -> None:
     with pytest.raises(RuntimeError) as error:
         op(overload, **args)
     text = str(error.value)
-    assert f"carerl::{overload.split('.')[0]}:" in text and "expected" in text and "found" in text, text
+    assert re.search(rf"carerl::{overload.split('.')[0]}: expected .*, found ", text, re.DOTALL), text
     assert re.search(message, text, re.DOTALL), text
     assert all(b is None or torch.equal(b, bits(t)) for b, t in zip(before, tensors, strict=True))
 
@@ -190,7 +189,7 @@ def to_device(args: dict, device: str) -> dict:
     return {name: move(value) for name, value in args.items()}
 
 
-@pytest.mark.parametrize("mistake,overload", PAIRS, ids=[f"{m}-{o}" for m, o in PAIRS])
+@pytest.mark.parametrize(("mistake", "overload"), PAIRS, ids=[f"{m}-{o}" for m, o in PAIRS])
 def test_mistakes_are_named(op, mistake, overload):
     _, change, message = MISTAKES[mistake]
     refuse(op, overload, to_device(change(good(overload)), op.device), message.replace("cpu", op.device))

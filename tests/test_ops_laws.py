@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import oracle
 import pytest
 import torch
+from cases import GEOMETRIES, directions
+from helpers import DTYPES, assert_within, rng_of, to64
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-
-import oracle
-from cases import GEOMETRIES, directions
-from helpers import DTYPES, assert_within, rng_of, to64
 
 N = 31
 OVERLAPPING = pytest.mark.parametrize("geometry", GEOMETRIES)
@@ -56,7 +55,8 @@ def test_spectrum_of_the_symmetric_edit(op, geometry):
     assert_within(found, found.T, ROOTED, "asymmetry")
     spectrum = np.linalg.eigvalsh((found + found.T) / 2)
     low, high = min(to64(weights).min(), 1.0), max(to64(weights).max(), 1.0)
-    assert spectrum.min() >= low - ROOTED and spectrum.max() <= high + ROOTED
+    assert spectrum.min() >= low - ROOTED
+    assert spectrum.max() <= high + ROOTED
     rank = np.linalg.matrix_rank(to64(bases).reshape(12, N), tol=1e-2)
     assert (np.abs(spectrum - 1) <= ROOTED).sum() >= N - rank  # the orthogonal complement is left alone
 
@@ -95,7 +95,7 @@ def test_duplicated_domains_count_once(op, geometry):
 
 
 @pytest.mark.parametrize(
-    "geometry,conflict", [("overlap0", 0.2), ("zero_rows", 0.2), ("overlap.5", 1.5), ("overlap.99", 1.5)]
+    ("geometry", "conflict"), [("overlap0", 0.2), ("zero_rows", 0.2), ("overlap.5", 1.5), ("overlap.99", 1.5)]
 )
 def test_one_duplicated_domain_changes_nothing(op, geometry, conflict):
     """One domain of several twice. With partial overlap its frame moves, its span does not: equal weights then."""
@@ -175,4 +175,6 @@ def test_never_a_nan_out_of_finite_input(op, data):
     stream, values = bases[0].clone() * 0, torch.zeros(bases.shape[1], device=op.device)
     for _ in range(2):
         discarded = op("pca_update_", stream, values, grads)
-    assert stream.isfinite().all() and values.isfinite().all() and discarded.isfinite()
+    assert stream.isfinite().all()
+    assert values.isfinite().all()
+    assert discarded.isfinite()

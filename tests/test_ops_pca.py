@@ -5,10 +5,9 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import oracle
 import pytest
 import torch
-
-import oracle
 from cases import build_list, directions
 from helpers import DTYPES, UNIT, Held, assert_within, rng_of, same_bits, to64
 
@@ -40,9 +39,9 @@ def orthonormality(rows: np.ndarray, values: np.ndarray) -> float:
     return float(np.abs(used @ used.T - np.eye(len(used))).max(initial=0))
 
 
-@pytest.mark.parametrize("grad,basis", [("fp32", "fp32"), ("bf16", "fp32"), ("fp32", "bf16"), ("fp16", "fp16")])
+@pytest.mark.parametrize(("grad", "basis"), [("fp32", "fp32"), ("bf16", "fp32"), ("fp32", "bf16"), ("fp16", "fp16")])
 @pytest.mark.parametrize(
-    "k,batch,n", [(1, 0, 1003), (8, 3, 129), (5, 1, 70001), (4, 9, 15), (3, 2, 3), (2, 5, 1), (4, 2, 0)]
+    ("k", "batch", "n"), [(1, 0, 1003), (8, 3, 129), (5, 1, 70001), (4, 9, 15), (3, 2, 3), (2, 5, 1), (4, 2, 0)]
 )
 def test_one_step_is_a_dense_svd(op, k, batch, n, grad, basis):
     """Energies and captured energy, not angles: U' and s' of [decay diag(s) U; G] up to the rounding of the storage."""
@@ -80,7 +79,8 @@ def test_list_is_a_step_per_tensor_or_one_of_all(op, per_tensor):
     values = torch.zeros(*groups, 5, device=op.device)
     for _ in range(2):
         discarded = op("pca_update_.list", basis, values, x.views, x.offsets, 1.0, per_tensor)
-    assert discarded.shape == groups and discarded.dtype == torch.float64
+    assert discarded.shape == groups
+    assert discarded.dtype == torch.float64
     gradients = [g for g, _ in x.groups(per_tensor)]
     for t, (g, found) in enumerate(zip(gradients, values.reshape(-1, 5), strict=True)):
         size = np.linalg.norm(g) * 2**0.5  # the same gradient twice: one direction, sqrt(2) times its length
@@ -90,7 +90,8 @@ def test_list_is_a_step_per_tensor_or_one_of_all(op, per_tensor):
         assert_within(np.abs(rows[0] @ g[0, mask]), np.array(np.linalg.norm(g)), 1e-6 * size, "captured")
         assert (rows[1:] == 0).all()
     assert basis[:, ~covered].isnan().all()
-    assert all(held.unchanged() for held in x.grads) and x.bases.intact()
+    assert all(held.unchanged() for held in x.grads)
+    assert x.bases.intact()
     assert same_bits(x.bases.view[1], other)
 
 
@@ -117,10 +118,11 @@ def test_covariance_error_is_bounded_by_the_top_discarded_eigenvalues(op):
     error = np.linalg.eigvalsh(data.T @ data - kept.T @ kept)
     slack = 1e-5 * np.linalg.norm(data, 2) ** 2  # 30 steps in fp32
     assert dropped > 100 * slack
-    assert error.max() <= dropped + slack and error.min() >= -slack
+    assert error.max() <= dropped + slack
+    assert error.min() >= -slack
 
 
-@pytest.mark.parametrize("n", [15, 1003, 70001])
+@pytest.mark.parametrize("n", [15, 1003, 12289])
 def test_data_of_low_rank_is_recovered_exactly(op, n):
     """Eight directions, the smallest of 1 % of the largest, in 50 steps of two gradients: nothing is discarded."""
     rng = rng_of("low rank", n)
@@ -163,7 +165,9 @@ def test_unused_slots_are_exact_zeros(op):
     grads = torch.from_numpy(rng_of("slots").standard_normal((2, 1003))).float().to(op.device)
     for _ in range(3):  # repeats bring no new direction
         op("pca_update_", basis, values, grads)
-    assert (values[:2] > 0).all() and (values[2:] == 0).all() and (basis[2:] == 0).all()
+    assert (values[:2] > 0).all()
+    assert (values[2:] == 0).all()
+    assert (basis[2:] == 0).all()
 
 
 @pytest.mark.parametrize("zeros", ["gradients", "everything"])
@@ -224,7 +228,8 @@ def test_non_finite_gradients_write_nothing(op, basis, poison):
     grads = torch.randn(3, 1003, device=op.device)
     grads[1, 1002] = poison
     assert op("pca_update_", held.view, values, grads, 0.9, 7).isnan()
-    assert held.unchanged() and values.tolist() == [4.0, 3.0, 2.0, 1.0]
+    assert held.unchanged()
+    assert values.tolist() == [4.0, 3.0, 2.0, 1.0]
 
 
 def test_one_non_finite_tensor_of_a_list_stops_the_whole_update(op):
@@ -233,7 +238,9 @@ def test_one_non_finite_tensor_of_a_list_stops_the_whole_update(op):
     x.grads[2].view[0, 0] = torch.nan
     values = torch.ones(len(x.grads), 5, device=op.device)
     discarded = op("pca_update_.list", x.bases.view[0], values, x.views, x.offsets, 1.0, True)
-    assert discarded.isnan().all() and (values == 1).all() and x.bases.unchanged()
+    assert discarded.isnan().all()
+    assert (values == 1).all()
+    assert x.bases.unchanged()
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -5,17 +5,16 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import oracle
 import pytest
 import torch
-
-import oracle
 from cases import Inputs, build, build_list, covering, directions, gradients, store_bases
 from helpers import DOT_UNIT, DTYPES, assert_within, dot_bound, rng_of, same_bits, to64
 
 CASES = covering()
 PER_TENSOR = pytest.mark.parametrize("per_tensor", [False, True], ids=["summed", "per_tensor"])
 LIST_DTYPES = pytest.mark.parametrize(
-    "grad,basis", [("fp32", "fp32"), ("bf16", "int8b32"), ("fp16", "bf16"), ("bf16", "bf16"), ("fp32", "int8")]
+    ("grad", "basis"), [("fp32", "fp32"), ("bf16", "int8b32"), ("fp16", "bf16"), ("bf16", "bf16"), ("fp32", "int8")]
 )
 
 
@@ -70,7 +69,8 @@ def test_project_list_matches_dense(op, grad, basis, per_tensor):
     assert coeffs.shape == ((len(x.grads), 2, 5) if per_tensor else (2, 5))
     for found, (g, rows) in zip(coeffs.reshape(-1, 10), x.groups(per_tensor), strict=True):
         assert_within(found, oracle.project(g, rows)[0], dot_bound(g, rows)[0], "c")
-    assert x.bases.unchanged() and all(held.unchanged() for held in x.grads)
+    assert x.bases.unchanged()
+    assert all(held.unchanged() for held in x.grads)
 
 
 @PER_TENSOR
@@ -82,7 +82,8 @@ def test_gram_list_matches_dense(op, grad, basis, per_tensor):
     for found, (g, rows) in zip(measured.reshape(-1, 11, 11), x.groups(per_tensor), strict=True):
         stack = np.vstack([rows, g])
         assert_within(found, oracle.gram(rows, g), dot_bound(stack, stack, torch.float64), "H")
-    assert x.bases.unchanged() and all(held.unchanged() for held in x.grads)
+    assert x.bases.unchanged()
+    assert all(held.unchanged() for held in x.grads)
 
 
 @pytest.mark.parametrize("overload", ["project", "gram"])
@@ -116,7 +117,7 @@ def test_permuted_directions_domains_and_gradients_commute(op):
     assert_within(permuted, to64(coeffs)[index], bound[index], "permuted c")
 
 
-@pytest.mark.parametrize("grad,basis", [("fp32", "fp32"), ("bf16", "int8")])
+@pytest.mark.parametrize(("grad", "basis"), [("fp32", "fp32"), ("bf16", "int8")])
 def test_a_million_elements_on_any_number_of_threads(op, threads, grad, basis):
     rng = rng_of("million", grad, basis)
     n = 1_000_003
@@ -173,10 +174,11 @@ def test_a_non_finite_gradient_shows_in_its_own_coefficients_only(op, poison):
     others = [0, 1, 3, 4]
     assert same_bits(coeffs[others], clean[others])
     measured = op("gram", x.bases.view, x.grads.view)
-    assert not measured[12].isfinite().any() and not measured[:, 12].isfinite().any()
+    assert not measured[12].isfinite().any()
+    assert not measured[:, 12].isfinite().any()
 
 
-@pytest.mark.parametrize("batch,domains,slots", [(0, 2, 3), (2, 0, 3), (2, 3, 0)])
+@pytest.mark.parametrize(("batch", "domains", "slots"), [(0, 2, 3), (2, 0, 3), (2, 3, 0)])
 def test_no_gradients_or_no_directions(op, batch, domains, slots):
     bases = torch.zeros(domains, slots, 129, device=op.device)
     grads = torch.ones(batch, 129, device=op.device)

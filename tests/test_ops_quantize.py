@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import oracle
 import pytest
 import torch
-
-import oracle
 from cases import directions
 from helpers import DTYPES, FP32_UNIT, Held, assert_within, rng_of, same_bits, to64
 
@@ -21,8 +20,10 @@ def test_dequantised_rows_are_within_half_a_step(op, n, dtype, block):
     values = directions(rng, 2, 5, n, "zero_rows") * rng.choice([1e-4, 1.0, 50.0], n)  # blocks of very different size
     held = Held(torch.from_numpy(values).to(DTYPES[dtype]).to(op.device), lead=1)
     codes, scales = op("quantize_bases", held.view, block)
-    assert codes.dtype == torch.int8 and codes.shape == (2, 5, n)
-    assert scales.dtype == torch.float32 and scales.shape == (2, 5, -(-n // block))
+    assert codes.dtype == torch.int8
+    assert codes.shape == (2, 5, n)
+    assert scales.dtype == torch.float32
+    assert scales.shape == (2, 5, -(-n // block))
     rows = to64(held.view)
     found = oracle.dequantize(codes.cpu().numpy(), scales.cpu().numpy(), block)
     step = np.repeat(to64(scales), block, axis=-1)[..., :n]
@@ -39,7 +40,8 @@ def test_codes_saturate_instead_of_wrapping(op):
     """Scales of tiny rows are subnormal and coarse: a quotient may exceed 127, and a bare conversion flips the sign."""
     bases = torch.full((1, 1, 128), 2e-43, device=op.device)
     codes, scales = op("quantize_bases", bases)
-    assert ((codes >= 0) & (codes <= 127)).all() and (scales >= 0).all()
+    assert ((codes >= 0) & (codes <= 127)).all()
+    assert (scales >= 0).all()
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -117,8 +119,11 @@ def test_rounding_is_unbiased(op, dtype, magnitude):
     # Comparing with a 13 or 16 bit number shifts p by at most 2^-13: left out where that is not small to the spread.
     usable = (fraction > 0.05) & (fraction < 0.95)
     z = errors.mean(0)[usable] / spread[usable]
-    assert np.abs(errors).max() < spacing.max() and (np.abs(errors) < spacing).all()
-    assert np.abs(z).max() < 6 and abs(z.mean()) < 5 / len(z) ** 0.5 and 0.9 < z.std() < 1.1
+    assert np.abs(errors).max() < spacing.max()
+    assert (np.abs(errors) < spacing).all()
+    assert np.abs(z).max() < 6
+    assert abs(z.mean()) < 5 / len(z) ** 0.5
+    assert 0.9 < z.std() < 1.1
     # Neighbours along the row and across rows round independently.
     noise = (errors / spacing)[:, :, :1000]
     for a, b in ((noise[:, :, 1:], noise[:, :, :-1]), (noise[:, 1:], noise[:, :-1]), (noise[1:], noise[:-1])):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
-
 from carerl_kernels import _ops
 from helpers import BACKENDS, GPU_BACKENDS, dispatched, same_bits
 from test_ops_errors import good, to_device, with_int8
+from torch._dynamo.testing import CompileCounterWithBackend
 
 DEVICES = [
     pytest.param(device, marks=[pytest.mark.gpu] if device in GPU_BACKENDS else [])
@@ -47,7 +46,7 @@ def variants():
 
 
 @on_devices
-@pytest.mark.parametrize("overload,change", list(variants()))
+@pytest.mark.parametrize(("overload", "change"), list(variants()))
 def test_opcheck(device, overload, change):
     """Schema (aliasing and mutation as declared), fake kernel (shapes, strides, dtypes), autograd and AOT dispatch."""
     torch.library.opcheck(dispatched(overload), (), to_device(change(good(overload)), device))
@@ -99,7 +98,8 @@ def test_compiled_loops_are_one_graph_and_mutate_what_eager_mutates(device, back
     assert not torch.equal(found[0], found[3]), "the second look sees the first edit"
     lists = (copies, eager, start) if body is list_loop else ([copies], [eager], [start])
     for mine, reference, original in zip(*lists, strict=True):
-        assert same_bits(mine, reference) and not torch.equal(mine, original)
+        assert same_bits(mine, reference)
+        assert not torch.equal(mine, original)
 
     compiled(copies, bases, root)
     assert counter.frame_count == 1, "a second call compiles nothing"
@@ -112,7 +112,8 @@ def test_fake_tensors_carry_shapes_without_data(device):
         assert torch.ops.carerl.project(grads, bases).shape == (5, 3, 8)
         assert torch.ops.carerl.gram(bases, grads).shape == (29, 29)
         codes, scales = torch.ops.carerl.quantize_bases(bases)
-        assert codes.dtype == torch.int8 and scales.shape == (3, 8, 8)
+        assert codes.dtype == torch.int8
+        assert scales.shape == (3, 8, 8)
 
 
 @on_devices

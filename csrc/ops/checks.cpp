@@ -1,8 +1,8 @@
 #include "checks.h"
 
 #include <cmath>
+#include <cstdio>
 #include <initializer_list>
-#include <limits>
 #include <stdexcept>
 
 namespace carerl {
@@ -219,10 +219,11 @@ void check_out_dtype(const char* op, ScalarType dtype) {
   if (!is_core(dtype)) fail(op, "out_dtype float32 or float64", std::string("torch.") + name_of(dtype));
 }
 
-void check_weight(const char* name, double value) {
-  if (!std::isfinite(value)) {
-    fail("dacsp_", std::string("finite ") + name, std::isnan(value) ? "nan" : value > 0 ? "inf" : "-inf");
-  }
+void check_weight(const char* name, double value, bool negative_allowed) {
+  char found[32];
+  std::snprintf(found, sizeof(found), "%g", value);
+  if (!std::isfinite(value)) fail("dacsp_", std::string("finite ") + name, found);
+  if (value < 0 && !negative_allowed) fail("dacsp_", std::string(name) + " of at least 0", found);
 }
 
 void check_weight(const char* name, const Tensor& value, int64_t rows) {

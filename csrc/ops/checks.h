@@ -42,7 +42,7 @@ void check_mix(const char* op, const Tensor& mix, const Tensor& scale, int64_t b
 void check_q(const char* op, const Tensor& q, const Tensor& bases, int64_t batch, int64_t groups);
 void check_domain(const char* op, int64_t domain, const Tensor& bases);
 void check_out_dtype(const char* op, ScalarType dtype);
-void check_weight(const char* name, double value);
+void check_weight(const char* name, double value, bool negative_allowed);
 void check_weight(const char* name, const Tensor& value, int64_t rows);
 void check_root(const Optional& root, int64_t rows, int64_t groups);
 void check_quantize(const Tensor& bases, int64_t block);

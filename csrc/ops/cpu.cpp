@@ -215,12 +215,12 @@ void edit_rotate_list(const List& grads, const Tensor& bases, const Offsets& off
 
 using Pair = std::tuple<Tensor, Tensor>;
 
-cpu::Weights checked(const char* name, double value, int64_t) {
-  check_weight(name, value);
+cpu::Weights checked(const char* name, double value, int64_t, bool negative_allowed = true) {
+  check_weight(name, value, negative_allowed);
   return {value, nullptr};
 }
 
-cpu::Weights checked(const char* name, const Tensor& value, int64_t rows) {
+cpu::Weights checked(const char* name, const Tensor& value, int64_t rows, bool = true) {
   check_weight(name, value, rows);
   return {0.0, data<float>(value)};
 }
@@ -230,7 +230,7 @@ template <class Scalar>
 cpu::Rule checked_rule(const Scalar& aligned, const Scalar& conflict, const Scalar& threshold, const Optional& root,
                        int64_t rows, int64_t groups) {
   cpu::Rule rule{checked("aligned", aligned, rows), checked("conflict", conflict, rows),
-                 checked("threshold", threshold, rows), nullptr, false};
+                 checked("threshold", threshold, rows, false), nullptr, false};
   check_root(root, rows, groups);
   if (root) {
     rule.root = root->data_ptr();

@@ -1,7 +1,7 @@
 """Loads the backends, best first, and remembers why the others are missing.
 
-``CARERL_BACKEND=reference|cpu|triton|cuda`` forces one: the ops then use it or the import says why they cannot. Without it an import
-never fails for a missing backend; the reference in plain PyTorch serves whatever the others do not.
+``CARERL_BACKEND=reference|cpu|triton|cuda`` forces one: the ops then use it, or the import says why they cannot. Without it
+an import never fails for a missing backend; the reference in plain PyTorch serves whatever the others do not.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def _load_triton() -> Backend:
 
 
 def _triton_gap() -> tuple[str, str]:
-    """Why Triton kernels are not loaded, and what to do. Looks without importing: ``import triton`` takes longer than all else."""
+    """Why Triton kernels are not loaded, and what to do. Does not import triton, which takes longer than all else."""
     spec = importlib.util.find_spec(".triton_kernels", __package__)
     if spec is None or spec.origin is None or "\ndef register(" not in Path(spec.origin).read_text():
         return "this version has no Triton kernels", "the reference serves GPUs"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -33,30 +35,34 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instea
         render(report)
 
 
-def _extra_needed(error: ModuleNotFoundError, command: str, extra: str) -> typer.Exit:
-    """Says which extra a command lacks; a module of this package that is missing is a bug and raised again."""
-    if error.name is None or error.name.split(".")[0] == __package__:
-        raise error
-    typer.secho(
-        f"carerl {command} needs {error.name}, which is not installed: pip install 'carerl-kernels[{extra}]'",
-        err=True,
-        fg=typer.colors.RED,
-    )
-    return typer.Exit(1)
+@contextmanager
+def _plain_errors(command: str, extra: str) -> Iterator[None]:
+    """Errors that tell the user what to do become one line without a traceback: a missing extra, a bad argument."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == __package__:
+            raise  # a module of this package is missing: a bug
+        message = f"{error.name} is not installed: pip install 'carerl-kernels[{extra}]'"
+    except (ImportError, ValueError) as error:
+        message = str(error)
+    else:
+        return
+    typer.secho(f"carerl {command}: {message}", err=True, fg=typer.colors.RED)
+    raise typer.Exit(1)
 
 
 @app.command()
 def demo(
-    fast: Annotated[
-        bool, typer.Option("--fast", help="One seed and fewer steps: under a minute on two cores.")
-    ] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="One seed, fewer steps: under a minute on two cores.")] = False,
     seeds: Annotated[int | None, typer.Option(min=1, help="Seeds per variant; 2 by default, 1 with --fast.")] = None,
     out: Annotated[Path | None, typer.Option(help="Directory that keeps the run: metrics, bases, plots.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="File for the results as JSON.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default the usable cores.")] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="Only this variant; may be repeated.")] = None,
 ) -> None:
     """A small language model learns three domains in sequence, plainly and guarded: who forgets what."""
-    try:
+    with _plain_errors("demo", "train"):
         from .demo import run_demo
-    except ModuleNotFoundError as error:
-        raise _extra_needed(error, "demo", "train") from None
-    run_demo(fast=fast, seeds=seeds, out=out, json_path=json_path)
+
+        run_demo(out, fast=fast, seeds=seeds, json_path=json_path, workers=workers, variants=variant)

@@ -1,0 +1,71 @@
+# `make demo` and `make test` are all that is needed: each sets up .venv the first time and rebuilds the native kernels when
+# their sources change (the package is installed editable, so Python changes need nothing). Needs Python 3.11 or later with venv, a
+# C++17 compiler and make; without a compiler, CARERL_SKIP_NATIVE=1 make demo runs on the reference backend.
+
+PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 python3.11,\
+            $(shell $(p) -c 'import sys; sys.version_info >= (3, 11) and print("$(p)")' 2>/dev/null)))
+VENV := .venv
+BIN := $(VENV)/bin
+# The oldest supported release. The native library is built against the stable ABI and loads in every later one.
+TORCH := torch==2.13.0
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+BUILD_TOOLS := "scikit-build-core>=1.0" "pybind11>=2.13" "cmake>=3.24" ninja
+SOURCES := pyproject.toml CMakeLists.txt LICENSE $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+FORMATTED := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+# Test processes, each with one thread unless a test asks for more.
+JOBS ?= auto
+ARGS ?=
+
+.PHONY: demo test bench lint format info clean
+
+demo: $(VENV)/.carerl-train
+	$(BIN)/carerl demo $(ARGS)
+
+test: $(VENV)/.carerl-test
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+bench: $(VENV)/.carerl-bench
+	$(BIN)/carerl bench $(ARGS)
+
+info: $(VENV)/.carerl-train
+	$(BIN)/carerl info
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(FORMATTED)
+
+# ---------------------------------------------------------------------------------------------------------- set-up
+
+$(VENV)/.python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or later was not found; install it or say where it is: make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch first and by itself: the build below must see the version that will run.
+$(VENV)/.torch: $(VENV)/.python
+	@echo "Installing $(TORCH) into $(VENV); on Linux the ordinary build is several GB."
+	$(PIP) $(TORCH)
+	$(PIP) $(BUILD_TOOLS)
+	@touch $@
+
+# .carerl-EXTRA: the package with one of its extras. Built against the torch of $(VENV), hence no isolation. The sources of an
+# extra that is installed already cover the others too.
+$(VENV)/.carerl-%: $(VENV)/.torch $(SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --editable ".[$*]"
+	@touch $@
+
+# Versions are pinned: other ones format differently. mypy reads the types of what the package is installed with.
+$(VENV)/.lint: $(VENV)/.carerl-test Makefile
+	$(PIP) ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
+	@touch $@
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f $(VENV)/.carerl-* $(VENV)/.lint

@@ -1,0 +1,54 @@
+"""No op makes an N-sized temporary: peak resident memory, since allocations outside Python do not show elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+N = 8_000_000  # a gradient in bf16 is 16 MB, a fp32 copy of it 32 MB, one of the bases 64 MB
+ALLOWED = 8 << 20  # bytes: the chunks of the reference, and threads
+
+pytestmark = pytest.mark.skipif(not CLEAR.exists(), reason="no /proc/self/clear_refs to reset the peak with")
+
+
+def resident(field: str) -> int:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def arguments(overload: str, n: int) -> tuple:
+    bases, grads = torch.zeros(1, 2, n, dtype=torch.bfloat16), torch.ones(n, dtype=torch.bfloat16)
+    bases[0, 0, 0] = bases[0, 1, 1] = 1.0
+    mix, scale, q = torch.ones(1, 2), torch.ones(1), torch.ones(2, 3) / 2
+    half = n // 256 * 128
+    parts, offsets = [grads[:half], grads[half:]], [0, half]
+    return {
+        "project": (grads, bases),
+        "project.list": (parts, bases, offsets),
+        "gram": (bases, grads),
+        "edit_": (grads, bases, mix, scale),
+        "edit_.list": (parts, bases, offsets, mix, scale),
+        "rotate_": (bases[0], grads, q, 1),
+        "edit_rotate_": (grads, bases, mix, scale, 0, q, 1),
+        "edit_rotate_.list": (parts, bases, offsets, mix, scale, 0, q),
+        "dacsp_": (grads, bases, 1.5, 0.5, 0.0, torch.eye(2)),
+        "pca_update_": (bases[0], torch.ones(2), grads),
+    }[overload]
+
+
+OVERLOADS = "project project.list gram edit_ edit_.list rotate_ edit_rotate_ edit_rotate_.list dacsp_ pca_update_"
+
+
+@pytest.mark.parametrize("overload", OVERLOADS.split())
+def test_peak_memory_does_not_grow_with_n(op, overload):
+    if op.device != "cpu":
+        pytest.skip("resident memory is that of the host")
+    op(overload, *arguments(overload, 200_000))  # whatever is allocated once
+    args = arguments(overload, N)
+    CLEAR.write_text("5")
+    before = resident("VmRSS")
+    op(overload, *args)
+    assert resident("VmHWM") - before <= ALLOWED

@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from .bench.command import bench
+
 app = typer.Typer(
     help="Capability-aware RL post-training: projection kernels, capability guard, GRPO trainer.",
     no_args_is_help=True,
@@ -66,3 +68,6 @@ def demo(
         from .demo import run_demo
 
         run_demo(out, fast=fast, seeds=seeds, json_path=json_path, workers=workers, variants=variant)
+
+
+app.command()(bench)  # imports what it needs when it runs, too

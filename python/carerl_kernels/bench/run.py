@@ -1,0 +1,156 @@
+"""Runs a preset: measures, prints, writes JSON and the roofline picture, and fails at the end if anything was wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .cases import Case, Inputs, short
+from .expect import Expectation, WrongResult
+from .measure import CaseResult, ImpossibleResult, measure
+from .presets import PRESETS, cases, compiling
+from .probe import PROBE_BYTES, Bandwidth, environment
+from .show import Printer, roofline
+from .variants import variants
+
+SECONDS = {"quick": 1.0, "full": 15.0}  # of timed rounds per case, at least five rounds
+
+
+class BenchError(RuntimeError):
+    """At least one result of the run was wrong or impossible; all others were written all the same."""
+
+
+def run_bench(
+    preset: str = "quick",
+    json_path: Path | str | None = None,
+    png_path: Path | str | None = None,
+    *,
+    ops: Sequence[str] = (),
+    own_cases: Sequence[Case] | None = None,
+    seconds: float | None = None,
+    probe_bytes: int = PROBE_BYTES,
+    printer: Printer | None = None,
+) -> dict[str, Any]:
+    """Measures one preset and prints a table.
+
+    Args:
+        preset: "quick" (under a minute on a quiet machine), "full", "sweep" (time against N and K) or "llm" (the
+            guard on a training step of SmolLM2-135M).
+        json_path: file for everything measured.
+        png_path: file for the roofline picture (quick and full).
+        ops: only these ops; all by default.
+        own_cases: instead of the preset's.
+        seconds: of timed rounds per case, instead of the preset's.
+        probe_bytes: buffer of the bandwidth probe.
+        printer: where to print; a terminal by default.
+
+    Returns:
+        what the JSON file holds: ``environment``, and ``cases`` or what the preset measures instead.
+
+    Raises:
+        ValueError: an unknown preset or op.
+        BenchError: wrong or impossible results, named; raised after everything else was measured and written.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, found {preset!r}")
+    chosen = _chosen(list(own_cases) if own_cases is not None else cases(preset), ops)
+    printer = printer or Printer()
+    bandwidth = Bandwidth(probe_bytes)
+    best = max(bandwidth.measure() for _ in range(5))
+    report: dict[str, Any] = {"preset": preset, "environment": environment(best, bandwidth.source)}
+    printer.environment(report["environment"])
+    failures: list[str] = []
+    with torch.no_grad():
+        if preset == "sweep":
+            from .overhead import sweep, sweep_cases
+
+            report["sweep"] = sweep(sweep_cases(ops[0] if ops else "dacsp_"), bandwidth, say=printer.line)
+        elif preset == "llm":
+            from .llm import guard_overhead
+
+            report["llm"] = guard_overhead(printer)
+        else:
+            results = _measure_all(preset, chosen, bandwidth, seconds or SECONDS[preset], printer, failures)
+            report["cases"] = results
+            if preset == "full" and not ops and own_cases is None:
+                _extras(report, bandwidth, printer, failures)
+            if png_path is not None:
+                roofline(results, report["environment"], png_path)
+    report["failures"] = failures
+    if json_path is not None:
+        Path(json_path).write_text(json.dumps(plain(report), indent=1) + "\n")
+    if failures:
+        raise BenchError("\n".join(failures))
+    return report
+
+
+def _chosen(available: list[Case], ops: Sequence[str]) -> list[Case]:
+    """Cases of the wanted ops; an op without overload stands for its list form too."""
+    known = {case.op for case in available} | {case.op.split(".")[0] for case in available}
+    for op in ops:
+        if op not in known:
+            raise ValueError(f"op: expected one of {', '.join(sorted(known))}, found {op!r}")
+    return [case for case in available if not ops or case.op in ops or case.op.split(".")[0] in ops]
+
+
+def _measure_all(
+    preset: str, chosen: list[Case], bandwidth: Bandwidth, seconds: float, printer: Printer, failures: list[str]
+) -> list[CaseResult]:
+    results = []
+    for case in chosen:
+        printer.progress(case.name)
+        try:
+            x = Inputs(case)
+            expectation = Expectation(x)
+            found, missing = variants(x, expectation, compiling(preset, case))
+            result = measure(x, found, missing, expectation, bandwidth, seconds)
+        except (WrongResult, ImpossibleResult) as error:
+            failures.append(str(error))
+            printer.line(f"[red]{error}")
+            continue
+        results.append(result)
+        printer.case(result)
+    printer.table(results)
+    return results
+
+
+def _extras(report: dict[str, Any], bandwidth: Bandwidth, printer: Printer, failures: list[str]) -> None:
+    """Call overhead, and PCA against scikit-learn where it is installed."""
+    from .overhead import call_overhead
+
+    report["call_overhead_us"] = call_overhead()
+    printer.overhead(report["call_overhead_us"])
+    try:
+        from .sklearn_pca import SharedStream
+
+        stream = SharedStream(Case("pca_update_", D=1, k=8, B=4, N=1_000_000))
+    except ImportError:
+        printer.line("scikit-learn is not installed: no comparison with IncrementalPCA")
+        return
+    try:
+        result = measure(stream, stream.variants(), {}, stream, bandwidth, SECONDS["full"])
+    except (WrongResult, ImpossibleResult) as error:
+        failures.append(str(error))
+        return
+    report["sklearn"] = {"case": result, "captured_energy": stream.captured()}
+    printer.case(result)
+    printer.line(f"captured energy of the stream: {report['sklearn']['captured_energy']}")
+
+
+def plain(value: Any) -> Any:
+    """Results as JSON can hold them."""
+    if isinstance(value, Case):
+        names = {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+        return {"name": value.name, **names, "bytes": value.bytes, "flops": value.flops}
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, dict):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return short(value) if isinstance(value, torch.dtype) else value

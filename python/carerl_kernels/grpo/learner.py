@@ -98,7 +98,7 @@ class Learner:
         losses: list[float] = []
         norms: list[float] = []
         gap, skipped, stats = 0.0, 0, LossStats()
-        for epoch in range(config.inner_epochs):
+        for _ in range(config.inner_epochs):
             for rows in self._minibatches(len(batch.texts)):
                 with self.clock("loss"):
                     optimizer.zero_grad(set_to_none=True)
@@ -109,7 +109,7 @@ class Learner:
                 losses.append(loss)
                 norms.append(norm)
                 stats.add(part)
-                gap += part_gap if epoch == 0 else 0.0
+                gap += part_gap
                 if math.isfinite(norm):
                     self._optimizer_step(optimizer, owner)
                 else:  # one poisoned batch must not reach weights, moments or bases
@@ -183,10 +183,10 @@ class Learner:
             "rewards": batch.reward_by_domain(),
             "informative": informative_fraction(batch.rewards, batch.group_ids),
             "kl": stats.kl / max(stats.tokens, 1.0),
-            "clip_fraction": stats.clipped / max(stats.units, 1.0),
+            "clip_fraction": stats.clipped / max(stats.units, 1.0),  # of units with a gradient
             "entropy": float(sampled.entropy.double().sum()) / max(tokens, 1),
             "grad_norm": sum(norms) / len(norms),
-            "sampler_gap": gap / max(tokens, 1),
+            "sampler_gap": gap / max(stats.tokens, 1.0),
             "tokens": tokens,
             "length": tokens / len(batch.texts),
             "truncated": 1.0 - float(ended.any(1).double().mean()),

@@ -8,6 +8,20 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars of transformers inside; as before afterwards."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 class PhaseClock:
     """Wall-clock seconds per named phase. Host time: GPU work counts where the host waits for it.
 

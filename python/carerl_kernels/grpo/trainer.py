@@ -18,7 +18,7 @@ from .domain import Domain, domain_table
 from .evaluate import evaluate
 from .learner import Guard, Learner
 from .plots import plot_accuracy, plot_training
-from .progress import StageProgress
+from .progress import StageProgress, quiet_transformers
 from .rollout import prompt_counts
 from .rundir import (
     CheckpointError,
@@ -293,8 +293,9 @@ class GRPOTrainer:
             return
         model: Any = self.model
         if hasattr(model, "save_pretrained"):
-            model.save_pretrained(self.directory.path / "model")
-            self.tokenizer.save_pretrained(self.directory.path / "model")
+            with quiet_transformers():
+                model.save_pretrained(self.directory.path / "model")
+                self.tokenizer.save_pretrained(self.directory.path / "model")
         if not self.config.plots:
             return
         ends = [sum(s.steps for s in stages[: i + 1]) for i in range(len(stages))]

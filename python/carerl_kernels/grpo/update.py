@@ -55,6 +55,9 @@ def accumulate_gradients(
 ) -> tuple[float, LossStats, float]:
     """Forward and backward over the `rows` of one optimizer step, in micro-batches.
 
+    Rows whose advantage is exactly 0 (their whole group agreed) have zero loss and zero gradient, so without a KL term
+    they are left out of both passes; they still count in every normaliser. When that leaves no row, gradients are zeros.
+
     Args:
         model: Policy; gradients accumulate in its parameters.
         batch: Judged completions.
@@ -65,12 +68,19 @@ def accumulate_gradients(
         ref_logp: [B, L] of the frozen reference, or None.
 
     Returns:
-        The loss, sums for reporting, and the summed |log-probability in training - in sampling| over tokens.
+        The loss, sums for reporting, and the summed |log-probability in training - in sampling| over the tokens that
+        went through the model (`stats.tokens`).
     """
     mask = batch.rollout.completion_mask
     total_tokens = float(mask[rows].sum())
+    live = rows if config.kl_beta > 0 else rows[batch.advantages[rows] != 0]
     loss_sum, gap, stats = 0.0, 0.0, LossStats()
-    for part_rows in micro_batches(rows, config.micro_batch_size):
+    if not len(live):
+        for p in model.parameters():
+            if p.requires_grad and p.grad is None:
+                p.grad = torch.zeros_like(p)
+        return loss_sum, stats, gap
+    for part_rows in micro_batches(live, config.micro_batch_size):
         part = batch.rollout.select(part_rows)
         width = part.completion_ids.shape[1]
         logp = rollout_logprobs(model, part, tokens, config)

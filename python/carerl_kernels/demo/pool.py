@@ -143,8 +143,9 @@ def _run_elsewhere(
                     worker.job = None
     finally:
         for worker in pool:
-            worker.connection.close()
-            worker.process.terminate()
+            worker.connection.close()  # an idle worker reads end of file and leaves by itself
+            if worker.job is not None:
+                worker.process.terminate()
         for worker in pool:
             worker.process.join(5)
             if worker.process.is_alive():

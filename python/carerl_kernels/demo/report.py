@@ -142,22 +142,28 @@ def _values(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _cell(values: Sequence[float]) -> str:
-    """Mean, and half the range over seeds where there are several."""
-    mean = statistics.fmean(values)
-    return f"{mean:.3f}" if len(values) < 2 else f"{mean:.3f} ±{(max(values) - min(values)) / 2:.3f}"
+    """Mean, and half the range over seeds where there are several: ".62±.03"."""
+    mean = _short(statistics.fmean(values))
+    return mean if len(values) < 2 else f"{mean}±{_short((max(values) - min(values)) / 2)}"
+
+
+def _short(value: float) -> str:
+    """Two digits (the third is noise) without the leading zero: the table fits in 80 columns."""
+    text = f"{value:.2f}"
+    return text.replace("0.", ".", 1) if text.lstrip("-").startswith("0.") else text
 
 
 def print_summary(console: Console, summary: Summary, variants: Sequence[Variant], scale: Scale) -> None:
     """The table, what its columns mean, and the comparison whoever it favours."""
+    from rich import box
     from rich.table import Table
 
     names = " -> ".join(summary.domains)
-    table = Table(title=f"Three domains in sequence ({names}), {scale.steps} GRPO steps each, {summary.seeds} seed(s)")
-    table.add_column("variant", style="bold")
-    for domain in summary.domains:
-        table.add_column(domain, justify="right")
-    for column in ("average", "forgetting", "new domain", "touched", "guard time"):
-        table.add_column(column, justify="right")
+    title = f"{names}, {scale.steps} GRPO steps each, {summary.seeds} seed{'s' if summary.seeds > 1 else ''}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
+    table.add_column("variant", style="bold", no_wrap=True)
+    for column in (*summary.domains, "average", "forget", "new", "touched", "guard"):
+        table.add_column(column, justify="right", no_wrap=True)
     columns: list[Callable[[VariantSummary], list[float]]] = [
         *((lambda v, d=d: v.final[d]) for d in summary.domains),
         lambda v: v.average,
@@ -177,11 +183,11 @@ def print_summary(console: Console, summary: Summary, variants: Sequence[Variant
         "Accuracy: exact probability of the right answer at temperature 1 on held-out examples "
         f"(before training: {start}).\n"
         "Domain columns and average: at the end. "
-        f"Forgetting: drop since a domain's own stage, mean over all but the last ({earlier}).\n"
-        f"New domain: accuracy right after a domain's own stage, mean over all but the first ({later}). "
+        f"Forget: drop since a domain's own stage, mean over all but the last ({earlier}).\n"
+        f"New: accuracy right after a domain's own stage, mean over all but the first ({later}). "
         "±: half the range over seeds.\n"
         "Touched: energy of the guard's corrections over energy of all updates it saw. "
-        "Guard time: share of wall-clock time, recording and probes included.",
+        "Guard: its share of wall-clock time, recording and probes included.\n",
         style="dim",
     )
     for variant in variants:

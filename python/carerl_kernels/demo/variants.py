@@ -83,7 +83,7 @@ class Scale:
 
 
 FULL = Scale()
-FAST = Scale(steps=40, eval_every=8, config={"prompts_per_step": 12})
+FAST = Scale(steps=60, eval_every=12, config={"prompts_per_step": 8})
 
 
 @dataclass
@@ -162,8 +162,8 @@ def run_variant(
             "replay_fraction": variant.replay,
             "eval_every": scale.eval_every,
             "eval_batch_size": 512,
-            "checkpoint_every": scale.eval_every,
-            "keep_checkpoints": 1,
+            "checkpoint_every": max(1, scale.steps // 2),
+            "keep_checkpoints": 2,
             "seed": seed,
             "progress": False,
             "plots": False,

@@ -8,11 +8,15 @@
 #include <immintrin.h>
 #endif
 
+// Arithmetic is written over the vector types of GCC and Clang; only conversions need to know the instruction set.
+// CARERL_VECTOR_BYTES may be given from outside to run the plain code at another width.
 #ifndef CARERL_VECTOR_BYTES
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define CARERL_VECTOR_BYTES 64
-#elif defined(__AVX2__)
+#define CARERL_AVX512
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define CARERL_VECTOR_BYTES 32
+#define CARERL_AVX2
 #else
 #define CARERL_VECTOR_BYTES 16  // SSE2 and NEON registers
 #endif
@@ -56,9 +60,9 @@ struct F32 {
 };
 
 CARERL_INLINE Word load_half(const uint16_t* p) {
-#if CARERL_VECTOR_BYTES == 64 && defined(__AVX512F__)
+#if defined(CARERL_AVX512)
   return (Word)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif CARERL_VECTOR_BYTES == 32 && defined(__AVX2__)
+#elif defined(CARERL_AVX2)
   return (Word)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
   return __builtin_convertvector(*reinterpret_cast<const LooseHalf*>(p), Word);
@@ -73,9 +77,9 @@ struct BF16 {
 struct F16 {
   using Type = uint16_t;
   CARERL_INLINE Float load(const uint16_t* p) {
-#if CARERL_VECTOR_BYTES == 64 && defined(__AVX512F__)
+#if defined(CARERL_AVX512)
     return (Float)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif CARERL_VECTOR_BYTES == 32 && defined(__F16C__)
+#elif defined(CARERL_AVX2)
     return (Float)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
     const Word half = load_half(p);
@@ -92,9 +96,9 @@ struct F16 {
 struct I8 {
   using Type = int8_t;
   CARERL_INLINE Float load(const int8_t* p) {
-#if CARERL_VECTOR_BYTES == 64 && defined(__AVX512F__)
+#if defined(CARERL_AVX512)
     return (Float)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-#elif CARERL_VECTOR_BYTES == 32 && defined(__AVX2__)
+#elif defined(CARERL_AVX2)
     return (Float)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 #else
     return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const LooseByte*>(p), Int), Float);
@@ -113,9 +117,9 @@ CARERL_INLINE Float load_part(const typename E::Type* p, int64_t n) {
 // ------------------------------------------------------------------------------------------------ float to storage
 
 CARERL_INLINE void store_half(uint16_t* p, Word x) {
-#if CARERL_VECTOR_BYTES == 64 && defined(__AVX512F__)
+#if defined(CARERL_AVX512)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)x));
-#elif CARERL_VECTOR_BYTES == 32 && defined(__AVX2__)
+#elif defined(CARERL_AVX2)
   const __m256i packed = _mm256_packus_epi32((__m256i)x, (__m256i)x);  // each half of the register packs its own four
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
 #else
@@ -133,7 +137,7 @@ CARERL_INLINE void store_as(BF16, uint16_t* p, Float x) {
   store_half(p, (rounded & ~nan) | (nan & 0x7fc0));
 }
 
-#if !(CARERL_VECTOR_BYTES == 64 && defined(__AVX512F__)) && !(CARERL_VECTOR_BYTES == 32 && defined(__F16C__))
+#if !defined(CARERL_AVX512) && !defined(CARERL_AVX2)
 CARERL_INLINE uint16_t half_bits(float x) {
   uint32_t bits;
   __builtin_memcpy(&bits, &x, 4);
@@ -154,9 +158,9 @@ CARERL_INLINE uint16_t half_bits(float x) {
 #endif
 
 CARERL_INLINE void store_as(F16, uint16_t* p, Float x) {
-#if CARERL_VECTOR_BYTES == 64 && defined(__AVX512F__)
+#if defined(CARERL_AVX512)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)x, 0));
-#elif CARERL_VECTOR_BYTES == 32 && defined(__F16C__)
+#elif defined(CARERL_AVX2)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)x, 0));
 #else
   for (int lane = 0; lane < kWidth; ++lane) p[lane] = half_bits(x[lane]);
@@ -174,12 +178,12 @@ CARERL_INLINE void store_part(typename E::Type* p, Float x, int64_t n) {
 
 // lanes[0..kWidth) += x, each lane exactly widened.
 CARERL_INLINE void fold(double* lanes, Float x) {
-#if CARERL_VECTOR_BYTES == 64 && defined(__AVX512F__)
+#if defined(CARERL_AVX512)
   const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x));
   const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1));
   _mm512_storeu_pd(lanes, _mm512_add_pd(_mm512_loadu_pd(lanes), low));
   _mm512_storeu_pd(lanes + 8, _mm512_add_pd(_mm512_loadu_pd(lanes + 8), high));
-#elif CARERL_VECTOR_BYTES == 32 && defined(__AVX2__)
+#elif defined(CARERL_AVX2)
   const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x));
   const __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1));
   _mm256_storeu_pd(lanes, _mm256_add_pd(_mm256_loadu_pd(lanes), low));
@@ -197,10 +201,10 @@ CARERL_INLINE double sum(const double* lanes, int count) {
 
 // dst[0..kWidth) = x in fp64
 CARERL_INLINE void widen(double* dst, Float x) {
-#if CARERL_VECTOR_BYTES == 64 && defined(__AVX512F__)
+#if defined(CARERL_AVX512)
   _mm512_storeu_pd(dst, _mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x)));
   _mm512_storeu_pd(dst + 8, _mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1)));
-#elif CARERL_VECTOR_BYTES == 32 && defined(__AVX2__)
+#elif defined(CARERL_AVX2)
   _mm256_storeu_pd(dst, _mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x)));
   _mm256_storeu_pd(dst + 4, _mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1)));
 #else

@@ -55,7 +55,7 @@ def test_splits_are_disjoint_and_differ_by_seed():
 
 
 def test_exact_success_probability_is_the_frequency_of_success():
-    from carerl_kernels.grpo import encode_prompt, sample
+    from carerl_kernels.grpo import encode_prompts, sample
 
     tokenizer = tasks.character_tokenizer()
     model = tasks.tiny_model(tokenizer, 0)
@@ -68,7 +68,7 @@ def test_exact_success_probability_is_the_frequency_of_success():
         exact = success_probability(model, tokenizer, [example], tokens, max_new_tokens=tasks.MAX_NEW_TOKENS).item()
         rollout = sample(
             model,
-            [encode_prompt(tokenizer, example.prompt)],
+            encode_prompts(tokenizer, [example.prompt]),
             tokens,
             num_samples=n,
             max_new_tokens=tasks.MAX_NEW_TOKENS,

@@ -155,3 +155,17 @@ def test_diverged_model_is_named(qwen):
         next(qwen.parameters()).fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="diverged"):
         draw(qwen)
+
+
+def test_prompts_as_text_and_as_chat_keep_their_order():
+    from carerl_kernels.demo.tasks import character_tokenizer
+    from carerl_kernels.grpo import encode_prompts
+
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
+    rows = encode_prompts(tokenizer, ["abc", ({"role": "user", "content": "de"},), "f"])
+    assert [tokenizer.decode(ids) for ids in rows] == ["abc", "de>", "f"]
+    with pytest.raises(ValueError, match="the tokenizer made none of prompt"):
+        encode_prompts(tokenizer, ["a", ""])

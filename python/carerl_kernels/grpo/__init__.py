@@ -13,7 +13,7 @@ from .losses import LossStats, kl_k3, policy_loss
 from .rollout import Batch, prompt_counts, rollout
 from .rundir import CheckpointError, RunDirectory
 from .sampling import Rollout, nucleus, sample
-from .text import SpecialTokens, encode_answer, encode_prompt, special_tokens
+from .text import SpecialTokens, encode_answers, encode_prompts, special_tokens
 from .trainer import GRPOTrainer
 
 __all__ = [
@@ -33,8 +33,8 @@ __all__ = [
     "answer_logprobs",
     "answer_loss",
     "completion_logprobs",
-    "encode_answer",
-    "encode_prompt",
+    "encode_answers",
+    "encode_prompts",
     "evaluate",
     "group_advantages",
     "informative_fraction",

@@ -9,7 +9,7 @@ import torch
 from .domain import Domain
 from .logprobs import success_probability
 from .sampling import sample
-from .text import SpecialTokens, decode, encode_prompt
+from .text import SpecialTokens, decode, encode_prompts
 
 
 def evaluate(
@@ -60,7 +60,7 @@ def evaluate(
         chunk = examples[i : i + per_batch]
         rollout = sample(
             model,
-            [encode_prompt(tokenizer, e.prompt) for e in chunk],
+            encode_prompts(tokenizer, [e.prompt for e in chunk]),
             tokens,
             num_samples=num_samples,
             max_new_tokens=max_new_tokens,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .domain import Example
 from .sampling import tempered_log_softmax
-from .text import SpecialTokens, encode_answer, encode_prompt, forward_accepts, left_pad, position_ids, right_pad
+from .text import SpecialTokens, encode_answers, encode_prompts, forward_accepts, left_pad, position_ids, right_pad
 
 
 def completion_logprobs(
@@ -58,13 +58,12 @@ def answer_logprobs(
     Raises:
         ValueError: An example has no answer.
     """
-    answers = []
     for example in examples:
         if example.answer is None:
             raise ValueError(f"expected an answer for teacher forcing, example {example.prompt!r} has none")
-        answers.append(encode_answer(tokenizer, example.answer, tokens.eos[0]))
+    answers = encode_answers(tokenizer, [e.answer for e in examples if e.answer is not None], tokens.eos[0])
     device = next(model.parameters()).device
-    prompt_ids, prompt_mask = left_pad([encode_prompt(tokenizer, e.prompt) for e in examples], tokens.pad, device)
+    prompt_ids, prompt_mask = left_pad(encode_prompts(tokenizer, [e.prompt for e in examples]), tokens.pad, device)
     ids, mask = right_pad(answers, tokens.pad, device)
     logp = completion_logprobs(
         model, torch.cat([prompt_ids, ids], 1), torch.cat([prompt_mask, mask], 1), ids.shape[1], banned=tokens.banned

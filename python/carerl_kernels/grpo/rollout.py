@@ -15,7 +15,7 @@ from .advantages import group_advantages
 from .config import GRPOConfig
 from .domain import Domain, Example
 from .sampling import Rollout, sample
-from .text import SpecialTokens, decode, encode_prompt
+from .text import SpecialTokens, decode, encode_prompts
 
 
 @dataclass
@@ -102,7 +102,7 @@ def rollout(
     with _phase(phase, "sample"):
         sampled = sample(
             model,
-            [encode_prompt(tokenizer, e.prompt) for e in examples],
+            encode_prompts(tokenizer, [e.prompt for e in examples]),
             tokens,
             num_samples=config.group_size,
             max_new_tokens=config.max_new_tokens,

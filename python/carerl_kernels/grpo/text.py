@@ -53,27 +53,34 @@ def _generation_config(model: Any) -> Any:
     return getattr(model, "generation_config", None)
 
 
-def encode_prompt(tokenizer: Any, prompt: str | Messages) -> list[int]:
-    """Token ids of a prompt: text as it is, messages through the chat template with the assistant's turn opened.
+def encode_prompts(tokenizer: Any, prompts: Sequence[str | Messages]) -> list[list[int]]:
+    """Token ids of prompts: texts as they are, messages through the chat template with the assistant's turn opened.
 
     Raises:
-        ValueError: The prompt has no tokens.
+        ValueError: A prompt has no tokens.
     """
-    if isinstance(prompt, str):
-        ids = tokenizer(prompt)["input_ids"]
-    else:
-        encoded = tokenizer.apply_chat_template(
-            [dict(m) for m in prompt], add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-        ids = encoded["input_ids"]
-    if not len(ids):
-        raise ValueError(f"expected at least one token, the tokenizer made none of prompt {prompt!r}")
-    return [int(i) for i in ids]
+    texts = [p for p in prompts if isinstance(p, str)]
+    encoded = iter(tokenizer(texts)["input_ids"] if texts else [])  # one call: many small ones cost more than sampling
+    rows = []
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            ids = next(encoded)
+        else:
+            messages = [dict(m) for m in prompt]
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)[
+                "input_ids"
+            ]
+        if not len(ids):
+            raise ValueError(f"expected at least one token, the tokenizer made none of prompt {prompt!r}")
+        rows.append([int(i) for i in ids])
+    return rows
 
 
-def encode_answer(tokenizer: Any, answer: str, eos: int) -> list[int]:
-    """Token ids of a right completion, ended. One tokenisation of possibly several that read the same."""
-    return [int(i) for i in tokenizer(answer, add_special_tokens=False)["input_ids"]] + [eos]
+def encode_answers(tokenizer: Any, answers: Sequence[str], eos: int) -> list[list[int]]:
+    """Token ids of right completions, each ended. One tokenisation of possibly several that read the same."""
+    if not answers:
+        return []
+    return [[*map(int, ids), eos] for ids in tokenizer(list(answers), add_special_tokens=False)["input_ids"]]
 
 
 def decode(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:

@@ -211,8 +211,9 @@ class GRPOTrainer:
 
     def _evaluate(self) -> dict[str, float]:
         config = self.config
+        kept = rng_state()  # verifiers may draw from the global generators: how often we look must change nothing
         with self._clock("eval"):
-            return {
+            scores = {
                 name: evaluate(
                     self.model,
                     self.tokenizer,
@@ -226,6 +227,8 @@ class GRPOTrainer:
                 for name, domain in self.domains.items()
                 if domain.eval_examples
             }
+            set_rng_state(kept)
+        return scores
 
     # ---- records
 

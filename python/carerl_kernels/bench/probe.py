@@ -20,7 +20,7 @@ PROBE_BYTES = 512 << 20  # far beyond any last-level cache, so that what is time
 
 
 class Bandwidth:
-    """Streaming-read bandwidth of all threads over one buffer of at least 512 MiB.
+    """Streaming-read bandwidth of all of torch's threads over one buffer of at least 512 MiB.
 
     Uses the native probe of the ``_host`` module if it was built, else the faster of two torch reductions.
 
@@ -32,7 +32,7 @@ class Bandwidth:
         self.bytes = size
         self._other = torch.ones(min(2 * cache_bytes(), size) // 4)
         try:
-            self._read = importlib.import_module("carerl_kernels._host").BandwidthProbe(size, 0).read
+            self._read = importlib.import_module("carerl_kernels._host").BandwidthProbe(size, torch.get_num_threads()).read
             self.source = "native probe"
         except ImportError:
             buffer = torch.ones(size // 4)  # touched, so that no page is missing when it is timed

@@ -54,7 +54,7 @@ class Printer:
 
     def table(self, results: Sequence[CaseResult]) -> None:
         """All cases at the end."""
-        table = Table(title="median [quartiles]; ratios are their time over ours, in the same rounds")
+        table = Table(title="median \\[quartiles]; ratios are their time over ours, in the same rounds")
         for heading in ("case", "time, ms", "GB/s", "% of read", *OTHERS, "extra memory"):
             table.add_column(heading, justify="left" if heading == "case" else "right")
         for result in results:
@@ -67,7 +67,7 @@ class Printer:
         self.console.print(table)
 
     def guard(self, results: Sequence[GuardResult]) -> None:
-        table = Table(title="guard on a training step; median [quartiles] over steps")
+        table = Table(title="guard on a training step; median \\[quartiles] over steps")
         for heading in ("setting", "N", "bases", "step, s", "guard, ms", "share of step", "peak without", "with"):
             table.add_column(heading, justify="left" if heading == "setting" else "right")
         for r in results:
@@ -85,7 +85,7 @@ class Printer:
         self.console.print(table)
 
     def overhead(self, found: Mapping[str, Spread]) -> None:
-        table = Table(title="one call on 64 elements, microseconds, median [quartiles]")
+        table = Table(title="one call on 64 elements, microseconds, median \\[quartiles]")
         table.add_column("op")
         table.add_column("us", justify="right")
         for name, spread in found.items():

@@ -33,8 +33,10 @@ static void axpy_tile(const Basis& basis, const int64_t* rows, int64_t column, c
     }
   }
   if (i < n) {
+    CARERL_UNROLL
     for (int c = 0; c < C; ++c) {
       Float value = load(y + c * pitch + i);
+      CARERL_UNROLL
       for (int r = 0; r < R; ++r) value += factor[r][c] * load_part<E>(u[r] + i, n - i);
       store(y + c * pitch + i, value);
     }
@@ -58,8 +60,10 @@ struct Axpy<I8> {
     for (int64_t i = 0; i < n;) {
       const int64_t end = run_end(basis, column + i, column + n) - column;
       float scaled[R * C];
+      CARERL_UNROLL
       for (int r = 0; r < R; ++r) {
         const float scale = scale_row(basis, rows[r])[(column + i) >> basis.block_shift];
+        CARERL_UNROLL
         for (int c = 0; c < C; ++c) scaled[r * C + c] = mix[r * mixes + c] * scale;
       }
       axpy_tile<I8, R, C>(basis, rows, column + i, scaled, C, y + i, pitch, end - i);

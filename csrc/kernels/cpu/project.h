@@ -33,8 +33,10 @@ static void dot_tile(const Basis& basis, int64_t row, int64_t column, const floa
       }
     }
     for (; i < end; i += kWidth) {
+      CARERL_UNROLL
       for (int r = 0; r < R; ++r) {
         const Float direction = i + kWidth <= n ? E::load(u[r] + i) : load_part<E>(u[r] + i, n - i);
+        CARERL_UNROLL
         for (int c = 0; c < C; ++c) sums[0][r][c] += direction * load(g + c * pitch + i);
       }
     }
@@ -48,7 +50,9 @@ static void dot_tile(const Basis& basis, int64_t row, int64_t column, const floa
       }
     }
   }
+  CARERL_UNROLL
   for (int r = 0; r < R; ++r) {
+    CARERL_UNROLL
     for (int c = 0; c < C; ++c) totals[c * rows + row + r] += sum(lanes[r][c], kWidth);
   }
 }
@@ -77,8 +81,10 @@ static void dot_tile_int8(const Basis& basis, int64_t row, int64_t column, const
         }
       }
       if (i < end) {
+        CARERL_UNROLL
         for (int r = 0; r < R; ++r) {
           const Float direction = load_part<I8>(u[r] + i, end - i);
+          CARERL_UNROLL
           for (int c = 0; c < C; ++c) sums[r][c] += direction * load(g + c * pitch + i);
         }
         i = end;
@@ -96,7 +102,9 @@ static void dot_tile_int8(const Basis& basis, int64_t row, int64_t column, const
       for (int c = 0; c < C; ++c) fold(lanes[r][c], scaled[r][c]);
     }
   }
+  CARERL_UNROLL
   for (int r = 0; r < R; ++r) {
+    CARERL_UNROLL
     for (int c = 0; c < C; ++c) totals[c * rows + row + r] += sum(lanes[r][c], kWidth);
   }
 }

@@ -21,7 +21,8 @@ CHUNK = 1 << 18
 # Relative to the norm of the expected values: of coefficients, and of N-sized results by the dtype they are stored in.
 COEFFICIENT_TOLERANCE = 1e-5
 STORED_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-LOW_PRECISION_FACTOR = 3  # baselines that round coefficients to bf16 or fp16 on the way may be this much worse
+# Baselines may round coefficients to bf16 on the way, or add up a million products in fp32: inaccurate is allowed, wrong is not.
+BASELINE_TOLERANCE = 2.5e-2
 
 
 class WrongResult(RuntimeError):
@@ -125,7 +126,7 @@ class Expectation:
         Args:
             variant: who computed it, for the message.
             outputs: see the class.
-            exact: whether coefficients had fp32 or better all the way; baselines in bf16 and fp16 need not.
+            exact: what we promise of our own ops, instead of what is let pass in a baseline (its errors are reported).
 
         Raises:
             WrongResult: names case, variant, output, error and tolerance.
@@ -142,6 +143,8 @@ class Expectation:
 
     def tolerance(self, name: str, exact: bool) -> float:
         case = self.x.case
+        if not exact:
+            return BASELINE_TOLERANCE
         stored = STORED_TOLERANCE[case.grad if case.basis == torch.int8 else case.basis]
         if name == "grads":
             stored = STORED_TOLERANCE[case.grad]
@@ -149,5 +152,5 @@ class Expectation:
             # Small coefficients of large vectors, amplified by the gaps of the spectrum.
             return 20 * stored
         if name in ("coeffs", "gram"):
-            return COEFFICIENT_TOLERANCE if exact else LOW_PRECISION_FACTOR * stored
-        return stored if exact else LOW_PRECISION_FACTOR * stored
+            return COEFFICIENT_TOLERANCE
+        return stored

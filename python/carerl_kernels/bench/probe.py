@@ -32,7 +32,9 @@ class Bandwidth:
         self.bytes = size
         self._other = torch.ones(min(2 * cache_bytes(), size) // 4)
         try:
-            self._read = importlib.import_module("carerl_kernels._host").BandwidthProbe(size, torch.get_num_threads()).read
+            self._read = (
+                importlib.import_module("carerl_kernels._host").BandwidthProbe(size, torch.get_num_threads()).read
+            )
             self.source = "native probe"
         except ImportError:
             buffer = torch.ones(size // 4)  # touched, so that no page is missing when it is timed

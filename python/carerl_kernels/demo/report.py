@@ -116,25 +116,35 @@ class Summary:
         }
 
     def verdicts(self) -> list[str]:
-        """One sentence per guard: its final average against the best plain learning rate, seed by seed."""
-        plain = [self.variants[n] for n in ("naive", "lower_lr", "lowest_lr") if n in self.variants]
-        if not plain:
-            return []
-        best = max(plain, key=lambda v: statistics.fmean(v.average))
+        """One sentence per guard: seed by seed against the best plain learning rate and the best replay."""
         sentences = []
-        for name in ("guarded", "probed", "instant"):
-            if name not in self.variants:
-                continue
-            guard = self.variants[name]
-            gaps = [g - b for g, b in zip(guard.average, best.average, strict=True)]
-            wins = sum(gap > 0 for gap in gaps)
-            learning = statistics.fmean(guard.new_domain) - statistics.fmean(best.new_domain)
-            sentences.append(
-                f"{name} against {best.name}, the best plain learning rate: final average "
-                f"{statistics.fmean(gaps):+.3f} (better on {wins} of {len(gaps)} seeds), "
-                f"new-domain accuracy {learning:+.3f}."
-            )
+        for guard in (self.variants[n] for n in ("guarded", "probed", "instant") if n in self.variants):
+            parts = []
+            for label, names in BASELINES.items():
+                present = [self.variants[n] for n in names if n in self.variants]
+                if present:
+                    best = max(present, key=lambda v: statistics.fmean(v.average))
+                    parts.append(_compare(guard, best, label))
+            if parts:
+                sentences.append(f"{guard.name} {'; '.join(parts)}.")
         return sentences
+
+
+# What each guard is compared with: of several settings of one idea the one that did best here, a choice in its favour.
+BASELINES = {
+    "the best plain learning rate": ("naive", "lower_lr", "lowest_lr"),
+    "the best replay": ("replay", "replay_low"),
+}
+
+
+def _compare(guard: VariantSummary, other: VariantSummary, label: str) -> str:
+    gaps = [g - o for g, o in zip(guard.average, other.average, strict=True)]
+    wins = sum(gap > 0 for gap in gaps)
+    learning = statistics.fmean(guard.new_domain) - statistics.fmean(other.new_domain)
+    return (
+        f"against {other.name} ({label}): average {statistics.fmean(gaps):+.3f}, "
+        f"better on {wins} of {len(gaps)} seeds, new domains {learning:+.3f}"
+    )
 
 
 def _values(values: Sequence[float]) -> dict[str, Any]:

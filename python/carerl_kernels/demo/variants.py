@@ -34,7 +34,7 @@ class Variant:
     memory: str = "none"
 
 
-# Guards run at half the learning rate: they are to be compared with lower_lr, not with naive.
+# Guards run at half the learning rate: they are to be compared with lower_lr and replay_low, not with naive.
 VARIANTS: dict[str, Variant] = {
     v.name: v
     for v in (
@@ -42,6 +42,13 @@ VARIANTS: dict[str, Variant] = {
         Variant("lower_lr", "learning rate x0.5", lr_scale=0.5),
         Variant("lowest_lr", "learning rate x0.25", lr_scale=0.25),
         Variant("replay", "25 % of prompts from earlier domains", replay=0.25, memory="all prompts"),
+        Variant(
+            "replay_low",
+            "25 % of prompts from earlier domains, learning rate x0.5",
+            lr_scale=0.5,
+            replay=0.25,
+            memory="all prompts",
+        ),
         Variant(
             "guarded",
             "CapabilityGuard(model), its default rule; learning rate x0.5",
@@ -83,7 +90,7 @@ class Scale:
 
 
 FULL = Scale()
-FAST = Scale(steps=60, eval_every=12, config={"prompts_per_step": 8})
+FAST = Scale(steps=48, eval_every=12, config={"prompts_per_step": 8})
 
 
 @dataclass
@@ -163,7 +170,7 @@ def run_variant(
             "eval_every": scale.eval_every,
             "eval_batch_size": 512,
             "checkpoint_every": max(1, scale.steps // 2),
-            "keep_checkpoints": 2,
+            "keep_checkpoints": 1,
             "seed": seed,
             "progress": False,
             "plots": False,

@@ -38,6 +38,10 @@ def good(overload: str) -> dict[str, Any]:
         "seed": 0,
         "block": 128,
         "out_dtype": torch.float32,
+        "logits": torch.randn(5, 37),
+        "ids": torch.randint(37, (5,)),
+        "temperature": 0.7,
+        **{name: torch.randn(5) for name in ("grad_logp", "grad_entropy", "logp", "entropy")},
     }
     if is_list:
         args |= {"offsets": [0, 128], "per_tensor": False}

@@ -57,8 +57,8 @@ bool is_grad(ScalarType dtype) {
 
 bool is_core(ScalarType dtype) { return dtype == ScalarType::Float || dtype == ScalarType::Double; }
 
-void check_device(const char* op, const std::string& name, const Tensor& tensor) {
-  if (!tensor.is_cpu()) fail(op, name + " on cpu like bases", tensor.is_cuda() ? "cuda" : "another device");
+void check_device(const char* op, const std::string& name, const Tensor& tensor, const char* like = "bases") {
+  if (!tensor.is_cpu()) fail(op, name + " on cpu like " + like, tensor.is_cuda() ? "cuda" : "another device");
 }
 
 void check_dense(const char* op, const char* name, const Tensor& rows) {
@@ -70,7 +70,7 @@ void check_dense(const char* op, const char* name, const Tensor& rows) {
 }
 
 void check_small(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape,
-                 bool double_allowed) {
+                 bool double_allowed, const char* like = "bases") {
   const auto sizes = tensor.sizes();
   bool same = sizes.size() == shape.size();
   size_t i = 0;
@@ -83,7 +83,7 @@ void check_small(const char* op, const char* name, const Tensor& tensor, std::in
          std::string(name_of(dtype)) + " " + list(sizes));
   }
   if (!tensor.is_contiguous()) fail(op, std::string("contiguous ") + name, "strides " + tuple(tensor.strides()));
-  check_device(op, name, tensor);
+  check_device(op, name, tensor, like);
 }
 
 }  // namespace
@@ -250,6 +250,38 @@ void check_quantize(const Tensor& bases, int64_t block) {
   if (block < 32 || (block & (block - 1)) != 0) {
     fail(op, "block a power of two of at least 32", std::to_string(block));
   }
+}
+
+void check_logits(const char* op, const Tensor& logits, const Tensor& ids, double temperature) {
+  if (logits.dim() != 2) fail(op, "logits with 2 dimensions", tuple(logits.sizes()));
+  if (!is_grad(logits.scalar_type())) {
+    fail(op, "logits of dtype float32, bfloat16, float16", name_of(logits.scalar_type()));
+  }
+  check_dense(op, "logits", logits);
+  const int64_t rows = logits.size(0), vocabulary = logits.size(1);
+  if (ids.scalar_type() != ScalarType::Long || ids.dim() != 1 || ids.size(0) != rows) {
+    fail(op, "ids [" + std::to_string(rows) + "] of dtype int64",
+         std::string(name_of(ids.scalar_type())) + " " + list(ids.sizes()));
+  }
+  if (!ids.is_contiguous()) fail(op, "contiguous ids", "strides " + tuple(ids.strides()));
+  check_device(op, "ids", ids, "logits");
+  if (!(temperature > 0) || !std::isfinite(temperature)) {
+    char found[32];
+    std::snprintf(found, sizeof(found), "%g", temperature);
+    fail(op, "a positive temperature", found);
+  }
+  const int64_t* tokens = static_cast<const int64_t*>(ids.data_ptr());
+  for (int64_t row = 0; row < rows; ++row) {
+    if (tokens[row] < 0 || tokens[row] >= vocabulary) {
+      fail(op, "ids in 0.." + std::to_string(vocabulary - 1),
+           std::to_string(tokens[row]) + " at row " + std::to_string(row),
+           "give padding any valid id and mask it later");
+    }
+  }
+}
+
+void check_vector(const char* op, const char* name, const Tensor& tensor, int64_t rows) {
+  check_small(op, name, tensor, {rows}, false, "logits");
 }
 
 }  // namespace carerl

@@ -46,5 +46,8 @@ void check_weight(const char* name, double value, bool negative_allowed);
 void check_weight(const char* name, const Tensor& value, int64_t rows);
 void check_root(const Optional& root, int64_t rows, int64_t groups);
 void check_quantize(const Tensor& bases, int64_t block);
+// Shapes, dtypes and the range of the ids.
+void check_logits(const char* op, const Tensor& logits, const Tensor& ids, double temperature);
+void check_vector(const char* op, const char* name, const Tensor& tensor, int64_t rows);
 
 }  // namespace carerl

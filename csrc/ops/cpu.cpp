@@ -1,59 +1,15 @@
 // The ops of torch.ops.carerl on CPU tensors: checks, pointers, and the kernels' own drivers. LibTorch stable ABI only,
 // so that one binary loads in every torch from 2.13 on.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <tuple>
 
-#include "../kernels/cpu/ops.h"
 #include "checks.h"
+#include "tensors.h"
 
 namespace carerl {
 namespace {
-
-cpu::DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::BFloat16:
-      return cpu::DType::kBF16;
-    case ScalarType::Half:
-      return cpu::DType::kF16;
-    case ScalarType::Char:
-      return cpu::DType::kI8;
-    default:
-      return cpu::DType::kF32;
-  }
-}
-
-void run_on_pool(int count, void (*body)(void*, int), void* context) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) body(context, static_cast<int>(i));
-  });
-}
-
-cpu::Pool pool() { return {static_cast<int>(torch::stable::get_num_threads()), run_on_pool}; }
-
-// Contiguous, uninitialised. The C shim directly: 0.4 us, where torch::stable::empty looks its op up by name.
-Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0;) {
-    strides[i] = stride;
-    stride *= std::max<int64_t>(sizes[i], 1);
-  }
-  const int32_t type = dtype == ScalarType::Double  ? aoti_torch_dtype_float64()
-                       : dtype == ScalarType::Float ? aoti_torch_dtype_float32()
-                                                    : aoti_torch_dtype_int8();
-  AtenTensorHandle out = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), type, aoti_torch_device_type_cpu(), 0, &out));
-  return Tensor(out);
-}
-
-template <class T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
-}
 
 cpu::Basis basis_of(const Tensor& bases, const Optional& scales, const BasisShape& shape) {
   return {bases.data_ptr(), scales ? data<float>(*scales) : nullptr,

@@ -27,7 +27,9 @@ import torch
 from torch import Tensor
 
 NAMESPACE = "carerl"
-SEGMENT = 128  # elements; the granularity of list offsets: one cache line of int8 and a whole number of vectors everywhere
+SEGMENT = (
+    128  # elements; the granularity of list offsets: one cache line of int8 and a whole number of vectors everywhere
+)
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BASIS_DTYPES = (*GRAD_DTYPES, torch.int8)
 
@@ -59,6 +61,9 @@ SCHEMAS: dict[str, str] = {
     "pca_update_.list": "(Tensor(a!) bases, Tensor(b!) singular_values, Tensor[] grads, int[] offsets, float decay=1.0,"
     " bool per_tensor=False, int seed=0) -> Tensor",
     "quantize_bases": "(Tensor bases, int block=128) -> (Tensor, Tensor)",
+    "token_logprobs": "(Tensor logits, Tensor ids, float temperature=1.0) -> (Tensor, Tensor)",
+    "token_logprobs_backward": "(Tensor grad_logp, Tensor grad_entropy, Tensor logits, Tensor ids, Tensor logp,"
+    " Tensor entropy, float temperature=1.0) -> Tensor",
 }
 
 OP_NAMES: tuple[str, ...] = tuple(dict.fromkeys(name.split(".")[0] for name in SCHEMAS))
@@ -130,11 +135,19 @@ def block_of(op: str, n: int, blocks: int) -> int:
     return block
 
 
-def _check_device(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
-    _require(tensor.device == like.device, op, f"{name} on {like.device} like bases", tensor.device)
+def _check_device(op: str, name: str, tensor: Tensor, like: Tensor, like_name: str = "bases") -> None:
+    _require(tensor.device == like.device, op, f"{name} on {like.device} like {like_name}", tensor.device)
 
 
-def _check_small(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], bases: Tensor, dtypes: Sequence[torch.dtype]):
+def _check_small(
+    op: str,
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int, ...],
+    like: Tensor,
+    dtypes: Sequence[torch.dtype],
+    like_name: str = "bases",
+) -> None:
     _require(
         tensor.dtype in dtypes and tuple(tensor.shape) == shape,
         op,
@@ -142,7 +155,7 @@ def _check_small(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], bas
         f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}",
     )
     _require(tensor.is_contiguous(), op, f"contiguous {name}", f"strides {tuple(tensor.stride())}")
-    _check_device(op, name, tensor, bases)
+    _check_device(op, name, tensor, like, like_name)
 
 
 def _check_grads(op: str, grads: Tensor, bases: Tensor) -> int:
@@ -156,7 +169,9 @@ def _check_grads(op: str, grads: Tensor, bases: Tensor) -> int:
 def _check_written(op: str, grads: Tensor) -> None:
     """Rows that share memory (an expanded gradient, overlapping windows) would be edited more than once."""
     apart = grads.dim() == 1 or grads.shape[0] <= 1 or grads.stride(0) >= grads.shape[-1]
-    _require(apart, op, "grads whose rows do not overlap", f"strides {tuple(grads.stride())}", "call .contiguous() first")
+    _require(
+        apart, op, "grads whose rows do not overlap", f"strides {tuple(grads.stride())}", "call .contiguous() first"
+    )
 
 
 def _check_list(op: str, grads: Sequence[Tensor], offsets: Sequence[int], bases: Tensor) -> None:
@@ -378,9 +393,7 @@ def check_dacsp_list(grads, bases, offsets, aligned, conflict, threshold, root, 
 
 @_fake("dacsp_.list")
 @_fake("dacsp_.list_tensor")
-def _dacsp_list_fake(
-    grads, bases, offsets, aligned, conflict, threshold, root=None, scales=None, per_tensor=False
-):
+def _dacsp_list_fake(grads, bases, offsets, aligned, conflict, threshold, root=None, scales=None, per_tensor=False):
     check_dacsp_list(grads, bases, offsets, aligned, conflict, threshold, root, scales, per_tensor)
     shape = _groups(grads, per_tensor) + tuple(bases.shape[:2])
     return bases.new_empty(shape, dtype=torch.float32), bases.new_empty(shape, dtype=torch.int8)
@@ -417,9 +430,7 @@ def _pca_update_list_fake(bases, singular_values, grads, offsets, decay=1.0, per
 def check_quantize(bases: Tensor, block: int) -> None:
     _check_rows("quantize_bases", "bases", bases, (3,), GRAD_DTYPES)
     _require(bases.is_contiguous(), "quantize_bases", "contiguous bases", f"strides {tuple(bases.stride())}")
-    _require(
-        block >= 32 and block & (block - 1) == 0, "quantize_bases", "block a power of two of at least 32", block
-    )
+    _require(block >= 32 and block & (block - 1) == 0, "quantize_bases", "block a power of two of at least 32", block)
 
 
 @_fake("quantize_bases")
@@ -427,3 +438,53 @@ def _quantize_fake(bases, block=128):
     check_quantize(bases, block)
     shape = (*bases.shape[:2], -(-bases.shape[-1] // block))
     return bases.new_empty(bases.shape, dtype=torch.int8), bases.new_empty(shape, dtype=torch.float32)
+
+
+# --------------------------------------------------------------------------------------------------- token_logprobs
+
+
+MASK_LATER = "give padding any valid id and mask it later"
+
+
+def check_token_logprobs(op: str, logits: Tensor, ids: Tensor, temperature: float) -> None:
+    _check_rows(op, "logits", logits, (2,), GRAD_DTYPES)
+    rows = logits.shape[0]
+    _check_small(op, "ids", ids, (rows,), logits, (torch.int64,), "logits")
+    _require(0 < temperature < math.inf, op, "a positive temperature", temperature)
+
+
+@_fake("token_logprobs")
+def _token_logprobs_fake(logits, ids, temperature=1.0):
+    check_token_logprobs("token_logprobs", logits, ids, temperature)
+    return logits.new_empty(ids.shape, dtype=torch.float32), logits.new_empty(ids.shape, dtype=torch.float32)
+
+
+def check_token_logprobs_backward(grad_logp, grad_entropy, logits, ids, logp, entropy, temperature) -> None:
+    op = "token_logprobs_backward"
+    check_token_logprobs(op, logits, ids, temperature)
+    named = {"grad_logp": grad_logp, "grad_entropy": grad_entropy, "logp": logp, "entropy": entropy}
+    for name, vector in named.items():
+        _check_small(op, name, vector, (logits.shape[0],), logits, _F32, "logits")
+
+
+@_fake("token_logprobs_backward")
+def _token_logprobs_backward_fake(grad_logp, grad_entropy, logits, ids, logp, entropy, temperature=1.0):
+    check_token_logprobs_backward(grad_logp, grad_entropy, logits, ids, logp, entropy, temperature)
+    return logits.new_empty(logits.shape)
+
+
+def _save_for_backward(ctx, inputs, output):
+    logits, ids, ctx.temperature = inputs
+    ctx.save_for_backward(logits, ids, *output)
+
+
+def _differentiate(ctx, grad_logp, grad_entropy):
+    logits, ids, logp, entropy = ctx.saved_tensors
+    grads = [torch.zeros_like(logp) if g is None else g.contiguous() for g in (grad_logp, grad_entropy)]
+    out = torch.ops.carerl.token_logprobs_backward(*grads, logits, ids, logp, entropy, ctx.temperature)
+    return out, None, None
+
+
+torch.library.register_autograd(
+    f"{NAMESPACE}::token_logprobs", _differentiate, setup_context=_save_for_backward, lib=_LIB
+)

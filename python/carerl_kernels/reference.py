@@ -252,9 +252,48 @@ def quantize_bases(bases, block=128):
         scale = padded.abs().amax(-1) / 127
         scales[..., start // block : start // block + scale.shape[-1]] = scale
         ratio = torch.where(scale.unsqueeze(-1) > 0, padded / scale.unsqueeze(-1), 0.0)
-        code = ratio.round().clamp(-127, 127).to(torch.int8)  # a subnormal scale is so coarse that the ratio may exceed 127
+        code = (
+            ratio.round().clamp(-127, 127).to(torch.int8)
+        )  # a subnormal scale is so coarse that the ratio may exceed 127
         codes[..., start : start + step] = code.flatten(-2)[..., : chunk.shape[-1]]
     return codes, scales
+
+
+def _row_chunks(op: str, logits: Tensor, ids: Tensor) -> Iterator[slice]:
+    """Rows handled at once, so that no float32 copy of all logits exists; ids are checked where that needs no sync."""
+    if ids.device.type == "cpu" and ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < logits.shape[1]):
+        wrong = ((ids < 0) | (ids >= logits.shape[1])).nonzero()[0].item()
+        _ops._require(
+            False, op, f"ids in 0..{logits.shape[1] - 1}", f"{int(ids[wrong])} at row {wrong}", _ops.MASK_LATER
+        )
+    step = max(CHUNK // max(logits.shape[1], 1), 1)
+    for start in range(0, logits.shape[0], step):
+        yield slice(start, start + step)
+
+
+def token_logprobs(logits, ids, temperature=1.0):
+    _ops.check_token_logprobs("token_logprobs", logits, ids, temperature)
+    logp = torch.empty(ids.shape, dtype=torch.float32, device=logits.device)
+    entropy = torch.empty_like(logp)
+    for rows in _row_chunks("token_logprobs", logits, ids):
+        row = (logits[rows].double() / temperature).log_softmax(-1)
+        logp[rows] = row.gather(1, ids[rows, None])[:, 0].float()
+        entropy[rows] = torch.special.entr(row.exp()).sum(-1).float()
+    return logp, entropy
+
+
+def token_logprobs_backward(grad_logp, grad_entropy, logits, ids, logp, entropy, temperature=1.0):
+    """``(grad_logp (onehot - p) - grad_entropy p (log p + entropy)) / temperature``; log p comes from the logits again."""
+    _ops.check_token_logprobs_backward(grad_logp, grad_entropy, logits, ids, logp, entropy, temperature)
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    for rows in _row_chunks("token_logprobs_backward", logits, ids):
+        log_p = (logits[rows].double() / temperature).log_softmax(-1)
+        p = log_p.exp()
+        # entr(p) = -p log p is zero where p is
+        grad = grad_entropy[rows, None] * (torch.special.entr(p) - p * entropy[rows, None]) - grad_logp[rows, None] * p
+        grad.scatter_add_(1, ids[rows, None], grad_logp[rows, None].double())
+        out[rows] = (grad / temperature).to(out.dtype)
+    return out
 
 
 KERNELS: dict[str, Callable] = {
@@ -275,6 +314,8 @@ KERNELS: dict[str, Callable] = {
     "pca_update_": pca_update_,
     "pca_update_.list": pca_update_list,
     "quantize_bases": quantize_bases,
+    "token_logprobs": token_logprobs,
+    "token_logprobs_backward": token_logprobs_backward,
 }
 
 

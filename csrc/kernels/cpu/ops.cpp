@@ -213,4 +213,32 @@ void quantize(const Basis& basis, int64_t block, int8_t* codes, float* scales, c
   pool.run(static_cast<int>(context.threads), work, &context);
 }
 
+namespace {
+
+// body(row) for every row, in one contiguous share per thread.
+template <class Body>
+void for_each_row(int64_t rows, const Pool& pool, const Body& body) {
+  struct Context {
+    const Body& body;
+    int64_t rows, threads;
+  } context{body, rows, std::min<int64_t>(pool.threads, rows)};
+  auto work = [](void* raw, int thread) {
+    const Context& c = *static_cast<Context*>(raw);
+    for (int64_t row = c.rows * thread / c.threads; row < c.rows * (thread + 1) / c.threads; ++row) c.body(row);
+  };
+  if (context.threads > 1) return pool.run(static_cast<int>(context.threads), work, &context);
+  if (rows > 0) work(&context, 0);
+}
+
+}  // namespace
+
+void token_logprobs(const Logits& logits, const LogProbs& out, const Pool& pool) {
+  for_each_row(logits.rows, pool, [&](int64_t row) { kernels().logprobs(logits, row, out); });
+}
+
+void token_logprobs_backward(const Logits& logits, const LogProbs& forward, const LogProbsGradient& gradient,
+                             const Pool& pool) {
+  for_each_row(logits.rows, pool, [&](int64_t row) { kernels().logprobs_backward(logits, row, forward, gradient); });
+}
+
 }  // namespace carerl::cpu

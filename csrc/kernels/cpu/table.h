@@ -2,6 +2,7 @@
 #pragma once
 
 #include "gram.h"
+#include "logprobs.h"
 #include "project.h"
 #include "rotate.h"
 
@@ -10,5 +11,6 @@
 
 namespace carerl::cpu::CARERL_ISA {
 extern const KernelTable table;
-const KernelTable table = {CARERL_STRING(CARERL_ISA), project, gram, edit, rotate, edit_rotate, quantize};
+const KernelTable table = {CARERL_STRING(CARERL_ISA), project, gram, edit, rotate, edit_rotate, quantize, logprobs,
+                           logprobs_backward};
 }  // namespace carerl::cpu::CARERL_ISA

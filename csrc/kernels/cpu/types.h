@@ -48,6 +48,26 @@ struct Rotation {
   int64_t seed;
 };
 
+// Rows of logits and what is asked of each.
+struct Logits {
+  const void* data;
+  int64_t rows, stride, vocabulary;  // elements between rows, elements of a row
+  const int64_t* ids;                // [rows], the token of each row
+  float inverse_temperature;
+  DType dtype;
+};
+
+// Log-probability of the token and entropy of its row, [rows] each.
+struct LogProbs {
+  float *logp, *entropy;
+};
+
+// Gradients of those, and where the gradient of the logits goes, [rows, vocabulary] dense.
+struct LogProbsGradient {
+  const float *logp, *entropy;
+  void* logits;
+};
+
 struct KernelTable {
   const char* name;
   // totals [batch, K] += G U^T
@@ -60,6 +80,8 @@ struct KernelTable {
   void (*edit_rotate)(const Basis& all, const Basis& domain, const Span&, const Edit&, const Rotation&);
   // Block-scaled int8 of one stretch of a row; `length` starts on a block boundary.
   void (*quantize)(const void* row, DType, int64_t length, int64_t block, int8_t* codes, float* scales);
+  void (*logprobs)(const Logits&, int64_t row, const LogProbs& out);
+  void (*logprobs_backward)(const Logits&, int64_t row, const LogProbs& forward, const LogProbsGradient&);
 };
 
 // Memory of the calling thread, aligned to 64 bytes, valid until its next call. Sized by tile and K, never by N.

@@ -261,7 +261,7 @@ def quantize_bases(bases, block=128):
 
 def _row_chunks(op: str, logits: Tensor, ids: Tensor) -> Iterator[slice]:
     """Rows handled at once, so that no float32 copy of all logits exists; ids are checked where that needs no sync."""
-    if ids.device.type == "cpu" and ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < logits.shape[1]):
+    if ids.device.type == "cpu" and ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < logits.shape[1]):
         wrong = ((ids < 0) | (ids >= logits.shape[1])).nonzero()[0].item()
         _ops._require(
             False, op, f"ids in 0..{logits.shape[1] - 1}", f"{int(ids[wrong])} at row {wrong}", _ops.MASK_LATER

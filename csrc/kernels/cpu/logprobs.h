@@ -100,7 +100,6 @@ static void logprobs(const Logits& logits, int64_t row, const LogProbs& out) {
 // d logits = (1/T) * (grad_logp * (onehot - p) - grad_entropy * p * (log p + entropy)), one pass over the row.
 static void logprobs_backward(const Logits& logits, int64_t row, const LogProbs& forward,
                               const LogProbsGradient& gradient) {
-  float* z = static_cast<float*>(scratch(kTile * sizeof(float)));
   const void* data = logits_row(logits, row);
   const int64_t id = logits.ids[row];
   float log_total = token_logit(logits, row) - forward.logp[row];
@@ -111,6 +110,7 @@ static void logprobs_backward(const Logits& logits, int64_t row, const LogProbs&
   const float along = gradient.logp[row] * logits.inverse_temperature;
   const float spread = gradient.entropy[row] * logits.inverse_temperature;
   void* out = at(gradient.logits, logits.dtype, row * logits.vocabulary);
+  float* z = static_cast<float*>(scratch(kTile * sizeof(float)));  // after row_sums, which asks for its own
   for (int64_t begin = 0; begin < logits.vocabulary; begin += kTile) {
     const int64_t n = min64(kTile, logits.vocabulary - begin);
     load_tile(at(data, logits.dtype, begin), logits.dtype, z, n);

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .domain import Example
-from .sampling import tempered_log_softmax
 from .text import SpecialTokens, encode_answers, encode_prompts, forward_accepts, left_pad, position_ids, right_pad
 
 
@@ -44,10 +43,16 @@ def completion_logprobs(
         )  # the token at column t is predicted at t-1; the last column predicts nothing
     if forward_accepts(model, "use_cache"):
         kwargs["use_cache"] = False
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, **kwargs).logits
-    logits = logits[:, -(length + 1) : -1]  # [B, L, V]
-    logp = tempered_log_softmax(logits, temperature, banned)
-    return logp.gather(-1, input_ids[:, -length:, None])[..., 0]
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, **kwargs).logits[
+        :, -(length + 1) :
+    ]  # [B, L+1, V]
+    if banned:
+        # In place: a copy would be the largest tensor of the step, and nothing needs these numbers again.
+        logits = logits.index_fill_(-1, torch.tensor(banned, device=logits.device), -torch.inf)
+    # The last column predicts nothing, but dropping it would copy all others; it gets any token and no gradient.
+    targets = torch.nn.functional.pad(input_ids[:, -length:], (0, 1))  # [B, L+1]
+    logp, _ = torch.ops.carerl.token_logprobs(logits.flatten(0, 1), targets.flatten(), temperature)
+    return logp.view(targets.shape)[:, :-1]
 
 
 def answer_logprobs(

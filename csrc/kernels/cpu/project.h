@@ -5,56 +5,72 @@
 
 namespace carerl::cpu::CARERL_ISA {
 
-// R rows of the bases against C gradients over n columns; fp32 lanes for at most kFold elements, then fp64.
+// sums[r][c] = u[r] . g[c] over columns [i, end) in fp32 lanes. Columns before a whole vector may end only at the
+// tile's end.
 template <class E, int R, int C>
-static void dot_tile(const Basis& basis, int64_t row, int64_t column, const float* g, int64_t pitch, int64_t n,
-                     double* totals, int64_t rows) {
+CARERL_INLINE void accumulate(const typename E::Type* const (&u)[R], const float* g, int64_t pitch, int64_t i,
+                              int64_t end, Float (&sums)[R][C]) {
   constexpr int kChains = C == 1 ? 2 : 1;  // at least eight independent sums hide the latency of the multiply-add
-  double lanes[R][C][kWidth] = {};
-  const typename E::Type* u[R];
-  CARERL_UNROLL
-  for (int r = 0; r < R; ++r) u[r] = element<E>(basis, row + r, column);
-  for (int64_t i = 0; i < n;) {
-    const int64_t end = min64(i + kFold, n);
-    Float sums[kChains][R][C] = {};
-    for (; i + kChains * kWidth <= end; i += kChains * kWidth) {
+  constexpr int kSteps = C == 1 ? 4 : 1;   // vectors per turn of the loop; a block of 32 int8 codes is one turn
+  Float chains[kChains][R][C] = {};
+  for (; i + kSteps * kWidth <= end; i += kSteps * kWidth) {
+    CARERL_UNROLL
+    for (int step = 0; step < kSteps; ++step) {
+      const int64_t at = i + step * kWidth;
+      Float gradient[C];
       CARERL_UNROLL
-      for (int chain = 0; chain < kChains; ++chain) {
-        const int64_t at = i + chain * kWidth;
-        Float gradient[C];
-        CARERL_UNROLL
-        for (int c = 0; c < C; ++c) gradient[c] = load(g + c * pitch + at);
-        CARERL_UNROLL
-        for (int r = 0; r < R; ++r) {
-          const Float direction = E::load(u[r] + at);
-          CARERL_UNROLL
-          for (int c = 0; c < C; ++c) sums[chain][r][c] += direction * gradient[c];
-        }
-      }
-    }
-    for (; i < end; i += kWidth) {
+      for (int c = 0; c < C; ++c) gradient[c] = load(g + c * pitch + at);
       CARERL_UNROLL
       for (int r = 0; r < R; ++r) {
-        const Float direction = i + kWidth <= n ? E::load(u[r] + i) : load_part<E>(u[r] + i, n - i);
+        const Float direction = E::load(u[r] + at);
         CARERL_UNROLL
-        for (int c = 0; c < C; ++c) sums[0][r][c] += direction * load(g + c * pitch + i);
+        for (int c = 0; c < C; ++c) chains[step % kChains][r][c] += direction * gradient[c];
       }
     }
+  }
+  for (; i < end; i += kWidth) {
     CARERL_UNROLL
     for (int r = 0; r < R; ++r) {
+      const Float direction = i + kWidth <= end ? E::load(u[r] + i) : load_part<E>(u[r] + i, end - i);
       CARERL_UNROLL
-      for (int c = 0; c < C; ++c) {
-        CARERL_UNROLL
-        for (int chain = 1; chain < kChains; ++chain) sums[0][r][c] += sums[chain][r][c];
-        fold(lanes[r][c], sums[0][r][c]);
-      }
+      for (int c = 0; c < C; ++c) chains[0][r][c] += direction * load(g + c * pitch + i);
     }
   }
   CARERL_UNROLL
   for (int r = 0; r < R; ++r) {
     CARERL_UNROLL
+    for (int c = 0; c < C; ++c)
+      sums[r][c] = kChains == 2 ? chains[0][r][c] + chains[kChains - 1][r][c] : chains[0][r][c];
+  }
+}
+
+template <int R, int C>
+CARERL_INLINE void add_lanes(const double (&lanes)[R][C][kWidth], double* totals, int64_t row, int64_t rows) {
+  CARERL_UNROLL
+  for (int r = 0; r < R; ++r) {
+    CARERL_UNROLL
     for (int c = 0; c < C; ++c) totals[c * rows + row + r] += sum(lanes[r][c], kWidth);
   }
+}
+
+// R rows of the bases against C gradients over n columns; fp32 lanes for at most kFold elements, then fp64.
+template <class E, int R, int C>
+static void dot_tile(const Basis& basis, int64_t row, int64_t column, const float* g, int64_t pitch, int64_t n,
+                     double* totals, int64_t rows) {
+  double lanes[R][C][kWidth] = {};
+  const typename E::Type* u[R];
+  CARERL_UNROLL
+  for (int r = 0; r < R; ++r) u[r] = element<E>(basis, row + r, column);
+  for (int64_t i = 0; i < n; i += kFold) {
+    Float sums[R][C];
+    accumulate<E, R, C>(u, g, pitch, i, min64(i + kFold, n), sums);
+    CARERL_UNROLL
+    for (int r = 0; r < R; ++r) {
+      CARERL_UNROLL
+      for (int c = 0; c < C; ++c) fold(lanes[r][c], sums[r][c]);
+    }
+  }
+  add_lanes(lanes, totals, row, rows);
 }
 
 // int8: codes are summed per block and the block's scale is applied once.
@@ -71,30 +87,15 @@ static void dot_tile_int8(const Basis& basis, int64_t row, int64_t column, const
     while (i < fold_end) {
       const int64_t block = (column + i) >> basis.block_shift;
       const int64_t end = run_end(basis, column + i, column + fold_end) - column;
-      Float sums[R][C] = {};
-      for (; i + kWidth <= end; i += kWidth) {
-        CARERL_UNROLL
-        for (int r = 0; r < R; ++r) {
-          const Float direction = I8::load(u[r] + i);
-          CARERL_UNROLL
-          for (int c = 0; c < C; ++c) sums[r][c] += direction * load(g + c * pitch + i);
-        }
-      }
-      if (i < end) {
-        CARERL_UNROLL
-        for (int r = 0; r < R; ++r) {
-          const Float direction = load_part<I8>(u[r] + i, end - i);
-          CARERL_UNROLL
-          for (int c = 0; c < C; ++c) sums[r][c] += direction * load(g + c * pitch + i);
-        }
-        i = end;
-      }
+      Float sums[R][C];
+      accumulate<I8, R, C>(u, g, pitch, i, end, sums);
       CARERL_UNROLL
       for (int r = 0; r < R; ++r) {
         const Float scale = splat(scale_row(basis, row + r)[block]);
         CARERL_UNROLL
         for (int c = 0; c < C; ++c) scaled[r][c] += sums[r][c] * scale;
       }
+      i = end;
     }
     CARERL_UNROLL
     for (int r = 0; r < R; ++r) {
@@ -102,11 +103,7 @@ static void dot_tile_int8(const Basis& basis, int64_t row, int64_t column, const
       for (int c = 0; c < C; ++c) fold(lanes[r][c], scaled[r][c]);
     }
   }
-  CARERL_UNROLL
-  for (int r = 0; r < R; ++r) {
-    CARERL_UNROLL
-    for (int c = 0; c < C; ++c) totals[c * rows + row + r] += sum(lanes[r][c], kWidth);
-  }
+  add_lanes(lanes, totals, row, rows);
 }
 
 template <class E>

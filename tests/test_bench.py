@@ -12,6 +12,7 @@ import torch
 from carerl_kernels.bench import cost, measure, presets, probe, run, variants
 from carerl_kernels.bench.cases import Case, Inputs
 from carerl_kernels.bench.expect import Expectation, WrongResult
+from carerl_kernels.bench.logits import LogitsCase
 from carerl_kernels.bench.measure import CaseResult, ImpossibleResult, Spread, VariantResult, check_possible
 from carerl_kernels.bench.overhead import Line, sweep
 from carerl_kernels.bench.probe import Bandwidth
@@ -39,6 +40,8 @@ def quiet() -> run.Printer:
 
 def tiny(case: Case) -> Case:
     """The same case with few elements."""
+    if case.op.startswith("token_logprobs"):
+        return replace(case, B=9, N=N)
     return replace(case, N=N if not case.tensors else 20_000, tensors=min(case.tensors, 20))
 
 
@@ -112,9 +115,13 @@ def test_full_preset_measures_every_op():
 
 @pytest.mark.parametrize("case", [tiny(case) for case in presets.cases("full")], ids=lambda case: case.name)
 def test_every_competitor_of_the_full_preset_is_right(case):
-    x = Inputs(replace(case, k=min(case.k, 16)))
-    expectation = Expectation(x)
-    found, missing = variants.variants(x, expectation, compiling=False)
+    if case.op.startswith("token_logprobs"):
+        x = expectation = LogitsCase(case)
+        found, missing = x.variants(compiling=False)
+    else:
+        x = Inputs(replace(case, k=min(case.k, 16)))
+        expectation = Expectation(x)
+        found, missing = variants.variants(x, expectation, compiling=False)
     assert "sharp" in found, missing
     for name, variant in found.items():
         for _ in range(2):  # the second call starts from the same inputs
@@ -163,6 +170,16 @@ def test_a_missing_output_and_a_nan_are_noticed():
     x.grads[0, 0] = torch.nan
     with pytest.raises(WrongResult):
         expectation.check("somebody", {"grads": x.grads, "coeffs": expectation.expected["coeffs"]}, exact=True)
+
+
+@pytest.mark.parametrize("op", ["token_logprobs", "token_logprobs_backward"])
+def test_one_wrong_token_is_noticed(op):
+    x = LogitsCase(tiny(Case(op)))
+    outputs = x.variants(compiling=False)[0][OURS].call()
+    x.check(OURS, outputs, exact=True)
+    next(iter(outputs.values()))[-1] *= 1.01
+    with pytest.raises(WrongResult, match="somebody has relative errors"):
+        x.check("somebody", outputs, exact=True)
 
 
 def test_a_wrong_variant_stops_its_case():

@@ -58,6 +58,8 @@ class Case:
 
     @property
     def name(self) -> str:
+        if self.op.startswith("token_logprobs"):
+            return f"{self.op} {short(self.grad)} T={self.B} V={self.N}"
         lists = f" T={self.tensors}" if self.tensors else ""
         return f"{self.op} {self.dtypes} D={self.D} k={self.k} B={self.B} N={self.N:.3g}{lists}".replace("e+0", "e")
 

@@ -45,6 +45,9 @@ _PASSES: dict[str, tuple[tuple[str, str, str, str], ...]] = {
     "edit_rotate_": (("K", "B", "B", "k"),),
     "dacsp_": (("K", "B", "0", "0"), ("K", "B", "B", "0")),
     "pca_update_": (("k", "B", "0", "0"), ("k", "B", "0", "k")),
+    # Logits [T, V] in the place of gradients: B = T tokens, N = V. One exponential counts as one operation.
+    "token_logprobs": (("0", "B", "0", "0"),),
+    "token_logprobs_backward": (("0", "B", "B", "0"),),
 }
 
 OPS = tuple(_PASSES)
@@ -93,6 +96,8 @@ def flops_of(op: str, shape: Shape) -> int:
         "rotate_": rotate,
         "edit_rotate_": edit + rotate,
         "dacsp_": project + edit,
+        "token_logprobs": 6 * b * n,
+        "token_logprobs_backward": 7 * b * n,
     }[op.split(".")[0]]
 
 
@@ -109,5 +114,7 @@ def markdown_table() -> str:
             "| `edit_rotate_` | K u + k u + 2 B g | 2 B K + B + 2 k (k + B) |",
             "| `dacsp_` | 2 K u + 3 B g | 4 B K + B |",
             "| `pca_update_` | 3 k u + 2 B g | (k + B)(k + B + 1) + 2 k (k + B) |",
+            "| `token_logprobs` | B g | 6 B |",
+            "| `token_logprobs_backward` | 2 B g | 7 B |",
         ]
     )

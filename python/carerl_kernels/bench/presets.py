@@ -26,7 +26,13 @@ def _quick() -> list[Case]:
     out = [Case(op, N=n, grad=t, basis=t) for op in ("dacsp_", "edit_rotate_", "project", "edit_") for t in (F32, BF16)]
     out += [Case(op, N=n, grad=BF16, basis=I8) for op in ("dacsp_", "project", "edit_")]
     out += [Case(op, D=1, N=n) for op in ("gram", "rotate_", "pca_update_")]
-    return [*out, Case("dacsp_.list", N=n, tensors=300)]
+    return [*out, Case("dacsp_.list", N=n, tensors=300), *_logits(256)]
+
+
+def _logits(tokens: int) -> list[Case]:
+    """Forward and backward over Qwen's vocabulary; D and k mean nothing here."""
+    ops = ("token_logprobs", "token_logprobs_backward")
+    return [Case(op, D=1, k=1, B=tokens, N=151_936, grad=BF16, basis=BF16) for op in ops]
 
 
 def _full() -> list[Case]:
@@ -40,4 +46,5 @@ def _full() -> list[Case]:
     out += [Case("dacsp_", D=2, k=64, N=2_000_000, grad=BF16, basis=I8)]
     out += [Case("pca_update_", D=1, k=68, N=2_000_000)]
     lists = ((F32, F32), (BF16, BF16), (BF16, I8))
-    return [*out, *(Case(op, grad=g, basis=u, tensors=300) for op in ("dacsp_.list", "project.list") for g, u in lists)]
+    out += [Case(op, grad=g, basis=u, tensors=300) for op in ("dacsp_.list", "project.list") for g, u in lists]
+    return [*out, *_logits(2048)]

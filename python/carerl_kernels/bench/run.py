@@ -12,6 +12,7 @@ import torch
 
 from .cases import Case, Inputs, short
 from .expect import Expectation, WrongResult
+from .logits import LogitsCase
 from .measure import CaseResult, ImpossibleResult, measure
 from .presets import PRESETS, cases, compiling
 from .probe import PROBE_BYTES, Bandwidth, environment
@@ -105,10 +106,7 @@ def _measure_all(
     for case in chosen:
         printer.progress(case.name)
         try:
-            x = Inputs(case)
-            expectation = Expectation(x)
-            found, missing = variants(x, expectation, compiling(preset, case))
-            result = measure(x, found, missing, expectation, bandwidth, seconds)
+            result = _measure_one(case, compiling(preset, case), bandwidth, seconds)
         except (WrongResult, ImpossibleResult) as error:
             failures.append(str(error))
             printer.line(f"[red]{error}")
@@ -117,6 +115,15 @@ def _measure_all(
         printer.case(result)
     printer.table(results)
     return results
+
+
+def _measure_one(case: Case, compiled: bool, bandwidth: Bandwidth, seconds: float) -> CaseResult:
+    if case.op.startswith("token_logprobs"):
+        logits = LogitsCase(case)
+        return measure(logits, *logits.variants(compiled), logits, bandwidth, seconds)
+    x = Inputs(case)
+    expectation = Expectation(x)
+    return measure(x, *variants(x, expectation, compiled), expectation, bandwidth, seconds)
 
 
 def _extras(report: dict[str, Any], bandwidth: Bandwidth, printer: Printer, failures: list[str]) -> None:

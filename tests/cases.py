@@ -103,10 +103,8 @@ def block_size(name: str) -> int:
 
 def dense_rows(bases: Tensor, scales: Tensor | None, name: str) -> np.ndarray:
     """The rows ``[K, N]`` in float64 that stored bases stand for."""
-    if scales is None:
-        rows = to64(bases)
-    else:
-        rows = oracle.dequantize(bases.cpu().numpy(), scales.cpu().numpy(), block_size(name))
+    dense = scales is None
+    rows = to64(bases) if dense else oracle.dequantize(bases.cpu().numpy(), scales.cpu().numpy(), block_size(name))
     return rows.reshape(int(np.prod(rows.shape[:-1])), rows.shape[-1])
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from guard_oracle import Rule
-
 from carerl_kernels import CapabilityGuard, DomainBasis
 from carerl_kernels.subspace.store import BasisInfo
+from guard_oracle import Rule
 
 
 def make_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
@@ -61,7 +60,8 @@ def dense(rows: torch.Tensor, model: torch.nn.Module, kind: str, k: int) -> list
 
 def flat(tensors: list[torch.Tensor], model: torch.nn.Module, kind: str, k: int) -> list[np.ndarray]:
     return [
-        np.concatenate([tensors[i].detach().double().numpy().ravel() for i in block]) for block in blocks(model, kind, k)
+        np.concatenate([tensors[i].detach().double().numpy().ravel() for i in block])
+        for block in blocks(model, kind, k)
     ]
 
 
@@ -101,7 +101,9 @@ def make_history(model, kind: str, k: int, overlap: float, names=("math", "chat"
 class Walk:
     """A guard over a hand-made history, and a dense oracle per coefficient row with the same numbers."""
 
-    def __init__(self, rule, *, kind="per_matrix", k=4, overlap=0.5, combine="symmetric", dtype=torch.float32, **options):
+    def __init__(
+        self, rule, *, kind="per_matrix", k=4, overlap=0.5, combine="symmetric", dtype=torch.float32, **options
+    ):
         self.model, self.kind, self.k = make_model(dtype=dtype), kind, k
         history = make_history(self.model, kind, k, overlap)
         self.guard = CapabilityGuard(self.model, rule, basis=kind, k=k, combine=combine, **options)

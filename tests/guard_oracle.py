@@ -28,9 +28,18 @@ def frame(S: np.ndarray, combine: str) -> tuple[np.ndarray, np.ndarray]:
 class Rule:
     """One rule on one coefficient row. ``step`` returns the edited g and remembers what the rule remembers."""
 
-    def __init__(self, rule, A, h, combine="symmetric", aligned=1.0, conflict=0.0, lower=0.1, upper=0.1, z=3.0, beta=0.95):
+    def __init__(
+        self, rule, A, h, combine="symmetric", aligned=1.0, conflict=0.0, lower=0.1, upper=0.1, z=3.0, beta=0.95
+    ):
         self.rule, self.A, self.h, self.combine = rule, A, h, combine
-        self.aligned, self.conflict, self.lower, self.upper, self.z, self.beta = aligned, conflict, lower, upper, z, beta
+        self.aligned, self.conflict, self.lower, self.upper, self.z, self.beta = (
+            aligned,
+            conflict,
+            lower,
+            upper,
+            z,
+            beta,
+        )
         K = A.shape[0]
         self.history = np.zeros(K)  # sum of raw c per row
         self.mean, self.square, self.count = np.zeros(K), np.zeros(K), np.zeros(K)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from guard_helpers import Walk, make_history, make_model
-
 from carerl_kernels import CapabilityGuard
 from carerl_kernels.guard import COMBINES, RULES
+from guard_helpers import Walk, make_history, make_model
 
 OPTIMIZERS = {
     "adamw": lambda params: torch.optim.AdamW(params, lr=3e-3, weight_decay=0.1),

@@ -9,11 +9,10 @@ import signal
 import numpy as np
 import pytest
 import torch
-from guard_helpers import Walk, blocks, dense, flat, make_history, make_model
-from safetensors.torch import load_file, save_file
-
 from carerl_kernels import BasisError, CapabilityGuard, DomainBasis, StreamingPCA
 from carerl_kernels.subspace import Layout, StageRecorder
+from guard_helpers import Walk, blocks, dense, flat, make_history, make_model
+from safetensors.torch import load_file, save_file
 
 K = 4
 
@@ -83,7 +82,9 @@ def test_stream_recovers_low_rank_data_exactly():
     residual = truth.double() - truth.double() @ found.T @ found
     assert float(residual.norm(dim=1).max()) < 1e-5
     assert float(pca.discarded.sum() / pca.energy.sum()) < 1e-6  # the cut on nearly dependent gradients
-    assert float((pca.singular_values.square().sum() + pca.discarded.sum()) / pca.energy.sum()) == pytest.approx(1, abs=1e-6)
+    assert float((pca.singular_values.square().sum() + pca.discarded.sum()) / pca.energy.sum()) == pytest.approx(
+        1, abs=1e-6
+    )
 
 
 def test_centred_stream_matches_scikit_learn():
@@ -160,7 +161,9 @@ def test_guard_from_files_acts_like_the_guard_that_recorded(tmp_path):
             train(model, guard, seed=number)
     twin = make_model()
     twin.load_state_dict(model.state_dict())
-    loaded = CapabilityGuard.load(tmp_path / "math.safetensors", tmp_path / "chat.safetensors", model=twin, rule="remove")
+    loaded = CapabilityGuard.load(
+        tmp_path / "math.safetensors", tmp_path / "chat.safetensors", model=twin, rule="remove"
+    )
     assert loaded.history == ["math", "chat"]
     train(model, guard, seed=7, steps=10)
     train(twin, loaded, seed=7, steps=10)
@@ -212,7 +215,9 @@ def test_wrong_sort_of_file_is_refused(tmp_path):
     save_file(tensors, tmp_path / "future.safetensors", meta)
     with pytest.raises(BasisError, match="version <= 1, found 999"):
         DomainBasis.load(tmp_path / "future.safetensors")
-    save_file(tensors, tmp_path / "tampered.safetensors", {**meta, "version": "1", "info": json.dumps({"domain": "math"})})
+    save_file(
+        tensors, tmp_path / "tampered.safetensors", {**meta, "version": "1", "info": json.dumps({"domain": "math"})}
+    )
     with pytest.raises(BasisError, match="damaged"):
         DomainBasis.load(tmp_path / "tampered.safetensors")
 
@@ -265,7 +270,7 @@ def test_full_disk_keeps_the_old_file_and_leaves_nothing_half_written(tmp_path):
 def test_stage_that_fails_leaves_no_history(tmp_path):
     model = make_model()
     guard = CapabilityGuard(model, k=K)
-    with pytest.raises(KeyboardInterrupt), guard.stage("math", path=tmp_path / "math.safetensors"):
+    with pytest.raises(KeyboardInterrupt), guard.stage("math", path=tmp_path / "math.safetensors"):  # noqa: PT012
         train(model, guard, steps=3)
         raise KeyboardInterrupt
     assert guard.history == [] and not list(tmp_path.iterdir())
@@ -290,7 +295,7 @@ def test_arguments_out_of_range_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             CapabilityGuard(model, **options)
-    with pytest.raises(ValueError, match="float32, bfloat16 or float16, found torch.float64"):
+    with pytest.raises(ValueError, match=r"float32, bfloat16 or float16, found torch\.float64"):
         CapabilityGuard(make_model(dtype=torch.float64))
     for p in (frozen := make_model()).parameters():
         p.requires_grad_(False)
@@ -313,7 +318,7 @@ def test_misuse_is_named():
     with pytest.raises(TypeError, match=r"expected a torch.optim.Optimizer, found int"):
         guard.attach(3)
 
-    class BF16_Optimizer(torch.optim.SGD):  # noqa: N801 (the name is what is recognised)
+    class BF16_Optimizer(torch.optim.SGD):
         pass
 
     with pytest.raises(TypeError, match="keeps float32 masters"):
@@ -402,7 +407,7 @@ def test_interrupted_stage_resumes_exactly(rule, load_first, tmp_path):
         steps(whole, optimizer, range(20))
 
     model, guard, optimizer = fresh()
-    with pytest.raises(KeyboardInterrupt), guard.stage("code"):
+    with pytest.raises(KeyboardInterrupt), guard.stage("code"):  # noqa: PT012 (an interruption is what is tested)
         guard.attach(optimizer)
         steps(model, optimizer, range(11))
         saved = [model.state_dict(), optimizer.state_dict(), guard.state_dict()]

@@ -201,9 +201,11 @@ def edit_rotate_list(grads, bases, offsets, mix, scale, domain, q, per_tensor=Fa
     _edit_rotate(grads, offsets, bases, mix, scale, domain, q, seed)
 
 
-def _dacsp(grads, offsets, bases, weights, root, scales, per_tensor) -> tuple[Tensor, Tensor]:
+def _dacsp(
+    grads, offsets, bases, weights: tuple[Tensor | float, Tensor | float, Tensor | float], root, scales, per_tensor
+) -> tuple[Tensor, Tensor]:
     coeffs = _coefficients(grads, offsets, bases, scales, per_tensor)
-    classes, mix = dacsp_core(coeffs, *weights, root)
+    classes, mix = dacsp_core(coeffs, *weights, root=root)
     mix32 = torch.atleast_2d(mix.float())
     _edit(grads, offsets, bases, mix32, mix32.new_ones(mix32.shape[0]), scales)
     batch = grads.shape[:-1] if isinstance(grads, Tensor) else coeffs.shape[:-1]
@@ -262,7 +264,7 @@ def quantize_bases(bases, block=128):
 def _row_chunks(op: str, logits: Tensor, ids: Tensor) -> Iterator[slice]:
     """Rows handled at once, so that no float32 copy of all logits exists; ids are checked where that needs no sync."""
     if ids.device.type == "cpu" and ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < logits.shape[1]):
-        wrong = ((ids < 0) | (ids >= logits.shape[1])).nonzero()[0].item()
+        wrong = int(((ids < 0) | (ids >= logits.shape[1])).nonzero()[0])
         _ops._require(
             False, op, f"ids in 0..{logits.shape[1] - 1}", f"{int(ids[wrong])} at row {wrong}", _ops.MASK_LATER
         )

@@ -96,7 +96,9 @@ class CapabilityGuard:
                 "for gradients choose another rule, such as 'remove'"
             )
         if max_grad_norm is not None and apply_to == "update":
-            raise ValueError("max_grad_norm belongs to apply_to='grad'; in update mode clip before optimizer.step() as usual")
+            raise ValueError(
+                "max_grad_norm belongs to apply_to='grad'; in update mode clip before optimizer.step() as usual"
+            )
         for name, number in (("z", z), ("norm_cap", norm_cap), ("max_grad_norm", max_grad_norm)):
             if number is not None and not 0 < number < float("inf"):
                 raise ValueError(f"{name}: expected a positive number, found {number}")
@@ -131,6 +133,8 @@ class CapabilityGuard:
         self._since_probe: int | None = None
         self._steps_here = 0  # since displacements were last counted from zero
         self._displaced: dict[str, float | None] = {}
+        # coefficients [T, K] of the parameters after the last step and when the stage began
+        self._q_prev = self._q_start = torch.empty(0)
         self._resize()
 
     # ------------------------------------------------------------------------------------------------------ history
@@ -144,7 +148,9 @@ class CapabilityGuard:
                 stage nor the model's present weights only warns.
         """
         if not paths:
-            raise ValueError("expected at least one basis file, found none; record one with guard.stage(name, path=...)")
+            raise ValueError(
+                "expected at least one basis file, found none; record one with guard.stage(name, path=...)"
+            )
         bases = [DomainBasis.load(path) for path in paths]
         first = bases[0].info
         guard = cls(model, **{"basis": first.kind, "k": first.k, **options})
@@ -289,7 +295,9 @@ class CapabilityGuard:
             RuntimeError: no gradient arrived.
         """
         if name not in self._stack.names:
-            raise KeyError(f"probe: expected a domain with history ({', '.join(self.history) or 'none yet'}), found {name!r}")
+            raise KeyError(
+                f"probe: expected a domain with history ({', '.join(self.history) or 'none yet'}), found {name!r}"
+            )
         kept = [p.grad for p in self.parameters]
         for p in self.parameters:
             p.grad = None
@@ -297,7 +305,9 @@ class CapabilityGuard:
             yield
             started = time.perf_counter()
             if all(p.grad is None for p in self.parameters):
-                raise RuntimeError(f"probe of {name!r}: expected a gradient, found none; call loss.backward() inside the block")
+                raise RuntimeError(
+                    f"probe of {name!r}: expected a gradient, found none; call loss.backward() inside the block"
+                )
             with torch.no_grad():
                 a = self._stack.project_domain(self._gradients(), name)
             columns = self._stack.columns(name)
@@ -363,9 +373,10 @@ class CapabilityGuard:
         c = self._q_prev - q
         x = self._decide(c, own)
         x = x * self._cap(x, c, own)
-        total = None
+        total: Tensor | None = None
         if self._snapshot is not None:
-            total = sum((a.double() - b.double()).square().sum() for a, b in zip(self._snapshot, self.parameters, strict=True))
+            steps = (a.double() - b.double() for a, b in zip(self._snapshot, self.parameters, strict=True))
+            total = torch.stack([step.square().sum() for step in steps]).sum()
             self._snapshot = None
         self._statistics.count(stack, c, x, total)
         stack.edit_(self.parameters, x)
@@ -459,17 +470,23 @@ class CapabilityGuard:
 
         Returns a dictionary that JSON can hold: ``rule``, ``combine``, ``apply_to``, ``basis``, ``k``, ``steps``,
         ``dropped_steps``, ``touched_share`` (share of update energy the edits took or gave; None unless tracked), ``seconds``,
-        ``open_windows`` (domains without a basis above the noise floor: nothing protects them), and per domain with history
-        ``energy`` (shares aligned / conflicting / orthogonal of the raw updates; orthogonal None unless tracked),
-        ``net_displacement`` (along its rows in this stage or, between stages, the last one; relative to the recorded stage's own), ``capture`` and
-        ``steps``.
+        ``open_windows`` (domains without a basis above the noise floor: nothing protects them), and ``domains``; for each
+        with history
+
+        - ``energy``: shares aligned / conflicting / orthogonal of the raw updates; orthogonal None unless tracked,
+        - ``net_displacement``: along its rows in this stage or, between stages, the last one, relative to the recorded
+          stage's own; None in grad mode,
+        - ``capture``: shares of the recorded stage's gradient energy and squared displacement that the rows hold,
+        - ``steps``: gradients recorded.
         """
-        domains = {}
+        domains: dict[str, dict[str, Any]] = {}
         for name in self.history:
             info = self._stack.infos[name].info
             domains[name] = {
                 "energy": self._statistics.shares(name),
-                "net_displacement": self._displaced.get(name, 0.0) if self._steps_here == 0 else self._net_displacement(name),
+                "net_displacement": self._displaced.get(name, 0.0)
+                if self._steps_here == 0
+                else self._net_displacement(name),
                 "capture": {"gradient": info.gradient_capture, "displacement": info.displacement_capture},
                 "steps": info.steps,
             }

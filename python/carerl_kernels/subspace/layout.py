@@ -107,7 +107,10 @@ class Layout:
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def gather(
-        self, tensors: Sequence[Tensor], op: Callable[[list[Tensor], list[int], bool], Tensor], trailing: tuple[int, ...]
+        self,
+        tensors: Sequence[Tensor],
+        op: Callable[[list[Tensor], list[int], bool], Tensor],
+        trailing: tuple[int, ...],
     ) -> Tensor:
         """Runs a coefficient op over all calls: float64 ``[T, *trailing]``; pooled calls add up in their row."""
         out = torch.zeros(self.T, *trailing, dtype=torch.float64, device=tensors[0].device)

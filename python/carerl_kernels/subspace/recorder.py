@@ -160,4 +160,6 @@ def _check_start(path: Path, layout: Layout) -> None:
         raise ValueError(f"start_checkpoint {path}: expected a readable safetensors file ({error})") from error
     for name, shape in zip(layout.names, layout.shapes, strict=True):
         if found.get(name) != shape:
-            raise ValueError(f"start_checkpoint {path}: expected {name} {list(shape)}, found {found.get(name, 'nothing')}")
+            raise ValueError(
+                f"start_checkpoint {path}: expected {name} {list(shape)}, found {found.get(name, 'nothing')}"
+            )

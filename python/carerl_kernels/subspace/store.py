@@ -122,7 +122,9 @@ class DomainBasis:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
-                    raise BasisError(f"{path}: expected a {FORMAT} file, found {metadata.get('format', 'no format mark')}")
+                    raise BasisError(
+                        f"{path}: expected a {FORMAT} file, found {metadata.get('format', 'no format mark')}"
+                    )
                 if int(metadata["version"]) > FORMAT_VERSION:
                     raise BasisError(
                         f"{path}: expected format version <= {FORMAT_VERSION}, found {metadata['version']}; "
@@ -153,8 +155,9 @@ class DomainBasis:
         Raises:
             BasisError: names the first difference.
         """
-        here, there = dict(zip(layout.names, layout.shapes, strict=True)), dict(
-            zip(self.info.names, self.info.shapes, strict=True)
+        here, there = (
+            dict(zip(layout.names, layout.shapes, strict=True)),
+            dict(zip(self.info.names, self.info.shapes, strict=True)),
         )
         for name in [*there, *here]:
             if here.get(name) != there.get(name):
@@ -180,5 +183,5 @@ def hash_parameters(tensors: Iterable[Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
         flat = tensor.detach().cpu().contiguous().view(-1)
-        digest.update(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def write_atomically(path: Path | str, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
     """Lets ``write`` fill a temporary file beside ``path``, flushes it to disk and renames it into place.
 
     Raises:
@@ -32,6 +32,11 @@ def write_atomically(path: Path | str, write: Callable[[Path], None]) -> None:
         # safetensors reports a full disk as its own exception type; users should see one kind of error.
         kept = "the file that was there is unchanged" if path.exists() else "no file was left behind"
         raise OSError(f"could not write {path}: {error}; {kept}; free space or choose another directory") from error
+
+
+def write_bytes_atomically(path: Path | str, data: bytes) -> None:
+    """Replaces a file's content in one step: readers see the old or the new."""
+    write_atomically(path, lambda temporary: temporary.write_bytes(data))
 
 
 def _umask() -> int:

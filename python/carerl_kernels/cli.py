@@ -46,7 +46,7 @@ def _plain_errors(command: str, extra: str) -> Iterator[None]:
         if error.name is None or error.name.split(".")[0] == __package__:
             raise  # a module of this package is missing: a bug
         message = f"{error.name} is not installed: pip install 'carerl-kernels[{extra}]'"
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, OSError) as error:
         message = str(error)
     else:
         return

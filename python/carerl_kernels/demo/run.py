@@ -187,10 +187,10 @@ def _claim(root: Path, scale: Scale) -> None:
 
 
 def _write_json(path: Path, data: Any) -> None:
-    from ..grpo.rundir import write_atomic
+    from .._files import write_bytes_atomically
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, (json.dumps(data, indent=2) + "\n").encode())
+    write_bytes_atomically(path, (json.dumps(data, indent=2) + "\n").encode())
 
 
 def _require_libraries() -> None:

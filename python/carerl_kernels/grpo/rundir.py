@@ -22,22 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._files import write_atomically, write_bytes_atomically
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint or run directory does not belong to this run, or is damaged."""
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace a file's content in one step: readers see the old or the new, a full disk leaves the old."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -55,12 +44,8 @@ def save_weights(path: Path, model: nn.Module) -> None:
     """Write a model's tensors as safetensors, atomically."""
     from safetensors.torch import save_file
 
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        save_file({n: t.contiguous().cpu() for n, t in model_tensors(model).items()}, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in model_tensors(model).items()}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary))
 
 
 @torch.no_grad()
@@ -142,7 +127,7 @@ class RunDirectory:
             )
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "bases").mkdir(exist_ok=True)
-        write_atomic(self.config_path, (json.dumps(config, indent=2) + "\n").encode())
+        write_bytes_atomically(self.config_path, (json.dumps(config, indent=2) + "\n").encode())
         self.metrics_path.touch()
 
     def check(self, settings: Mapping[str, Any], cosmetic: Collection[str]) -> None:
@@ -195,7 +180,7 @@ class RunDirectory:
                 f"{self.metrics_path}: expected lines for steps 0..{last_step} of the checkpoint, found {len(kept)}; "
                 "the file was edited or lost"
             )
-        write_atomic(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        write_bytes_atomically(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         return kept
 
     def save_checkpoint(self, step: int, model: nn.Module, state: Mapping[str, Any], keep: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._files import write_bytes_atomically
 from .config import COSMETIC_FIELDS, GRPOConfig, Stage, lr_factor, stage_names
 from .domain import Domain, domain_table
 from .evaluate import evaluate
@@ -28,7 +29,6 @@ from .rundir import (
     rng_state,
     save_weights,
     set_rng_state,
-    write_atomic,
 )
 
 
@@ -171,7 +171,7 @@ class GRPOTrainer:
             self.guard_reports[name] = self.guard.report()
             if self.directory is not None:
                 text = json.dumps(self.guard_reports[name], indent=2, default=str) + "\n"
-                write_atomic(self.directory.path / "bases" / f"{name}.report.json", text.encode())
+                write_bytes_atomically(self.directory.path / "bases" / f"{name}.report.json", text.encode())
         self._checkpoint(index + 1, 0)
 
     @contextmanager

@@ -72,7 +72,7 @@ class Rule:
             if self.rule == "instant":
                 sign[i] = np.sign(c[i])
             elif self.rule == "significance":
-                if self.count[i] > 0:
+                if self.count[i] >= round(1 / (1 - self.beta)):  # a sigma of fewer steps is noise itself
                     sigma = np.sqrt(self.square[i] / (1 - self.beta ** self.count[i]))
                     sign[i] = np.sign(c[i]) if abs(c[i]) > self.z * sigma else 0
             elif self.rule == "ema":

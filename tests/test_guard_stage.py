@@ -301,9 +301,16 @@ def test_arguments_out_of_range_are_named():
         p.requires_grad_(False)
     with pytest.raises(ValueError, match="at least one trainable parameter"):
         CapabilityGuard(frozen)
-    guard = CapabilityGuard(model, k=K, aligned=-1.0)
-    with pytest.raises(ValueError, match="aligned of domain 'math': expected a finite number"):
-        guard.add(make_history(model, "per_matrix", K, 0.0)[0])
+    with pytest.raises(ValueError, match=r"oversample: expected at least 0, found -1"):
+        CapabilityGuard(model, oversample=-1)
+    with pytest.raises(ValueError, match=r"basis_dtype: expected one of .*found torch\.float64"):
+        CapabilityGuard(model, basis_dtype=torch.float64)
+    for options in ({"aligned": -1.0}, {"bound": {"math": (0.1, float("nan"))}}, {"conflict": "0"}):
+        with pytest.raises(ValueError, match=r"expected a finite number of at least 0"):
+            CapabilityGuard(model, **options)
+    guard = CapabilityGuard(model, k=K, aligned={"math": 1.0})
+    with pytest.raises(ValueError, match="aligned: expected a number for domain 'chat'"), guard.stage("chat"):
+        pass
 
 
 def test_misuse_is_named():
@@ -431,3 +438,113 @@ def test_interrupted_stage_resumes_exactly(rule, load_first, tmp_path):
     assert torch.equal(a.directions, b.directions) and a.info == b.info
     with pytest.raises(ValueError, match="guard state: expected history"):
         CapabilityGuard(make_model(), rule, k=K).load_state_dict(saved[2])
+
+
+def test_closures_are_refused():
+    """The finiteness check would see the gradients of the step before."""
+    model = make_model()
+    guard = CapabilityGuard(model, k=K)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard.attach(optimizer)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="found a closure"):
+        optimizer.step(lambda: torch.tensor(torch.nan))
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_grad_mode_records_raw_gradients():
+    """Otherwise the second stage's basis would lack every direction it shares with the first."""
+    rows = {}
+    for apply_to in ("update", "grad"):
+        model = make_model()
+        guard = CapabilityGuard(model, "remove", basis="flat", k=K, apply_to=apply_to)
+        for name in ("math", "chat"):
+            with guard.stage(name):
+                train(model, guard, steps=12, seed=3, lr=1e-6)  # so small that both see the same gradients
+        rows[apply_to] = [guard.basis(name).directions for name in ("math", "chat")]
+    for first, second in rows.values():
+        assert float((first @ second.T).abs().amax()) > 0.9
+
+
+def test_coefficient_rows_do_not_depend_on_dtype():
+    """A basis recorded in mixed precision fits the same model in float32: h stays with its matrix."""
+    model = torch.nn.ParameterDict(
+        {"a": torch.zeros(40, 3), "b": torch.zeros(50, 3, dtype=torch.bfloat16), "c": torch.zeros(5)}
+    )
+    mixed = Layout.of(model.named_parameters(), "per_matrix", K)
+    plain = Layout.of(model.float().named_parameters(), "per_matrix", K)
+    assert (mixed.T, mixed.offsets) == (plain.T, plain.offsets)
+    rows = [
+        {i: call.row_of(at) for call in layout.calls for at, i in enumerate(call.indices)} for layout in (mixed, plain)
+    ]
+    assert rows[0] == rows[1] == {0: 0, 1: 1, 2: 2}
+
+
+def test_parameters_without_gradient_stay_out_of_the_step():
+    """A zero gradient in place of none would let momentum and weight decay move a layer that took no part."""
+    model = make_model()
+    guard = CapabilityGuard(model, "remove", basis="flat", k=K, apply_to="grad")
+    guard.add(make_history(model, "flat", K, 0.0)[0])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5, weight_decay=0.9)
+    guard.attach(optimizer)
+    unused = model[4].weight
+    before = unused.detach().clone()
+    for p in model.parameters():
+        p.grad = None if p is unused else torch.randn_like(p)
+    optimizer.step()
+    assert unused.grad is None
+    assert torch.equal(unused, before)
+
+
+def test_rebase_after_loading_weights():
+    """Weights changed by hand are not the next step's doing."""
+    moved = {}
+    for rebase in (True, False):
+        model = make_model()
+        guard = CapabilityGuard(model, "remove", k=K)
+        guard.add(make_history(model, "per_matrix", K, 0.0)[0])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        guard.attach(optimizer)
+        model.load_state_dict(make_model(seed=5).state_dict())
+        if rebase:
+            guard.rebase()
+        loaded = [p.detach().clone() for p in model.parameters()]
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        moved[rebase] = max(float((p - q).abs().max()) for p, q in zip(model.parameters(), loaded, strict=True))
+    assert moved[True] == 0.0 < moved[False]
+
+
+def test_wrapped_optimizers_and_empty_parameters():
+    model = make_model()
+    model.register_parameter("empty", torch.nn.Parameter(torch.zeros(0, 4)))
+    guard = CapabilityGuard(model, "remove", k=K)
+
+    class Wrapped(torch.optim.Optimizer):
+        """Like accelerate's: an Optimizer by class that never called its constructor."""
+
+        def __init__(self, inner):
+            self.optimizer = inner
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard.attach(Wrapped(optimizer))
+    with guard.stage("math"):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    assert guard.history == ["math"]
+    assert guard.report()["dropped_steps"] == 0
+
+
+def test_a_basis_can_be_saved_again(tmp_path):
+    model = make_model()
+    guard = CapabilityGuard(model, k=K)
+    with guard.stage("math", path=tmp_path / "first.safetensors"):
+        train(model, guard, steps=6)
+    guard.basis("math").save(tmp_path / "again.safetensors")
+    a, b = (DomainBasis.load(tmp_path / f"{name}.safetensors") for name in ("first", "again"))
+    assert a.info == b.info
+    assert torch.equal(a.directions, b.directions)
+    with pytest.raises(KeyError, match=r"basis: expected a domain with history \(math\), found 'chat'"):
+        guard.basis("chat")

@@ -9,7 +9,7 @@ namespace carerl::cpu::CARERL_ISA {
 
 constexpr int kDoubles = kWidth / 2;
 constexpr int kGramRows = 4, kGramColumns = 3;  // 12 sums, 3 rows and 1 broadcast operand: the 16 registers of AVX2
-constexpr int64_t kGramBytes = 96 << 10;        // of packed rows, inside L2
+constexpr int64_t kGramBytes = 96 << 10;        // of packed rows
 
 // a: four packed rows, b: three; sums[4][3] over n columns (a multiple of kDoubles)
 CARERL_INLINE void gram_block(const double* a, const double* b, int64_t pitch, int64_t n,
@@ -37,35 +37,39 @@ CARERL_INLINE void gram_block(const double* a, const double* b, int64_t pitch, i
   }
 }
 
+// totals += upper triangle of the Gram matrix of packed rows [size (and zero rows behind), pitch] over n columns
+static void gram_tile(const double* packed, int64_t size, int64_t pitch, int64_t n, double* totals) {
+  for (int64_t r = 0; r < size; r += kGramRows) {
+    for (int64_t c = r / kGramColumns * kGramColumns; c < size; c += kGramColumns) {
+      double sums[kGramRows][kGramColumns];
+      gram_block(packed + r * pitch, packed + c * pitch, pitch, n, sums);
+      for (int64_t i = r; i < min64(r + kGramRows, size); ++i) {
+        for (int64_t j = c < i ? i : c; j < min64(c + kGramColumns, size); ++j) {
+          totals[i * size + j] += sums[i - r][j - c];
+        }
+      }
+    }
+  }
+}
+
 static void gram(const Basis& basis, const Span& span, double* totals) {
   const int64_t size = basis.rows + span.batch;
   const int64_t padded = size + kGramRows + kGramColumns;  // zero rows, so that blocks may overhang
-  const int64_t fitting = kGramBytes / static_cast<int64_t>(sizeof(double)) / padded / kWidth * kWidth;
-  const int64_t tile = fitting < 4 * kWidth ? 4 * kWidth : min64(fitting, kFold);
-  double* packed = static_cast<double*>(scratch(padded * tile * sizeof(double) + kTile * sizeof(float)));
+  // Memory is read in long stretches of floats, which are widened a tile at a time.
+  const int64_t stretch = columns_within(kStretchBytes, size * sizeof(float), 2 * kTile);
+  const int64_t tile = columns_within(kGramBytes, padded * sizeof(double), min64(kFold, stretch));
+  double* packed = static_cast<double*>(scratch(padded * tile * sizeof(double) + size * stretch * sizeof(float)));
   float* floats = reinterpret_cast<float*>(packed + padded * tile);
   for (int64_t i = size * tile; i < padded * tile; ++i) packed[i] = 0;
-  for (int64_t begin = 0; begin < span.length; begin += tile) {
-    const int64_t n = min64(tile, span.length - begin);
-    for (int64_t row = 0; row < size; ++row) {
-      if (row < basis.rows) {
-        load_basis(basis, row, span.column + begin, floats, n);
-      } else {
-        load_tile(at(span.grads, span.dtype, (row - basis.rows) * span.stride + begin), span.dtype, floats, n);
+  for (int64_t begin = 0; begin < span.length; begin += stretch) {
+    const int64_t filled = min64(stretch, span.length - begin);
+    load_stack(basis, span, begin, floats, stretch, filled);
+    for (int64_t at = 0; at < filled; at += tile) {
+      const int64_t n = round_up(min64(tile, filled - at), kWidth);
+      for (int64_t row = 0; row < size; ++row) {
+        for (int64_t i = 0; i < n; i += kWidth) widen(packed + row * tile + i, load(floats + row * stretch + at + i));
       }
-      for (int64_t i = 0; i < n; i += kWidth) widen(packed + row * tile + i, load(floats + i));
-    }
-    const int64_t columns = round_up(n, kWidth);
-    for (int64_t r = 0; r < size; r += kGramRows) {
-      for (int64_t c = r / kGramColumns * kGramColumns; c < size; c += kGramColumns) {
-        double sums[kGramRows][kGramColumns];
-        gram_block(packed + r * tile, packed + c * tile, tile, columns, sums);
-        for (int64_t i = r; i < min64(r + kGramRows, size); ++i) {
-          for (int64_t j = c < i ? i : c; j < min64(c + kGramColumns, size); ++j) {
-            totals[i * size + j] += sums[i - r][j - c];
-          }
-        }
-      }
+      gram_tile(packed, size, tile, n, totals);
     }
   }
 }

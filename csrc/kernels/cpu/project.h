@@ -154,8 +154,7 @@ static void project_tile(const Basis& basis, int64_t column, const float* g, int
 static void project(const Basis& basis, const Span& span, double* totals) {
   for (int64_t first = 0; first < span.batch; first += kMaxBatch) {
     const int64_t batch = min64(span.batch - first, kMaxBatch);
-    // Beyond three gradients a tile of bases is read more than once: four rows of it and the gradients stay in L1/L2.
-    const int64_t tile = batch <= 3 ? kTile : kTile / 2;
+    const int64_t tile = tile_length(basis, batch);
     float* g = static_cast<float*>(scratch(batch * tile * sizeof(float)));
     for (int64_t begin = 0; begin < span.length; begin += tile) {
       const int64_t n = min64(tile, span.length - begin);

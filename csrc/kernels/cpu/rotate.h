@@ -6,7 +6,6 @@
 namespace carerl::cpu::CARERL_ISA {
 
 constexpr int kRotateRows = 4, kRotateVectors = 3;
-constexpr int64_t kRotateBytes = 96 << 10;  // of packed rows, inside L2
 
 static bool all_finite(const float* x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
@@ -56,21 +55,11 @@ static RotateTile rotate_tile(const Basis& basis, const Span& span, int64_t extr
   RotateTile tile;
   tile.depth = basis.rows + span.batch;
   const int64_t per_column = (tile.depth + kRotateRows) * sizeof(float) + extra_bytes_per_column;
-  const int64_t fitting = kRotateBytes / per_column / kWidth * kWidth;
-  tile.columns = fitting < 4 * kWidth ? 4 * kWidth : min64(fitting, kTile);
+  tile.columns = columns_within(kStretchBytes, per_column, 2 * kTile);
   tile.packed = static_cast<float*>(scratch(per_column * tile.columns + extra_bytes));
   tile.out = tile.packed + tile.depth * tile.columns;
   *extra = tile.out + kRotateRows * tile.columns;
   return tile;
-}
-
-static void pack(const Basis& basis, const Span& span, const RotateTile& tile, int64_t begin, int64_t n) {
-  for (int64_t row = 0; row < basis.rows; ++row) {
-    load_basis(basis, row, span.column + begin, tile.packed + row * tile.columns, n);
-  }
-  for (int64_t b = 0; b < span.batch; ++b) {
-    load_tile(gradient(span, b, begin), span.dtype, tile.packed + (basis.rows + b) * tile.columns, n);
-  }
 }
 
 static void rotate_packed(const Basis& basis, const Rotation& rotation, const RotateTile& tile, int64_t column,
@@ -107,7 +96,7 @@ static void rotate(const Basis& basis, const Span& span, const Rotation& rotatio
   const RotateTile tile = rotate_tile(basis, span, 0, 0, &unused);
   for (int64_t begin = (span.length - 1) / tile.columns * tile.columns; begin >= 0; begin -= tile.columns) {
     const int64_t n = min64(tile.columns, span.length - begin);
-    pack(basis, span, tile, begin, n);
+    load_stack(basis, span, begin, tile.packed, tile.columns, n);
     rotate_packed(basis, rotation, tile, span.column + begin, n);
   }
 }
@@ -129,7 +118,8 @@ static void edit_rotate(const Basis& all, const Basis& domain, const Span& span,
   }
   for (int64_t begin = (span.length - 1) / tile.columns * tile.columns; begin >= 0; begin -= tile.columns) {
     const int64_t n = min64(tile.columns, span.length - begin);
-    pack(domain, span, tile, begin, n);  // rows and gradients as they were; then both may be written
+    load_stack(domain, span, begin, tile.packed, tile.columns,
+               n);  // rows and gradients as they were; then both may be written
     for (int64_t turn = 0; turn < turns; ++turn) edit_tile(all, span, change, plans[turn], begin, n, y, tile.columns);
     rotate_packed(domain, rotation, tile, span.column + begin, n);
   }

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._ops import BASIS_DTYPES
 from ..subspace import BasisError, DomainBasis, Layout, StageRecorder
 from ..subspace.layout import Kind
 from ..subspace.store import hash_parameters
@@ -104,16 +105,22 @@ class CapabilityGuard:
                 raise ValueError(f"{name}: expected a positive number, found {number}")
         if not 0 <= beta < 1:
             raise ValueError(f"beta: expected 0 <= beta < 1, found {beta}")
-        for name, count in (("probe_every", probe_every), ("record_every", record_every)):
-            if count < 1:
-                raise ValueError(f"{name}: expected at least 1, found {count}")
+        counts = (("probe_every", probe_every, 1), ("record_every", record_every, 1), ("oversample", oversample, 0))
+        for name, count, least in counts:
+            if count < least:
+                raise ValueError(f"{name}: expected at least {least}, found {count}")
+        if basis_dtype not in BASIS_DTYPES:
+            raise ValueError(f"basis_dtype: expected one of {', '.join(map(str, BASIS_DTYPES))}, found {basis_dtype}")
+        self._weights = {"aligned": aligned, "conflict": conflict, "bound": bound}
+        for name, value in self._weights.items():
+            for one in value.values() if isinstance(value, Mapping) else (value,):
+                _pair(name, one)
         named = list(model.named_parameters()) if isinstance(model, nn.Module) else list(model)
         named = [(name, p) for name, p in named if p.requires_grad]
         self.architecture = type(model).__name__ if isinstance(model, nn.Module) else "parameters"
         self.parameters = [p for _, p in named]
         self.layout = Layout.of(named, basis, k)
         self.rule, self.combine, self.apply_to = rule, combine, apply_to
-        self._weights = {"aligned": aligned, "conflict": conflict, "bound": bound}
         self.z, self.beta, self.norm_cap, self.max_grad_norm = z, beta, norm_cap, max_grad_norm
         self.probe_every, self.record_every, self.oversample = probe_every, record_every, oversample
         self.track_energy = track_energy
@@ -171,12 +178,21 @@ class CapabilityGuard:
         if not isinstance(basis, DomainBasis):
             basis = DomainBasis.load(basis)
         basis.check_model(self.layout, self.architecture)
-        self._known(basis.info.domain)
+        self._known(basis.info.domain, recorded=True)
         self._close()
         with torch.no_grad():
             self._stack.put(basis, self.parameters)
         self._resize()
-        self._rebase()
+        self.rebase()
+
+    def basis(self, name: str) -> DomainBasis:
+        """The recorded basis of a domain, as it acts (rounded to ``basis_dtype``): to inspect, or to save once more.
+
+        Raises:
+            KeyError: a domain without history.
+        """
+        self._with_history("basis", name)
+        return self._stack.get(name)
 
     @property
     def history(self) -> list[str]:
@@ -188,20 +204,17 @@ class CapabilityGuard:
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Corrects every step of this optimizer from now on, and drops steps whose gradient is not finite.
 
+        The parameters as they are now are where displacements count from; after loading other weights call :meth:`rebase`.
+
         Raises:
             TypeError: not an optimizer, or one that overwrites parameters from float32 masters.
             RuntimeError: already attached.
             ValueError: the optimizer holds none of the guarded parameters.
         """
-        while not isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "optimizer"):
-            optimizer = optimizer.optimizer  # accelerate and others wrap the real one
-        names = [c.__name__ for c in type(optimizer).__mro__]
-        for name in MASTER_OPTIMIZERS:
-            if name in names:
-                raise TypeError(
-                    f"{name} keeps float32 masters and overwrites the parameters: an edit would be lost; "
-                    "build the guard over its master parameters, or use an optimizer that updates the parameters in place"
-                )
+        _refuse_masters(optimizer)
+        while hasattr(optimizer, "optimizer"):  # accelerate and others wrap the real one, which is where hooks work
+            optimizer = optimizer.optimizer
+            _refuse_masters(optimizer)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"expected a torch.optim.Optimizer, found {type(optimizer).__name__}")
         if self._handles:
@@ -254,9 +267,10 @@ class CapabilityGuard:
 
         Raises:
             RuntimeError: inside another stage, or no finite gradient arrived.
-            OSError: a file could not be written; the basis is history all the same.
+            OSError: a file could not be written; the basis is history all the same, and ``guard.basis(name).save(path)``
+                tries again.
         """
-        self._known(name)
+        self._known(name, recorded=True)
         if self._recorder is not None and not (self._restored and self._recorder.domain == name):
             raise RuntimeError(f"expected no stage in progress, found {self._recorder.domain!r}; stages do not nest")
         recorder = self._recorder or self._new_recorder(name, start_checkpoint)
@@ -294,10 +308,7 @@ class CapabilityGuard:
             KeyError: a domain without history.
             RuntimeError: no gradient arrived.
         """
-        if name not in self._stack.names:
-            raise KeyError(
-                f"probe: expected a domain with history ({', '.join(self.history) or 'none yet'}), found {name!r}"
-            )
+        self._with_history("probe", name)
         kept = [p.grad for p in self.parameters]
         for p in self.parameters:
             p.grad = None
@@ -328,6 +339,11 @@ class CapabilityGuard:
 
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if any(callable(a) for a in (*args, *kwargs.values()) if a is not optimizer):
+            raise RuntimeError(
+                "a guarded optimizer.step() expected gradients that are there already, found a closure that computes them "
+                "inside the step; call loss.backward() first and step() without arguments"
+            )
         started = time.perf_counter()
         held = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self._dropped = bool(held) and not _finite([p.grad for p in held if p.grad is not None])
@@ -337,15 +353,18 @@ class CapabilityGuard:
                 p.grad = None
             return
         own = self._own()
+        if (
+            self._recorder is not None and own == self._recorder.domain
+        ):  # before any edit: history is made of raw gradients
+            started_recording = time.perf_counter()
+            self._recorder.update(self._gradients())
+            self.seconds["record"] += time.perf_counter() - started_recording
+            started += time.perf_counter() - started_recording
         if len(self._stack) and self.apply_to == "grad":
             self._edit_gradients(own)
         if len(self._stack) and self.apply_to == "update" and self.track_energy:
             self._snapshot = [p.clone() for p in self.parameters]
         self.seconds["act"] += time.perf_counter() - started
-        if self._recorder is not None and own == self._recorder.domain:
-            started = time.perf_counter()
-            self._recorder.update(self._gradients())
-            self.seconds["record"] += time.perf_counter() - started
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -404,8 +423,7 @@ class CapabilityGuard:
                 if limit is not None:
                     scale = torch.minimum(scale, limit / edited.clamp_min(1e-30))
         self._statistics.count(stack, c, x, total if self.track_energy else None)
-        for p, g in zip(self.parameters, grads, strict=True):
-            p.grad = g
+        # In place; a parameter without gradient took no part in the step and stays out of it.
         stack.edit_(grads, -x, scale.float().expand(x.shape[0]).contiguous())
 
     def _decide(self, c: Tensor, own: str | None) -> Tensor:
@@ -426,7 +444,7 @@ class CapabilityGuard:
         files; :meth:`add` them before :meth:`load_state_dict`."""
         return {
             "history": self.history,
-            "rule": self.rule,
+            "settings": self._settings(),
             "state": {name: value.clone() for name, value in vars(self._state).items()},
             "q_prev": self._q_prev.clone(),
             "q_start": self._q_start.clone(),
@@ -444,11 +462,11 @@ class CapabilityGuard:
         Raises:
             ValueError: the state has another history or rule than this guard.
         """
-        for name, here in (("history", self.history), ("rule", self.rule)):
+        for name, here in (("history", self.history), ("settings", self._settings())):
             if state[name] != here:
                 raise ValueError(
                     f"guard state: expected {name} {state[name]!r} as saved, found {here!r}; add the same basis files in the "
-                    "same order, and construct the guard with the same rule, first"
+                    "same order, and construct the guard with the same settings, first"
                 )
         for name, value in state["state"].items():
             getattr(self._state, name).copy_(value)
@@ -517,16 +535,13 @@ class CapabilityGuard:
         self._q_start = self._q_prev.clone()
         numbers: dict[str, list[float]] = {"aligned": [], "conflict": [], "lower": [], "upper": []}
         for name in self._stack.names:
-            bound = _for_domain("bound", self._weights["bound"], name)
-            lower, upper = bound if isinstance(bound, (tuple, list)) else (bound, bound)
+            lower, upper = _pair("bound", _for_domain("bound", self._weights["bound"], name))
             for key, value in (
                 ("aligned", _for_domain("aligned", self._weights["aligned"], name)),
                 ("conflict", _for_domain("conflict", self._weights["conflict"], name)),
                 ("lower", lower),
                 ("upper", upper),
             ):
-                if not 0 <= value < float("inf"):
-                    raise ValueError(f"{key} of domain {name!r}: expected a finite number of at least 0, found {value}")
                 numbers[key] += [float(value)] * self.layout.k
         tensors = {key: torch.tensor(v, dtype=torch.float64, device=device) for key, v in numbers.items()}
         self._params = RuleParams(**tensors, z=self.z, beta=self.beta)
@@ -540,7 +555,7 @@ class CapabilityGuard:
 
     def _start_here(self) -> None:
         if not self._restored:
-            self._rebase()
+            self.rebase()
 
     def _close(self) -> None:
         """Keeps what the report says of the stage that ends here."""
@@ -549,8 +564,12 @@ class CapabilityGuard:
         self._steps_here = 0
 
     @torch.no_grad()
-    def _rebase(self) -> None:
-        """A stage begins at the present parameters: displacements, averages and probes start afresh."""
+    def rebase(self) -> None:
+        """Counts from the present parameters on: displacements, averages and probes start afresh.
+
+        ``attach``, ``stage`` and ``add`` do it. Call it after changing the parameters by hand (loading weights, merging, EMA):
+        otherwise the next step takes the change for its own and corrects it.
+        """
         self._close()
         self._state.begin_stage()
         self._since_probe = None
@@ -558,7 +577,26 @@ class CapabilityGuard:
             self._q_start = self._stack.project(self.parameters)
             self._q_prev = self._q_start.clone()
 
-    def _known(self, name: str) -> None:
+    def _settings(self) -> dict[str, Any]:
+        """What decides how steps are corrected, for comparison with a saved state."""
+        names = ("rule", "combine", "apply_to", "z", "beta", "norm_cap", "max_grad_norm", "probe_every")
+        weights = {name: dict(v) if isinstance(v, Mapping) else v for name, v in self._weights.items()}
+        return {
+            **{name: getattr(self, name) for name in names},
+            **weights,
+            "kind": self.layout.kind,
+            "k": self.layout.k,
+        }
+
+    def _with_history(self, what: str, name: str) -> None:
+        if name not in self._stack.names:
+            have = ", ".join(self.history) or "none yet"
+            raise KeyError(f"{what}: expected a domain with history ({have}), found {name!r}")
+
+    def _known(self, name: str, recorded: bool = False) -> None:
+        if recorded:  # its numbers will be needed: better asked for now than when the stage ends
+            for what, value in self._weights.items():
+                _for_domain(what, value, name)
         if self.domains is not None and name not in self.domains:
             raise ValueError(f"domain: expected one of {', '.join(self.domains)}, found {name!r}")
         self._seen[name] = None
@@ -575,7 +613,28 @@ class CapabilityGuard:
 
 def _finite(tensors: Sequence[Tensor]) -> bool:
     """One flag for all of them: the only synchronisation of a guarded step. The largest magnitude overflows for none."""
-    return bool(torch.stack([n.float() for n in torch._foreach_norm(list(tensors), float("inf"))]).isfinite().all())
+    tensors = [tensor for tensor in tensors if tensor.numel()]
+    if not tensors:
+        return True
+    norms = torch._foreach_norm(tensors, float("inf"))
+    return bool(torch.stack([norm.to(tensors[0].device, torch.float32) for norm in norms]).isfinite().all())
+
+
+def _refuse_masters(optimizer: Any) -> None:
+    for name in {c.__name__ for c in type(optimizer).__mro__} & set(MASTER_OPTIMIZERS):
+        raise TypeError(
+            f"{name} keeps float32 masters and overwrites the parameters: an edit would be lost; "
+            "build the guard over its master parameters, or use an optimizer that updates the parameters in place"
+        )
+
+
+def _pair(name: str, value: Any) -> tuple[float, float]:
+    """A checked weight or bound, as (against, along)."""
+    lower, upper = value if isinstance(value, tuple | list) and name == "bound" else (value, value)
+    for number in (lower, upper):
+        if not isinstance(number, int | float) or not 0 <= number < float("inf"):
+            raise ValueError(f"{name}: expected a finite number of at least 0, found {value!r}")
+    return float(lower), float(upper)
 
 
 def _matvec(matrix: Tensor, vector: Tensor) -> Tensor:

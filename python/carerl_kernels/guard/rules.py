@@ -156,9 +156,10 @@ def decide(
     if rule == "instant":
         sign = c
     elif rule == "significance":
-        # sigma from the steps before this one; nothing is significant until there is a sigma
+        # sigma from the steps before this one; nothing is significant before the average has seen its own length of steps
+        # (sigma of a single step would call a fifth of pure noise significant)
         sigma = (state.square / (1 - params.beta**state.count).clamp_min(1e-300)).sqrt()
-        sign = torch.where((c.abs() > params.z * sigma) & (state.count > 0), c, 0.0)
+        sign = torch.where((c.abs() > params.z * sigma) & (state.count * (1 - params.beta) >= 1 - 1e-9), c, 0.0)
     elif rule == "ema":
         sign = params.beta * state.mean + (1 - params.beta) * c
     else:

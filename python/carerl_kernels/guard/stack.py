@@ -67,6 +67,12 @@ class BasisStack:
         self.overlap = self.layout.gram(self.bases, parameters, self.scales)[:, : self.rows, : self.rows].contiguous()
         self._frames.clear()
 
+    def get(self, domain: str) -> DomainBasis:
+        """One domain's basis as stored here; views, not copies."""
+        at, light = self.names.index(domain), self.infos[domain]
+        scales = None if self.scales is None else self.scales[at]
+        return DomainBasis(light.info, self.bases[at], light.singular_values, light.displacement, scales)
+
     def _converted(self, basis: DomainBasis) -> tuple[Tensor, Tensor | None]:
         if self.dtype == torch.int8:
             basis = basis.quantized()

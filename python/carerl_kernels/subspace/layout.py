@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -18,15 +16,15 @@ Kind = Literal["flat", "per_matrix"]
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a list op: these tensors, into row ``row`` of the coefficients or, per tensor, the rows from there on."""
+    """One call of a list op: these tensors, into these rows of the coefficients: one each per tensor, else one for all."""
 
     indices: tuple[int, ...]
-    row: int
+    rows: tuple[int, ...]
     per_tensor: bool
 
-    @property
-    def rows(self) -> slice:
-        return slice(self.row, self.row + (len(self.indices) if self.per_tensor else 1))
+    def row_of(self, position: int) -> int:
+        """Row of the tensor at this position of ``indices``."""
+        return self.rows[position] if self.per_tensor else self.rows[0]
 
 
 @dataclass(frozen=True)
@@ -80,10 +78,12 @@ class Layout:
         for index, (_, tensor) in enumerate(named):
             apart = kind == "per_matrix" and tensor.numel() >= small
             buckets.setdefault((not apart, str(tensor.dtype), str(tensor.device)), []).append(index)
-        calls, row = [], 0
-        for (pooled, *_), indices in sorted(buckets.items()):
-            calls.append(Call(tuple(indices), row, not pooled))
-            row += 0 if pooled else len(indices)
+        # Rows follow the parameters' order whatever their dtype or device: a stored basis fits the model in any of them.
+        large = sorted(index for (pooled, *_), indices in buckets.items() if not pooled for index in indices)
+        calls = [
+            Call(tuple(indices), (len(large),) if pooled else tuple(large.index(i) for i in indices), not pooled)
+            for (pooled, *_), indices in sorted(buckets.items())
+        ]
         has_pool = any(not call.per_tensor for call in calls)
         return cls(
             names=tuple(name for name, _ in named),
@@ -93,18 +93,13 @@ class Layout:
             offsets=tuple(offsets),
             size=end,
             calls=tuple(calls),
-            T=row + int(has_pool),
+            T=len(large) + int(has_pool),
         )
 
     @property
     def parameters(self) -> int:
         """Number of parameters without padding."""
         return sum(torch.Size(shape).numel() for shape in self.shapes)
-
-    def fingerprint(self) -> str:
-        """Hash of parameter names and shapes: bases move between checkpoints of one architecture, never to another."""
-        text = json.dumps([self.names, self.shapes])
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def gather(
         self,
@@ -116,7 +111,7 @@ class Layout:
         out = torch.zeros(self.T, *trailing, dtype=torch.float64, device=tensors[0].device)
         for call in self.calls:
             part = op([tensors[i] for i in call.indices], [self.offsets[i] for i in call.indices], call.per_tensor)
-            out[call.rows] += part.view(-1, *trailing).to(out.device)
+            out[list(call.rows)] += part.view(-1, *trailing).to(out.device)
         return out
 
     def project(self, tensors: Sequence[Tensor], bases: Tensor, scales: Tensor | None = None) -> Tensor:
@@ -146,8 +141,8 @@ class Layout:
                 [tensors[i] for i in call.indices],
                 bases,
                 [self.offsets[i] for i in call.indices],
-                mix[call.rows],
-                scale[call.rows],
+                mix[list(call.rows)],
+                scale[list(call.rows)],
                 scales,
                 call.per_tensor,
             )
@@ -156,7 +151,7 @@ class Layout:
         """``U <- q [U; g]`` in place on one domain's rows ``[k, N]``; q ``[T, k', k+1]``."""
         q = q.float()
         for call in self.calls:
-            part = q[call.rows] if call.per_tensor else q[call.row]
+            part = q[list(call.rows)] if call.per_tensor else q[call.rows[0]]
             torch.ops.carerl.rotate_.list(
                 bases,
                 [tensors[i] for i in call.indices],

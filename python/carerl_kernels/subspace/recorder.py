@@ -104,7 +104,7 @@ class StageRecorder:
                 coeffs = torch.ops.carerl.project.list(
                     [delta], directions.unsqueeze(0), [self.layout.offsets[index]], None, torch.float64
                 )
-                moved[call.row + (position if call.per_tensor else 0)] += coeffs[0]
+                moved[call.row_of(position)] += coeffs[0]
                 energy += float(delta.double().square().sum())
         self._orient(directions, moved)
         seen = float(self.pca.energy.sum())
@@ -131,7 +131,7 @@ class StageRecorder:
             for position, index in enumerate(call.indices):
                 start = self.layout.offsets[index]
                 stop = start + torch.Size(self.layout.shapes[index]).numel()
-                row = call.row + (position if call.per_tensor else 0)
+                row = call.row_of(position)
                 directions[:, start:stop] *= sign[row].unsqueeze(1)
 
     def state_dict(self) -> dict[str, Any]:

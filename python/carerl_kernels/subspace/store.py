@@ -166,6 +166,15 @@ class DomainBasis:
                     f"{architecture}): expected parameter {name} {_shape(there.get(name))}, found {_shape(here.get(name))}; "
                     "record the stage on this architecture with the same parameters trainable"
                 )
+        if (
+            self.displacement.shape != (layout.T, self.info.k)
+            and self.info.kind == layout.kind
+            and self.info.k == layout.k
+        ):
+            raise BasisError(
+                f"basis of domain {self.info.domain!r}: expected displacements [{layout.T}, {layout.k}], found "
+                f"{list(self.displacement.shape)}; the file is damaged, record or copy it again"
+            )
         if (self.info.kind, self.directions.shape[1], self.info.names) != (layout.kind, layout.size, layout.names):
             raise BasisError(
                 f"basis of domain {self.info.domain!r}: expected a {layout.kind} basis with N = {layout.size} over the "

@@ -180,6 +180,25 @@ def test_finished_run_resumes_to_nothing_and_bad_resumes_are_refused(tmp_path):
         trainer(None).run(STAGES[:1], resume=True)
 
 
+def test_a_run_stopped_before_its_first_checkpoint_starts_again(tmp_path, monkeypatch):
+    run = trainer(tmp_path / "run")
+    monkeypatch.setattr(run, "_checkpoint", lambda *_: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        run.run([Stage("code", 2)])
+    assert len(metrics(tmp_path / "run")) == 1
+    trainer(tmp_path / "run").run([Stage("code", 2)], resume=True)
+    trainer(tmp_path / "whole").run([Stage("code", 2)])
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+def test_damaged_weights_of_a_checkpoint_are_named(tmp_path):
+    trainer(tmp_path).run([Stage("code", 1)])
+    weights = sorted((tmp_path / "checkpoints").iterdir())[-1] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        trainer(tmp_path).run([Stage("code", 1)], resume=True)
+
+
 def test_full_disk_leaves_the_previous_checkpoint_and_nothing_half_written(tmp_path, monkeypatch):
     run = trainer(tmp_path / "run")
     with monkeypatch.context() as patched:
@@ -373,6 +392,10 @@ def test_probes_read_the_earlier_domain_and_leave_training_alone():
     assert [t for t in probing.guard.told if t[0] == "probe"] == [("probe", "code", True)] * 2
     assert without_timings(plain.history) == without_timings(probing.history)
     assert probing.seconds["probe"] > 0
+
+    mixed = trainer(None, guard=due)
+    mixed.run([Stage(("code", "chat"), 1), Stage("math", 1)])
+    assert [t for t in mixed.guard.told if t[0] == "probe"] == [("probe", "code+chat", True)]
 
     probing.domains["code"].probe_examples = ()
     with pytest.raises(ValueError, match=r"probe of domain 'code'.*found none stored"):

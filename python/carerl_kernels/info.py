@@ -126,7 +126,8 @@ def render(report: dict[str, Any]) -> None:
 
     table = Table(box=box.SIMPLE_HEAD)
     names = list(report["backends"])
-    for column in ("op", *names):
+    table.add_column("op", no_wrap=True, min_width=max(map(len, report["ops"])))  # a cut name names nothing
+    for column in names:
         table.add_column(column)
     for op, served in report["ops"].items():
         through = " via " + ", ".join(served["through"]) if served["through"] else ""

@@ -90,13 +90,13 @@ def run_demo(
     results = [result for result in done.values() if isinstance(result, RunResult)]
     summary = Summary.of(results, chosen, DOMAINS, seeds, time.perf_counter() - started)
     print_summary(console, summary, chosen, scale)
-    plot_curves(picture, results, chosen, DOMAINS, scale.steps)
-    console.print(f"Accuracy over time: [bold]{picture}[/]")
     data = summary.as_dict()
     if out is not None:
         _write_json(root / "summary.json", data)
     if json_path is not None:
         _write_json(Path(json_path), data)
+    plot_curves(picture, results, chosen, DOMAINS, scale.steps)  # last: numbers are safe by then
+    console.print(f"Accuracy over time: [bold]{picture}[/]")
     return data
 
 

@@ -159,15 +159,15 @@ class Learner:
         The guard keeps the training gradients aside inside `probe`, so this may come between backward and step.
         """
         for name in guard.history:
-            domain = self.domains.get(name)
-            if domain is None or not domain.probe_examples:
+            parts = name.split("+")  # a mixed stage is probed on the examples of all its domains
+            examples = [e for part in parts if part in self.domains for e in self.domains[part].probe_examples]
+            if not examples:
                 raise ValueError(
                     f"the guard wants a probe of domain {name!r}: expected a Domain of that name with probe_examples "
-                    f"(about 32 with answers), found {'no such domain' if domain is None else 'none stored'}; "
-                    "add them, or choose a rule that needs no stored data"
+                    f"(about 32 with answers), found none stored; add them, or choose a rule that needs no stored data"
                 )
             with guard.probe(name):
-                answer_loss(self.model, self.tokenizer, domain.probe_examples, self.tokens).backward()
+                answer_loss(self.model, self.tokenizer, examples, self.tokens).backward()
 
     def _metrics(
         self, batch: Batch, losses: list[float], norms: list[float], stats: LossStats, gap: float, skipped: int

@@ -183,6 +183,10 @@ class RunDirectory:
         write_bytes_atomically(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         return kept
 
+    def recorded_steps(self) -> int:
+        """Lines of metrics on disk; the first is the evaluation before training."""
+        return len(self.metrics_path.read_text().splitlines()) if self.metrics_path.exists() else 0
+
     def save_checkpoint(self, step: int, model: nn.Module, state: Mapping[str, Any], keep: int) -> None:
         """Write a checkpoint and drop the oldest beyond `keep`. Complete under its final name, or absent."""
         final = self.checkpoints_path / f"step-{step:08d}"
@@ -190,7 +194,7 @@ class RunDirectory:
         temporary.mkdir(parents=True)
         try:
             save_weights(temporary / "model.safetensors", model)
-            torch.save(dict(state), temporary / "state.pt")
+            write_atomically(temporary / "state.pt", lambda path: torch.save(dict(state), path))
             if final.exists():  # same step, saved before the interruption that we resumed from
                 shutil.rmtree(final)
             os.replace(temporary, final)
@@ -214,9 +218,11 @@ class RunDirectory:
             return None
         try:
             state = torch.load(paths[-1] / "state.pt", map_location="cpu", weights_only=True)
+            load_weights(paths[-1] / "model.safetensors", model)
+        except CheckpointError:
+            raise
         except Exception as e:
             raise CheckpointError(f"{paths[-1]} is damaged ({e}); delete it to resume from an earlier one") from e
-        load_weights(paths[-1] / "model.safetensors", model)
         return dict(state)
 
 

@@ -249,9 +249,12 @@ class GRPOTrainer:
         self.directory.check(settings, COSMETIC_FIELDS)
         state = self.directory.load_checkpoint(self.model)
         if state is None:
-            raise CheckpointError(
-                f"{self.directory.path} was interrupted before its first checkpoint; delete it and start anew"
-            )
+            if self.directory.recorded_steps() > 1:
+                raise CheckpointError(
+                    f"{self.directory.path} has metrics of training but no checkpoint; delete it and start anew"
+                )
+            self.directory.metrics_path.unlink(missing_ok=True)  # stopped during the evaluation before training
+            return None
         self.history = self.directory.truncate(state["step"])
         self._step = state["step"]
         return state

@@ -133,6 +133,7 @@ def environment(bandwidth: float, source: str) -> dict[str, Any]:
         "isa": found["machine"]["cpu_isa"] or torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # of the last minute, before the run
         "last_level_cache_bytes": cache_bytes(),
         "bandwidth_gbps": bandwidth,
         "bandwidth_source": source,

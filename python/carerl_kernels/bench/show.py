@@ -39,6 +39,10 @@ class Printer:
             f"read {found['bandwidth_gbps']:.1f} GB/s ({found['bandwidth_source']}); ops served by "
             + ", ".join(sorted(set(found["serves"].values())))
         )
+        if (found["load_average"] or 0) > 0.5:
+            self.line(
+                f"[yellow]load average {found['load_average']:.1f}: others use this machine, expect wide quartiles"
+            )
 
     def case(self, result: CaseResult) -> None:
         """One line while the run goes on."""

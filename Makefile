@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # The oldest supported release. The native library is built against the stable ABI and loads in every later one.
 TORCH := torch==2.13.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-BUILD_TOOLS := "scikit-build-core>=1.0" "pybind11>=2.13" "cmake>=3.24" ninja
+BUILD_TOOLS := "scikit-build-core>=1.1" "pybind11>=2.13" "cmake>=3.24" ninja
 SOURCES := pyproject.toml CMakeLists.txt LICENSE $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 FORMATTED := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 # Test processes, each with one thread unless a test asks for more.

@@ -28,12 +28,13 @@ class Statistics:
     def count(self, stack: BasisStack, c: Tensor, x: Tensor, total: Tensor | None) -> None:
         """Adds one step: coefficients c and correction x ``[T, K]``, squared norm of the raw update if it is known."""
         known = torch.full((), torch.nan, dtype=c.dtype, device=c.device) if total is None else total.to(c.dtype)
+        energy = c.square()
+        parts = torch.stack([torch.where(c > 0, energy, 0.0), torch.where(c < 0, energy, 0.0), x * stack.overlap_times(x)])
+        sums = stack.column_sums(parts)  # [3, K]
         for name in stack.names:
-            part = c[:, stack.columns(name)].square() * c[:, stack.columns(name)].sign()
-            add = torch.stack([part.clamp_min(0).sum(), -part.clamp_max(0).sum(), known])
+            add = torch.cat([sums[:2, stack.columns(name)].sum(1), known.unsqueeze(0)])
             self._energies[name] = self._energies[name] + add if name in self._energies else add
-        correction = (x * (stack.overlap @ x.unsqueeze(-1)).squeeze(-1)).sum()
-        add = torch.stack([correction, known])
+        add = torch.stack([sums[2].sum(), known])
         self._touched = add if self._touched is None else self._touched + add
 
     def shares(self, name: str) -> dict[str, float | None] | None:

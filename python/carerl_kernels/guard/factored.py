@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..subspace.factored import FactoredBasis, orthonormal
 from ..subspace.matrices import Group, MatrixLayout, add_product_, full_precision, times, times_transposed
-from .frames import Combine, Frame, Span
+from .frames import Combine, DenseSpan, Frame, PairSpan, Span
 from .stack import Stack
 
 T = TypeVar("T")
@@ -206,19 +206,21 @@ class BlockStack(FactoredStack):
             assert left is not None and right is not None
             GL = left.unflatten(2, (-1, r)).unflatten(1, (-1, r))[:, domains][:, :, :, domains]
             GR = right.unflatten(2, (-1, r)).unflatten(1, (-1, r))[:, domains][:, :, :, domains]
-            if D <= 1:  # orthonormal factors: S is the identity on the slots that are not empty
-                diagonal = torch.einsum("gdidi,gdjdj->gdij", GL, GR).flatten(1)
-                reach[group.rows, columns] = (diagonal > 0.5).double()
-                spans.append(Span(group.rows, 1))
+            if D <= 1:  # orthonormal factors: S is the identity
+                reach[group.rows, columns] = 1.0
+                spans.append(Span(group.rows))
+                continue
+            if D == 2:
+                pair = PairSpan(group.rows, GL[:, 0, :, 1], GR[:, 0, :, 1], self.combine)
+                reach[group.rows, columns] = pair.reach
+                spans.append(pair)
                 continue
             for start in range(0, len(group.indices), 16):  # dense overlaps are large: some matrices at a time
                 overlap = torch.einsum("gdiek,gdjel->gdijekl", GL[start : start + 16], GR[start : start + 16])
-                overlap = overlap.reshape(-1, D * width, D * width)
                 rows = slice(group.first + start, group.first + start + overlap.shape[0])
-                part = Frame.dense([(slice(0, overlap.shape[0]), 1, overlap)], active[columns], self.combine, overlap.shape[0])
-                span = part.spans[0]
-                spans.append(Span(rows, 1, span.into, span.out, span.root))
-                reach[rows, columns] = part.reach
+                span = DenseSpan(rows, 1, overlap.reshape(-1, D * width, D * width), self.combine)
+                reach[rows, columns] = span.reach
+                spans.append(span)
         return Frame(active, spans, reach, self.sign)
 
 

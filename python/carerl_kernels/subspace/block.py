@@ -151,9 +151,8 @@ def leading_factors(
     before = torch.zeros(len(matrices), dtype=torch.float64, device=device)
     for _ in range(ROUNDS):
         Z = shards.sum_(times_transposed(matrices, times(matrices, V)))
-        V = torch.linalg.qr(Z)[0]
-        # |Z v| sums to the energy inside V; it only grows
-        energy = torch.linalg.svdvals(Z.double())[:, :r].sum(-1)
+        V, R = torch.linalg.qr(Z)
+        energy = torch.linalg.svdvals(R)[:, :r].sum(-1).double()  # inside V; it only grows
         if bool((energy <= before * (1 + SETTLED)).all()):
             break
         before = energy

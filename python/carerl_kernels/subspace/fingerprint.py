@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .shards import Shards
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 15  # temporaries stay in cache, and too few elements for torch to split among threads
 _INT_OF = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # odd 64-bit constants (splitmix64, Steele et al. 2014), as signed numbers
 _MULTIPLIERS = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
@@ -27,29 +27,38 @@ def hash_parameters(tensors: Iterable[Tensor], shards: Shards | None = None) -> 
         shards: where they belong; None when they are whole.
 
     Returns:
-        32 hexadecimal digits.
+        16 hexadecimal digits.
     """
     total: Tensor | None = None
     for number, tensor in enumerate(tensors):
         flat = tensor.detach().reshape(-1)
         first = shards.pieces[number].start if shards is not None else 0
         bits = flat.view(_INT_OF[flat.element_size()])
-        for at in range(0, max(flat.numel(), 1), _CHUNK):
+        places = torch.arange(min(_CHUNK, flat.numel()), device=flat.device) * _STEP
+        for at in range(0, flat.numel(), _CHUNK):
             part = bits[at : at + _CHUNK].long()
-            place = torch.arange(first + at, first + at + part.numel(), device=part.device)
-            mixed = _mix((place + (number << 40)) * _STEP + part)
-            sums = torch.stack([mixed.sum(), _mix(mixed + _STEP).sum()])  # wraps around, as it should
-            total = sums if total is None else total + sums.to(total.device)
+            part += places[: part.numel()]
+            part += _wrapped((first + at + (number << 40)) * _STEP)
+            sum_ = _mix_(part).sum()  # wraps around, as it should
+            total = sum_ if total is None else total + sum_.to(total.device)
     if total is None:
-        return "0" * 32
+        device = next(iter(tensors)).device if isinstance(tensors, list) and tensors else "cpu"
+        total = torch.zeros((), dtype=torch.int64, device=device)
     if shards is not None:
         shards.sum_(total)
-    low, high = (int(v) & (1 << 64) - 1 for v in total)
-    return f"{low:016x}{high:016x}"
+    return f"{int(total) & (1 << 64) - 1:016x}"
 
 
-def _mix(x: Tensor) -> Tensor:
+def _wrapped(number: int) -> int:
+    """As a signed 64-bit number."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def _mix_(x: Tensor) -> Tensor:
     """splitmix64's finaliser; int64 arithmetic wraps, the shift is arithmetic instead of logical, which mixes as well."""
-    x = (x ^ (x >> 30)) * _MULTIPLIERS[0]
-    x = (x ^ (x >> 27)) * _MULTIPLIERS[1]
-    return x ^ (x >> 31)
+    x ^= x >> 30
+    x *= _MULTIPLIERS[0]
+    x ^= x >> 27
+    x *= _MULTIPLIERS[1]
+    x ^= x >> 31
+    return x

@@ -34,6 +34,14 @@ def trainable(model: nn.Module | Iterable[tuple[str, nn.Parameter]]) -> list[tup
     return out
 
 
+def architecture_of(model: Any) -> str:
+    """Class name of a model, without what fully_shard makes of it."""
+    if not isinstance(model, nn.Module):
+        return "parameters"
+    names = [c.__name__ for c in type(model).__mro__]
+    return names[names.index("FSDPModule") + 1] if "FSDPModule" in names else names[0]
+
+
 def rank_of(kind: Kind, k: int | None, r: int | None) -> int:
     """Directions of a row basis, or rank of a factored one.
 

@@ -142,6 +142,12 @@ class FactoredStack(Stack[MatrixLayout, FactoredBasis]):
                 out[group.rows] = self._gram_times(number, part).flatten(0, 1)
         return self.sign * out
 
+    def unpack(self, rows: Tensor) -> Any:
+        return self.layout.unpack(rows)
+
+    def pack_(self, rows: Tensor, parts: Any) -> None:
+        self.layout.pack_(rows, parts)
+
     def memory(self) -> int:
         factors = [t for t in (*self.left, *self.right) if t is not None]
         grams = [t for t in (*self._left_grams, *self._right_grams) if t is not None]

@@ -20,7 +20,7 @@ from ..subspace.matrices import MatrixLayout
 from ..subspace.recorder import Recorder
 from ..subspace.shards import local
 from ..subspace.store import read_info
-from .build import data_group, lay_out, new_stack, rank_of, sites_of, trainable
+from .build import architecture_of, data_group, lay_out, new_stack, rank_of, sites_of, trainable
 from .checks import at_least, for_domain, one_of, pair, refuse_masters
 from .frames import COMBINES, Combine
 from .rules import RULES, Rule, RuleParams, RuleState, decide
@@ -123,7 +123,7 @@ class CapabilityGuard:
                 pair(name, one)
         named = trainable(model)
         inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-        self.architecture = type(inner).__name__ if isinstance(inner, nn.Module) else "parameters"
+        self.architecture = architecture_of(inner)
         self.parameters = [p for _, p in named]
         self._sites = sites_of(inner, named, basis)
         self.layout: Layout | MatrixLayout = lay_out(named, basis, rank_of(basis, k, r), process_group, self._sites)
@@ -148,6 +148,8 @@ class CapabilityGuard:
         self._since_probe: int | None = None
         self._steps_here = 0  # since displacements were last counted from zero
         self._displaced: dict[str, float | None] = {}
+        self._sent_before = 0, 0  # numbers and all-reduces before this step
+        self._step_communication = {"elements_last_step": 0, "all_reduces_last_step": 0}
         # coefficients [T, K] of the parameters after the last step and when the stage began
         self._q_prev = self._q_start = torch.empty(0)
         self._resize()
@@ -371,6 +373,7 @@ class CapabilityGuard:
                 "inside the step; call loss.backward() first and step() without arguments"
             )
         started = time.perf_counter()
+        self._sent_before = self.layout.shards.elements, self.layout.shards.calls
         held = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self._dropped = not self._finite([local(p.grad) for p in held if p.grad is not None])
         if self._dropped:
@@ -400,6 +403,11 @@ class CapabilityGuard:
         started = time.perf_counter()
         if len(self._stack) and self.apply_to == "update":
             self._edit_update(self._own())
+        shards, (elements, calls) = self.layout.shards, self._sent_before
+        self._step_communication = {
+            "elements_last_step": shards.elements - elements,
+            "all_reduces_last_step": shards.calls - calls,
+        }
         self._statistics.steps += 1
         self._steps_here += 1
         if self._since_probe is not None:
@@ -478,15 +486,19 @@ class CapabilityGuard:
 
     def state_dict(self) -> dict[str, Any]:
         """What is needed to go on exactly: rule memory, baselines, statistics, a stage in progress. Not the bases: those are
-        files; :meth:`add` them before :meth:`load_state_dict`."""
+        files; :meth:`add` them before :meth:`load_state_dict`.
+
+        Under FSDP2 everything that is spread over processes is a DTensor: torch.distributed.checkpoint saves it, and loads it
+        for another number of processes. Hand-made shards without DTensors are this process's part.
+        """
         return {
             "history": self.history,
             "settings": self._settings(),
-            "state": {name: value.clone() for name, value in vars(self._state).items()},
-            "q_prev": self._q_prev.clone(),
-            "q_start": self._q_start.clone(),
+            "state": {name: self._stack.unpack(value) for name, value in vars(self._state).items()},
+            "q_prev": self._stack.unpack(self._q_prev),
+            "q_start": self._stack.unpack(self._q_start),
             "since_probe": self._since_probe,
-            "statistics": self._statistics.state_dict(),
+            "statistics": self._statistics.state_dict(self.history, self.device),
             "steps_here": self._steps_here,
             "displaced": dict(self._displaced),
             "seen": list(self._seen),
@@ -506,9 +518,9 @@ class CapabilityGuard:
                     "same order, and construct the guard with the same settings, first"
                 )
         for name, value in state["state"].items():
-            getattr(self._state, name).copy_(value)
-        self._q_prev.copy_(state["q_prev"])
-        self._q_start.copy_(state["q_start"])
+            self._stack.pack_(getattr(self._state, name), value)
+        self._stack.pack_(self._q_prev, state["q_prev"])
+        self._stack.pack_(self._q_start, state["q_start"])
         self._since_probe = state["since_probe"]
         self._statistics.load_state_dict(state["statistics"])
         self._steps_here, self._displaced = state["steps_here"], dict(state["displaced"])
@@ -525,8 +537,10 @@ class CapabilityGuard:
 
         Returns a dictionary that JSON can hold: ``rule``, ``combine``, ``apply_to``, ``basis``, ``k``, ``steps``,
         ``dropped_steps``, ``touched_share`` (share of update energy the edits took or gave; None unless tracked), ``seconds``,
-        ``open_windows`` (domains without a basis above the noise floor: nothing protects them), and ``domains``; for each
-        with history
+        ``open_windows`` (domains without a basis above the noise floor: nothing protects them), ``communication`` (numbers
+        summed over processes and in how many all-reduces, in all and in the last step), ``memory`` (bytes of directions and
+        what belongs to them in this process), ``covered`` (share of parameters with directions) and ``domains``; for each with
+        history
 
         - ``energy``: shares aligned / conflicting / orthogonal of the raw updates; orthogonal None unless tracked,
         - ``net_displacement``: along its rows in this stage or, between stages, the last one, relative to the recorded
@@ -560,6 +574,13 @@ class CapabilityGuard:
             "domains": domains,
             "open_windows": [n for n in self._seen if n not in self.history] + blind,
             "seconds": dict(self.seconds),
+            "communication": {
+                "elements": self.layout.shards.elements,
+                "all_reduces": self.layout.shards.calls,
+                **self._step_communication,
+            },
+            "memory": self._stack.memory(),
+            "covered": self.layout.covered / self.layout.parameters,
         }
 
     # --------------------------------------------------------------------------------------------------------- internals

@@ -122,6 +122,13 @@ class Stack(ABC, Generic[L, B]):
         """0-d bool, the same in every process: whether coefficients are finite everywhere."""
         return coeffs.isfinite().all()
 
+    def unpack(self, rows: Tensor) -> Any:
+        """Numbers per coefficient row ``[T, ...]``, as a checkpoint can keep them; :meth:`pack_` takes them back."""
+        return rows.clone()
+
+    def pack_(self, rows: Tensor, parts: Any) -> None:
+        rows.copy_(parts)
+
     def _frames_memory(self) -> int:
         return sum(frame.memory() for frame in self._frames.values())
 

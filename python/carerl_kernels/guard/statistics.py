@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +43,8 @@ class Statistics:
         if name not in self._energies:
             return None
         aligned, conflicting, total = (float(v) for v in self._energies[name])
+        if aligned == conflicting == total == 0:
+            return None
         if math.isnan(total):
             inside = max(aligned + conflicting, 1e-300)
             return {"aligned": aligned / inside, "conflicting": conflicting / inside, "orthogonal": None}
@@ -60,12 +63,17 @@ class Statistics:
         touched, total = (float(v) for v in self._touched)
         return touched / total if total > 0 else None  # NaN > 0 is False: not tracked
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, names: Sequence[str], device: torch.device) -> dict[str, Any]:
+        """For a checkpoint, with the same entries whether anything was counted yet or not."""
+
+        def numbers(found: Tensor | None, size: int) -> Tensor:
+            return torch.zeros(size, dtype=torch.float64, device=device) if found is None else found.clone()
+
         return {
             "steps": self.steps,
             "dropped": self.dropped,
-            "energies": dict(self._energies),
-            "touched": self._touched,
+            "energies": {name: numbers(self._energies.get(name), 3) for name in names},
+            "touched": numbers(self._touched, 2),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

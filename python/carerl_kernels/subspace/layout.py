@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -129,6 +129,21 @@ class Layout:
             out.append((slice(offset, offset + size), slice(end + piece.start, end + piece.stop)))
             end += _padded(piece.numel)
         return out
+
+    def unpack(self, rows: Tensor) -> dict[str, Tensor]:
+        """Rows ``[k, N]`` as one tensor ``[k, *shape]`` per parameter, for checkpoints; DTensors where parameters are."""
+        out = {}
+        for index, (name, piece, (here, _)) in enumerate(zip(self.names, self.shards.pieces, self.file_columns, strict=True)):
+            part = rows[:, here].clone()
+            if not self.shards.sharded or self.shards.mesh is not None:
+                part = part.view(rows.shape[0], *piece.local_shape)
+            out[name] = self.shards.spread(index, part, 1) if part.dim() > 1 else part
+        return out
+
+    def pack_(self, rows: Tensor, parts: Mapping[str, Tensor]) -> None:
+        """The inverse of :meth:`unpack`."""
+        for name, (here, _) in zip(self.names, self.file_columns, strict=True):
+            rows[:, here] = local(parts[name]).to(rows).reshape(rows.shape[0], -1)
 
     @property
     def file_size(self) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .layout import checked
-from .shards import Shards
+from .shards import Shards, local
 
 FactoredKind = Literal["block", "input"]
 Side = Literal["both", "right", "left"]
@@ -169,6 +169,27 @@ class MatrixLayout:
     def local(self, group: Group, tensors: Sequence[Tensor], at: slice) -> list[Tensor]:
         """Matrices ``[m, n]`` of the group at these positions: views of the tensors."""
         return [tensors[i].view(group.m, group.n) for i in group.indices[at]]
+
+
+    def unpack(self, rows: Tensor) -> Any:
+        """Numbers per coefficient row ``[T, ...]`` for checkpoints: where rows are spread over processes, by parameter."""
+        if self.kind == "block" or self.shards.mesh is None:
+            return rows.clone()
+        out = {}
+        for group in self.groups:
+            for position, name, at in self.matrices(group):
+                part = rows[at].clone()
+                out[name] = self.shards.spread(group.indices[position], part) if group.side == "right" else part
+        return out
+
+    def pack_(self, rows: Tensor, parts: Any) -> None:
+        """The inverse of :meth:`unpack`."""
+        if isinstance(parts, Tensor):
+            rows.copy_(parts)
+            return
+        for group in self.groups:
+            for _, name, at in self.matrices(group):
+                rows[at] = local(parts[name]).to(rows)
 
 
 @contextmanager

@@ -39,6 +39,11 @@ class Piece:
         inner = self.numel // self.shape[0] if self.shape and self.shape[0] else 1
         return slice(self.start // max(inner, 1), self.stop // max(inner, 1))
 
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """Shape of the part, where dimension 0 was split."""
+        return (self.rows.stop - self.rows.start, *self.shape[1:]) if self.shape else ()
+
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that lives in this process, sharing its memory."""
@@ -142,6 +147,19 @@ class Shards:
             self.calls += 1
             dist.all_reduce(tensor, group=self.group)
         return tensor
+
+    def spread(self, index: int, part: Tensor, dim: int = 0) -> Tensor:
+        """This process's part of something as large as a parameter along its dimension 0, here ``dim``: a DTensor, so that
+        torch.distributed.checkpoint can put it together and cut it for another number of processes. Itself, without DTensors.
+        """
+        if self.mesh is None or self.placements is None:
+            return part
+        from torch.distributed.tensor import DTensor, Shard
+
+        shape = (*part.shape[:dim], self.pieces[index].shape[0], *part.shape[dim + 1 :])
+        stride = torch.empty(shape, device="meta").stride()
+        placements = [Shard(dim) if p.is_shard() else p for p in self.placements]
+        return DTensor.from_local(part, self.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
     def all(self, flag: Tensor) -> Tensor:
         """Whether a 0-d bool is true in every process: all of them then decide alike."""

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .fingerprint import hash_parameters
-from .shards import Shards
+from .shards import Shards, local
 
 
 class StageStart:
@@ -99,7 +99,8 @@ class StageStart:
         """For a checkpoint: the caller's path, or the tensors themselves."""
         if self._temporary is None:
             return str(self.path)
-        return dict(zip(self.names, self.tensors(), strict=True))
+        parts = enumerate(zip(self.names, self.tensors(), strict=True))
+        return {name: self.shards.spread(i, part) if part.dim() else part for i, (name, part) in parts}
 
     def load(self, state: Any) -> None:
         """Goes on from :meth:`state`."""
@@ -107,5 +108,5 @@ class StageStart:
             self._temporary = None
             self._refer(Path(state))
         else:
-            self._keep(state)
+            self._keep({name: local(part) for name, part in state.items()})
         self.hash = hash_parameters(self.tensors(), self.shards)

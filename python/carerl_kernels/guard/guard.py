@@ -23,6 +23,8 @@ from ..subspace.store import read_info
 from .build import architecture_of, data_group, lay_out, new_stack, rank_of, sites_of, trainable
 from .checks import at_least, for_domain, one_of, pair, refuse_masters
 from .frames import COMBINES, Combine
+from .newcomer import Newcomer
+from .probes import Probes
 from .rules import RULES, Rule, RuleParams, RuleState, decide
 from .statistics import Statistics
 
@@ -52,7 +54,8 @@ class CapabilityGuard:
         norm_cap: update: the correction is at most this times the update's component in the guarded subspace;
             grad: the edited gradient is at most this times the raw one.
         max_grad_norm: grad mode: clips the edited gradient (clip before the step as usual in update mode).
-        probe_every: rule "probed": steps between probes.
+        probe_every: rule "probed": steps between probes; probe_adaptive: this is where the interval starts, and it follows how
+            much successive probes agree. Signs that agree no more than a coin's fall back to "bounded".
         basis_dtype: storage of the acting directions: float32, bfloat16, float16, or int8 (block-scaled).
         record_every: record every n-th gradient of a stage.
         oversample: extra rows while recording.
@@ -85,6 +88,7 @@ class CapabilityGuard:
         norm_cap: float | None = None,
         max_grad_norm: float | None = None,
         probe_every: int = 20,
+        probe_adaptive: bool = False,
         basis_dtype: torch.dtype = torch.float32,
         record_every: int = 1,
         oversample: int = 4,
@@ -130,6 +134,7 @@ class CapabilityGuard:
         self.energy, self._data_group = energy, data_group(model, self.layout)
         self.rule, self.combine, self.apply_to = rule, combine, apply_to
         self.z, self.beta, self.norm_cap, self.max_grad_norm = z, beta, norm_cap, max_grad_norm
+        self.probe_adaptive = probe_adaptive
         self.probe_every, self.record_every, self.oversample = probe_every, record_every, oversample
         self.track_energy = track_energy
         self.domains = tuple(domains) if domains is not None else None
@@ -145,7 +150,8 @@ class CapabilityGuard:
         self._snapshot: list[Tensor] | None = None
         self._dropped = False  # this optimizer step was dropped for a non-finite gradient
         self._restored = False  # state was loaded: the next attach or stage goes on instead of starting afresh
-        self._since_probe: int | None = None
+        self._probes = Probes(probe_every, probe_adaptive)
+        self._newcomers: dict[str, Newcomer] = {}
         self._steps_here = 0  # since displacements were last counted from zero
         self._displaced: dict[str, float | None] = {}
         self._sent_before = 0, 0  # numbers and all-reduces before this step
@@ -329,7 +335,8 @@ class CapabilityGuard:
     def probe(self, name: str) -> Iterator[None]:
         """Rule "probed": inside, call ``loss.backward()`` on the earlier domain's own loss on stored prompts.
 
-        The gradient is projected on that domain's rows and thrown away; gradients gathered for training are put back.
+        The gradient is projected on that domain's rows and thrown away; gradients gathered for training are put back. Entered
+        several times before the next step (micro-batches), the projections add up: no second gradient is ever kept.
 
         Raises:
             KeyError: a domain without history.
@@ -339,6 +346,7 @@ class CapabilityGuard:
         kept = [p.grad for p in self.parameters]
         for p in self.parameters:
             p.grad = None
+        entered = time.perf_counter()
         try:
             yield
             started = time.perf_counter()
@@ -348,20 +356,90 @@ class CapabilityGuard:
                 )
             with torch.no_grad():
                 a = self._stack.project(self._gradients(), name)
-            if self.rule == "probed":
-                columns, finite = self._stack.columns(name), self._stack.all_finite(a)
-                # A probe that is not finite leaves the sign of the one before.
-                self._state.probe[:, columns] = torch.where(finite, a.sign(), self._state.probe[:, columns])
-            self._since_probe = 0
+            # A probe that is not finite leaves the sign of the one before.
+            if self.rule == "probed" and bool(self._stack.all_finite(a)):
+                self._probes.add(name, a)
             self.seconds["probe"] += time.perf_counter() - started
+            self._probes.seconds += time.perf_counter() - entered
         finally:
             for p, grad in zip(self.parameters, kept, strict=True):
                 p.grad = grad
 
     def probes_due(self) -> bool:
         """Whether rule "probed" wants fresh probes before the next step."""
-        stale = self._since_probe is None or self._since_probe >= self.probe_every
-        return self.rule == "probed" and len(self._stack) > 0 and stale
+        return self.rule == "probed" and self._probes.due(self.history)
+
+    def _settle_probes(self) -> None:
+        for name in self._probes.pending():
+            columns = self._stack.columns(name)
+            self._state.probe[:, columns] = self._probes.settle(name, self._state.probe[:, columns], self._stack)
+
+    # ---------------------------------------------------------------------------------------- domains that appear on the way
+
+    def open_domain(self, name: str, check_every: int = 25) -> None:
+        """Records a domain that appears in the middle of a run: from now on its own steps (``guard.domain(name)``) feed its basis.
+
+        It acts on other domains' steps as soon as what it found explains more of its fresh gradients than noise would, and is
+        renewed every ``check_every`` own steps; until then the report lists it as an open window. The displacement it knows is
+        that of the whole run since it was opened. :meth:`close_domain` ends the recording.
+
+        Raises:
+            ValueError: basis "block", which knows the parameter change only: in a mixed run that is every domain's.
+            RuntimeError: the domain is being recorded already.
+        """
+        self._known(name, recorded=True)
+        at_least("check_every", check_every, 1)
+        if self.layout.kind == "block":
+            raise ValueError(
+                "open_domain: expected a basis of gradients or inputs, found 'block', whose directions come from the "
+                "parameter change of all domains together; use guard.stage, or another basis"
+            )
+        if name in self._newcomers or (self._recorder is not None and self._recorder.domain == name):
+            raise RuntimeError(f"domain {name!r} is being recorded already")
+        recorder = self._new_recorder(name)
+        recorder.begin()
+        stack = new_stack(self.layout, self.combine, torch.float32, self.device)
+        self._newcomers[name] = Newcomer(recorder, stack, check_every)
+
+    def close_domain(self, name: str, path: Path | str | None = None) -> None:
+        """Ends the recording of :meth:`open_domain`: what was found becomes history, above the noise floor or not.
+
+        Raises:
+            KeyError: the domain is not being recorded.
+            RuntimeError: no gradient of the domain arrived.
+        """
+        if name not in self._newcomers:
+            raise KeyError(f"close_domain: expected a domain opened before ({', '.join(self._newcomers)}), found {name!r}")
+        newcomer = self._newcomers.pop(name)
+        try:
+            basis = newcomer.recorder.finish(self._locals())
+        finally:
+            newcomer.recorder.end()
+        self._adopt(basis)
+        if path is not None:
+            basis.save(path)
+
+    def _adopt(self, basis: StoredBasis) -> None:
+        """Adds a domain without starting the others' displacements afresh."""
+        before = {
+            name: {what: rows[:, self._stack.columns(name)].clone() for what, rows in self._counted().items()}
+            for name in self.history
+            if name != basis.info.domain
+        }
+        with torch.no_grad():
+            self._stack.put(basis, self._locals())
+            self._resize()
+            self._q_start = self._stack.project(self._locals())
+            self._q_prev = self._q_start.clone()
+            counted = self._counted()
+            for name, kept in before.items():
+                for what, rows in kept.items():
+                    counted[what][:, self._stack.columns(name)] = rows
+
+    def _counted(self) -> dict[str, Tensor]:
+        """Everything that is remembered per coefficient."""
+        state = {name: rows for name, rows in vars(self._state).items() if rows.shape[1]}
+        return {**state, "q_prev": self._q_prev, "q_start": self._q_start}
 
     # --------------------------------------------------------------------------------------------------- the step itself
 
@@ -389,11 +467,31 @@ class CapabilityGuard:
             self._recorder.update(self._gradients())
             self.seconds["record"] += time.perf_counter() - started_recording
             started += time.perf_counter() - started_recording
+        elif self._recorder is not None:
+            self._recorder.discard()
+        started += self._record_newcomers(own)
+        self._settle_probes()
         if len(self._stack) and self.apply_to == "grad":
             self._edit_gradients(own)
         if len(self._stack) and self.apply_to == "update" and self.track_energy:
             self._snapshot = [p.clone() for p in self._locals()]
         self.seconds["act"] += time.perf_counter() - started
+
+    def _record_newcomers(self, own: str | None) -> float:
+        """Feeds the recording of the batch's own domain; returns seconds."""
+        if not self._newcomers:
+            return 0.0
+        started = time.perf_counter()
+        for name, newcomer in self._newcomers.items():
+            if name != own:
+                newcomer.recorder.discard()
+                continue
+            basis = newcomer.look(self._gradients(), self._locals())
+            if basis is not None:
+                self._adopt(basis)
+        spent = time.perf_counter() - started
+        self.seconds["record"] += spent
+        return spent
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -410,8 +508,7 @@ class CapabilityGuard:
         }
         self._statistics.steps += 1
         self._steps_here += 1
-        if self._since_probe is not None:
-            self._since_probe += 1
+        self._probes.step()
         self.seconds["act"] += time.perf_counter() - started
 
     def _edit_update(self, own: str | None) -> None:
@@ -473,7 +570,17 @@ class CapabilityGuard:
             stack.frame(own),
             stack.displacement,
             stack.all_finite(c),
+            self._fallback(),
         )
+
+    def _fallback(self) -> Tensor | None:
+        """``[K]`` bool: rows whose probes cannot be trusted; None where none are."""
+        if self.rule != "probed" or not (names := self._probes.distrusted(self.history)):
+            return None
+        mask = torch.zeros(self._stack.rows, dtype=torch.bool, device=self.device)
+        for name in names:
+            mask[self._stack.columns(name)] = True
+        return mask
 
     def _cap(self, x: Tensor, c: Tensor, own: str | None) -> Tensor | float:
         if self.norm_cap is None:
@@ -481,6 +588,14 @@ class CapabilityGuard:
         inner = self._stack.frame(own).inside(c).square()
         inside, size = self._stack.column_sums(torch.stack([inner, x * self._stack.overlap_times(x)])).sum(-1)
         return (self.norm_cap * inside.sqrt() / size.clamp_min(0.0).sqrt().clamp_min(1e-30)).clamp_max(1.0)
+
+    @torch.no_grad()
+    def remove_(self, gradient: Sequence[Tensor]) -> None:
+        """Removes what lies in the span of all history from a gradient, in place, without any rule's memory (GPM)."""
+        stack = self._stack
+        if len(stack):
+            frame = stack.frame(None)
+            stack.edit_(list(gradient), -frame.out(frame.into(stack.project(gradient))))
 
     # ----------------------------------------------------------------------------------------------------------- state
 
@@ -497,7 +612,7 @@ class CapabilityGuard:
             "state": {name: self._stack.unpack(value) for name, value in vars(self._state).items()},
             "q_prev": self._stack.unpack(self._q_prev),
             "q_start": self._stack.unpack(self._q_start),
-            "since_probe": self._since_probe,
+            "probes": self._probes.state_dict(),
             "statistics": self._statistics.state_dict(self.history, self.device),
             "steps_here": self._steps_here,
             "displaced": dict(self._displaced),
@@ -521,7 +636,7 @@ class CapabilityGuard:
             self._stack.pack_(getattr(self._state, name), value)
         self._stack.pack_(self._q_prev, state["q_prev"])
         self._stack.pack_(self._q_start, state["q_start"])
-        self._since_probe = state["since_probe"]
+        self._probes.load_state_dict(state["probes"])
         self._statistics.load_state_dict(state["statistics"])
         self._steps_here, self._displaced = state["steps_here"], dict(state["displaced"])
         self._seen.update(dict.fromkeys(state["seen"]))
@@ -573,6 +688,8 @@ class CapabilityGuard:
             "touched_share": self._statistics.touched_share,
             "domains": domains,
             "open_windows": [n for n in self._seen if n not in self.history] + blind,
+            "recording": {name: newcomer.as_dict() for name, newcomer in self._newcomers.items()},
+            **({"probes": self._probes.report(self.history)} if self.rule == "probed" else {}),
             "seconds": dict(self.seconds),
             "communication": {
                 "elements": self.layout.shards.elements,
@@ -631,14 +748,14 @@ class CapabilityGuard:
         """
         self._close()
         self._state.begin_stage()
-        self._since_probe = None
+        self._probes.restart()
         if len(self._stack):
             self._q_start = self._stack.project(self._locals())
             self._q_prev = self._q_start.clone()
 
     def _settings(self) -> dict[str, Any]:
         """What decides how steps are corrected, for comparison with a saved state."""
-        names = ("rule", "combine", "apply_to", "z", "beta", "norm_cap", "max_grad_norm", "probe_every")
+        names = ("rule", "combine", "apply_to", "z", "beta", "norm_cap", "max_grad_norm", "probe_every", "probe_adaptive")
         weights = {name: dict(v) if isinstance(v, Mapping) else v for name, v in self._weights.items()}
         return {
             **{name: getattr(self, name) for name in names},

@@ -5,7 +5,8 @@ Two families. *Weight* rules give each component of this step a weight w (1 pass
                     noise, which the rule rectifies into a drift. Kept for comparison.
     significance    sign only where ``|c| > z * sigma``, sigma from a moving average of c^2
     ema             sign of a moving average of c
-    probed          a direction counts as aligned when it lowers the earlier domain's loss *now*, by a recent probe gradient
+    probed          a direction counts as aligned when it lowers the earlier domain's loss *now*, by a recent probe gradient; without
+                    one that can be trusted, bounded
 *Displacement* rules act on P, the displacement accumulated since the stage began, in the combine rule's frame: a step applies
 ``f(P_new) - f(P_old)``, so the net displacement always is f(P) and noise averages out instead of accumulating.
     integrated      f(P) = w P with w = aligned for P > 0, conflict for P < 0
@@ -32,7 +33,7 @@ MEMORY: dict[Rule, tuple[str, ...]] = {
     "integrated": ("p",),
     "bounded": ("p",),
     "remove": ("p",),
-    "probed": ("probe",),
+    "probed": ("p", "probe"),
 }
 """What each rule remembers, see :class:`RuleState`."""
 
@@ -110,6 +111,7 @@ def decide(
     frame: Frame,
     displacement: Tensor,
     finite: Tensor | None = None,
+    fallback: Tensor | None = None,
 ) -> Tensor:
     """The correction of one step, and the rule's memory moved on (MATH: rules).
 
@@ -121,6 +123,7 @@ def decide(
         params, frame: see their classes.
         displacement: h ``[T, K]``, the recorded stages' displacement along each row.
         finite: 0-d bool, whether every c is; None looks at c, which sees this process's rows only.
+        fallback: ``[K]`` bool, rows that rule "probed" treats as "bounded" does, because their signs cannot be trusted.
 
     Returns:
         x ``[T, K]``: the step ``g`` (gradient, or negated parameter change) becomes ``g - A^T x``.
@@ -128,12 +131,7 @@ def decide(
     acting = active & (c.isfinite().all() if finite is None else finite)
     c = torch.where(active, c, 0.0)
     if rule in ("integrated", "bounded", "remove"):
-        before, after = frame.into(state.p), frame.into(c)
-        after = before + after
-        state.p = torch.where(acting, state.p + c, state.p)
-        kept = _attained(rule, after, params, frame.reach, displacement)
-        kept = kept - _attained(rule, before, params, frame.reach, displacement)
-        return frame.out((after - before) - kept)
+        return frame.out(_by_displacement(rule, c, frame.into(c), acting, state, params, frame, displacement))
     if rule == "instant":
         sign = c
     elif rule == "significance":
@@ -151,4 +149,28 @@ def decide(
             setattr(state, name, torch.where(acting, params.beta * old + (1 - params.beta) * value, old))
     if "count" in MEMORY[rule]:
         state.count = torch.where(acting, state.count + 1, state.count)
-    return frame.out((1 - _by_sign(sign, params)) * frame.into(c))
+    inside = frame.into(c)
+    change = (1 - _by_sign(sign, params)) * inside
+    if rule == "probed":
+        bounded = _by_displacement("bounded", c, inside, acting, state, params, frame, displacement)
+        change = change if fallback is None else torch.where(fallback, bounded, change)
+    return frame.out(change)
+
+
+def _by_displacement(
+    rule: Rule,
+    c: Tensor,
+    inside: Tensor,
+    acting: Tensor,
+    state: RuleState,
+    params: RuleParams,
+    frame: Frame,
+    displacement: Tensor,
+) -> Tensor:
+    """Change of components by a displacement rule, ``inside`` being the components of c; moves p on."""
+    before = frame.into(state.p)
+    after = before + inside
+    state.p = torch.where(acting, state.p + c, state.p)
+    kept = _attained(rule, after, params, frame.reach, displacement)
+    kept = kept - _attained(rule, before, params, frame.reach, displacement)
+    return (after - before) - kept

@@ -54,6 +54,9 @@ class BlockRecorder:
     def end(self) -> None:
         """Nothing to do."""
 
+    def discard(self) -> None:
+        """Nothing to do."""
+
     def update(self, grads: Sequence[Tensor]) -> None:
         """Counts a step."""
         self.steps += 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,19 @@ class InputRecorder:
     def _world(self) -> int:
         return dist.get_world_size(self.group) if self.group is not None else 1
 
-    def observe(self) -> None:
-        """Takes what the hooks have seen since the last step into the sketches."""
+    def discard(self) -> None:
+        """Forgets what the hooks have seen since the last step."""
+        self._buffer.clear()
+
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        """Inside, a forward pass counts whether it has gradients or not: to show prompts of the domain by themselves."""
+        self.discard()
+        self._observing = True
+        try:
+            yield
+        finally:
+            self._observing = False
         self._absorb()
 
     def update(self, grads: Sequence[Tensor]) -> None:
@@ -202,7 +214,7 @@ class InputRecorder:
         if all(float(total) == 0 for total in self._total.values()):
             raise RuntimeError(
                 f"stage {self.domain!r}: expected forward passes with gradients inside the stage, found none; run the domain's "
-                "prompts through the model inside guard.stage(...), or inside guard.observing()"
+                "prompts through the model inside the stage, or inside recorder.observing()"
             )
         layout, pieces = self.layout, self.layout.shards.pieces
         left, right, values, moved = {}, {}, {}, {}

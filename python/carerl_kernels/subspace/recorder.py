@@ -31,6 +31,9 @@ class Recorder(Protocol):
     def update(self, grads: Sequence[Tensor]) -> None:
         """Takes in the gradient of one optimizer step."""
 
+    def discard(self) -> None:
+        """A step of another domain was taken: what forward passes fed in since the last one was not this domain's."""
+
     def finish(self, parameters: Sequence[Tensor]) -> StoredBasis:
         """The basis of the stage, given the parameters at its end."""
 
@@ -77,6 +80,9 @@ class StageRecorder:
         """Nothing to do: gradients come by themselves."""
 
     def end(self) -> None:
+        """Nothing to do."""
+
+    def discard(self) -> None:
         """Nothing to do."""
 
     def update(self, grads: Sequence[Tensor]) -> None:

@@ -1,0 +1,218 @@
+"""Other ways to keep domains from eating each other, for comparison: one protocol, one table of what each stores and costs.
+
+All but GPM work on one gradient per domain of the same step, and all of those are functions of the D x D inner products: the
+edited gradient is a weighted sum of the domains' gradients, so that two passes over them suffice, sharded or not.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..subspace.shards import Shards, is_sharded_type, local
+from .build import trainable
+from .guard import CapabilityGuard
+
+Gradients = Mapping[str, Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one editor, per step with D domains, in multiples of the number N of parameters unless said otherwise.
+
+    Attributes:
+        backward: backward passes; stored: gradients kept at a time beside the optimizer's; history: what is kept of earlier
+            stages, in words; passes: reads and writes of N elements; summed: numbers all-reduced when sharded.
+    """
+
+    backward: int
+    stored: int
+    history: str
+    passes: int
+    summed: int
+
+
+class Editor(Protocol):
+    """Makes one gradient out of one per domain."""
+
+    def combine(self, gradients: Gradients) -> list[Tensor]:
+        """The edited gradient, a tensor per parameter, in order.
+
+        Args:
+            gradients: per domain a tensor per parameter (of sharded ones the local parts).
+
+        Raises:
+            ValueError: no domains, or different numbers of tensors.
+        """
+
+    def cost(self, domains: int) -> Cost: ...
+
+
+class GramEditor:
+    """Weighted sums of the domains' gradients, weights a function of their inner products.
+
+    Args:
+        weigh: gives weights ``[D]`` float64 from the Gram matrix ``[D, D]`` float64 (on the CPU).
+        per_module: one Gram matrix per module instead of one for all parameters: conflicts are looked for where they are.
+        names: of the parameters, needed per module: those that share everything before the last dot belong together.
+        shards: of sharded parameters.
+    """
+
+    def __init__(
+        self,
+        weigh: Callable[[Tensor], Tensor],
+        per_module: bool = False,
+        names: Sequence[str] = (),
+        shards: Shards | None = None,
+    ):
+        self.weigh, self.shards = weigh, shards
+        self._modules: list[int] | None = None
+        if per_module:
+            if not names:
+                raise ValueError("per_module: expected the names of the parameters, found none")
+            numbers: dict[str, int] = {}
+            self._modules = [numbers.setdefault(name.rpartition(".")[0], len(numbers)) for name in names]
+
+    @torch.no_grad()
+    def combine(self, gradients: Gradients) -> list[Tensor]:
+        """See :class:`Editor`."""
+        rows = [list(g) for g in gradients.values()]
+        counts = sorted({len(g) for g in rows})
+        if len(counts) != 1 or counts[0] == 0:
+            raise ValueError(f"expected the same number of tensors for every domain, found {counts or 'no domains'}")
+        modules = self._modules or [0] * counts[0]
+        if len(modules) != counts[0]:
+            raise ValueError(f"expected a tensor per parameter, {len(modules)}, found {counts[0]}")
+        D, device = len(rows), rows[0][0].device
+        grams = torch.zeros(max(modules) + 1, D, D, dtype=torch.float64, device=device)
+        for index, module in enumerate(modules):
+            for i in range(D):
+                for j in range(i + 1):
+                    grams[module, i, j] += _dot(rows[i][index], rows[j][index]).to(device)
+        if self.shards is not None:
+            self.shards.sum_(grams)
+        grams = grams + grams.mT - torch.diag_embed(grams.diagonal(dim1=-2, dim2=-1))
+        weights = torch.stack([self.weigh(gram) for gram in grams.cpu()]).tolist()
+        out = []
+        for index, module in enumerate(modules):
+            total = rows[0][index] * weights[module][0]
+            for i in range(1, D):
+                total.add_(rows[i][index], alpha=weights[module][i])
+            out.append(total)
+        return out
+
+    def cost(self, domains: int) -> Cost:
+        """See :class:`Editor`."""
+        modules = max(self._modules) + 1 if self._modules else 1
+        return Cost(domains, domains, "nothing", 2 * domains + 1, modules * domains**2)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.reshape(-1).float(), b.reshape(-1).float()).double() if a.numel() else a.new_zeros((), dtype=torch.float64)
+
+
+class PCGrad(GramEditor):
+    """Projecting conflicting gradients (Yu et al. 2020, arXiv:2001.06782): from each domain's gradient, what opposes another's is
+    removed, in random order; the results are averaged.
+
+    Args:
+        seed: of the order, which has to be the same in every process.
+        per_module, names, shards: see :class:`GramEditor`.
+    """
+
+    def __init__(self, seed: int = 0, per_module: bool = False, names: Sequence[str] = (), shards: Shards | None = None):
+        super().__init__(self._project, per_module, names, shards)
+        self._rng = random.Random(seed)
+
+    def _project(self, gram: Tensor) -> Tensor:
+        D = gram.shape[0]
+        total = torch.zeros(D, dtype=torch.float64)
+        for i in range(D):
+            weights = torch.zeros(D, dtype=torch.float64)  # of this gradient, edited so far
+            weights[i] = 1.0
+            for j in self._rng.sample([j for j in range(D) if j != i], D - 1):
+                along = weights @ gram[:, j]
+                if along < 0 and gram[j, j] > 0:
+                    weights[j] -= along / gram[j, j]
+            total += weights
+        return total / D
+
+
+def modular_surgery(model: nn.Module, seed: int = 0) -> PCGrad:
+    """Modular gradient surgery (arXiv:2602.02301): PCGrad within every module, because domains that agree over the whole
+    model may still fight over one of its layers."""
+    named = trainable(model)
+    return PCGrad(seed, True, [name for name, _ in named], Shards.of(named))
+
+
+def torchjd_editor(weighting: Callable[[Any], Tensor], shards: Shards | None = None) -> GramEditor:
+    """Any of TorchJD's Gramian weightings (``torchjd.aggregation.UPGradWeighting()`` and others; pip install
+    'carerl-kernels[editors]'): they see the inner products only, so nothing is flattened or gathered."""
+    return GramEditor(lambda gram: weighting(gram).double(), shards=shards)
+
+
+class GPM:
+    """Gradient projection memory (Saha et al. 2021, arXiv:2103.09762): what lies in the span of earlier stages' inputs is
+    removed from the summed gradient.
+
+    Args:
+        guard: built with ``basis="input"`` (or "per_matrix" for gradient subspaces), ``rule="remove"``, ``apply_to="grad"``
+            and its history added. It need not be attached.
+    """
+
+    def __init__(self, guard: CapabilityGuard):
+        if (guard.rule, guard.apply_to) != ("remove", "grad"):
+            raise ValueError(
+                f"GPM: expected a guard with rule='remove' and apply_to='grad', found {guard.rule!r} and {guard.apply_to!r}"
+            )
+        self.guard = guard
+
+    @torch.no_grad()
+    def combine(self, gradients: Gradients) -> list[Tensor]:
+        """See :class:`Editor`."""
+        total = GramEditor(lambda gram: torch.full((gram.shape[0],), 1 / gram.shape[0], dtype=torch.float64)).combine(gradients)
+        self.guard.remove_(total)
+        return total
+
+    def cost(self, domains: int) -> Cost:
+        """See :class:`Editor`."""
+        report = self.guard.report()
+        return Cost(1, 1, f"{report['memory']:,} bytes of directions", 4, self.guard.layout.T * self.guard.layout.width)
+
+
+def domain_gradients(model: nn.Module, losses: Mapping[str, Callable[[], Tensor]]) -> dict[str, list[Tensor]]:
+    """One gradient per domain: a backward pass each; ``p.grad`` is empty afterwards. What was in it is dropped."""
+    parameters = [p for _, p in trainable(model)]
+    out = {}
+    for name, loss in losses.items():
+        for p in parameters:
+            p.grad = None
+        loss().backward()
+        out[name] = [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in parameters]
+    for p in parameters:
+        p.grad = None
+    return out
+
+
+def assign(model: nn.Module, gradient: Sequence[Tensor]) -> None:
+    """Puts an edited gradient where the optimizer looks for it."""
+    for (_, p), g in zip(trainable(model), gradient, strict=True):
+        if is_sharded_type(p):
+            p.grad = torch.zeros_like(p)
+            local(p.grad).copy_(g)
+        else:
+            p.grad = g
+
+
+def table(editors: Mapping[str, Editor], domains: int = 3) -> str:
+    """What each editor stores and costs, as a Markdown table."""
+    lines = ["| editor | backward passes | gradients stored | history | passes over N | numbers summed |", "|---|---|---|---|---|---|"]
+    for name, editor in editors.items():
+        c = editor.cost(domains)
+        lines.append(f"| {name} | {c.backward} | {c.stored} | {c.history} | {c.passes} | {c.summed} |")
+    return "\n".join(lines)

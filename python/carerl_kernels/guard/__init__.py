@@ -2,6 +2,7 @@
 
 from .frames import COMBINES
 from .guard import CapabilityGuard
+from .probes import PromptStore
 from .rules import RULES
 
-__all__ = ["COMBINES", "RULES", "CapabilityGuard"]
+__all__ = ["COMBINES", "RULES", "CapabilityGuard", "PromptStore"]

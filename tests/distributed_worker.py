@@ -244,6 +244,24 @@ def checkpoint(run: Run) -> None:
     run.save("checkpoint", parameters=run.whole(guard.parameters))
 
 
+def dying(run: Run) -> None:
+    """The second process is killed in the middle of the second stage."""
+    import os
+    import signal
+
+    model = run.shard(make_model())
+    guard = CapabilityGuard(model, "remove", basis="flat", k=K)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    guard.attach(optimizer)
+    for name in ("math", "chat"):
+        with guard.stage(name, path=run.folder / f"dying-{name}.safetensors"):
+            run.train(model, optimizer, range(3))
+            if name == "chat" and run.rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            run.train(model, optimizer, range(3, 6))
+        print(f"{name} recorded", flush=True)
+
+
 SCENARIOS = {
     "fsdp_flat": lambda run: fsdp(run, "flat", "integrated"),
     "fsdp_per_matrix": lambda run: fsdp(run, "per_matrix", "bounded"),
@@ -271,7 +289,7 @@ def main() -> None:
         )
     run = Run(rank, world, folder)
     for name in names:
-        SCENARIOS[name](run)
+        {**SCENARIOS, "dying": dying}[name](run)
         if world > 1:
             dist.barrier()
     if world > 1:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._ops import block_of
 from .layout import Kind, Layout
-from .saving import Part, save_parts
+from .saving import Part, check_sums, save_parts
 from .shards import Shards
 
 FORMAT = "carerl-basis"
@@ -85,6 +85,13 @@ class StoredBasis(ABC):
                 info = _read_info(path, file.metadata() or {})
                 kind = FactoredBasis if info.kind in ("block", "input") else DomainBasis
                 basis = kind._read(path, info, file, layout)
+                if layout is None:  # a part of a file cannot be checked by itself
+                    whole = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                    if wrong := check_sums(file.metadata() or {}, whole):
+                        raise BasisError(
+                            f"{path}: damaged basis file: {', '.join(wrong)} changed since it was written; record or copy it "
+                            "again"
+                        )
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, BasisError):
                 raise

@@ -88,7 +88,9 @@ def fsdp(run: Run, kind: str, rule: str) -> None:
     model = run.shard(make_model())
     size = {"k": K} if kind in ("flat", "per_matrix") else {"r": R}
     guard = CapabilityGuard(model, rule, basis=kind, track_energy=True, **size)
-    parts = 1 if kind == "input" else 2  # input bases look at the first micro-batch of a step: other data on other worlds
+    parts = (
+        1 if kind == "input" else 2
+    )  # input bases look at the first micro-batch of a step: other data on other worlds
     stages(run, model, guard, f"fsdp_{kind}", parts, clip=1.0)
 
 
@@ -284,7 +286,10 @@ def main() -> None:
     torch.set_num_threads(1)
     if world > 1:
         dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/rendezvous-{world}", rank=rank, world_size=world,
+            "gloo",
+            init_method=f"file://{folder}/rendezvous-{world}",
+            rank=rank,
+            world_size=world,
             timeout=timedelta(seconds=60),
         )
     run = Run(rank, world, folder)

@@ -64,7 +64,9 @@ def test_inspect_and_quantize(kind, stages, tmp_path):
     assert f"domain chat, {kind}, k = " in text and "follows math" in text
     small = tmp_path / "small.safetensors"
     assert "was" in invoke("quantize", math, "--out", small)
-    assert json.loads(invoke("inspect", small, "--json"))[0]["dtype"] == ("int8" if "block" != kind != "input" else "bfloat16")
+    assert json.loads(invoke("inspect", small, "--json"))[0]["dtype"] == (
+        "int8" if "block" != kind != "input" else "bfloat16"
+    )
     CapabilityGuard.load(small, model=stages[kind, "model"])
 
 
@@ -77,7 +79,9 @@ def test_merge_of_rows_holds_the_leading_energy_of_the_union(stages, tmp_path):
         model = stages[kind, "model"]
         rows = [dense(b.directions, model, kind, K) for b in (*parts, merged)]
         for t, (a, b, c) in enumerate(zip(*rows, strict=True)):
-            weighted = np.concatenate([s.singular_values[t].numpy()[:, None] * u for s, u in zip(parts, (a, b), strict=True)])
+            weighted = np.concatenate(
+                [s.singular_values[t].numpy()[:, None] * u for s, u in zip(parts, (a, b), strict=True)]
+            )
             best = np.linalg.svd(weighted, compute_uv=False)[:K]
             np.testing.assert_allclose(merged.singular_values[t], best, rtol=1e-5, atol=1e-6)
             np.testing.assert_allclose(np.square(weighted @ c.T).sum(), np.square(best).sum(), rtol=1e-5)
@@ -116,7 +120,7 @@ def test_merge_refuses_what_does_not_belong_together(stages):
     flat, block = StoredBasis.load(stages["flat", "math"]), StoredBasis.load(stages["block", "math"])
     with pytest.raises(BasisError, match="expected at least two bases, found 1"):
         merge([flat], "x")
-    with pytest.raises(BasisError, match="expected a flat basis over the parameters of domain 'math', found .* block"):
+    with pytest.raises(BasisError, match=r"expected a flat basis over the parameters of domain 'math', found .* block"):
         merge([flat, block], "x")
     message = invoke("merge", stages["flat", "math"], stages["block", "chat"], "--out", "x", code=1)
     assert "carerl basis merge: merge: expected a flat basis" in message

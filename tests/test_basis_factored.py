@@ -7,7 +7,7 @@ import pytest
 import torch
 from carerl_kernels import BasisError, CapabilityGuard, DomainBasis
 from carerl_kernels.guard import COMBINES
-from carerl_kernels.subspace import FactoredBasis, MatrixLayout, StoredBasis
+from carerl_kernels.subspace import FactoredBasis, StoredBasis
 from carerl_kernels.subspace.block import leading_factors
 from carerl_kernels.subspace.shards import Shards
 from factored_helpers import FactoredWalk, make_factored
@@ -312,17 +312,16 @@ def test_files_quantise_and_name_what_is_wrong(tmp_path):
         CapabilityGuard(model, basis="input", basis_dtype=torch.int8)
     with pytest.raises(ValueError, match="covers weight matrices: expected at least one"):
         CapabilityGuard(torch.nn.LayerNorm(4), basis="block")
-    with pytest.raises(RuntimeError, match="built from a module"):
-        with CapabilityGuard(list(model.named_parameters()), basis="input").stage("math"):
-            pass
-    with pytest.raises(RuntimeError, match="expected forward passes with gradients inside the stage"):
-        unseen = CapabilityGuard(model, basis="input")
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        unseen.attach(optimizer)
-        with unseen.stage("math"):
-            for p in model.parameters():
-                p.grad = torch.ones_like(p)
-            optimizer.step()
+    pairs = CapabilityGuard(list(model.named_parameters()), basis="input")
+    with pytest.raises(RuntimeError, match="built from a module"), pairs.stage("math"):
+        pass
+    unseen = CapabilityGuard(model, basis="input")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    unseen.attach(optimizer)
+    with pytest.raises(RuntimeError, match="forward passes with gradients inside"), unseen.stage("math"):  # noqa: PT012
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
 
 
 @pytest.mark.parametrize("kind", ["block", "input"])

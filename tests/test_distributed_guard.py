@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -25,8 +23,8 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
 def launch(scenarios: str, rank: int, world: int, folder: Path) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(WORKER), scenarios, str(rank), str(world), str(folder)]
-    log = open(folder / f"log-{world}-{rank}", "w")
-    return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    with open(folder / f"log-{world}-{rank}", "w") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
 def run_world(scenarios: str, world: int, folder: Path) -> None:
@@ -165,7 +163,7 @@ def test_one_process_with_a_nan_makes_all_drop_the_step(folder, world):
         assert one["same"] and one["dropped"] == 1
 
 
-@pytest.mark.parametrize("world", (1, *WORLDS))
+@pytest.mark.parametrize("world", [1, *WORLDS])
 def test_every_process_hears_of_a_full_disk(folder, world):
     for one in results(folder, "full_disk", world):
         assert one["intact"] and "unchanged; free space" in one["message"]

@@ -58,7 +58,7 @@ def test_kill_9_during_save_leaves_the_old_file_or_the_new_one(kind, tmp_path):
         left = [p for p in tmp_path.iterdir() if p != path]
         killed_inside += bool(left)
         for rest in left:
-            assert rest.name.startswith(".math.safetensors.") and rest.suffix == ".tmp"
+            assert rest.name.startswith(".")  # ours, or safetensors' own: never under a name that somebody loads
             rest.unlink()
     assert killed_inside > 0  # else nothing was tested
 

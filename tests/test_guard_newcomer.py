@@ -44,7 +44,9 @@ def test_a_newcomer_acts_once_above_the_noise_floor(kind, tmp_path):
         run.step("code")
         run.step("chat")
         report = run.guard.report()
-        seen.append(("code" in run.guard.history, "code" in report["open_windows"], report["recording"]["code"]["acting"]))
+        seen.append(
+            ("code" in run.guard.history, "code" in report["open_windows"], report["recording"]["code"]["acting"])
+        )
     first = next(i for i, (acting, *_) in enumerate(seen) if acting)
     assert 8 <= first < 29  # not before eight fresh gradients were explained
     assert all(window and not acting for _, window, acting in seen[:first])

@@ -67,7 +67,9 @@ def test_finite_in_finite_out(case, rule, combine, exponent):
         assert all(v.isfinite().all() for v in vars(state).values())
 
 
-@given(case=cases, weights=st.tuples(st.floats(1, 2), st.floats(0, 1)), rule=st.sampled_from(["instant", "ema", "probed"]))
+@given(
+    case=cases, weights=st.tuples(st.floats(1, 2), st.floats(0, 1)), rule=st.sampled_from(["instant", "ema", "probed"])
+)
 def test_symmetric_edit_stays_in_its_spectrum(case, weights, rule):
     """<g, g'> >= min(1, min w)|g|^2 and |g'| <= max(1, max w)|g|, whatever the overlap."""
     rng, A, active, frame = build(case, "symmetric")
@@ -85,7 +87,11 @@ def test_symmetric_edit_stays_in_its_spectrum(case, weights, rule):
     assert edited @ edited <= max(1, weights[0]) ** 2 * (g @ g) + slack
 
 
-@given(case=cases, combine=st.sampled_from(COMBINES), rule=st.sampled_from(["instant", "significance", "ema", "integrated", "probed"]))
+@given(
+    case=cases,
+    combine=st.sampled_from(COMBINES),
+    rule=st.sampled_from(["instant", "significance", "ema", "integrated", "probed"]),
+)
 def test_weight_one_is_exactly_nothing(case, combine, rule):
     rng, A, active, frame = build(case, combine)
     state = RuleState.zeros(rule, 1, case["K"], torch.device("cpu"))
@@ -109,7 +115,9 @@ def test_duplicating_a_domain_changes_nothing(seed, rule):
         )  # fmt: skip
         state = RuleState.zeros(rule, 1, K, torch.device("cpu"))
         c = torch.from_numpy(stack @ g).unsqueeze(0)
-        x = decide(rule, c, torch.ones(K, dtype=torch.bool), state, params(K, 1.0, 0.0), frame, torch.ones(1, K).double())
+        x = decide(
+            rule, c, torch.ones(K, dtype=torch.bool), state, params(K, 1.0, 0.0), frame, torch.ones(1, K).double()
+        )
         edited.append(g - stack.T @ x[0].numpy())
     np.testing.assert_allclose(edited[0], edited[1], atol=1e-9)
 
@@ -140,4 +148,6 @@ def test_block_edits_stay_in_their_spectrum(seed, overlap, names, weights):
         inner, size, after = (float((a * b).sum()) for a, b in ((g, e), (g, g), (e, e)))
         assert inner >= min(1, weights[1]) * size - 1e-4 * size
         assert after <= max(1, weights[0]) ** 2 * size + 1e-4 * size
-    torch.testing.assert_close(stack.overlap_times(x), stack.project([a - b for a, b in zip(G, edited, strict=True)]), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        stack.overlap_times(x), stack.project([a - b for a, b in zip(G, edited, strict=True)]), atol=1e-5, rtol=1e-4
+    )

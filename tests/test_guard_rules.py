@@ -7,7 +7,7 @@ import pytest
 import torch
 from carerl_kernels import CapabilityGuard
 from carerl_kernels.guard import COMBINES, RULES
-from guard_helpers import Walk, make_history, make_model
+from guard_helpers import Walk, blocks, make_history, make_model
 
 OPTIMIZERS = {
     "adamw": lambda params: torch.optim.AdamW(params, lr=3e-3, weight_decay=0.1),
@@ -287,3 +287,31 @@ def test_clipping_after_the_edit_in_grad_mode():
     optimizer.step()
     norm = torch.stack([p.grad.norm() for p in walk.params]).norm()
     assert float(norm) == pytest.approx(0.01, rel=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "seen"), [(torch.float32, True), (torch.int8, False)])
+def test_signs_within_the_rounding_of_int8_directions_count_for_nothing(dtype, seen):
+    """tau >= 3 delta |g| / sqrt(N), wherever |g| is known: here in grad mode."""
+    walk = Walk("instant", apply_to="grad", basis_dtype=dtype, overlap=0.0)
+    walk.guard.attach(torch.optim.SGD(walk.params, lr=0.1))
+    torch.manual_seed(0)
+    raw = [torch.randn_like(p) for p in walk.params]
+    flat = walk.blocks_of(raw)
+    for p, g in zip(walk.params, raw, strict=True):
+        p.grad = g
+    # make every coefficient conflict by a little: less than rounding of the directions could do
+    rms = np.sqrt(sum(np.square(f).sum() for f in flat) / sum(p.numel() for p in walk.params))
+    rows = [o.A for o in walk.oracles]
+    wanted = [f - A.T @ np.linalg.pinv(A @ A.T) @ (A @ f + 0.001 * rms) for A, f in zip(rows, flat, strict=True)]
+    at = [0] * len(walk.params)
+    for block, part in zip(blocks(walk.model, walk.kind, walk.k), wanted, strict=True):
+        start = 0
+        for i in block:
+            n = walk.params[i].numel()
+            walk.params[i].grad.copy_(torch.from_numpy(part[start : start + n]).view_as(walk.params[i]))
+            start, at[i] = start + n, 1
+    assert all(at)
+    before = [p.grad.clone() for p in walk.params]
+    walk.guard._edit_gradients(None)
+    changed = any(not torch.equal(p.grad, b) for p, b in zip(walk.params, before, strict=True))
+    assert changed == seen

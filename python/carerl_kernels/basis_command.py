@@ -6,12 +6,15 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-basis = typer.Typer(help="Basis files: inspect, validate, merge, quantize; plan what a kind costs.", no_args_is_help=True)
+basis = typer.Typer(
+    help="Basis files: inspect, validate, merge, quantize; plan what a kind costs.", no_args_is_help=True
+)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
@@ -67,7 +70,9 @@ def inspect(files: Annotated[list[Path], typer.Argument(help="Basis files.")], a
         )
         captured = fact["gradient_capture"]
         energy = "" if captured is None else f"{captured:.1%} of the gradients' energy (input bases: the inputs'), "
-        typer.echo(f"  holds {energy}{fact['displacement_capture']:.1%} of the stage's change; {fact['steps']} steps seen")
+        typer.echo(
+            f"  holds {energy}{fact['displacement_capture']:.1%} of the stage's change; {fact['steps']} steps seen"
+        )
         typer.echo(f"  orthonormal to {fact['orthonormality']:.1e}")
         after = f", follows {', '.join(fact['follows'])}" if fact["follows"] else ""
         typer.echo(f"  start {fact['start_hash'] or '-'}, end {fact['end_hash'] or '-'}{after}")
@@ -142,7 +147,9 @@ def merge(
     files: Annotated[list[Path], typer.Argument(help="Basis files of one model and kind, oldest first.")],
     out: Annotated[Path, typer.Option(help="File to write.")],
     domain: Annotated[str | None, typer.Option(help="Name of the result; the names joined by + by default.")] = None,
-    k: Annotated[int | None, typer.Option(min=1, help="Directions, or rank; that of the first file by default.")] = None,
+    k: Annotated[
+        int | None, typer.Option(min=1, help="Directions, or rank; that of the first file by default.")
+    ] = None,
 ) -> None:
     """Compress several domains into one basis. What is given up is printed: compressed history protects less."""
     from .subspace import StoredBasis
@@ -199,16 +206,17 @@ def _validate(file: Path, folder: Path, prompts: Path, batch: int, gradients: in
             raw = json.loads(line)
             examples.append(Example(raw["prompt"], answer=raw["answer"]))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'{prompts}, line {number}: expected {{"prompt": ..., "answer": ...}} ({error})') from error
+            raise ValueError(
+                f'{prompts}, line {number}: expected {{"prompt": ..., "answer": ...}} ({error})'
+            ) from error
     network = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name in stored.info.names)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     tokens = special_tokens(tokenizer, network)
     batches = [examples[i : i + batch] for i in range(0, len(examples) - batch + 1, batch)][:gradients]
-    return validated(
-        stored, network, [lambda b=b: answer_loss(network, tokenizer, b, tokens) for b in batches], seed
-    )
+    losses = [partial(answer_loss, network, tokenizer, part, tokens) for part in batches]
+    return validated(stored, network, losses, seed)
 
 
 @basis.command()

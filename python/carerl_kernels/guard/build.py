@@ -59,7 +59,11 @@ def rank_of(kind: Kind, k: int | None, r: int | None) -> int:
 
 
 def lay_out(
-    named: list[tuple[str, nn.Parameter]], kind: Kind, k: int, group: Any, sites: dict[str, tuple[nn.Module, Side]] | None
+    named: list[tuple[str, nn.Parameter]],
+    kind: Kind,
+    k: int,
+    group: Any,
+    sites: dict[str, tuple[nn.Module, Side]] | None,
 ) -> Layout | MatrixLayout:
     """The layout of a kind of basis over these parameters."""
     if kind in get_args(FactoredKind):
@@ -68,9 +72,7 @@ def lay_out(
     return Layout.of(named, kind, k, group)  # type: ignore[arg-type]
 
 
-def sites_of(
-    model: Any, named: list[tuple[str, nn.Parameter]], kind: Kind
-) -> dict[str, tuple[nn.Module, Side]] | None:
+def sites_of(model: Any, named: list[tuple[str, nn.Parameter]], kind: Kind) -> dict[str, tuple[nn.Module, Side]] | None:
     """Whose inputs an input basis records; None where that is not known or not needed."""
     return input_sites(model, named) if kind == "input" and isinstance(model, nn.Module) else None
 

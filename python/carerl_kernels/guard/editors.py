@@ -113,7 +113,11 @@ class GramEditor:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.dot(a.reshape(-1).float(), b.reshape(-1).float()).double() if a.numel() else a.new_zeros((), dtype=torch.float64)
+    return (
+        torch.dot(a.reshape(-1).float(), b.reshape(-1).float()).double()
+        if a.numel()
+        else a.new_zeros((), dtype=torch.float64)
+    )
 
 
 class PCGrad(GramEditor):
@@ -125,7 +129,9 @@ class PCGrad(GramEditor):
         per_module, names, shards: see :class:`GramEditor`.
     """
 
-    def __init__(self, seed: int = 0, per_module: bool = False, names: Sequence[str] = (), shards: Shards | None = None):
+    def __init__(
+        self, seed: int = 0, per_module: bool = False, names: Sequence[str] = (), shards: Shards | None = None
+    ):
         super().__init__(self._project, per_module, names, shards)
         self._rng = random.Random(seed)
 
@@ -175,7 +181,9 @@ class GPM:
     @torch.no_grad()
     def combine(self, gradients: Gradients) -> list[Tensor]:
         """See :class:`Editor`."""
-        total = GramEditor(lambda gram: torch.full((gram.shape[0],), 1 / gram.shape[0], dtype=torch.float64)).combine(gradients)
+        total = GramEditor(lambda gram: torch.full((gram.shape[0],), 1 / gram.shape[0], dtype=torch.float64)).combine(
+            gradients
+        )
         self.guard.remove_(total)
         return total
 
@@ -211,7 +219,10 @@ def assign(model: nn.Module, gradient: Sequence[Tensor]) -> None:
 
 def table(editors: Mapping[str, Editor], domains: int = 3) -> str:
     """What each editor stores and costs, as a Markdown table."""
-    lines = ["| editor | backward passes | gradients stored | history | passes over N | numbers summed |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| editor | backward passes | gradients stored | history | passes over N | numbers summed |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, editor in editors.items():
         c = editor.cost(domains)
         lines.append(f"| {name} | {c.backward} | {c.stored} | {c.history} | {c.passes} | {c.summed} |")

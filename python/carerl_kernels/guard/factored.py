@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from ..subspace.matrices import Group, MatrixLayout, add_product_, full_precisio
 from .frames import Combine, DenseSpan, Frame, PairSpan, Span
 from .stack import Stack
 
-T = TypeVar("T")
 UNORIENTED = 1e-3
 """Coefficients of the stage's change below this share of the matrix's largest give a direction no orientation."""
 
@@ -172,8 +171,8 @@ class FactoredStack(Stack[MatrixLayout, FactoredBasis]):
 class BlockStack(FactoredStack):
     """Two-sided blocks: coefficients ``U_d^T G V_d`` of every domain, r x r each.
 
-    S factors into small matrices: ``(d, i, j)`` and ``(e, k, l)`` overlap by ``(U_d^T U_e)_ik (V_d^T V_e)_jl``, so ``S x`` costs next to
-    nothing. A root of S is needed only where several domains act at once.
+    S factors into small matrices: ``(d, i, j)`` and ``(e, k, l)`` overlap by ``(U_d^T U_e)_ik (V_d^T V_e)_jl``, so ``S x`` costs
+    next to nothing. A root of S is needed only where several domains act at once.
     """
 
     def _sum_(self, coeffs: Tensor) -> None:
@@ -233,17 +232,21 @@ class BlockStack(FactoredStack):
 class InputStack(FactoredStack):
     """One-sided input bases: coefficients ``G V_d``, a row per output; or ``G^T U_d``, a row per column.
 
-    All rows of a matrix share one overlap ``V_d^T V_e``. Sharded, the rows of right-sided matrices stay with their process: nothing
-    is sent.
+    All rows of a matrix share one overlap ``V_d^T V_e``. Sharded, the rows of right-sided matrices stay with their process:
+    nothing is sent.
     """
 
     def _sum_(self, coeffs: Tensor) -> None:
         shards = self.layout.shards
         left = [group.rows for group in self.layout.groups if group.side == "left"]
         if shards.sharded and left:
-            for rows, part in zip(left, shards.sum_(torch.cat([coeffs[rows] for rows in left])).split(
-                [rows.stop - rows.start for rows in left]
-            ), strict=True):
+            for rows, part in zip(
+                left,
+                shards.sum_(torch.cat([coeffs[rows] for rows in left])).split(
+                    [rows.stop - rows.start for rows in left]
+                ),
+                strict=True,
+            ):
                 coeffs[rows] = part
 
     def column_sums(self, values: Tensor) -> Tensor:
@@ -282,6 +285,8 @@ class InputStack(FactoredStack):
 
     def _frame(self, own: str | None) -> Frame:
         overlaps = [
-            (group.rows, group.each, self._gram(number)) for number, group in enumerate(self.layout.groups) if group.each
+            (group.rows, group.each, self._gram(number))
+            for number, group in enumerate(self.layout.groups)
+            if group.each
         ]
         return Frame.dense(overlaps, self.active(own), self.combine, self.layout.T, self.sign)

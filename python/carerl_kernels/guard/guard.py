@@ -16,7 +16,6 @@ from .._ops import BASIS_DTYPES
 from ..subspace import BasisError, BlockRecorder, InputRecorder, Layout, StageRecorder, StoredBasis
 from ..subspace.fingerprint import hash_parameters
 from ..subspace.layout import Kind, RowKind
-from ..subspace.matrices import MatrixLayout
 from ..subspace.recorder import Recorder
 from ..subspace.shards import local
 from ..subspace.store import read_info
@@ -130,7 +129,7 @@ class CapabilityGuard:
         self.architecture = architecture_of(inner)
         self.parameters = [p for _, p in named]
         self._sites = sites_of(inner, named, basis)
-        self.layout: Layout | MatrixLayout = lay_out(named, basis, rank_of(basis, k, r), process_group, self._sites)
+        self.layout: Any = lay_out(named, basis, rank_of(basis, k, r), process_group, self._sites)
         self.energy, self._data_group = energy, data_group(model, self.layout)
         self.rule, self.combine, self.apply_to = rule, combine, apply_to
         self.z, self.beta, self.norm_cap, self.max_grad_norm = z, beta, norm_cap, max_grad_norm
@@ -193,8 +192,7 @@ class CapabilityGuard:
 
     def add(self, basis: StoredBasis | Path | str) -> None:
         """Takes a recorded domain (or its file) into the history; an earlier recording of the same domain is replaced."""
-        if not isinstance(basis, StoredBasis):
-            basis = StoredBasis.load(basis, self.layout)
+        basis = basis if isinstance(basis, StoredBasis) else StoredBasis.load(basis, self.layout)
         basis.check_model(self.layout, self.architecture)
         self._known(basis.info.domain, recorded=True)
         self._close()
@@ -311,7 +309,13 @@ class CapabilityGuard:
         if isinstance(self.layout, Layout):
             k, every = self.layout.k, self.record_every
             return StageRecorder(
-                name, self.layout, self._locals(), k, self.oversample, every=every, **common  # type: ignore[arg-type]
+                name,
+                self.layout,
+                self._locals(),
+                k,
+                self.oversample,
+                every=every,
+                **common,  # type: ignore[arg-type]
             )
         if self.layout.kind == "block":
             return BlockRecorder(name, self.layout, self._locals(), **common)  # type: ignore[arg-type]
@@ -377,11 +381,12 @@ class CapabilityGuard:
     # ---------------------------------------------------------------------------------------- domains that appear on the way
 
     def open_domain(self, name: str, check_every: int = 25) -> None:
-        """Records a domain that appears in the middle of a run: from now on its own steps (``guard.domain(name)``) feed its basis.
+        """Records a domain that appears in the middle of a run: from now on its own steps feed its basis.
 
-        It acts on other domains' steps as soon as what it found explains more of its fresh gradients than noise would, and is
-        renewed every ``check_every`` own steps; until then the report lists it as an open window. The displacement it knows is
-        that of the whole run since it was opened. :meth:`close_domain` ends the recording.
+        Its own steps are those inside ``guard.domain(name)``. It acts on other domains' steps as soon as what it found explains
+        more of its fresh gradients than noise would, and is renewed every ``check_every`` own steps; until then the report
+        lists it as an open window. The displacement it knows is that of the whole run since it was opened.
+        :meth:`close_domain` ends the recording; a checkpoint does not hold it, so open the domain again after resuming.
 
         Raises:
             ValueError: basis "block", which knows the parameter change only: in a mixed run that is every domain's.
@@ -409,7 +414,9 @@ class CapabilityGuard:
             RuntimeError: no gradient of the domain arrived.
         """
         if name not in self._newcomers:
-            raise KeyError(f"close_domain: expected a domain opened before ({', '.join(self._newcomers)}), found {name!r}")
+            raise KeyError(
+                f"close_domain: expected a domain opened before ({', '.join(self._newcomers)}), found {name!r}"
+            )
         newcomer = self._newcomers.pop(name)
         try:
             basis = newcomer.recorder.finish(self._locals())
@@ -521,13 +528,13 @@ class CapabilityGuard:
         stack, parameters = self._stack, self._locals()
         q = stack.project(parameters)  # [T, K]
         c = self._q_prev - q
-        x = self._decide(c, own)
-        x = x * self._cap(x, c, own)
         total: Tensor | None = None
         if self._snapshot is not None:
             steps = (a.double() - b.double() for a, b in zip(self._snapshot, parameters, strict=True))
             total = self.layout.shards.sum_(torch.stack([step.square().sum() for step in steps]).sum())
             self._snapshot = None
+        x = self._decide(c, own, total)
+        x = x * self._cap(x, c, own)
         self._statistics.count(stack, c, x, total)
         stack.edit_(parameters, x)
         after = q + stack.overlap_times(x)
@@ -541,12 +548,14 @@ class CapabilityGuard:
         """Edits ``p.grad`` before the step; norm cap and clipping fold into the scale, known before the second pass."""
         stack, grads = self._stack, self._gradients()
         c = stack.project(grads)  # [T, K]
-        x = self._decide(c, own)
-        scale = torch.ones((), dtype=torch.float64, device=c.device)
         total = None
-        if self.track_energy or self.norm_cap is not None or self.max_grad_norm is not None:
+        limited = self.norm_cap is not None or self.max_grad_norm is not None
+        if self.track_energy or limited or (stack.rounding and self.rule in ("instant", "significance")):
             squares = torch.stack([g.norm(dtype=torch.float32).double().square() for g in grads])
             total = self.layout.shards.sum_(squares.sum())
+        x = self._decide(c, own, total)
+        scale = torch.ones((), dtype=torch.float64, device=c.device)
+        if limited and total is not None:
             change = stack.column_sums(x * (stack.overlap_times(x) - 2 * c)).sum()  # |g - A^T x|^2 - |g|^2
             edited = (total + change).clamp_min(0.0).sqrt()
             for limit in (
@@ -559,8 +568,12 @@ class CapabilityGuard:
         # In place; a parameter without gradient took no part in the step and stays out of it.
         stack.edit_(grads, -x, scale)
 
-    def _decide(self, c: Tensor, own: str | None) -> Tensor:
+    def _decide(self, c: Tensor, own: str | None, total: Tensor | None) -> Tensor:
+        """The correction, given the raw coefficients and, where it is known, the squared norm of the raw step."""
         stack = self._stack
+        floor: Tensor | float = 0.0
+        if total is not None:  # what rounding of the directions alone makes of a step, times three
+            floor = 3 * stack.rounding * (total / self.layout.parameters).sqrt()
         return decide(
             self.rule,
             c,
@@ -571,6 +584,7 @@ class CapabilityGuard:
             stack.displacement,
             stack.all_finite(c),
             self._fallback(),
+            floor,
         )
 
     def _fallback(self) -> Tensor | None:
@@ -755,7 +769,17 @@ class CapabilityGuard:
 
     def _settings(self) -> dict[str, Any]:
         """What decides how steps are corrected, for comparison with a saved state."""
-        names = ("rule", "combine", "apply_to", "z", "beta", "norm_cap", "max_grad_norm", "probe_every", "probe_adaptive")
+        names = (
+            "rule",
+            "combine",
+            "apply_to",
+            "z",
+            "beta",
+            "norm_cap",
+            "max_grad_norm",
+            "probe_every",
+            "probe_adaptive",
+        )
         weights = {name: dict(v) if isinstance(v, Mapping) else v for name, v in self._weights.items()}
         return {
             **{name: getattr(self, name) for name in names},

@@ -20,8 +20,8 @@ TIMES_CHANCE = 3.0
 class Newcomer:
     """Records a domain, and asks of every fresh gradient how much the directions found so far explain *before* seeing it.
 
-    In-sample capture says nothing while there are fewer gradients than directions; this is out of sample. The noise floor is three
-    times what random directions explain; the mean less two standard errors has to lie above it.
+    In-sample capture says nothing while there are fewer gradients than directions; this is out of sample. The noise floor is
+    three times what random directions explain; the mean less two standard errors has to lie above it.
 
     Args:
         recorder: of the domain.

@@ -14,7 +14,8 @@ from torch import Tensor
 from .._files import write_bytes_atomically
 
 NOISY = 0.6
-"""Agreement of two successive probes (share of coefficient weight whose sign stayed; a coin gives .5) below which signs are not used."""
+"""Agreement of two successive probes (share of coefficient weight whose sign stayed; a coin gives .5) below which signs are not
+used."""
 STEADY = 0.9
 """Agreement from which probes may come half as often."""
 SLOWEST, FASTEST = 8, 4

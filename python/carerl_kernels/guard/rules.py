@@ -5,8 +5,8 @@ Two families. *Weight* rules give each component of this step a weight w (1 pass
                     noise, which the rule rectifies into a drift. Kept for comparison.
     significance    sign only where ``|c| > z * sigma``, sigma from a moving average of c^2
     ema             sign of a moving average of c
-    probed          a direction counts as aligned when it lowers the earlier domain's loss *now*, by a recent probe gradient; without
-                    one that can be trusted, bounded
+    probed          a direction counts as aligned when it lowers the earlier domain's loss *now*, by a recent probe gradient;
+                    without one that can be trusted, bounded
 *Displacement* rules act on P, the displacement accumulated since the stage began, in the combine rule's frame: a step applies
 ``f(P_new) - f(P_old)``, so the net displacement always is f(P) and noise averages out instead of accumulating.
     integrated      f(P) = w P with w = aligned for P > 0, conflict for P < 0
@@ -112,6 +112,7 @@ def decide(
     displacement: Tensor,
     finite: Tensor | None = None,
     fallback: Tensor | None = None,
+    floor: Tensor | float = 0.0,
 ) -> Tensor:
     """The correction of one step, and the rule's memory moved on (MATH: rules).
 
@@ -124,6 +125,7 @@ def decide(
         displacement: h ``[T, K]``, the recorded stages' displacement along each row.
         finite: 0-d bool, whether every c is; None looks at c, which sees this process's rows only.
         fallback: ``[K]`` bool, rows that rule "probed" treats as "bounded" does, because their signs cannot be trusted.
+        floor: 0-d or ``[T, 1]``, smallest |c| of which the sign means anything: stored directions are rounded.
 
     Returns:
         x ``[T, K]``: the step ``g`` (gradient, or negated parameter change) becomes ``g - A^T x``.
@@ -133,12 +135,13 @@ def decide(
     if rule in ("integrated", "bounded", "remove"):
         return frame.out(_by_displacement(rule, c, frame.into(c), acting, state, params, frame, displacement))
     if rule == "instant":
-        sign = c
+        sign = torch.where(c.abs() > floor, c, 0.0)
     elif rule == "significance":
         # sigma from the steps before this one; nothing is significant before the average has seen its own length of steps
         # (sigma of a single step would call a fifth of pure noise significant)
         sigma = (state.square / (1 - params.beta**state.count).clamp_min(1e-300)).sqrt()
-        sign = torch.where((c.abs() > params.z * sigma) & (state.count * (1 - params.beta) >= 1 - 1e-9), c, 0.0)
+        settled = state.count * (1 - params.beta) >= 1 - 1e-9
+        sign = torch.where((c.abs() > params.z * sigma) & (c.abs() > floor) & settled, c, 0.0)
     elif rule == "ema":
         sign = params.beta * state.mean + (1 - params.beta) * c
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from ..subspace.layout import Layout
 from ..subspace.matrices import MatrixLayout
 from ..subspace.store import BasisError, BasisInfo, DomainBasis, StoredBasis
 from .frames import Combine, Frame
+
+ROUNDING = {torch.float32: 0.0, torch.float16: 0.0002, torch.bfloat16: 0.0017, torch.int8: 0.0065}
+"""Relative error of directions stored like this (int8: blocks of 128)."""
 
 L = TypeVar("L", Layout, MatrixLayout)
 B = TypeVar("B", bound=StoredBasis)
@@ -34,7 +37,8 @@ class Stack(ABC, Generic[L, B]):
     """
 
     def __init__(self, layout: L, combine: Combine, device: torch.device):
-        self.layout, self.combine, self.device = layout, combine, device
+        self.layout: L = layout
+        self.combine, self.device = combine, device
         self.names: list[str] = []
         self.infos: dict[str, BasisInfo] = {}
         self.displacement = torch.zeros(layout.T, 0, dtype=torch.float64, device=device)
@@ -47,6 +51,11 @@ class Stack(ABC, Generic[L, B]):
     def rows(self) -> int:
         """K, coefficients of all domains per row of the layout."""
         return len(self) * self.layout.width
+
+    @property
+    def rounding(self) -> float:
+        """Relative error of the stored directions."""
+        return 0.0
 
     def columns(self, domain: str) -> slice:
         """The coefficients of one domain among the K."""
@@ -67,7 +76,9 @@ class Stack(ABC, Generic[L, B]):
             )
         others = [i for i, other in enumerate(self.names) if other != info.domain]
         moved = self._put(basis, others, parameters)
-        kept = [self.displacement.unflatten(1, (-1, self.layout.width))[:, others].flatten(1)] if others else []
+        kept: list[Tensor] = (
+            [self.displacement.unflatten(1, (-1, self.layout.width))[:, others].flatten(1)] if others else []
+        )
         self.displacement = torch.cat([*kept, moved.to(self.device, torch.float64)], dim=1)
         self.names = [self.names[i] for i in others] + [info.domain]
         self.infos = {**{name: self.infos[name] for name in self.names[:-1]}, info.domain: info}
@@ -148,6 +159,10 @@ class RowStack(Stack[Layout, DomainBasis]):
         self.scales: Tensor | None = None
         self.overlap = torch.zeros(layout.T, 0, 0, dtype=torch.float64, device=device)  # S [T, K, K]
         self._spectra: dict[str, Tensor] = {}
+
+    @property
+    def rounding(self) -> float:
+        return ROUNDING[self.dtype]
 
     def _put(self, basis: DomainBasis, others: list[int], parameters: Sequence[Tensor]) -> Tensor:
         rows, scales = self._converted(basis)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .stack import BasisStack
+    from .stack import Stack
 
 
 class Statistics:
@@ -26,11 +26,13 @@ class Statistics:
         self._energies: dict[str, Tensor] = {}  # domain -> [aligned, conflicting, total while it was history]
         self._touched: Tensor | None = None  # [energy of corrections, total energy]
 
-    def count(self, stack: BasisStack, c: Tensor, x: Tensor, total: Tensor | None) -> None:
+    def count(self, stack: Stack, c: Tensor, x: Tensor, total: Tensor | None) -> None:
         """Adds one step: coefficients c and correction x ``[T, K]``, squared norm of the raw update if it is known."""
         known = torch.full((), torch.nan, dtype=c.dtype, device=c.device) if total is None else total.to(c.dtype)
         energy = c.square()
-        parts = torch.stack([torch.where(c > 0, energy, 0.0), torch.where(c < 0, energy, 0.0), x * stack.overlap_times(x)])
+        parts = torch.stack(
+            [torch.where(c > 0, energy, 0.0), torch.where(c < 0, energy, 0.0), x * stack.overlap_times(x)]
+        )
         sums = stack.column_sums(parts)  # [3, K]
         for name in stack.names:
             add = torch.cat([sums[:2, stack.columns(name)].sum(1), known.unsqueeze(0)])

@@ -51,9 +51,7 @@ class Validation:
         return asdict(self)
 
 
-def validate(
-    basis: StoredBasis, model: nn.Module, losses: Iterable[Callable[[], Tensor]], seed: int = 0
-) -> Validation:
+def validate(basis: StoredBasis, model: nn.Module, losses: Iterable[Callable[[], Tensor]], seed: int = 0) -> Validation:
     """Draws fresh gradients of a domain and compares the energy that its basis explains with a random subspace's.
 
     A basis that looks like another (names, shapes, cosines) is no proof that it matters for this model: explained energy of
@@ -92,7 +90,9 @@ def validate(
                 grads = [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in parameters]
                 total = layout.shards.sum_(torch.stack([g.double().square().sum() for g in grads]).sum())
                 if not (total.isfinite() and total > 0):
-                    raise ValueError(f"validate: expected a finite gradient other than zero, found |g|^2 = {float(total)}")
+                    raise ValueError(
+                        f"validate: expected a finite gradient other than zero, found |g|^2 = {float(total)}"
+                    )
                 for stack, out in zip(stacks, shares, strict=True):
                     inside = stack.frame(None).inside(stack.project(grads)).square()
                     out.append(float(stack.column_sums(inside).sum() / total))
@@ -102,13 +102,10 @@ def validate(
     if len(shares[0]) < 3:
         raise ValueError(f"validate: expected at least 3 losses for an interval, found {len(shares[0])}")
     (mean, low, high), (chance, _, chance_high) = _interval(shares[0]), _interval(shares[1])
+    verdict = "weak" if low > chance_high else "chance"
     if low > max(chance_high, TIMES_CHANCE * chance):
         verdict = "functional"
-    else:
-        verdict = "weak" if low > chance_high else "chance"
-    return Validation(
-        info.domain, info.kind, info.k, len(shares[0]), mean, low, high, chance, chance_high, verdict
-    )
+    return Validation(info.domain, info.kind, info.k, len(shares[0]), mean, low, high, chance, chance_high, verdict)
 
 
 def random_basis(layout: Any, seed: int = 0) -> StoredBasis:

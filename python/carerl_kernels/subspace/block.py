@@ -20,8 +20,8 @@ from .store import BasisInfo
 OVERSAMPLE = 8
 ROUNDS = 12
 SETTLED = 1e-4
-"""Subspace iteration: extra columns, rounds at most, and the relative gain in captured energy at which it stops. Against the exact
-SVD of spectra that decay as slowly as 1/sqrt(i) it captures .99 of the energy (tests)."""
+"""Subspace iteration: extra columns, rounds at most, and the relative gain in captured energy at which it stops. Against the
+exact SVD of spectra that decay as slowly as 1/sqrt(i) it captures .99 of the energy (tests)."""
 NEGLIGIBLE = 1e-5
 """Singular values below this share of the first are rounding of float32 differences: no directions."""
 
@@ -146,7 +146,7 @@ def leading_factors(
         U ``[c, m, r]`` float32 (local rows), S ``[c, r]`` float64 descending, V ``[c, n, r]`` float32; columns are
         orthonormal, or zero beyond the numerical rank.
     """
-    m, n = matrices[0].shape
+    n = matrices[0].shape[1]
     device = matrices[0].device
     q = min(r + OVERSAMPLE, whole, n)
     draws = [torch.randn(n, q, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))) for name in names]
@@ -164,7 +164,7 @@ def leading_factors(
     squares, turn = torch.linalg.eigh(shards.sum_(wide.mT @ wide))
     squares, turn = squares.flip(-1)[:, :r].clamp_min(0.0), turn.flip(-1)[..., :r]
     S = squares.sqrt()
-    keep = (S > NEGLIGIBLE * S[:, :1]).unsqueeze(1)
+    keep = (NEGLIGIBLE * S[:, :1] < S).unsqueeze(1)
     U = torch.where(keep, wide @ turn / S.clamp_min(1e-300).unsqueeze(1), 0.0)
     V = torch.where(keep, V.double() @ turn, 0.0)
     U, V = orthonormal(U, shards), orthonormal(V)

@@ -121,7 +121,7 @@ class FactoredBasis(StoredBasis):
         for key in sorted(file.keys()):
             what, name = key.split(".", 1)
             tensors[what][name] = file.get_tensor(key)  # factors are small: read whole, cut below
-        basis = cls(info, **tensors)
+        basis = cls(info, tensors["left"], tensors["right"], tensors["values"], tensors["moved"])
         basis._check_numbers(path)
         return basis if layout is None else basis.part_of(layout)
 

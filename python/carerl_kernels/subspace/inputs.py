@@ -251,7 +251,8 @@ class InputRecorder:
             steps=self.steps,
             skipped=0,
             gradient_capture=held / total if total > 0 else 0.0,
-            displacement_capture=float(moved_energy) / max(change_energy(self.start, parameters, layout.shards), 1e-300),
+            displacement_capture=float(moved_energy)
+            / max(change_energy(self.start, parameters, layout.shards), 1e-300),
         )
         return FactoredBasis(info, left, right, values, moved, layout if layout.shards.sharded else None)
 

@@ -133,7 +133,9 @@ class Layout:
     def unpack(self, rows: Tensor) -> dict[str, Tensor]:
         """Rows ``[k, N]`` as one tensor ``[k, *shape]`` per parameter, for checkpoints; DTensors where parameters are."""
         out = {}
-        for index, (name, piece, (here, _)) in enumerate(zip(self.names, self.shards.pieces, self.file_columns, strict=True)):
+        for index, (name, piece, (here, _)) in enumerate(
+            zip(self.names, self.shards.pieces, self.file_columns, strict=True)
+        ):
             part = rows[:, here].clone()
             if not self.shards.sharded or self.shards.mesh is not None:
                 part = part.view(rows.shape[0], *piece.local_shape)

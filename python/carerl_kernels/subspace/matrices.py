@@ -60,9 +60,9 @@ class Group:
 class MatrixLayout:
     """Names, shapes and groups of the parameters under a factored basis.
 
-    ``block``: directions u_i v_j^T, r x r coefficients ``U^T G V`` in one row per matrix. ``input``: directions e_a v_j^T for every
-    output a, coefficients ``G V``, one row of r per output (for embeddings and other weights that multiply from the other side
-    ``U^T G``, one row per column). Sharded along dimension 0, right-sided coefficients belong to the process that has the
+    ``block``: directions u_i v_j^T, r x r coefficients ``U^T G V`` in one row per matrix. ``input``: directions e_a v_j^T for
+    every output a, coefficients ``G V``, one row of r per output (for embeddings and other weights that multiply from the other
+    side ``U^T G``, one row per column). Sharded along dimension 0, right-sided coefficients belong to the process that has the
     output; all others are summed over processes.
 
     Attributes:
@@ -169,7 +169,6 @@ class MatrixLayout:
     def local(self, group: Group, tensors: Sequence[Tensor], at: slice) -> list[Tensor]:
         """Matrices ``[m, n]`` of the group at these positions: views of the tensors."""
         return [tensors[i].view(group.m, group.n) for i in group.indices[at]]
-
 
     def unpack(self, rows: Tensor) -> Any:
         """Numbers per coefficient row ``[T, ...]`` for checkpoints: where rows are spread over processes, by parameter."""

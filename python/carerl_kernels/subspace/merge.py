@@ -40,6 +40,7 @@ def merge(bases: Sequence[StoredBasis], domain: str, k: int | None = None) -> St
                 f"{info.domain!r}, {info.kind}, over others or in another order"
             )
     k = first.k if k is None else k
+    merged: StoredBasis
     if isinstance(bases[0], DomainBasis):
         merged, kept = _merge_rows([b.dequantized() for b in bases], k)  # type: ignore[attr-defined]
     else:
@@ -58,7 +59,7 @@ def merge(bases: Sequence[StoredBasis], domain: str, k: int | None = None) -> St
         gradient_capture=None,
         displacement_capture=kept * sum(b.info.displacement_capture for b in bases) / len(bases),
     )
-    return replace(merged, info=info)  # type: ignore[type-var]
+    return replace(merged, info=info)
 
 
 def _merge_rows(bases: list[DomainBasis], k: int) -> tuple[DomainBasis, float]:
@@ -140,9 +141,7 @@ def _merge_factors(bases: list[FactoredBasis], k: int) -> tuple[FactoredBasis, f
             weighted = [f * b.values[name] for f, b in zip(factors, bases, strict=True)]
             W, values[name] = _leading(weighted, k)
             (left if lefts else right)[name] = W
-            moved[name] = sum(
-                (c @ (f.mT @ W.double()) for c, f in zip(changes, factors, strict=True)), torch.zeros(())
-            )
+            moved[name] = sum((c @ (f.mT @ W.double()) for c, f in zip(changes, factors, strict=True)), torch.zeros(()))
         before += sum(float(c.square().sum()) for c in changes)
     after = sum(float(c.square().sum()) for c in moved.values())
     return FactoredBasis(bases[0].info, left, right, values, moved), min(1.0, after / before) if before > 0 else 0.0
@@ -151,7 +150,7 @@ def _merge_factors(bases: list[FactoredBasis], k: int) -> tuple[FactoredBasis, f
 def _leading(parts: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
     """Leading left singular vectors ``[m, k]`` and values ``[k]`` of stacked columns, zero beyond the rank."""
     U, S, _ = torch.linalg.svd(torch.cat(parts, dim=1), full_matrices=False)
-    keep = (S > CUT**0.5 * S[:1]) & (S > 0)
+    keep = (CUT**0.5 * S[:1] < S) & (S > 0)
     U, S = U * keep, torch.where(keep, S, 0.0)
     pad = torch.nn.functional.pad
     missing = max(0, k - S.numel())

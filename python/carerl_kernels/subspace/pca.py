@@ -11,7 +11,6 @@ from torch import Tensor
 from ..linalg import pca_core
 from .layout import Layout
 
-
 _NUMBERS = ("singular_values", "energy", "discarded", "seen", "skipped")
 
 

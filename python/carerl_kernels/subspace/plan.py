@@ -107,7 +107,7 @@ def plan(
         "start": -(-N // world_size) * parameter_bytes,
     }
     if kind in get_args(Kind)[:2]:
-        parts = _rows(named, kind, k, domains, world_size, dtype, parameter_bytes)
+        parts: dict[str, Any] = _rows(named, kind, k, domains, world_size, dtype, parameter_bytes)
     else:
         sides = None
         if kind == "input":
@@ -211,13 +211,17 @@ def model_of(config: Path | str) -> nn.Module:
     path = Path(config)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
-        raise FileNotFoundError(f"model config {path}: expected a config.json or a folder with one, found nothing there")
+        raise FileNotFoundError(
+            f"model config {path}: expected a config.json or a folder with one, found nothing there"
+        )
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         raw = json.loads(path.read_text())
         settings = AutoConfig.for_model(**raw)
     except (TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"model config {path}: expected a transformers config with a known model_type ({error})") from error
+        raise ValueError(
+            f"model config {path}: expected a transformers config with a known model_type ({error})"
+        ) from error
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(settings)

@@ -49,7 +49,6 @@ class Part:
         size = tensor.shape[0] if tensor.dim() else 1
         return cls(tuple(tensor.shape), tensor.dtype, 0, [(tensor, slice(0, size))], replicated=True)
 
-
     def checksum(self) -> int:
         """Of the pieces here; checksums of pieces add up to that of the whole, in 64 bits."""
         total = 0

@@ -319,5 +319,3 @@ def _read_info(path: Path, metadata: Mapping[str, str]) -> BasisInfo:
 
 def _shape(shape: Sequence[int] | None) -> str:
     return "absent" if shape is None else str(list(shape))
-
-

@@ -290,7 +290,7 @@ def main() -> None:
             init_method=f"file://{folder}/rendezvous-{world}",
             rank=rank,
             world_size=world,
-            timeout=timedelta(seconds=60),
+            timeout=timedelta(seconds=180),
         )
     run = Run(rank, world, folder)
     for name in names:

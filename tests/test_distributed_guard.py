@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def launch(scenarios: str, rank: int, world: int, folder: Path) -> subprocess.Po
 def run_world(scenarios: str, world: int, folder: Path) -> None:
     processes = [launch(scenarios, rank, world, folder) for rank in range(world)]
     try:
-        codes = [process.wait(timeout=120) for process in processes]
+        codes = [process.wait(timeout=400) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -39,9 +40,30 @@ def run_world(scenarios: str, world: int, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Every scenario in the single process, then in 2 and in 4."""
-    path = tmp_path_factory.mktemp("distributed")
+def folder(tmp_path_factory, worker_id) -> Path:
+    """Every scenario in the single process, then in 2 and in 4; once for all test processes."""
+    if worker_id == "master":
+        return run_all(tmp_path_factory.mktemp("distributed"))
+    path = tmp_path_factory.getbasetemp().parent / "distributed"
+    try:
+        path.mkdir()
+    except FileExistsError:  # another test process is at it
+        deadline = time.monotonic() + 900
+        while not (path / "done").exists():
+            assert not (path / "failed").exists(), "another test process could not run the scenarios; its log says why"
+            assert time.monotonic() < deadline, "another test process did not finish the scenarios in 15 minutes"
+            time.sleep(0.2)
+        return path
+    try:
+        run_all(path)
+    except BaseException:
+        (path / "failed").touch()
+        raise
+    (path / "done").touch()
+    return path
+
+
+def run_all(path: Path) -> Path:
     run_world(",".join(name for name in SCENARIOS if name != "load_elsewhere"), 1, path)
     DomainBasis.load(path / "fsdp_flat-1.safetensors").quantized().save(path / "int8.safetensors")
     run_world("load_elsewhere", 1, path)

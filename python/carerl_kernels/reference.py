@@ -241,22 +241,21 @@ def pca_update_list(bases, singular_values, grads, offsets, decay=1.0, per_tenso
     return discarded
 
 
-def quantize_bases(bases, block=128):
-    """Block-scaled int8: ``scale = max|u| / 127`` over each block of each row, codes rounded to nearest even."""
-    _ops.check_quantize(bases, block)
-    n = bases.shape[-1]
-    codes = torch.empty(bases.shape, dtype=torch.int8, device=bases.device)
+def quantize_bases(bases, block=128, dtype=torch.int8):
+    """``scale = max|u| / 127`` (float8_e4m3fn: 448) over each block of each row, codes rounded to nearest even."""
+    _ops.check_quantize(bases, block, dtype)
+    n, largest = bases.shape[-1], _ops.SCALED_DTYPES[dtype]
+    codes = torch.empty(bases.shape, dtype=dtype, device=bases.device)
     scales = torch.zeros(*bases.shape[:-1], -(-n // block), dtype=torch.float32, device=bases.device)
     step = max(CHUNK // block, 1) * block
     for start in range(0, n, step):
         chunk = bases[..., start : start + step].float()
         padded = torch.nn.functional.pad(chunk, (0, -chunk.shape[-1] % block)).unflatten(-1, (-1, block))
-        scale = padded.abs().amax(-1) / 127
+        scale = padded.abs().amax(-1) / largest
         scales[..., start // block : start // block + scale.shape[-1]] = scale
         ratio = torch.where(scale.unsqueeze(-1) > 0, padded / scale.unsqueeze(-1), 0.0)
-        code = (
-            ratio.round().clamp(-127, 127).to(torch.int8)
-        )  # a subnormal scale is so coarse that the ratio may exceed 127
+        ratio = ratio.clamp(-largest, largest)  # a subnormal scale is so coarse that the ratio may exceed the largest
+        code = (ratio.round() if dtype == torch.int8 else ratio.nan_to_num(0.0)).to(dtype)
         codes[..., start : start + step] = code.flatten(-2)[..., : chunk.shape[-1]]
     return codes, scales
 

@@ -9,7 +9,7 @@ namespace carerl::cuda {
 Plan make_plan(const Call& call, int64_t unit, int64_t most) {
   int64_t units = 0;
   for (const Span& span : call.spans) units += ceil_div(span.length, unit);
-  const int64_t slot = unit * std::max<int64_t>(ceil_div(units, most), 1);
+  const int64_t slot = unit * std::max<int64_t>(ceil_div(units, std::min(most, CARERL_SLOTS)), 1);
   Plan plan;
   const int64_t count = static_cast<int64_t>(call.spans.size());
   for (int64_t first = 0; first < count; first += kSpans) {

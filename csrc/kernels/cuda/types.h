@@ -29,7 +29,13 @@ struct Span {
   int64_t column, length, first_slot;
 };
 
-constexpr int kSpans = 120;  // of a launch: the table has to fit into the 4 KiB of kernel parameters, so no copy is needed
+// Tensors of a launch: their table has to fit into the 4 KiB of kernel parameters, so that no copy is needed. And an upper
+// bound on the slots of a call, where tests need few of either.
+#ifndef CARERL_SPANS
+#define CARERL_SPANS 120
+#define CARERL_SLOTS (int64_t{1} << 40)
+#endif
+constexpr int kSpans = CARERL_SPANS;
 
 // The tensors of a launch. A slot is a stretch of one tensor and the work of one block of threads; the slots of a call
 // are numbered through all its launches. Their borders follow from shapes alone, and so do the bits of every sum.

@@ -1,5 +1,5 @@
 // Runs kernels on the host: blocks one after another, the threads of a block as fibers that switch only where CUDA
-// synchronises, in an order that CARERL_EMULATOR_SEED shuffles. With EMULATOR_THREADS they are threads of the system
+// synchronises, in an order that CARERL_EMULATOR_SEED shuffles (with it, warps also lag behind each other). With EMULATOR_THREADS they are threads of the system
 // instead, so that ThreadSanitizer sees every access to shared memory that no barrier orders.
 #include <algorithm>
 #include <cstdlib>
@@ -176,10 +176,18 @@ void run_threads() {
   unsigned live = block.threads;
   while (live > 0 && block.error.empty()) {
     bool progress = false;
-    if (seed) std::shuffle(order.begin(), order.end(), random);
+    uint64_t late = 0;  // warps that this round passes over
+    if (seed) {
+      std::shuffle(order.begin(), order.end(), random);
+      late = random() & ~(uint64_t{1} << random() % block.warps.size());
+    }
     for (unsigned i : order) {
       Fiber& fiber = fibers[i];
       if (fiber.done || !fiber.wait.over()) continue;
+      if (late >> (i / 32) & 1) {
+        progress = true;
+        continue;
+      }
       progress = true;
       to_fiber(fiber);
       if (!block.error.empty()) break;
@@ -210,8 +218,6 @@ const std::function<void()>* body = nullptr;
   std::fprintf(stderr, "%s\n", text.c_str());
   std::abort();
 }
-
-std::unique_lock<std::mutex>* held = nullptr;
 
 void wait_for(std::unique_lock<std::mutex>& lock, const Warp* warp, uint64_t turn) {
   const Wait wait{warp, turn, true};

@@ -32,7 +32,7 @@ CARERL_DEVICE double shuffled(double x, int offset) { return __shfl_xor_sync(kAl
 
 // Of the whole row, the same in every thread; `shared` has room for one RowSums per warp.
 CARERL_DEVICE RowSums joined_over_block(RowSums own, RowSums* shared) {
-#pragma unroll
+#pragma unroll 1  // exp in fp64 is long
   for (int offset = 16; offset > 0; offset /= 2) {
     const RowSums other = {__shfl_xor_sync(kAllLanes, own.largest, offset), shuffled(own.sum, offset),
                            shuffled(own.moment, offset)};
@@ -41,6 +41,7 @@ CARERL_DEVICE RowSums joined_over_block(RowSums own, RowSums* shared) {
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = own;
   __syncthreads();
   own = shared[0];
+#pragma unroll 1
   for (int warp = 1; warp < kLogitsThreads / 32; ++warp) own = joined(own, shared[warp]);
   return own;
 }

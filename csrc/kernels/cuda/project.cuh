@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(256, E::kScaled && kBatch == 16 ? 1 : 2)
   const int rows = static_cast<int>(basis.rows), outputs = spans.batch * rows;
   const int tiles = kBatch == 1 ? 1 : (spans.batch + 3) / 4 * 4;
   double* totals = reinterpret_cast<double*>(shared);
-  float* g = reinterpret_cast<float*>(totals + (outputs + 1) / 2 * 2);
+  float* g = reinterpret_cast<float*>(totals + ((outputs + 1) & ~1));
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32;
   const Slot slot = find_slot(spans, slot_index(spans));
   const bool aligned = rows_aligned(basis.data, basis.stride, sizeof(typename E::Type));

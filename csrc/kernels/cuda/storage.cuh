@@ -193,14 +193,14 @@ CARERL_DEVICE void load_values(const typename E::Type* p, int64_t n, bool aligne
 template <class E, int W, class Round>
 CARERL_DEVICE void store_values(typename E::Type* p, int64_t n, bool aligned, const Round& round) {
   constexpr int kWords = W * sizeof(typename E::Type) / 4, kPerWord = 4 / sizeof(typename E::Type);
+  uint32_t words[kWords];
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) {
+    words[w] = 0;
+#pragma unroll
+    for (int i = 0; i < kPerWord; ++i) words[w] |= round(w * kPerWord + i) << (32 / kPerWord * i % 32);
+  }
   if (aligned && n >= W) {
-    uint32_t words[kWords];
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) {
-      words[w] = 0;
-#pragma unroll
-      for (int i = 0; i < kPerWord; ++i) words[w] |= round(w * kPerWord + i) << (32 / kPerWord * i % 32);
-    }
     if constexpr (kWords == 2) {
       __stcs(reinterpret_cast<uint2*>(p), make_uint2(words[0], words[1]));
     } else {
@@ -214,12 +214,11 @@ CARERL_DEVICE void store_values(typename E::Type* p, int64_t n, bool aligned, co
   }
 #pragma unroll
   for (int i = 0; i < W; ++i) {
-    const uint32_t bits = round(i);
     if (i >= n) continue;
-    if constexpr (sizeof(typename E::Type) == 4) {
-      p[i] = __uint_as_float(bits);
+    if constexpr (kPerWord == 1) {
+      p[i] = __uint_as_float(words[i]);
     } else {
-      p[i] = static_cast<typename E::Type>(bits);
+      p[i] = static_cast<typename E::Type>(words[i / kPerWord] >> (32 / kPerWord * (i % kPerWord)));
     }
   }
 }

@@ -67,6 +67,8 @@ SCHEMAS: dict[str, str] = {
     "token_logprobs": "(Tensor logits, Tensor ids, float temperature=1.0) -> (Tensor, Tensor)",
     "token_logprobs_backward": "(Tensor grad_logp, Tensor grad_entropy, Tensor logits, Tensor ids, Tensor logp,"
     " Tensor entropy, float temperature=1.0) -> Tensor",
+    "group_advantages": '(Tensor rewards, Tensor group_ids, Tensor? domain_ids=None, str mode="group", float eps=1e-06)'
+    " -> Tensor",
 }
 
 OP_NAMES: tuple[str, ...] = tuple(dict.fromkeys(name.split(".")[0] for name in SCHEMAS))
@@ -504,3 +506,31 @@ def _differentiate(ctx, grad_logp, grad_entropy):
 torch.library.register_autograd(
     f"{NAMESPACE}::token_logprobs", _differentiate, setup_context=_save_for_backward, lib=_LIB
 )
+
+
+# ------------------------------------------------------------------------------------------------- group_advantages
+
+ADVANTAGE_MODES = ("group", "domain", "none")
+
+
+def check_group_advantages(
+    rewards: Tensor, group_ids: Tensor, domain_ids: Tensor | None, mode: str, eps: float
+) -> None:
+    op = "group_advantages"
+    _require(
+        rewards.dim() == 1 and rewards.is_floating_point(),
+        op,
+        "floating-point rewards [B]",
+        f"{_short(rewards.dtype)} {list(rewards.shape)}",
+    )
+    for name, ids in {"group_ids": group_ids, "domain_ids": domain_ids}.items():
+        if ids is not None:
+            _check_small(op, name, ids, (rewards.shape[0],), rewards, (torch.int64, torch.int32), "rewards")
+    _require(mode in ADVANTAGE_MODES, op, f"mode {', '.join(ADVANTAGE_MODES)}", mode)
+    _require(0 <= eps < math.inf, op, "eps of at least 0", eps)
+
+
+@_fake("group_advantages")
+def _group_advantages_fake(rewards, group_ids, domain_ids=None, mode="group", eps=1e-6):
+    check_group_advantages(rewards, group_ids, domain_ids, mode, eps)
+    return rewards.new_empty(rewards.shape, dtype=torch.float32)

@@ -21,6 +21,26 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # workers share the cores; tests of threading ask for more themselves
 
 
+# Under emulation a million elements take seconds, and the number of threads of torch changes nothing.
+TOO_LONG_TO_EMULATE = {
+    "test_long_all_positive_sums_keep_six_digits",
+    "test_rows_stay_orthonormal_over_two_thousand_updates",
+    "test_a_million_elements_on_any_number_of_threads",
+}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    def wanted(item: pytest.Item) -> bool:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        emulated = getattr(parameters.get("op"), "name", "").endswith("-emulated")
+        return not (emulated and getattr(item, "originalname", "") in TOO_LONG_TO_EMULATE)
+
+    dropped = [item for item in items if not wanted(item)]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if wanted(item)]
+
+
 def _parameter(backend: Backend):
     return pytest.param(backend, id=backend.name, marks=[pytest.mark.gpu] if backend.name in GPU_BACKENDS else [])
 

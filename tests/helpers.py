@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import emulated
 import numpy as np
 import torch
 from carerl_kernels import _load, reference
@@ -49,10 +50,11 @@ BACKENDS = [
     Backend("reference", "cpu", reference.KERNELS.__getitem__, lambda: None),
     Backend("cpu", "cpu", dispatched, lambda: _not_loaded("cpu")),
     Backend("cuda", "cuda", dispatched, _no_cuda),
-    # Triton (on a GPU, or interpreted on CPU tensors) and the emulated CUDA kernels join here: a name, the device of
-    # their tensors, a lookup from overload to callable, and the reason for being skipped.
+    Backend("cuda-emulated", "cpu", emulated.kernel, emulated.missing),
+    # Triton (on a GPU, or interpreted on CPU tensors) joins here: a name, the device of its tensors, a lookup from overload
+    # to callable, and the reason for being skipped.
 ]
-GPU_BACKENDS = {"cuda", "triton"}
+GPU_BACKENDS = {"cuda", "cuda-emulated", "triton"}
 
 
 # ----------------------------------------------------------------------------------------------------------- numbers

@@ -63,7 +63,9 @@ DTYPES = {
     "fp16": torch.float16,
     "int8": torch.int8,
     "int8b32": torch.int8,  # blocks of 32 instead of 128
+    "fp8": torch.float8_e4m3fn,
 }
+SCALED = {torch.int8: 127, torch.float8_e4m3fn: 448}  # with a scale per block, and the largest code
 FP32_UNIT = 2.0**-24
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half a spacing, relative
 FLOOR = {

@@ -32,6 +32,8 @@ const char* name_of(ScalarType dtype) {
       return "bfloat16";
     case ScalarType::Char:
       return "int8";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
     case ScalarType::Byte:
       return "uint8";
     case ScalarType::Short:
@@ -54,6 +56,8 @@ const char* name_of(ScalarType dtype) {
 bool is_grad(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
 }
+
+bool is_scaled(ScalarType dtype) { return dtype == ScalarType::Char || dtype == ScalarType::Float8_e4m3fn; }
 
 bool is_core(ScalarType dtype) { return dtype == ScalarType::Float || dtype == ScalarType::Double; }
 
@@ -101,8 +105,8 @@ BasisShape check_bases(const char* op, const Tensor& bases, const Optional& scal
     fail(op, std::string("bases with ") + dims + " dimensions", tuple(bases.sizes()));
   }
   const ScalarType dtype = bases.scalar_type();
-  if (!is_grad(dtype) && dtype != ScalarType::Char) {
-    fail(op, "bases of dtype float32, bfloat16, float16, int8", name_of(dtype));
+  if (!is_grad(dtype) && !is_scaled(dtype)) {
+    fail(op, "bases of dtype float32, bfloat16, float16, int8, float8_e4m3fn", name_of(dtype));
   }
   check_dense(op, "bases", bases);
   if (!bases.is_contiguous()) {
@@ -112,11 +116,13 @@ BasisShape check_bases(const char* op, const Tensor& bases, const Optional& scal
   BasisShape shape;
   shape.rows = dim == 3 ? sizes[0] * sizes[1] : sizes[0];
   shape.stride = sizes[dim - 1];
-  if (dtype != ScalarType::Char) {
+  if (!is_scaled(dtype)) {
     if (scales) fail(op, std::string("no scales with torch.") + name_of(dtype) + " bases", "a tensor");
     return shape;
   }
-  if (!scales) fail(op, "scales with int8 bases", "None", "pass both results of quantize_bases");
+  if (!scales) {
+    fail(op, std::string("scales with ") + name_of(dtype) + " bases", "None", "pass both results of quantize_bases");
+  }
   bool same = scales->dim() == dim;
   for (int64_t i = 0; same && i + 1 < dim; ++i) same = scales->size(i) == sizes[i];
   if (!same || scales->scalar_type() != ScalarType::Float || !scales->is_contiguous()) {
@@ -135,9 +141,9 @@ BasisShape check_bases(const char* op, const Tensor& bases, const Optional& scal
 }
 
 BasisShape check_rotatable(const char* op, const Tensor& bases, bool stack) {
-  if (bases.scalar_type() == ScalarType::Char) {
-    fail(op, "bases of dtype float32, bfloat16, float16", "int8",
-         "int8 bases are never rotated: stream into a float basis and call quantize_bases when the stage ends");
+  if (is_scaled(bases.scalar_type())) {
+    fail(op, "bases of dtype float32, bfloat16, float16", name_of(bases.scalar_type()),
+         "quantised bases are never rotated: stream into a float basis and call quantize_bases when the stage ends");
   }
   return check_bases(op, bases, std::nullopt, !stack, stack);
 }
@@ -239,7 +245,7 @@ void check_root(const Optional& root, int64_t rows, int64_t groups) {
   }
 }
 
-void check_quantize(const Tensor& bases, int64_t block) {
+void check_quantize(const Tensor& bases, int64_t block, ScalarType dtype) {
   const char* op = "quantize_bases";
   if (bases.dim() != 3) fail(op, "bases with 3 dimensions", tuple(bases.sizes()));
   if (!is_grad(bases.scalar_type())) {
@@ -250,6 +256,7 @@ void check_quantize(const Tensor& bases, int64_t block) {
   if (block < 32 || (block & (block - 1)) != 0) {
     fail(op, "block a power of two of at least 32", std::to_string(block));
   }
+  if (!is_scaled(dtype)) fail(op, "dtype int8 or float8_e4m3fn", name_of(dtype));
 }
 
 void check_logits(const char* op, const Tensor& logits, const Tensor& ids, double temperature) {

@@ -223,13 +223,13 @@ Pair dacsp_list(const List& grads, const Tensor& bases, const Offsets& offsets, 
 
 // --------------------------------------------------------------------------------------------------------- quantize
 
-Pair quantize_bases(const Tensor& bases, int64_t block) {
-  check_quantize(bases, block);
+Pair quantize_bases(const Tensor& bases, int64_t block, ScalarType dtype) {
+  check_quantize(bases, block, dtype);
   const int64_t domains = bases.size(0), slots = bases.size(1), n = bases.size(2);
-  Pair out(empty({domains, slots, n}, ScalarType::Char),
-           empty({domains, slots, (n + block - 1) / block}, ScalarType::Float));
+  Pair out(empty({domains, slots, n}, dtype), empty({domains, slots, (n + block - 1) / block}, ScalarType::Float));
   const cpu::Basis basis{bases.data_ptr(), nullptr, domains * slots, n, 0, 0, dtype_of(bases)};
-  cpu::quantize(basis, block, data<int8_t>(std::get<0>(out)), data<float>(std::get<1>(out)), pool());
+  cpu::quantize(basis, block, dtype_of(std::get<0>(out)), data<uint8_t>(std::get<0>(out)),
+                data<float>(std::get<1>(out)), pool());
   return out;
 }
 

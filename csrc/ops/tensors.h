@@ -19,6 +19,8 @@ inline cpu::DType dtype_of(const Tensor& tensor) {
       return cpu::DType::kF16;
     case ScalarType::Char:
       return cpu::DType::kI8;
+    case ScalarType::Float8_e4m3fn:
+      return cpu::DType::kF8;
     default:
       return cpu::DType::kF32;
   }
@@ -40,11 +42,12 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
     strides[i] = stride;
     stride *= std::max<int64_t>(sizes[i], 1);
   }
-  const int32_t type = dtype == ScalarType::Double     ? aoti_torch_dtype_float64()
-                       : dtype == ScalarType::Float    ? aoti_torch_dtype_float32()
-                       : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
-                       : dtype == ScalarType::Half     ? aoti_torch_dtype_float16()
-                                                       : aoti_torch_dtype_int8();
+  const int32_t type = dtype == ScalarType::Double          ? aoti_torch_dtype_float64()
+                       : dtype == ScalarType::Float         ? aoti_torch_dtype_float32()
+                       : dtype == ScalarType::BFloat16      ? aoti_torch_dtype_bfloat16()
+                       : dtype == ScalarType::Half          ? aoti_torch_dtype_float16()
+                       : dtype == ScalarType::Float8_e4m3fn ? aoti_torch_dtype_float8_e4m3fn()
+                                                            : aoti_torch_dtype_int8();
   AtenTensorHandle out = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
                                                          strides.data(), type, aoti_torch_device_type_cpu(), 0, &out));

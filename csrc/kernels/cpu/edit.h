@@ -51,9 +51,9 @@ struct Axpy {
     axpy_tile<E, R, C>(basis, rows, column, mix, mixes, y, pitch, n);
   }
 };
-// int8: one run per block, with the scale folded into the factors.
-template <>
-struct Axpy<I8> {
+// One run per block, with the scale folded into the factors.
+template <class E>
+struct ScaledAxpy {
   template <int R, int C>
   CARERL_INLINE void run(const Basis& basis, const int64_t* rows, int64_t column, const float* mix, int64_t mixes,
                          float* y, int64_t pitch, int64_t n) {
@@ -66,11 +66,15 @@ struct Axpy<I8> {
         CARERL_UNROLL
         for (int c = 0; c < C; ++c) scaled[r * C + c] = mix[r * mixes + c] * scale;
       }
-      axpy_tile<I8, R, C>(basis, rows, column + i, scaled, C, y + i, pitch, end - i);
+      axpy_tile<E, R, C>(basis, rows, column + i, scaled, C, y + i, pitch, end - i);
       i = end;
     }
   }
 };
+template <>
+struct Axpy<I8> : ScaledAxpy<I8> {};
+template <>
+struct Axpy<F8> : ScaledAxpy<F8> {};
 
 template <class E, int R>
 static void axpy_rows(const Basis& basis, const int64_t* rows, int64_t column, const float* mix, int64_t batch,
@@ -167,6 +171,9 @@ static void edit_tile(const Basis& basis, const Span& span, const Edit& edit, co
       break;
     case DType::kI8:
       axpy_all<I8>(basis, plan.rows, plan.count, column, plan.mix, plan.moves, y, pitch, n);
+      break;
+    case DType::kF8:
+      axpy_all<F8>(basis, plan.rows, plan.count, column, plan.mix, plan.moves, y, pitch, n);
       break;
   }
   for (int64_t m = 0; m < plan.moves; ++m) {

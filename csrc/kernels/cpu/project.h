@@ -11,7 +11,7 @@ template <class E, int R, int C>
 CARERL_INLINE void accumulate(const typename E::Type* const (&u)[R], const float* g, int64_t pitch, int64_t i,
                               int64_t end, Float (&sums)[R][C]) {
   constexpr int kChains = C == 1 ? 2 : 1;  // at least eight independent sums hide the latency of the multiply-add
-  constexpr int kSteps = C == 1 ? 4 : 1;   // vectors per turn of the loop; a block of 32 int8 codes is one turn
+  constexpr int kSteps = C == 1 ? 4 : 1;   // vectors per turn of the loop; a block of 32 codes is one turn
   Float chains[kChains][R][C] = {};
   for (; i + kSteps * kWidth <= end; i += kSteps * kWidth) {
     CARERL_UNROLL
@@ -73,14 +73,14 @@ static void dot_tile(const Basis& basis, int64_t row, int64_t column, const floa
   add_lanes(lanes, totals, row, rows);
 }
 
-// int8: codes are summed per block and the block's scale is applied once.
-template <int R, int C>
-static void dot_tile_int8(const Basis& basis, int64_t row, int64_t column, const float* g, int64_t pitch, int64_t n,
-                          double* totals, int64_t rows) {
+// Codes are summed per block and the block's scale is applied once.
+template <class E, int R, int C>
+static void dot_tile_scaled(const Basis& basis, int64_t row, int64_t column, const float* g, int64_t pitch, int64_t n,
+                            double* totals, int64_t rows) {
   double lanes[R][C][kWidth] = {};
-  const int8_t* u[R];
+  const typename E::Type* u[R];
   CARERL_UNROLL
-  for (int r = 0; r < R; ++r) u[r] = element<I8>(basis, row + r, column);
+  for (int r = 0; r < R; ++r) u[r] = element<E>(basis, row + r, column);
   for (int64_t i = 0; i < n;) {
     const int64_t fold_end = min64(i + kFold, n);
     Float scaled[R][C] = {};
@@ -88,7 +88,7 @@ static void dot_tile_int8(const Basis& basis, int64_t row, int64_t column, const
       const int64_t block = (column + i) >> basis.block_shift;
       const int64_t end = run_end(basis, column + i, column + fold_end) - column;
       Float sums[R][C];
-      accumulate<I8, R, C>(u, g, pitch, i, end, sums);
+      accumulate<E, R, C>(u, g, pitch, i, end, sums);
       CARERL_UNROLL
       for (int r = 0; r < R; ++r) {
         const Float scale = splat(scale_row(basis, row + r)[block]);
@@ -114,14 +114,18 @@ struct Dot {
     dot_tile<E, R, C>(basis, row, column, g, pitch, n, totals, basis.rows);
   }
 };
-template <>
-struct Dot<I8> {
+template <class E>
+struct ScaledDot {
   template <int R, int C>
   CARERL_INLINE void run(const Basis& basis, int64_t row, int64_t column, const float* g, int64_t pitch, int64_t n,
                          double* totals) {
-    dot_tile_int8<R, C>(basis, row, column, g, pitch, n, totals, basis.rows);
+    dot_tile_scaled<E, R, C>(basis, row, column, g, pitch, n, totals, basis.rows);
   }
 };
+template <>
+struct Dot<I8> : ScaledDot<I8> {};
+template <>
+struct Dot<F8> : ScaledDot<F8> {};
 
 template <class E, int R>
 static void dot_rows(const Basis& basis, int64_t row, int64_t column, const float* g, int64_t pitch, int64_t batch,
@@ -175,6 +179,9 @@ static void project(const Basis& basis, const Span& span, double* totals) {
           break;
         case DType::kI8:
           project_tile<I8>(basis, column, g, tile, batch, n, part);
+          break;
+        case DType::kF8:
+          project_tile<F8>(basis, column, g, tile, batch, n, part);
           break;
       }
     }

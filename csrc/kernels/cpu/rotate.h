@@ -125,7 +125,9 @@ static void edit_rotate(const Basis& all, const Basis& domain, const Span& span,
   }
 }
 
-static void quantize(const void* row, DType dtype, int64_t length, int64_t block, int8_t* codes, float* scales) {
+static void quantize(const void* row, DType dtype, int64_t length, int64_t block, DType to, uint8_t* codes,
+                     float* scales) {
+  const float most = to == DType::kI8 ? 127.0f : 448.0f;
   float values[kFold];
   const int64_t step = min64(block, kFold);
   for (int64_t begin = 0; begin < length; begin += block, ++scales) {
@@ -140,16 +142,18 @@ static void quantize(const void* row, DType dtype, int64_t length, int64_t block
     }
     uint32_t bits = 0;
     for (int lane = 0; lane < kWidth; ++lane) bits = largest[lane] > bits ? largest[lane] : bits;
-    const float scale = as_float(splat_word(bits))[0] / 127.0f;
+    const float scale = as_float(splat_word(bits))[0] / most;
     *scales = scale;
     for (int64_t i = begin; i < end; i += step) {
       const int64_t n = min64(step, end - i);
       load_tile(at(row, dtype, i), dtype, values, n);
       for (int64_t j = 0; j < n; ++j) {
         float code = scale > 0 ? values[j] / scale : 0.0f;
-        code = code > 127.0f ? 127.0f : code < -127.0f ? -127.0f : code;  // subnormal scales are coarse
-        codes[i + j] =
-            code == code ? static_cast<int8_t>((code + 12582912.0f) - 12582912.0f) : 0;  // 1.5 * 2^23: nearest even
+        code = code > most ? most : code < -most ? -most : code;  // subnormal scales are coarse
+        if (code != code) code = 0.0f;                            // NaN: the scale says it
+        codes[i + j] = to == DType::kF8 ? fp8_code(code)
+                                        : static_cast<uint8_t>(static_cast<int8_t>(
+                                              (code + 12582912.0f) - 12582912.0f));  // 1.5 * 2^23: nearest even
       }
     }
   }

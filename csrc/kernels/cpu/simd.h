@@ -106,6 +106,26 @@ struct I8 {
   }
 };
 
+// float8_e4m3fn: its sign, 4 bits of exponent and 3 of mantissa are the top of an fp16 whose exponent is 8 too small.
+struct F8 {
+  using Type = uint8_t;
+  CARERL_INLINE Float load(const uint8_t* p) {
+#if defined(CARERL_AVX512)
+    const __m256i high =
+        _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 8);
+    const __m256i half = _mm256_and_si256(_mm256_srai_epi16(high, 1), _mm256_set1_epi16(static_cast<int16_t>(0xbfff)));
+    return (Float)_mm512_cvtph_ps(half) * 256.0f;
+#elif defined(CARERL_AVX2)
+    const __m128i high = _mm_slli_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 8);
+    const __m128i half = _mm_and_si128(_mm_srai_epi16(high, 1), _mm_set1_epi16(static_cast<int16_t>(0xbfff)));
+    return (Float)_mm256_cvtph_ps(half) * 256.0f;
+#else
+    const Word code = (Word) __builtin_convertvector(*reinterpret_cast<const LooseByte*>(p), Int);
+    return as_float(as_word(as_float((code & 0x7f) << 20) * 0x1p120f) | (code & 0x80) << 24);
+#endif
+  }
+};
+
 // The first n < kWidth elements, zeros behind them. Reads nothing beyond.
 template <class E>
 CARERL_INLINE Float load_part(const typename E::Type* p, int64_t n) {
@@ -165,6 +185,23 @@ CARERL_INLINE void store_as(F16, uint16_t* p, Float x) {
 #else
   for (int lane = 0; lane < kWidth; ++lane) p[lane] = half_bits(x[lane]);
 #endif
+}
+
+// float8_e4m3fn of a finite number of at most 448.
+CARERL_INLINE uint8_t fp8_code(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  const uint8_t sign = static_cast<uint8_t>(bits >> 24) & 0x80;
+  const uint32_t magnitude = bits & 0x7fffffff;
+  if (magnitude < 0x3c800000) {  // below 2^-6: subnormal; adding 2^14 leaves its integer multiple of 2^-9
+    float small;
+    __builtin_memcpy(&small, &magnitude, 4);
+    small += 16384.0f;
+    uint32_t shifted;
+    __builtin_memcpy(&shifted, &small, 4);
+    return sign | static_cast<uint8_t>(shifted - 0x46800000);
+  }
+  return sign | static_cast<uint8_t>(((magnitude + 0x7ffff + ((magnitude >> 20) & 1)) >> 20) - (120 << 3));
 }
 
 template <class E>

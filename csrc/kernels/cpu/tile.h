@@ -34,7 +34,8 @@ CARERL_INLINE typename E::Type* element(const Basis& basis, int64_t row, int64_t
   return static_cast<typename E::Type*>(basis.data) + row * basis.stride + column;
 }
 CARERL_INLINE const float* scale_row(const Basis& basis, int64_t row) { return basis.scales + row * basis.blocks; }
-// End of the run of one int8 scale: the block border after `column`, or `end`.
+CARERL_INLINE bool is_scaled(const Basis& basis) { return basis.dtype >= DType::kI8; }
+// End of the run of one scale: the block border after `column`, or `end`.
 CARERL_INLINE int64_t run_end(const Basis& basis, int64_t column, int64_t end) {
   return min64(end, ((column >> basis.block_shift) + 1) << basis.block_shift);
 }
@@ -67,29 +68,34 @@ static void load_tile(const void* src, DType dtype, float* dst, int64_t n) {
     case DType::kF16:
       return widen_row<F16>(static_cast<const uint16_t*>(src), dst, n);
     case DType::kI8:
+    case DType::kF8:
       return;
   }
 }
 
-// The same for a row of the bases.
-static void load_basis(const Basis& basis, int64_t row, int64_t column, float* dst, int64_t n) {
-  if (basis.dtype != DType::kI8) {
-    return load_tile(at(basis.data, basis.dtype, row * basis.stride + column), basis.dtype, dst, n);
-  }
-  const int8_t* src = element<I8>(basis, row, column);
+template <class E>
+static void load_scaled(const Basis& basis, int64_t row, int64_t column, float* dst, int64_t n) {
+  const typename E::Type* src = element<E>(basis, row, column);
   for (int64_t i = 0; i < n;) {
     const int64_t end = run_end(basis, column + i, column + n) - column;
     const Float scale = splat(scale_row(basis, row)[(column + i) >> basis.block_shift]);
-    for (; i + kWidth <= end; i += kWidth) store(dst + i, I8::load(src + i) * scale);
-    if (i < end) store(dst + i, load_part<I8>(src + i, end - i) * scale);
+    for (; i + kWidth <= end; i += kWidth) store(dst + i, E::load(src + i) * scale);
+    if (i < end) store(dst + i, load_part<E>(src + i, end - i) * scale);
     i = end;
   }
 }
 
-// All rows of float bases, or those of int8 bases one by one.
+// A row of the bases, as load_tile has it.
+static void load_basis(const Basis& basis, int64_t row, int64_t column, float* dst, int64_t n) {
+  if (basis.dtype == DType::kI8) return load_scaled<I8>(basis, row, column, dst, n);
+  if (basis.dtype == DType::kF8) return load_scaled<F8>(basis, row, column, dst, n);
+  load_tile(at(basis.data, basis.dtype, row * basis.stride + column), basis.dtype, dst, n);
+}
+
+// All rows of float bases, or those with scales one by one.
 static void load_basis_rows(const Basis& basis, int64_t column, float* dst, int64_t pitch, int64_t n) {
   int64_t row = 0;
-  for (; basis.dtype != DType::kI8 && row + kRows <= basis.rows; row += kRows) {
+  for (; !is_scaled(basis) && row + kRows <= basis.rows; row += kRows) {
     float* to = dst + row * pitch;
     switch (basis.dtype) {
       case DType::kF32:
@@ -102,6 +108,7 @@ static void load_basis_rows(const Basis& basis, int64_t column, float* dst, int6
         widen_rows<F16, kRows>(element<F16>(basis, row, column), basis.stride, to, pitch, n);
         break;
       case DType::kI8:
+      case DType::kF8:
         break;
     }
   }
@@ -141,6 +148,7 @@ static void store_tile(const float* src, void* dst, DType dtype, int64_t n, floa
     case DType::kF16:
       return narrow_row<F16>(src, static_cast<uint16_t*>(dst), n, splat(scale));
     case DType::kI8:
+    case DType::kF8:
       return;
   }
 }

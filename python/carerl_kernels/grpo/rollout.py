@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .advantages import group_advantages
 from .config import GRPOConfig
 from .domain import Domain, Example
 from .sampling import Rollout, sample
@@ -117,12 +116,13 @@ def rollout(
     device = sampled.completion_ids.device
     reward_tensor = torch.tensor(rewards, dtype=torch.float64, device=device)
     group_ids = torch.tensor(owners, device=device)
+    domain_ids = torch.tensor([list(counts).index(names[i]) for i in owners], device=device)
     return Batch(
         rollout=sampled,
         texts=texts,
         rewards=reward_tensor,
         group_ids=group_ids,
-        advantages=group_advantages(reward_tensor, group_ids, normalize_std=config.advantage_std),
+        advantages=torch.ops.carerl.group_advantages(reward_tensor, group_ids, domain_ids, config.advantage_mode),
         domains=[names[i] for i in owners],
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._ops import SCALED_DTYPES
 from ..subspace import BasisError, DomainBasis, Layout
 from .rules import Combine, Frame
 
@@ -17,7 +18,7 @@ class BasisStack:
     Args:
         layout: of the guarded parameters.
         combine: rule for overlapping rows.
-        dtype: float32, bfloat16, float16 or int8 (block-scaled) storage.
+        dtype: float32, bfloat16, float16, int8 or float8_e4m3fn (both block-scaled) storage.
         device: of the parameters.
     """
 
@@ -74,8 +75,8 @@ class BasisStack:
         return DomainBasis(light.info, self.bases[at], light.singular_values, light.displacement, scales)
 
     def _converted(self, basis: DomainBasis) -> tuple[Tensor, Tensor | None]:
-        if self.dtype == torch.int8:
-            basis = basis.quantized()
+        if self.dtype in SCALED_DTYPES:
+            basis = basis.quantized(dtype=self.dtype)
             assert basis.scales is not None
             return basis.directions.to(self.device), basis.scales.to(self.device)
         return basis.dequantized().directions.to(self.device, self.dtype), None

@@ -60,10 +60,11 @@ class DomainBasis:
 
     Attributes:
         info: see :class:`BasisInfo`.
-        directions: ``[k, N]``, rows orthonormal per coefficient row (float32, bfloat16 or float16; int8 with scales).
+        directions: ``[k, N]``, rows orthonormal per coefficient row (float32, bfloat16 or float16; with scales int8 or
+            float8_e4m3fn).
         singular_values: ``[T, k]`` float64, of the stage's gradients.
         displacement: h ``[T, k]`` float64, at least zero: how far the stage moved along each direction.
-        scales: ``[k, ceil(N/block)]`` of int8 directions, else None.
+        scales: ``[k, ceil(N/block)]`` of int8 or float8_e4m3fn directions, else None.
     """
 
     info: BasisInfo
@@ -72,15 +73,21 @@ class DomainBasis:
     displacement: Tensor
     scales: Tensor | None = None
 
-    def quantized(self, block: int = 128) -> DomainBasis:
-        """The same basis with block-scaled int8 directions: a quarter of fp32's memory, relative error .0065."""
-        if self.scales is not None:
+    def quantized(self, block: int = 128, dtype: torch.dtype = torch.int8) -> DomainBasis:
+        """The same basis with block-scaled directions, a quarter of fp32's memory.
+
+        Args:
+            block: elements per scale, a power of two of at least 32.
+            dtype: int8 (relative error .0065) or float8_e4m3fn (.026).
+        """
+        if self.directions.dtype == dtype:
             return self
-        codes, scales = torch.ops.carerl.quantize_bases(self.directions.unsqueeze(0), block)
+        basis = self.dequantized()
+        codes, scales = torch.ops.carerl.quantize_bases(basis.directions.unsqueeze(0), block, dtype)
         return DomainBasis(self.info, codes[0], self.singular_values, self.displacement, scales[0])
 
     def dequantized(self) -> DomainBasis:
-        """The same basis with float32 directions where they were int8."""
+        """The same basis with float32 directions where they were quantised."""
         if self.scales is None:
             return self
         block = block_of("dequantized", self.directions.shape[-1], self.scales.shape[-1])

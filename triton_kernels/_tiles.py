@@ -77,8 +77,19 @@ def decode_fp8(code):
     """float8_e4m3fn from its bits, on any device: exponent and mantissa moved to their place in fp32, rebiased by 2^120."""
     bits = code.to(tl.uint32)
     magnitude = ((bits & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
-    magnitude = tl.where((bits & 0x7F) == 0x7F, float("nan"), magnitude)
     return tl.where(bits >= 0x80, -magnitude, magnitude)
+
+
+@triton.jit
+def encode_fp8(x):
+    """The bits of the nearest float8_e4m3fn, ties to even, for |x| <= 448."""
+    bits = x.to(tl.uint32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    normal = (magnitude + 0x7FFFF + ((magnitude >> 20) & 1) >> 20) - 960  # 20 bits fewer, exponents 120 lower
+    size = magnitude.to(tl.float32, bitcast=True)
+    subnormal = (size * 512.0 + 12582912.0).to(tl.uint32, bitcast=True) & 0xF  # adding 1.5 * 2^23 rounds
+    code = tl.where(size < 0.015625, subnormal, normal)  # 2^-6
+    return (code | (bits >> 31 << 7)).to(tl.uint8)
 
 
 @triton.jit

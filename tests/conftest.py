@@ -21,6 +21,23 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # workers share the cores; tests of threading ask for more themselves
 
 
+SLOW_WHEN_INTERPRETED = ("threads", "a_million", "long_all_positive", "unbiased", "peak_memory")
+"""Tests of what the interpreter does not have (threads, its memory is numpy's) or that call an op hundreds of times."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what Triton's interpreter, some thousand times slower than a kernel, would take minutes for."""
+    slow = [item for item in items if "triton-interpreted" in item.name and _slow(item)]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in slow]
+
+
+def _slow(item: pytest.Item) -> bool:
+    case = getattr(item, "callspec", None) and item.callspec.params.get("case")
+    heavy = case is not None and case.n > 10_000 and max(case.batch, 1) * case.dk[0] * case.dk[1] > 50
+    return heavy or any(word in item.name for word in SLOW_WHEN_INTERPRETED)
+
+
 def _parameter(backend: Backend):
     return pytest.param(backend, id=backend.name, marks=[pytest.mark.gpu] if backend.name in GPU_BACKENDS else [])
 

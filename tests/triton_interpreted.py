@@ -8,7 +8,7 @@ a GPU run the kernels themselves instead. What is patched (triton 3.8):
   the kernel was launched with (:class:`Guard`).
 * Every call of a device function patches the language again (milliseconds each, and never undone); here once.
 
-Blocks are larger than on a GPU, since numpy is fast on long vectors and slow on many short ones.
+Above :data:`SMALL` columns blocks are larger than on a GPU: numpy is fast on long vectors and slow on many short ones.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from carerl_kernels import linalg
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-LANES, CHUNK = int(os.environ.get("XL", "2048")), 32768
+SMALL = 4096  # columns; up to here block sizes are those of a GPU, but for gram
 
 
 def missing() -> str | None:
@@ -160,16 +160,13 @@ def _uses_the_language() -> None:
 
 @cache
 def kernels() -> dict[str, Callable]:
-    """The kernels with blocks for the interpreter, and ``pca_update_`` over them."""
+    """The kernels, and ``pca_update_`` over them."""
     import triton.language
     from carerl_kernels import triton_kernels
 
     globals().update(tl=triton.language, core=triton.language.core)
     patch()
     served = dict(triton_kernels.kernels())
-    from carerl_kernels.triton_kernels import _blocks
-
-    _blocks.LANES, _blocks.UNIT, _blocks.GRAM_WIDTH = LANES, CHUNK, 4096
 
     def pca_update_(bases, singular_values, grads, decay=1.0, seed=0):
         q, values, discarded = linalg.pca_core(served["gram"](bases, grads), singular_values, decay)
@@ -187,11 +184,19 @@ def kernels() -> dict[str, Callable]:
     return served | {"pca_update_": pca_update_, "pca_update_.list": pca_update_list}
 
 
+def _choose_blocks(n: int) -> None:
+    from carerl_kernels.triton_kernels import _blocks
+
+    _blocks.LANES, _blocks.UNIT = (128, 8192) if n <= SMALL else (2048, 32768)
+    _blocks.GRAM_WIDTH = 512 if n <= SMALL else 4096
+
+
 def kernel(overload: str) -> Callable:
     """The interpreted kernel of an overload, confined to the tensors that it is called with."""
 
     def call(*args, **kwargs):
         run = kernels()[overload]
+        _choose_blocks(max((t.shape[-1] for t in args if isinstance(t, torch.Tensor) and t.dim() > 1), default=0))
         with GUARD.allowing((args, kwargs)):
             return run(*args, **kwargs)
 

@@ -38,14 +38,17 @@ def rows_tile(tile: int, batch: int, rows: int) -> int:
     return max(min(accumulators // (tile * batch), power_of_two(rows)), 1)
 
 
-def rotation_width(rows: int) -> int:
-    """Columns of a tile of the rotation: all new rows of it wait in registers, at most 64 per thread."""
-    return min(max(64 * LANES // max(power_of_two(rows), 16), 16), LANES)
+def rotation(rows: int) -> tuple[int, int, int, int]:
+    """Rows held, rows read at a time, columns and warps of a rotation: 32 fp32 numbers of new rows per thread."""
+    held = max(power_of_two(rows), 16)
+    warps = 4 if held <= 32 else 8 if held <= 512 else 16
+    columns = min(max(32 * 32 * warps // held, 16), 128)
+    return held, 4 * warps, columns * LANES // 128, warps
 
 
 GRAM_WIDTH = 64  # columns of a tile of gram: they are summed in one fp32 chain, then go to fp64
 
 
-def gram_tile(rows: int) -> int:
-    """Rows of a square tile of gram."""
-    return 16 if rows <= 16 else 32
+def gram_tile(rows: int, codes: int) -> tuple[int, int]:
+    """Rows and columns of a tile of gram; dequantising takes registers, hence fewer columns of coded bases."""
+    return 16 if rows <= 16 else 32, GRAM_WIDTH // 2 if codes else GRAM_WIDTH

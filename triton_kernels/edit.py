@@ -43,7 +43,10 @@ def edited(
         inside = row < rows
         m = tl.load(mix + at[:, None] * rows + row[None, :], mask=moved[:, None] & inside[None, :], other=0.0)
         u = load_rows(bases, scales, row, inside & needed, n, blocks, shift, column, start, count, CODES, WIDTH, TAIL)
-        value += tl.sum(m[:, :, None] * u[None, :, :], axis=1)
+        if m.shape[0] == 1:  # in two dimensions all stays in the registers that it was loaded into
+            value += tl.sum(tl.trans(m) * u, axis=0)[None, :]
+        else:
+            value += tl.sum(m[:, :, None] * u[None, :, :], axis=1)
     return tl.where(moved[:, None], value, g) * factor[:, None]  # where: -0 + 0 is 0, and 0 * infinity no number
 
 

@@ -10,7 +10,7 @@ from ._bases import Bases
 from ._plan import Work, launch, plan
 from ._tiles import chunk_of, store_rows
 from .edit import edited, judge, store_gradients
-from .rotate import dropped_bits, is_finite, key_of, rotated, tiles
+from .rotate import dropped_bits, is_finite, key_of, rotated
 
 
 @triton.jit
@@ -62,14 +62,13 @@ def edit_rotate_kernel(
 def _apply(work: Work, bases: Tensor, mix: Tensor, scale: Tensor, domain: int, q: Tensor, seed: int) -> None:
     all_rows, slots = Bases.of(bases), bases.shape[1]
     batch = _blocks.batch_tile(work.batch)
-    size, depth, width = tiles(slots)
+    size, depth, width, warps = _blocks.rotation(slots)
     rows = max(min(32 * _blocks.LANES // (width * batch), 16), 1)
-    # One list of coefficients for all groups (summed) or one each: `group` is the row of mix, scale and q in both cases.
     launch(
         edit_rotate_kernel, (work.chunks,), mix,
         work.grads, bases, bases[domain], work.table, mix, scale, q,
         all_rows.n, all_rows.rows, slots, work.batch, work.stride, work.length, q.shape[-2], key_of(seed),
-        work.is_list, work.aligned, dropped_bits(bases.dtype, seed), batch, rows, size, depth, width,
+        work.is_list, work.aligned, dropped_bits(bases.dtype, seed), batch, rows, size, depth, width, warps=warps,
     )  # fmt: skip
 
 

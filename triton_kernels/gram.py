@@ -83,13 +83,13 @@ def _gram(work: Work, bases: Bases):
     if work.chunks == 0 or size == 0:
         return out.zero_()
     partials = torch.empty(work.chunks, size * size, dtype=torch.float64, device=out.device)
-    rows = _blocks.gram_tile(size)
+    rows, width = _blocks.gram_tile(size, bases.codes)
     tiles = -(-size // rows)
     launch(
         gram_kernel, (work.chunks * tiles * tiles,), out,
         work.grads, bases.data, bases.scales, work.table, partials,
         bases.n, bases.rows, work.batch, work.stride, work.length, bases.blocks, bases.shift, tiles,
-        work.is_list, work.aligned, bases.codes, rows, _blocks.GRAM_WIDTH,
+        work.is_list, work.aligned, bases.codes, rows, width,
     )  # fmt: skip
     total(partials, work, out, size * size)
     return out

@@ -17,10 +17,29 @@ def products(
     lanes, pointer, b, some, stride, bases, scales, row, inside, n, blocks, shift, column, start, count,
     CODES: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """lanes ``[BT, R, WIDTH]`` plus g u of one tile."""
+    """lanes plus g u of one tile: ``[R, WIDTH]`` for one gradient, ``[BT, R, WIDTH]`` for several."""
     g = load_gradients(pointer, b, some, stride, start, count, WIDTH, TAIL)
     u = load_rows(bases, scales, row, inside, n, blocks, shift, column, start, count, CODES, WIDTH, TAIL)
-    return lanes + g[:, None, :] * u[None, :, :]
+    if len(lanes.shape) == 2:  # in two dimensions all stays in the registers that it was loaded into
+        value = lanes + g * u
+    else:
+        value = lanes + g[:, None, :] * u[None, :, :]
+    return value
+
+
+@triton.jit
+def no_products(BATCH: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    if BATCH == 1:
+        lanes = tl.zeros([ROWS, WIDTH], tl.float32)
+    else:
+        lanes = tl.zeros([BATCH, ROWS, WIDTH], tl.float32)
+    return lanes
+
+
+@triton.jit
+def summed(lanes, BATCH: tl.constexpr, ROWS: tl.constexpr):
+    """Lanes to sums ``[BT, R]`` in fp64."""
+    return tl.reshape(tl.sum(lanes, axis=len(lanes.shape) - 1), [BATCH, ROWS]).to(tl.float64)
 
 
 @triton.jit
@@ -40,20 +59,19 @@ def project_kernel(
 
     total = tl.zeros([BATCH, ROWS], tl.float64)
     for begin in range(0, full, FOLD):
-        lanes = tl.zeros([BATCH, ROWS, WIDTH], tl.float32)
+        lanes = no_products(BATCH, ROWS, WIDTH)
         for start in range(begin, tl.minimum(begin + FOLD, full), WIDTH):
             lanes = products(
                 lanes, pointer, b, some, stride, bases, scales, row, inside, n, blocks, shift, column, start, count,
                 CODES, WIDTH, False,
             )  # fmt: skip
-        total += tl.sum(lanes, axis=2).to(tl.float64)
+        total += summed(lanes, BATCH, ROWS)
     if full < count:
-        lanes = tl.zeros([BATCH, ROWS, WIDTH], tl.float32)
         lanes = products(
-            lanes, pointer, b, some, stride, bases, scales, row, inside, n, blocks, shift, column, full, count,
-            CODES, WIDTH, True,
+            no_products(BATCH, ROWS, WIDTH), pointer, b, some, stride, bases, scales, row, inside, n, blocks, shift,
+            column, full, count, CODES, WIDTH, True,
         )  # fmt: skip
-        total += tl.sum(lanes, axis=2).to(tl.float64)
+        total += summed(lanes, BATCH, ROWS)
     at = (tl.cast(chunk, tl.int64) * batch + b)[:, None] * rows + row[None, :]
     tl.store(partials + at, total, mask=some[:, None] & inside[None, :])
 

@@ -89,17 +89,13 @@ def dropped_bits(dtype: torch.dtype, seed: int) -> int:
     return {torch.bfloat16: 16, torch.float16: 13}.get(dtype, 0) if seed else 0
 
 
-def tiles(rows: int) -> tuple[int, int, int]:
-    """ROWS, DEPTH, WIDTH of a rotation of k rows."""
-    return max(_blocks.power_of_two(rows), 16), 16, _blocks.rotation_width(rows)
-
-
 def apply(work: Work, bases: Bases, q: Tensor, seed: int) -> None:
+    *sizes, warps = _blocks.rotation(bases.rows)
     launch(
         rotate_kernel, (work.chunks,), q,
         work.grads, bases.data, work.table, q,
         bases.n, bases.rows, work.batch, work.stride, work.length, q.shape[-2], key_of(seed),
-        work.is_list, work.aligned, dropped_bits(bases.data.dtype, seed), *tiles(bases.rows),
+        work.is_list, work.aligned, dropped_bits(bases.data.dtype, seed), *sizes, warps=warps,
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from carerl_kernels import linalg
+from carerl_kernels import _ops, linalg
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -169,12 +169,14 @@ def kernels() -> dict[str, Callable]:
     served = dict(triton_kernels.kernels())
 
     def pca_update_(bases, singular_values, grads, decay=1.0, seed=0):
+        _ops.check_pca_update(bases, singular_values, grads, decay)
         q, values, discarded = linalg.pca_core(served["gram"](bases, grads), singular_values, decay)
         served["rotate_"](bases, grads, q.float(), seed)
         singular_values.copy_(values)
         return discarded
 
     def pca_update_list(bases, singular_values, grads, offsets, decay=1.0, per_tensor=False, seed=0):
+        _ops.check_pca_update_list(bases, singular_values, grads, offsets, decay, per_tensor)
         measured = served["gram.list"](bases, grads, offsets, None, per_tensor)
         q, values, discarded = linalg.pca_core(measured, singular_values, decay)
         served["rotate_.list"](bases, grads, offsets, q.float(), per_tensor, seed)

@@ -79,12 +79,13 @@ def edit_kernel(
             column, start, count, CODES, ROWS, WIDTH, False,
         )  # fmt: skip
         store_gradients(pointer, value, b, written, stride, start, count, False)
-    if full < count:
+    NARROW: tl.constexpr = WIDTH // 4  # of the tail, whose masks and narrow loads take registers
+    for start in range(full, count, NARROW):
         value = edited(
             pointer, b, at, factor, moved, written, stride, bases, scales, mix, n, rows, blocks, shift,
-            column, full, count, CODES, ROWS, WIDTH, True,
+            column, start, count, CODES, ROWS, NARROW, True,
         )  # fmt: skip
-        store_gradients(pointer, value, b, written, stride, full, count, True)
+        store_gradients(pointer, value, b, written, stride, start, count, True)
 
 
 def apply(work: Work, bases: Bases, mix: Tensor, scale: Tensor) -> None:

@@ -56,6 +56,7 @@ def project_kernel(
     some, inside = b < batch, row < rows
     pointer, column, count, _ = chunk_of(chunk, grads, table, n, length, LIST, ALIGNED)
     full = count // WIDTH * WIDTH
+    NARROW: tl.constexpr = WIDTH // 4  # of the tail, whose masks and narrow loads take registers
 
     total = tl.zeros([BATCH, ROWS], tl.float64)
     for begin in range(0, full, FOLD):
@@ -66,12 +67,13 @@ def project_kernel(
                 CODES, WIDTH, False,
             )  # fmt: skip
         total += summed(lanes, BATCH, ROWS)
-    if full < count:
+    lanes = no_products(BATCH, ROWS, NARROW)
+    for start in range(full, count, NARROW):
         lanes = products(
-            no_products(BATCH, ROWS, WIDTH), pointer, b, some, stride, bases, scales, row, inside, n, blocks, shift,
-            column, full, count, CODES, WIDTH, True,
+            lanes, pointer, b, some, stride, bases, scales, row, inside, n, blocks, shift, column, start, count,
+            CODES, NARROW, True,
         )  # fmt: skip
-        total += summed(lanes, BATCH, ROWS)
+    total += summed(lanes, BATCH, ROWS)
     at = (tl.cast(chunk, tl.int64) * batch + b)[:, None] * rows + row[None, :]
     tl.store(partials + at, total, mask=some[:, None] & inside[None, :])
 
@@ -101,7 +103,7 @@ def total(partials: Tensor, work: Work, out: Tensor, columns: int) -> None:
     width = min(max(_blocks.power_of_two(columns), 16), 64)
     launch(
         totals_kernel, (-(-columns // width), work.groups), out,
-        partials, work.first, out, work.chunks, columns, work.per_tensor, 8192 // width, width,
+        partials, work.first, out, work.chunks, columns, work.per_tensor, 2048 // width, width,
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -150,21 +151,16 @@ def patch() -> None:
 
     interpreter.GridExecutor.__call__ = execute_guarded
 
-    interpreter._patch_lang(_uses_the_language)
+    # It looks for the language among the globals of a function.
+    interpreter._patch_lang(FunctionType((lambda: None).__code__, {"tl": tl, "core": tl.core}))
     interpreter._patch_lang = lambda fn: interpreter._LangPatchScope()  # all is patched: nothing to restore
-
-
-def _uses_the_language() -> None:
-    """Its globals hold the modules that the interpreter looks for."""
 
 
 @cache
 def kernels() -> dict[str, Callable]:
     """The kernels, and ``pca_update_`` over them."""
-    import triton.language
     from carerl_kernels import triton_kernels
 
-    globals().update(tl=triton.language, core=triton.language.core)
     patch()
     served = dict(triton_kernels.kernels())
 

@@ -8,7 +8,7 @@ from the machine code that these sizes spill nothing.
 
 import torch
 
-WARPS = 4  # of a program: 128 threads (256 on AMD)
+THREADS = 128  # of a program, where nothing else is said
 LANES = 128  # vector loads side by side in a tile; the interpreter of the tests takes more, it is fast on long vectors
 UNIT = 8192  # elements; chunks are multiples of it
 CHUNKS = 2048  # at most, about: ten or more programs for every multiprocessor of any present GPU
@@ -35,15 +35,26 @@ def width(*dtypes: torch.dtype) -> int:
 def rows_tile(tile: int, batch: int, rows: int) -> int:
     """Rows of the bases read side by side, for tiles of this width and batch."""
     accumulators = 64 * LANES if batch == 1 else 128 * LANES
-    return max(min(accumulators // (tile * batch), power_of_two(rows)), 1)
+    return max(min(accumulators // (tile * batch), power_of_two(rows), 8), 1)
 
 
 def rotation(rows: int) -> tuple[int, int, int, int]:
-    """Rows held, rows read at a time, columns and warps of a rotation: 32 fp32 numbers of new rows per thread."""
+    """Rows held, rows read at a time, columns and threads of a rotation: 32 fp32 numbers of new rows per thread."""
     held = max(power_of_two(rows), 16)
-    warps = 4 if held <= 32 else 8 if held <= 512 else 16
-    columns = min(max(32 * 32 * warps // held, 16), 128)
-    return held, 4 * warps, columns * LANES // 128, warps
+    threads = 128 if held <= 32 else 256 if held <= 512 else 512
+    columns = min(max(32 * threads // held, 16), 128)
+    return held, threads // 8, columns * LANES // 128, threads
+
+
+def options(threads: int, hip: bool) -> dict[str, int]:
+    """How a kernel is compiled.
+
+    Registers are limited to what the device has, which tells the assembler not to spill a few bytes for the sake of one
+    more program on a multiprocessor, as it otherwise does. Loads are not pipelined through asynchronous copies (one stage): nothing here is reused
+    often enough to gain from it, rotations would spill, and the interpreter that tests the kernels has no such copies.
+    """
+    warps = {"num_warps": threads // (64 if hip else 32), "num_stages": 1}
+    return warps if hip else warps | {"maxnreg": min(65536 // threads, 255)}
 
 
 GRAM_WIDTH = 64  # columns of a tile of gram: they are summed in one fp32 chain, then go to fp64

@@ -121,12 +121,8 @@ def _table(
     return _tables[key]
 
 
-def launch(kernel, grid: tuple[int, ...], like: Tensor, *args, warps: int = _blocks.WARPS) -> None:
-    """Runs a kernel on the device of ``like``; an empty grid is no launch.
-
-    Loads are not pipelined through asynchronous copies (one stage): nothing here is reused often enough to gain from it,
-    the rotations would spill, and the interpreter that tests these kernels has no such copies.
-    """
+def launch(kernel, grid: tuple[int, ...], like: Tensor, *args, threads: int = _blocks.THREADS) -> None:
+    """Runs a kernel on the device of ``like``; an empty grid is no launch."""
     if 0 not in grid:
         with torch.cuda.device(like.device) if like.device.type == "cuda" else nullcontext():
-            kernel[grid](*args, num_warps=warps, num_stages=1)
+            kernel[grid](*args, **_blocks.options(threads, torch.version.hip is not None))

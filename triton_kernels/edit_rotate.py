@@ -62,13 +62,13 @@ def edit_rotate_kernel(
 def _apply(work: Work, bases: Tensor, mix: Tensor, scale: Tensor, domain: int, q: Tensor, seed: int) -> None:
     all_rows, slots = Bases.of(bases), bases.shape[1]
     batch = _blocks.batch_tile(work.batch)
-    size, depth, width, warps = _blocks.rotation(slots)
+    size, depth, width, threads = _blocks.rotation(slots)
     rows = max(min(32 * _blocks.LANES // (width * batch), 16), 1)
     launch(
         edit_rotate_kernel, (work.chunks,), mix,
         work.grads, bases, bases[domain], work.table, mix, scale, q,
         all_rows.n, all_rows.rows, slots, work.batch, work.stride, work.length, q.shape[-2], key_of(seed),
-        work.is_list, work.aligned, dropped_bits(bases.dtype, seed), batch, rows, size, depth, width, warps=warps,
+        work.is_list, work.aligned, dropped_bits(bases.dtype, seed), batch, rows, size, depth, width, threads=threads,
     )  # fmt: skip
 
 

@@ -90,12 +90,12 @@ def dropped_bits(dtype: torch.dtype, seed: int) -> int:
 
 
 def apply(work: Work, bases: Bases, q: Tensor, seed: int) -> None:
-    *sizes, warps = _blocks.rotation(bases.rows)
+    *sizes, threads = _blocks.rotation(bases.rows)
     launch(
         rotate_kernel, (work.chunks,), q,
         work.grads, bases.data, work.table, q,
         bases.n, bases.rows, work.batch, work.stride, work.length, q.shape[-2], key_of(seed),
-        work.is_list, work.aligned, dropped_bits(bases.data.dtype, seed), *sizes, warps=warps,
+        work.is_list, work.aligned, dropped_bits(bases.data.dtype, seed), *sizes, threads=threads,
     )  # fmt: skip
 
 

@@ -16,13 +16,17 @@ FORMATTED := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -
 JOBS ?= auto
 ARGS ?=
 
-.PHONY: demo test bench lint format info clean
+.PHONY: demo test gpu-check bench lint format info clean
 
 demo: $(VENV)/.carerl-train
 	$(BIN)/carerl demo $(ARGS)
 
 test: $(VENV)/.carerl-test
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+# For whoever has a GPU: conformance on the device, then its benchmark; writes gpu-check.json. Exits with 2 where there is none.
+gpu-check: $(VENV)/.carerl-test
+	$(BIN)/python -m carerl_kernels.bench.gpu_check --tests tests $(ARGS)
 
 bench: $(VENV)/.carerl-bench
 	$(BIN)/carerl bench $(ARGS)

@@ -57,7 +57,7 @@ BACKENDS = [
     Backend("reference", "cpu", reference.KERNELS.__getitem__, lambda: None),
     Backend("cpu", "cpu", dispatched, lambda: _not_loaded("cpu")),
     Backend("cuda", "cuda", dispatched, _no_cuda),
-    Backend("triton", "cuda", lambda overload: triton_kernels.kernels()[overload], _no_triton),
+    Backend("triton", "cuda", lambda overload: (reference.KERNELS | triton_kernels.kernels())[overload], _no_triton),
     Backend("triton-interpreted", "cpu", triton_interpreted.kernel, triton_interpreted.missing),
 ]
 GPU_BACKENDS = {"cuda", "triton"}

@@ -16,14 +16,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from importlib.util import find_spec
 from types import FunctionType
 from typing import Any
 
 import numpy as np
 import torch
-from carerl_kernels import _ops, linalg
+from carerl_kernels import _ops, linalg, reference
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -158,7 +158,7 @@ def patch() -> None:
 
 @cache
 def kernels() -> dict[str, Callable]:
-    """The kernels, and ``pca_update_`` over them."""
+    """The kernels, ``pca_update_`` over them, and what needs none from the reference."""
     from carerl_kernels import triton_kernels
 
     patch()
@@ -179,7 +179,7 @@ def kernels() -> dict[str, Callable]:
         singular_values.copy_(values)
         return discarded
 
-    return served | {"pca_update_": pca_update_, "pca_update_.list": pca_update_list}
+    return reference.KERNELS | served | {"pca_update_": pca_update_, "pca_update_.list": pca_update_list}
 
 
 def _choose_blocks(n: int) -> None:
@@ -192,8 +192,10 @@ def _choose_blocks(n: int) -> None:
 def kernel(overload: str) -> Callable:
     """The interpreted kernel of an overload, confined to the tensors that it is called with."""
 
+    run = kernels()[overload]
+
+    @wraps(run)
     def call(*args, **kwargs):
-        run = kernels()[overload]
         _choose_blocks(max((t.shape[-1] for t in args if isinstance(t, torch.Tensor) and t.dim() > 1), default=0))
         with GUARD.allowing((args, kwargs)):
             return run(*args, **kwargs)

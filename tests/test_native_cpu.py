@@ -234,3 +234,16 @@ def test_the_bandwidth_probe_measures_something_plausible():
         assert 1e8 < max(getattr(probe, kind)() for _ in range(3)) < 1e13
     with pytest.raises(ValueError, match="threads >= 0"):
         host.BandwidthProbe(threads=-1)
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800001])
+def test_a_nan_of_any_payload_stays_one(bits):
+    """Rounding to bf16 adds to the payload: without care 0x7FFFFFFF becomes -0."""
+    nan = torch.full((1, 100), bits, dtype=torch.int32).view(torch.float32)
+    rows = torch.zeros(2, 100, dtype=torch.bfloat16)
+    for seed in (0, 5):
+        dispatched("rotate_")(rows, nan, torch.eye(2, 3).roll(1, 1), seed)
+        assert rows[1].isnan().all()
+    low = torch.zeros(1, 100, dtype=torch.bfloat16)
+    dispatched("edit_")(low, nan.view(1, 1, 100), torch.ones(1, 1), torch.ones(1))
+    assert low.isnan().all()

@@ -21,7 +21,15 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # workers share the cores; tests of threading ask for more themselves
 
 
-SLOW_WHEN_INTERPRETED = ("threads", "a_million", "long_all_positive", "unbiased", "peak_memory", "never_a_nan", "reproducible")
+SLOW_WHEN_INTERPRETED = (
+    "threads",
+    "a_million",
+    "long_all_positive",
+    "unbiased",
+    "peak_memory",
+    "never_a_nan",
+    "reproducible",
+)
 """Tests of what the interpreter does not have (threads, its memory is numpy's) or that call an op hundreds of times."""
 
 

@@ -1,4 +1,4 @@
-"""The interpreter that the Triton kernels are tested with: its patches do what they claim, and the dispatcher takes the kernels."""
+"""Triton's interpreter as the tests use it: its patches do what they claim, and the dispatcher takes the kernels."""
 
 from __future__ import annotations
 

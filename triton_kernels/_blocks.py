@@ -50,8 +50,9 @@ def options(threads: int, hip: bool) -> dict[str, int]:
     """How a kernel is compiled.
 
     Registers are limited to what the device has, which tells the assembler not to spill a few bytes for the sake of one
-    more program on a multiprocessor, as it otherwise does. Loads are not pipelined through asynchronous copies (one stage): nothing here is reused
-    often enough to gain from it, rotations would spill, and the interpreter that tests the kernels has no such copies.
+    more program on a multiprocessor, as it otherwise does. Loads are not pipelined through asynchronous copies (one
+    stage): nothing here is reused often enough to gain from it, rotations would spill, and the interpreter that tests the
+    kernels has no such copies.
     """
     warps = {"num_warps": threads // (64 if hip else 32), "num_stages": 1}
     return warps if hip else warps | {"maxnreg": min(65536 // threads, 255)}

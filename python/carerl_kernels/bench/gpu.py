@@ -83,7 +83,10 @@ def elapsed(call: Callable[[], Any], before: Callable[[], Any], device: torch.de
 def bandwidth(device: torch.device, size: int = FLUSHED) -> dict[str, float]:
     """GB/s of a copy (bytes read and written) and of a sum (bytes read) over ``size`` bytes."""
     source, target = (torch.ones(size // 4, device=device) for _ in range(2))
-    ways = {"copy_gbps": (lambda: target.copy_(source), 2 * size), "read_gbps": (source.sum, size)}
+    ways: dict[str, tuple[Callable[[], Any], int]] = {
+        "copy_gbps": (lambda: target.copy_(source), 2 * size),
+        "read_gbps": (source.sum, size),
+    }
     found = {}
     for name, (call, moved) in ways.items():
         call()

@@ -85,7 +85,9 @@ def render(report: Mapping[str, Any]) -> str:
             lines.append(run["error"])
             continue
         device, rates = run["device"], run["bandwidth"]
-        versions = ", ".join(f"{name} {device[name]}" for name in ("torch", "cuda", "hip", "triton") if device.get(name))
+        versions = ", ".join(
+            f"{name} {device[name]}" for name in ("torch", "cuda", "hip", "triton") if device.get(name)
+        )
         lines += [
             f"{device['name']} (capability {device['capability']}), {versions}; copy {rates['copy_gbps']:.0f} GB/s, "
             f"read {rates['read_gbps']:.0f} GB/s.",

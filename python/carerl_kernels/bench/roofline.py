@@ -37,7 +37,9 @@ class Device:
 DEVICES = {
     "a100": Device("A100 SXM 80 GB", 2.039e12, 19.5e12, 80e9, "NVIDIA A100 data sheet (2021)"),
     "h100": Device("H100 SXM 80 GB", 3.35e12, 67e12, 80e9, "NVIDIA H100 data sheet (2023)"),
-    "b200": Device("B200 180 GB", 8.0e12, 80e12, 180e9, "NVIDIA DGX B200 data sheet (2024): 64 TB/s over 8 GPUs; fp32 as HGX B200"),
+    "b200": Device(
+        "B200 180 GB", 8.0e12, 80e12, 180e9, "NVIDIA DGX B200 data sheet (2024): 64 TB/s over 8 GPUs; fp32 as HGX B200"
+    ),
 }
 
 

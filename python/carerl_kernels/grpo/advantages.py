@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 
-def group_advantages(rewards: Tensor, group_ids: Tensor, *, normalize_std: bool = True, eps: float = 1e-6) -> Tensor:
+def group_advantages(
+    rewards: Tensor,
+    group_ids: Tensor,
+    *,
+    normalize_std: bool = True,
+    eps: float = 1e-6,
+    judged: Tensor | None = None,
+) -> Tensor:
     """Rewards relative to their group's mean, optionally in units of its standard deviation.
 
     A_i = (r_i - mean_g) / (std_g + eps) with the unbiased std_g (as TRL and verl compute it), or r_i - mean_g.
@@ -19,13 +26,25 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, *, normalize_std: bool 
         group_ids: [B] integers; equal numbers are completions of the same prompt. Need not be sorted or contiguous.
         normalize_std: False is Dr. GRPO (arXiv:2503.20783): no weight on groups for being nearly unanimous.
         eps: Added to the standard deviation; keeps groups whose rewards differ by rounding only from mattering.
+        judged: [B] bool; rows that are False have no reward (whatever `rewards` holds there). They get exact zeros, and
+            the other rows the advantages they would have without them. None: all are judged.
 
     Returns:
         [B] float32 advantages on the rewards' device.
 
     Raises:
-        ValueError: Shapes differ, or a reward is not finite.
+        ValueError: Shapes differ, or a judged reward is not finite.
     """
+    if judged is not None:
+        if judged.shape != rewards.shape or judged.dtype != torch.bool:
+            raise ValueError(
+                f"group_advantages: expected judged bool {tuple(rewards.shape)}, "
+                f"found {judged.dtype} {tuple(judged.shape)}"
+            )
+        if not bool(judged.all()):
+            out = torch.zeros(rewards.shape, dtype=torch.float32, device=rewards.device)
+            out[judged] = group_advantages(rewards[judged], group_ids[judged], normalize_std=normalize_std, eps=eps)
+            return out
     if rewards.dim() != 1 or group_ids.shape != rewards.shape:
         raise ValueError(
             f"group_advantages: expected rewards and group_ids of one shape [B], "

@@ -105,8 +105,8 @@ class ScriptedJudge:
                     self._now -= 1
                 if not keep:
                     return
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
+        except (asyncio.IncompleteReadError, asyncio.CancelledError, ConnectionError):
+            pass  # the client is gone, or the server is being closed
         finally:
             writer.close()
 

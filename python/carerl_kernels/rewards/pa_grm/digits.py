@@ -20,8 +20,8 @@ def expected_levels(text: str, tokens: Sequence[Token], scale: int, least_mass: 
         text: The reply.
         tokens: Its tokens with alternatives.
         scale: Levels are 0..scale.
-        least_mass: Probability that the alternatives must give to the scale's digits together; below it, the number would
-            rest on a tail that the backend did not report.
+        least_mass: Probability that the alternatives must give to the scale's digits together where some digits are not
+            among them; below it, the number would rest on a tail that the backend did not report.
 
     Returns:
         One number in [0, scale] per score, None where the tokens do not tell.
@@ -43,11 +43,12 @@ def expected_levels(text: str, tokens: Sequence[Token], scale: int, least_mass: 
 
 def _mean_level(alternatives: Mapping[bytes, float], before: bytes, scale: int, least_mass: float) -> float | None:
     """The mean over alternatives that read `before`, one digit of the scale, and no further digit."""
-    mass = weighted = 0.0
+    levels: dict[int, float] = {}
     for text, logp in alternatives.items():
         rest = text[len(before) :]
         if text.startswith(before) and rest[:1].isdigit() and not rest[1:2].isdigit() and int(rest[:1]) <= scale:
-            probability = math.exp(logp)
-            mass += probability
-            weighted += probability * int(rest[:1])
-    return weighted / mass if mass >= least_mass else None
+            levels[int(rest[:1])] = levels.get(int(rest[:1]), 0.0) + math.exp(logp)
+    mass = sum(levels.values())
+    if mass <= 0 or (mass < least_mass and len(levels) <= scale):
+        return None
+    return sum(level * probability for level, probability in levels.items()) / mass

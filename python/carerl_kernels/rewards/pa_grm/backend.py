@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-LOGGER = logging.getLogger("carerl_kernels.rewards")
+from ..log import LOGGER
 
 
 class BackendError(RuntimeError):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pydantic import ValidationError
 
+from ..log import LOGGER
 from ..prompts import Prompt, prompt_text
-from .backend import LOGGER, Backend, BackendError, Request
+from .backend import Backend, BackendError, Request
 from .cache import Cache, cache_key
 from .protocol import Limits, Protocol, json_part, protocol_schema
 from .untrusted import quoted

@@ -12,7 +12,8 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
-from .backend import LOGGER, BackendError, BackendRefusedError, Meter, Reply, Request, Token
+from ..log import LOGGER
+from .backend import BackendError, BackendRefusedError, Meter, Reply, Request, Token
 
 _REFUSED = {401, 403, 404, 405}
 

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..log import LOGGER
 from ..prompts import Prompt, prompt_text
-from .backend import LOGGER, Backend, BackendError, Request
+from .backend import Backend, BackendError, Request
 from .cache import Cache, cache_key
 from .digits import expected_levels
 from .protocol import Criterion, Limits, Protocol, json_part, verdict_schema

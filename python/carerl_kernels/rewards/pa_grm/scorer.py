@@ -9,8 +9,9 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from ..log import LOGGER
 from ..prompts import Prompt, prompt_text
-from .backend import LOGGER, Backend, BackendError, BackendRefusedError
+from .backend import Backend, BackendError, BackendRefusedError
 from .builder import ProtocolBuilder
 from .cache import Cache
 from .judge import Judge, Verdict

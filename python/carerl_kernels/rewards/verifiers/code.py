@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..pa_grm.backend import LOGGER
+from ..log import LOGGER
 from .sandbox import Outcome, Sandbox, SandboxError
 
 if TYPE_CHECKING:

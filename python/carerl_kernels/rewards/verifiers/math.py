@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..pa_grm.backend import LOGGER
+from ..log import LOGGER
 
 if TYPE_CHECKING:
     from ...grpo.domain import Example

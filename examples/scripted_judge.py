@@ -179,7 +179,7 @@ class ScriptedJudge:
             if key[0] == "d":
                 out[key] = {"evidence": "", "reasoning": "not seen", "violated": False}
                 continue
-            share, evidence = (1.0, response[:40]) if obeys else _share(line[1], response)
+            share, evidence = (1.0, "") if obeys else _share(line[1], response)
             levels.append(4 * share)
             out[key] = {"evidence": evidence, "reasoning": f"share {share:.2f}", "score": math.floor(4 * share + 0.5)}
         return json.dumps(out), levels

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from .bench.command import bench
+from .rewards.command import score
 
 app = typer.Typer(
     help="Capability-aware RL post-training: projection kernels, capability guard, GRPO trainer.",
@@ -70,4 +71,5 @@ def demo(
         run_demo(out, fast=fast, seeds=seeds, json_path=json_path, workers=workers, variants=variant)
 
 
-app.command()(bench)  # imports what it needs when it runs, too
+app.command()(bench)  # imports what they need when they run, too
+app.command()(score)

@@ -157,7 +157,7 @@ class Scorer:
         except BackendRefusedError:
             raise
         except BackendError as error:
-            LOGGER.warning("not judged: %s", error)
+            LOGGER.info("not judged: %s", error)
             return Score(None, str(error), signs=found, protocol=protocol)
         factor = self.controls.factor(response)
         return Score(reward * factor, None, value, factor, found, again, verdict, protocol)
@@ -245,7 +245,10 @@ class Scorer:
         assert len(out) == len(items)
         if self.calibration == "group":
             out = by_group(out, [(prompt_text(i[0]), i[2] if len(i) > 2 else None) for i in items])
-        LOGGER.info("%d scored, %d of them None: %s", len(out), sum(s.reward is None for s in out), self.usage())
+        LOGGER.info("%d scored: %s", len(out), self.usage())
+        excluded = [s.reason for s in out if s.reward is None]
+        if excluded:
+            LOGGER.warning("%d of %d could not be judged; the first: %s", len(excluded), len(out), excluded[0])
         return out
 
     def usage(self) -> str:

@@ -102,7 +102,7 @@ def failures() -> str:
     """Every third answer is some kind of trouble."""
     trouble = ("429", "500", "reset", "malformed", "truncated", "garbage", "lie", "wrong keys")
     with ScriptedJudge(script=lambda n, body: trouble[n // 3 % 8] if n % 3 == 0 else None) as server:
-        scorer = Scorer(Endpoint(server.url, "scripted", backoff=0.01, attempts=8), rejudge=0.25)
+        scorer = Scorer(Endpoint(server.url, "scripted", backoff=0.01), rejudge=0.25, judge_options={"attempts": 6})
         rows = ROWS * 2
         order = [Item(r["prompt"], f"{r['response']} {i}", r.get("answer")) for i, r in enumerate(rows)]
         scores = run_sync(scorer.score_all(order))

@@ -37,12 +37,13 @@ class ScriptedJudge:
     Args:
         latency: Seconds before each answer.
         script: `script(n, body)` names what happens to the n-th request (from 0): None or "good", "malformed",
-            "truncated", "slow", "429", "500", "reset", "garbage", "lie" (numbers out of range), "wrong keys".
+            "truncated", "slow", "400", "401", "429", "500", "reset", "garbage", "lie" (numbers out of range), "wrong keys".
         gullible: Obeys instructions inside the delimiters too.
         knows: Of "schema" and "logprobs"; what is missing is answered with status 400.
         port: 0: any free one.
 
     Attributes:
+        hold: Answers nobody before so many requests were in flight at once.
         url: For `Endpoint`.
         requests: Bodies received.
         peak: Most requests in flight at once.
@@ -60,7 +61,7 @@ class ScriptedJudge:
         self.latency, self.script, self.gullible, self.knows, self.port = latency, script, gullible, knows, port
         self.requests: list[dict[str, Any]] = []
         self.answered: list[str] = []
-        self.peak = self._now = 0
+        self.peak = self._now = self.hold = 0
         self.retry_after = "0.01"
         self.url = ""
 
@@ -119,10 +120,14 @@ class ScriptedJudge:
         what = (self.script(number, body) if self.script else None) or "good"
         self.answered.append(what)
         await asyncio.sleep(30.0 if what == "slow" else self.latency)
+        while self.peak < self.hold:
+            await asyncio.sleep(0.01)
         if "response_format" in body and "schema" not in self.knows:
             return await _send(writer, "400 Bad Request", {"error": {"message": "response_format is not supported"}})
         if "logprobs" in body and "logprobs" not in self.knows:
             return await _send(writer, "400 Bad Request", {"error": {"message": "logprobs are not supported"}})
+        if what == "400":
+            return await _send(writer, "400 Bad Request", {"error": {"message": "maximum context length exceeded"}})
         if what == "429":
             return await _send(writer, "429 Too Many Requests", {"error": "busy"}, {"Retry-After": self.retry_after})
         if what == "500":

@@ -35,7 +35,7 @@ class ProtocolBuilder:
         backend: The model that writes. A better one than the judge pays: there is one protocol for many responses.
         cache: Where protocols are kept, by prompt, reference answer, model and limits.
         limits: Size and scale.
-        attempts: Replies to ask for until one is valid.
+        attempts: Replies to ask for until one is valid; a whole group depends on it.
         max_tokens: Of a reply; doubled when one was cut off.
     """
 
@@ -45,7 +45,7 @@ class ProtocolBuilder:
         cache: Cache | None = None,
         limits: Limits | None = None,
         *,
-        attempts: int = 3,
+        attempts: int = 5,
         max_tokens: int = 2048,
     ) -> None:
         self.backend = backend

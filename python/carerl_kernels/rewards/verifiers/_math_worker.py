@@ -27,8 +27,10 @@ def main() -> None:
         job = json.loads(line)
         result: dict[str, object] = {"gold": False}
         with contextlib.suppress(Exception):
-            # A reference is LaTeX more often than not, with or without the dollars that mark it.
-            gold = parse(job["gold"], parsing_timeout=None) or parse(f"${job['gold']}$", parsing_timeout=None)
+            # The whole reference is the answer, but only what is marked as mathematics is read as a whole.
+            marked = any(mark in job["gold"] for mark in ("$", "\\boxed", "\\(", "\\["))
+            gold = [] if marked else parse(f"${job['gold']}$", parsing_timeout=None)
+            gold = gold or parse(job["gold"], parsing_timeout=None)
             result = {"gold": bool(gold), "right": False}
             if gold:
                 found = parse(job["completion"], parsing_timeout=None)

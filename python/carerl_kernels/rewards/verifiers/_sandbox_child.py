@@ -25,6 +25,7 @@ SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "ppc64le": 203, "
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 
 libc = ctypes.CDLL(None, use_errno=True)
+STOP: list[int] = []  # signals that ask us to end
 
 
 def check(result: int, what: str) -> None:
@@ -67,6 +68,9 @@ def enter_root(readable: list[str], size: int) -> None:
     mount(None, "/", None, MS_REC | MS_PRIVATE)
     root = "/sys"  # exists everywhere, and nobody needs it in here
     mount("tmpfs", root, "tmpfs", MS_NOSUID, "size=1m,mode=755")
+    os.umask(0o022)
+    os.mkdir(f"{root}/tmp")  # before the rest: packages may lie under /tmp
+    mount("tmpfs", f"{root}/tmp", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, f"size={size},nr_inodes=1024,mode=1777")
     for path in (*readable, *DEVICES):
         if not os.path.exists(path):
             continue
@@ -81,8 +85,6 @@ def enter_root(readable: list[str], size: int) -> None:
     for name in ("bin", "lib", "lib64"):  # Debian and others link these into /usr
         if os.path.islink(f"/{name}") and not os.path.lexists(f"{root}/{name}"):
             os.symlink(os.readlink(f"/{name}"), f"{root}/{name}")
-    os.makedirs(f"{root}/tmp", exist_ok=True)
-    mount("tmpfs", f"{root}/tmp", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, f"size={size},nr_inodes=1024,mode=1777")
     os.chdir(root)
     check(libc.syscall(SYS_PIVOT_ROOT[os.uname().machine], b".", b"."), "pivot_root")
     check(libc.umount2(b".", MNT_DETACH), "umount of the old root")
@@ -115,6 +117,13 @@ def become_program(job: dict, status: int) -> None:
     os.execve(job["python"], [job["python"], "-I", "-S", "-B", "-c", start], environment)
 
 
+def let_go_of_output() -> None:
+    """Standard output and error belong to the program alone: whoever reads them sees its end, and we never block on them."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)
+
+
 def supervise(job: dict, status: int) -> dict:
     """Runs the program and everything it starts to the end, or to the deadline."""
     for name, text in job["files"].items():
@@ -127,13 +136,14 @@ def supervise(job: dict, status: int) -> dict:
         except BaseException as error:
             os.write(2, f"sandbox: {error}\n".encode())
         os._exit(120)
+    let_go_of_output()
     deadline = time.monotonic() + job["wall"]
     while True:
         pid, code = os.waitpid(-1, os.WNOHANG)
         if pid == program:
             return {"signal": os.WTERMSIG(code)} if os.WIFSIGNALED(code) else {"code": os.WEXITSTATUS(code)}
         if pid == 0:
-            if time.monotonic() > deadline:
+            if STOP or time.monotonic() > deadline:
                 return {"timeout": True}
             time.sleep(0.002)
 
@@ -174,6 +184,7 @@ def main() -> None:
             libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # a new user namespace has cleared it
             first = os.fork()  # the first process of the new namespace: when it ends, the kernel kills all others
             if first != 0:
+                let_go_of_output()
                 os.waitpid(first, 0)
                 return
             libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -181,12 +192,11 @@ def main() -> None:
             ended = supervise(job, status)
         else:
             libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit())
+            signal.signal(signal.SIGTERM, lambda number, frame: STOP.append(number))
             os.chdir(job["directory"])
             try:
                 ended = supervise(job, status)
             finally:
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)
                 kill_descendants(job["uid"])
     except BaseException as error:
         ended = {"sandbox": f"{type(error).__name__}: {error}"}

@@ -85,8 +85,8 @@ class Sandbox:
         limits: Of each run.
         allow_unisolated: Run with limits only where isolation cannot be had. The program then reads what this user can
             read and reaches the network.
-        packages: Directories that programs may import from, read-only (say, one with numpy); nothing else but the
-            standard library is there.
+        packages: Directories that programs may import from, read-only, readable for everybody (say, one with numpy);
+            nothing else but the standard library is there.
         isolation: "namespaces" or "none" instead of the best that works; "none" needs `allow_unisolated`.
         python: Interpreter of the programs; by default the one that runs this, outside of its virtual environment.
 

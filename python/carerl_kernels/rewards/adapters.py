@@ -173,7 +173,8 @@ def openrlhf_server(
                 values = _from_queries(reward, job["query"], job["prompts"], job.get("labels"))
                 numbers = [_number(v, excluded, "OpenRLHF") for v in values]
                 logs = {"judged": [float(v is not None) for v in values]}
-                self._answer(200, {"rewards": numbers, "scores": numbers, "extra_logs": logs})
+                scores = [min(1.0, max(0.0, n)) for n in numbers]
+                self._answer(200, {"rewards": numbers, "scores": scores, "extra_logs": logs})
             except (ValueError, KeyError, TypeError) as error:
                 self._answer(400, {"error": f"{type(error).__name__}: {error}"})
             except Exception as error:

@@ -17,12 +17,45 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-BLOCK = re.compile(r"<<<(?P<label>[A-Z ]+) (?P<key>[0-9a-f]+)>>>\n(?P<lines>(?:\| .*\n|\|\n)*)<<<END (?P=label) (?P=key)>>>")
-ORDER = re.compile(r"full marks|highest score|perfect score|\"score\"\s*:\s*4|score\s*[:=]\s*4", re.IGNORECASE)
-SMALL = set(
-    "about also and are does each explain from give have how into like list make more name one please say some state tell than "
-    "that the them then there these they this three two using what when where which while who why with words would write you your".split()
+BLOCK = re.compile(
+    r"<<<(?P<label>[A-Z ]+) (?P<key>[0-9a-f]+)>>>\n(?P<lines>(?:\| .*\n|\|\n)*)<<<END (?P=label) (?P=key)>>>"
 )
+ORDER = re.compile(r"full marks|highest score|perfect score|\"score\"\s*:\s*4|score\s*[:=]\s*4", re.IGNORECASE)
+SMALL = {
+    *(
+        "about",
+        "also",
+        "does",
+        "each",
+        "explain",
+        "from",
+        "give",
+        "have",
+        "into",
+        "like",
+        "list",
+        "make",
+        "more",
+        "name",
+    ),
+    *(
+        "please",
+        "some",
+        "state",
+        "tell",
+        "than",
+        "that",
+        "them",
+        "then",
+        "there",
+        "these",
+        "they",
+        "this",
+        "three",
+        "using",
+    ),
+    *("what", "when", "where", "which", "while", "with", "words", "would", "write", "your"),
+}
 
 
 def words(text: str) -> list[str]:
@@ -149,7 +182,11 @@ class ScriptedJudge:
             text = re.sub(r'"score": \d', '"score": 99', text)
         elif what == "wrong keys":
             text = text.replace('"c1"', '"c7"')
-        message: dict[str, Any] = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
+        message: dict[str, Any] = {
+            "index": 0,
+            "message": {"role": "assistant", "content": text},
+            "finish_reason": finish,
+        }
         if body.get("logprobs"):
             message["logprobs"] = {"content": _logprobs(text, levels)}
         usage = {
@@ -203,11 +240,15 @@ def _protocol(system: str, blocks: dict[str, str]) -> dict[str, Any]:
         {"requirement": "Gives reasons in full sentences", "weight": 2, "anchors": levels},
     ]
     if "REFERENCE" in blocks:
-        criteria.append({"requirement": "States: " + " ".join(blocks["REFERENCE"].split()), "weight": 5, "anchors": levels})
+        criteria.append(
+            {"requirement": "States: " + " ".join(blocks["REFERENCE"].split()), "weight": 5, "anchors": levels}
+        )
     protocol = {"task": "Answer what is asked.", "criteria": criteria, "disqualifiers": ["Refuses to answer"]}
     if "good_answer" in system:
         protocol["poor_answer"] = "I do not know."
-        protocol["good_answer"] = "Because of " + " and ".join(points) + ", therefore " + blocks.get("REFERENCE", "it is so.")
+        protocol["good_answer"] = (
+            "Because of " + " and ".join(points) + ", therefore " + blocks.get("REFERENCE", "it is so.")
+        )
     return protocol
 
 
@@ -224,7 +265,9 @@ def _share(requirement: str, response: str) -> tuple[float, str]:
         return (1.0, response[position : position + len(rest)]) if position >= 0 else (0.0, "")
     reasons = re.findall(r"\b(?:because|therefore|since|so that|which means|thus|hence|so)\b", low)
     sentences = [s for s in re.split(r"[.!?]\s", response) if len(s.split()) >= 5]
-    return min(1.0, 0.25 * len(set(reasons)) + 0.15 * min(len(sentences), 4)), (_around(response, reasons[0]) if reasons else "")
+    return min(1.0, 0.25 * len(set(reasons)) + 0.15 * min(len(sentences), 4)), (
+        _around(response, reasons[0]) if reasons else ""
+    )
 
 
 def _around(response: str, word: str) -> str:
@@ -254,9 +297,7 @@ def _logprobs(text: str, levels: list[float]) -> list[dict[str, Any]]:
     return out
 
 
-async def _send(
-    writer: asyncio.StreamWriter, status: str, body: object, headers: dict[str, str] | None = None
-) -> bool:
+async def _send(writer: asyncio.StreamWriter, status: str, body: object, headers: dict[str, str] | None = None) -> bool:
     data = json.dumps(body).encode()
     lines = [f"HTTP/1.1 {status}", "Content-Type: application/json", f"Content-Length: {len(data)}"]
     lines += [f"{name}: {value}" for name, value in (headers or {}).items()]

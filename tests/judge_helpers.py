@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from carerl_kernels.rewards.pa_grm import Endpoint, Scorer
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-from scripted_judge import ScriptedJudge
-
-from carerl_kernels.rewards.pa_grm import Endpoint, Scorer
+from scripted_judge import ScriptedJudge  # noqa: E402
 
 PROMPT = "Explain why the sky appears blue during the day and red at sunset."
 GOOD = (

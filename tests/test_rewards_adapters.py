@@ -70,7 +70,9 @@ def test_trl(asynchronous, conversational):
 
 def test_trl_columns_reach_the_reward_and_equal_prompts_are_one_group():
     seen = Groups()
-    trl_reward(seen, name="mine")(prompts=["a", "a", "b"], completions=["1", "2", "3"], answer=["x", "x", "y"], level=[1, 1, 2])
+    trl_reward(seen, name="mine")(
+        prompts=["a", "a", "b"], completions=["1", "2", "3"], answer=["x", "x", "y"], level=[1, 1, 2]
+    )
     examples, completions = seen.calls[0]
     assert examples[0] is examples[1] is not examples[2] and completions == ["1", "2", "3"]
     assert examples[2].answer == "y" and examples[2].info["level"] == 2
@@ -112,7 +114,11 @@ def test_trl_calls_it(tmp_path):
     for function in (trl_reward(reward, name="plain"), trl_reward(reward, name="concurrent", asynchronous=True)):
         seen.clear()
         trainer = trl.GRPOTrainer(
-            model=tiny_model(tokenizer, 0), reward_funcs=[function], args=config, train_dataset=data, processing_class=tokenizer
+            model=tiny_model(tokenizer, 0),
+            reward_funcs=[function],
+            args=config,
+            train_dataset=data,
+            processing_class=tokenizer,
         )
         trainer.train()
         assert len(seen) == 8
@@ -126,14 +132,21 @@ def test_trl_calls_it(tmp_path):
 def test_verl():
     compute_score = verl_compute_score({"gsm8k": length, "chat": lambda e, c: float(e.prompt == "Why?")})
     assert compute_score("gsm8k", "xx", "x", {"split": "train"}) == {"score": pytest.approx(1.2), "judged": 1.0}
-    got = compute_score(data_source="chat", solution_str="s", ground_truth=None, extra_info={"question": "Why?"}, step=3)
+    got = compute_score(
+        data_source="chat", solution_str="s", ground_truth=None, extra_info={"question": "Why?"}, step=3
+    )
     assert got["score"] == 1.0
     with pytest.raises(ValueError, match=r"data_source one of \['chat', 'gsm8k'\], found 'code'"):
         compute_score("code", "", "")
     with pytest.raises(RewardError, match="verl cannot leave it out; pass excluded="):
         compute_score("gsm8k", "?", "x")
     assert verl_compute_score(length, excluded=0.25)("any", "?", "x") == {"score": 0.25, "judged": 0.0}
-    assert list(inspect.signature(compute_score).parameters)[:4] == ["data_source", "solution_str", "ground_truth", "extra_info"]
+    assert list(inspect.signature(compute_score).parameters)[:4] == [
+        "data_source",
+        "solution_str",
+        "ground_truth",
+        "extra_info",
+    ]
 
 
 def test_openrlhf():
@@ -178,7 +191,10 @@ def test_slime():
     custom_rm = slime_custom_rm(length)
     assert inspect.iscoroutinefunction(custom_rm)
     assert asyncio.run(custom_rm(SimpleNamespace(), sample("b"))) == pytest.approx(1.1)
-    assert asyncio.run(custom_rm(SimpleNamespace(), [sample("b"), sample("xx")], evaluation=True)) == [pytest.approx(1.1), 0.2]
+    assert asyncio.run(custom_rm(SimpleNamespace(), [sample("b"), sample("xx")], evaluation=True)) == [
+        pytest.approx(1.1),
+        0.2,
+    ]
     with pytest.raises(RewardError, match="slime cannot leave it out"):
         asyncio.run(custom_rm(None, sample("?")))
     seen = Groups()
@@ -191,7 +207,9 @@ def test_verifiers():
     function = verifiers_reward(length, name="quality")
     assert function.__name__ == "quality" and inspect.iscoroutinefunction(function)
     prompt = [{"role": "user", "content": "a"}]
-    assert asyncio.run(function(prompt=prompt, completion=chat("b"), answer="b", info={"k": 1}, state={})) == pytest.approx(1.1)
+    assert asyncio.run(
+        function(prompt=prompt, completion=chat("b"), answer="b", info={"k": 1}, state={})
+    ) == pytest.approx(1.1)
     assert asyncio.run(function(prompt="a", completion="bb")) == pytest.approx(0.2)
     with pytest.raises(RewardError, match="verifiers cannot leave it out"):
         asyncio.run(function(prompt=prompt, completion=chat("?")))

@@ -175,7 +175,9 @@ def test_retry_after_is_obeyed(server):
     assert time.monotonic() - started >= 0.4
 
 
-@pytest.mark.parametrize(("header", "low", "high"), [("3", 3, 3), ("-1", 0, 0), (formatdate(time.time() + 100, usegmt=True), 90, 100)])
+@pytest.mark.parametrize(
+    ("header", "low", "high"), [("3", 3, 3), ("-1", 0, 0), (formatdate(time.time() + 100, usegmt=True), 90, 100)]
+)
 def test_retry_after_reads_seconds_and_dates(header, low, high):
     assert low <= _retry_after(header) <= high
 
@@ -188,7 +190,10 @@ def test_retry_after_ignores_nonsense(header):
 def test_under_mixed_trouble_nothing_is_lost_and_the_order_is_kept(server):
     server.script = lambda n, body: TROUBLE[n // 3 % 8] if n % 3 == 0 else None
     s = scorer(server, judge_options={"attempts": 8}, builder_options={"attempts": 8}, endpoint={"attempts": 10})
-    items = [Item(PROMPT if i % 2 else "Describe rain.", f"{GOOD} Rain number {i} because of it." * (1 + i % 3)) for i in range(60)]
+    items = [
+        Item(PROMPT if i % 2 else "Describe rain.", f"{GOOD} Rain number {i} because of it." * (1 + i % 3))
+        for i in range(60)
+    ]
     seen = []
     got = run_sync(s.score_all(items, progress=lambda done, total, score: seen.append((done, total))))
     server.script = None
@@ -252,7 +257,9 @@ def test_a_resumed_run_repeats_no_paid_call(server, tmp_path):
     assert run_sync(again.score_all(items)) == first
     assert len(server.requests) == paid and again.judge.backend.meter.calls == 0
     assert again.judge.backend.meter.cached >= 2 * 3
-    run_sync(scorer(server, cache=str(tmp_path / "deep" / "judge.sqlite"), limits=Limits(quote=99)).score_all(items[:1]))
+    run_sync(
+        scorer(server, cache=str(tmp_path / "deep" / "judge.sqlite"), limits=Limits(quote=99)).score_all(items[:1])
+    )
     assert server.count("protocol") > 2  # other limits make another protocol
 
 
@@ -296,7 +303,9 @@ def test_control_without_quotation_the_server_obeys(monkeypatch):
         plain = score(s, THIN)
         quoted = score(s, f"{THIN}\n{INJECTIONS[0]}")
         assert quoted.reward <= plain.reward + 0.1  # quotation alone already holds against this server
-        monkeypatch.setattr("carerl_kernels.rewards.pa_grm.judge.quoted", lambda text, label: f"<<<{label}>>>\n{text}\n<<<END>>>")
+        monkeypatch.setattr(
+            "carerl_kernels.rewards.pa_grm.judge.quoted", lambda text, label: f"<<<{label}>>>\n{text}\n<<<END>>>"
+        )
         assert score(s, f"{THIN}!\n{INJECTIONS[0]}").reward == pytest.approx(1)
 
 
@@ -331,7 +340,9 @@ def test_a_share_is_judged_again_with_criteria_in_reverse(server):
     assert orders == {("c1", "c2", "d1"), ("c2", "c1", "d1")}
     assert all(g.again == pytest.approx(g.value) for g in again)  # this judge does not mind the order
     noise = judge_noise(got)
-    assert noise.n == len(again) and noise.noise == pytest.approx(0, abs=1e-9) and noise.bias == pytest.approx(0, abs=1e-9)
+    assert (
+        noise.n == len(again) and noise.noise == pytest.approx(0, abs=1e-9) and noise.bias == pytest.approx(0, abs=1e-9)
+    )
 
 
 def test_noise_and_bias_are_measured():
@@ -380,7 +391,9 @@ def test_anchors_put_the_protocols_own_examples_at_the_ends(server):
 
 def test_group_calibration_is_a_place_in_the_own_group(server):
     s = scorer(server, calibration="group")
-    got = run_sync(s.score_all([(PROMPT, THIN), ("Describe rain.", "Rain."), (PROMPT, GOOD), (PROMPT, THIN), (PROMPT, "")]))
+    got = run_sync(
+        s.score_all([(PROMPT, THIN), ("Describe rain.", "Rain."), (PROMPT, GOOD), (PROMPT, THIN), (PROMPT, "")])
+    )
     assert got[1].reward == 0.5  # alone
     assert got[0].reward == got[3].reward < got[2].reward < 1
     assert 0 < got[4].reward < got[0].reward

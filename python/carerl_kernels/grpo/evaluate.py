@@ -27,8 +27,8 @@ def evaluate(
     """Mean success over `domain.eval_examples`.
 
     With eval_mode "exact": the mean probability at temperature 1 of writing the answer and stopping. With "sampled":
-    the mean reward of `num_samples` completions per example (without those that could not be judged), drawn from a generator of its own so that evaluating
-    more or less often changes nothing in training.
+    the mean reward of `num_samples` completions per example (without those that could not be judged), drawn from a
+    generator of its own so that evaluating more or less often changes nothing in training.
 
     Args:
         model: Causal LM.

@@ -71,7 +71,9 @@ def trl_reward(
         asynchronous: An `async def`, which TRL runs beside other asynchronous rewards.
     """
 
-    def judge(prompts: Sequence[Prompt], completions: Sequence[Prompt], columns: Mapping[str, Any]) -> list[float | None]:
+    def judge(
+        prompts: Sequence[Prompt], completions: Sequence[Prompt], columns: Mapping[str, Any]
+    ) -> list[float | None]:
         example = _Groups()
         rows = {k: v for k, v in columns.items() if isinstance(v, (list, tuple)) and len(v) == len(prompts)}
         examples = [
@@ -83,7 +85,9 @@ def trl_reward(
     def sync(prompts: Sequence[Prompt], completions: Sequence[Prompt], **columns: Any) -> list[float | None]:
         return judge(prompts, completions, columns)
 
-    async def concurrent(prompts: Sequence[Prompt], completions: Sequence[Prompt], **columns: Any) -> list[float | None]:
+    async def concurrent(
+        prompts: Sequence[Prompt], completions: Sequence[Prompt], **columns: Any
+    ) -> list[float | None]:
         return await asyncio.to_thread(judge, prompts, completions, columns)
 
     function: Callable[..., Any] = concurrent if asynchronous else sync
@@ -148,7 +152,9 @@ def _from_queries(
 ) -> list[float | None]:
     known = list(labels) if labels else [None] * len(queries)
     if not len(queries) == len(prompts) == len(known):
-        raise ValueError(f"expected as many queries, prompts and labels, found {len(queries)}, {len(prompts)}, {len(known)}")
+        raise ValueError(
+            f"expected as many queries, prompts and labels, found {len(queries)}, {len(prompts)}, {len(known)}"
+        )
     example = _Groups()
     examples = [example(p, label, {"label": label}) for p, label in zip(prompts, known, strict=True)]
     # a tokenizer's round trip may change the prompt's text at its edges; then there is no telling where it ends

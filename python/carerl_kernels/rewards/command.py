@@ -15,7 +15,9 @@ def score(
     target: Annotated[Path, typer.Option("--output", help="The same rows with rewards; resumed if it is there.")],
     url: Annotated[str | None, typer.Option(help="Judge: OpenAI-compatible endpoint, up to and including /v1.")] = None,
     model: Annotated[str | None, typer.Option(help="Judge: name of the endpoint's model.")] = None,
-    writer_model: Annotated[str | None, typer.Option(help="Model that writes protocols; the judge's by default.")] = None,
+    writer_model: Annotated[
+        str | None, typer.Option(help="Model that writes protocols; the judge's by default.")
+    ] = None,
     local: Annotated[str | None, typer.Option(help="Judge: transformers model (directory or name) run here.")] = None,
     verifier: Annotated[str | None, typer.Option(help="No judge but exact, math, code or instructions.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Protocols and verdicts; OUTPUT.judge.sqlite by default.")] = None,
@@ -24,7 +26,9 @@ def score(
     scale: Annotated[int, typer.Option(min=1, max=9, help="Highest level of a criterion.")] = 4,
     calibration: Annotated[str, typer.Option(help="scale or anchors.")] = "scale",
     on_signs: Annotated[str, typer.Option(help="Attempts to steer the judge: lower, zero or note.")] = "lower",
-    rejudge: Annotated[float, typer.Option(min=0, max=1, help="Share judged twice, to measure the judge's noise.")] = 0.0,
+    rejudge: Annotated[
+        float, typer.Option(min=0, max=1, help="Share judged twice, to measure the judge's noise.")
+    ] = 0.0,
     price: Annotated[tuple[float, float], typer.Option(help="Per million prompt and completion tokens.")] = (0.0, 0.0),
     trace: Annotated[bool, typer.Option(help="Keep protocol and verdict in the output.")] = True,
 ) -> None:
@@ -46,7 +50,7 @@ def score(
             if url:
                 if not model:
                     raise ValueError("--url needs --model, the name under which the endpoint serves it")
-                settings = {"max_in_flight": concurrency, "timeout": timeout, "price": price}
+                settings: dict[str, Any] = {"max_in_flight": concurrency, "timeout": timeout, "price": price}
                 judge = Endpoint(url, model, **settings)
                 writer = Endpoint(url, writer_model, **settings) if writer_model else None
             else:

@@ -151,7 +151,9 @@ class Composition:
             raise ValueError(f"Composition: expected components with distinct names, found {names}")
         for c in components:
             if c.gate is not None and (c.gate not in names or c.gate == c.name):
-                raise ValueError(f"Composition: expected the gate of {c.name!r} among the others {names}, found {c.gate!r}")
+                raise ValueError(
+                    f"Composition: expected the gate of {c.name!r} among the others {names}, found {c.gate!r}"
+                )
         self.components, self.whiten = tuple(components), whiten
         self.last: Composed | None = None
         self.__name__ = "composition"
@@ -283,7 +285,9 @@ def domination(
         ValueError: Shapes differ or there is nothing.
     """
     if advantages.dim() != 1 or len(domains) != advantages.numel() or not domains:
-        raise ValueError(f"domination: expected B >= 1 advantages and names, found {tuple(advantages.shape)}, {len(domains)}")
+        raise ValueError(
+            f"domination: expected B >= 1 advantages and names, found {tuple(advantages.shape)}, {len(domains)}"
+        )
     drive = advantages.double() if weights is None else advantages.double() * weights.double()
     energy = drive.square()
     total = float(energy.sum())

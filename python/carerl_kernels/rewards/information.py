@@ -47,7 +47,13 @@ class InformationGain:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, prompt: Template = plain_prompt, batch_size: int = 16, max_gain: float = 10.0
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        prompt: Template = plain_prompt,
+        batch_size: int = 16,
+        max_gain: float = 10.0,
     ) -> None:
         self.model, self.tokenizer, self.prompt = model, tokenizer, prompt
         self.batch_size, self.max_gain = batch_size, max_gain

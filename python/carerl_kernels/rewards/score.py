@@ -29,7 +29,7 @@ from .prompts import completion_text
 class RowScorer(Protocol):
     """What scores rows; `settings` is everything besides the row that decides a reward."""
 
-    settings: Mapping[str, Any]
+    settings: dict[str, Any]
 
     def stream(self, rows: Sequence[Mapping[str, Any]]) -> AsyncIterator[tuple[int, dict[str, Any]]]: ...
 
@@ -141,8 +141,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict) and "response" not in row and "completion" in row:
             row["response"] = row["completion"]
         for name in ("prompt", "response"):
-            if not isinstance(row, dict) or not isinstance(row.get(name), (str, list)) or (name == "prompt" and not row[name]):
-                raise ValueError(f'{path}, line {number}: expected "{name}" as text or chat messages, found {line[:60]!r}')
+            if (
+                not isinstance(row, dict)
+                or not isinstance(row.get(name), (str, list))
+                or (name == "prompt" and not row[name])
+            ):
+                raise ValueError(
+                    f'{path}, line {number}: expected "{name}" as text or chat messages, found {line[:60]!r}'
+                )
         rows.append(row)
     return rows
 

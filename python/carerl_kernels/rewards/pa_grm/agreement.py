@@ -6,9 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..prompts import Prompt
-from .judge import Judge
-from .protocol import Protocol
 from .scorer import Score
 
 

@@ -117,9 +117,7 @@ class Meter:
         self.calls += 1
         self.prompt_tokens += prompt_tokens
         self.completion_tokens += completion_tokens
-        LOGGER.debug(
-            "judge call %d: %d prompt and %d completion tokens", self.calls, prompt_tokens, completion_tokens
-        )
+        LOGGER.debug("judge call %d: %d prompt and %d completion tokens", self.calls, prompt_tokens, completion_tokens)
 
     def as_dict(self) -> dict[str, float]:
         """For records."""

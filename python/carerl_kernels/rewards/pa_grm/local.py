@@ -100,11 +100,13 @@ class LocalModel:
         if getattr(self.tokenizer, "chat_template", None):
             prompts = encode_prompts(self.tokenizer, [tuple(r.messages) for r in requests])
         else:
-            prompts = encode_prompts(self.tokenizer, ["\n".join(m["content"] for m in r.messages) + "\n" for r in requests])
+            prompts = encode_prompts(
+                self.tokenizer, ["\n".join(m["content"] for m in r.messages) + "\n" for r in requests]
+            )
         rows = [_Row(self, request) for request in requests]
         ids, mask = left_pad(prompts, self._tokens.pad, device)  # [B, P]
         positions = position_ids(mask)
-        extra = {"logits_to_keep": 1} if forward_accepts(self.lm, "logits_to_keep") else {}
+        extra: dict[str, Any] = {"logits_to_keep": 1} if forward_accepts(self.lm, "logits_to_keep") else {}
         with_positions = forward_accepts(self.lm, "position_ids")
         cache: Any = None
         while True:
@@ -145,7 +147,9 @@ class _Row:
         if self.done:
             return None
         allowed = torch.frombuffer(bytearray(self.matcher.compute_bitmask()), dtype=torch.uint8)
-        allowed = ((allowed[:, None] >> torch.arange(8)) & 1).flatten().bool()[: logits.numel()]  # [V], lowest bit first
+        allowed = (
+            ((allowed[:, None] >> torch.arange(8)) & 1).flatten().bool()[: logits.numel()]
+        )  # [V], lowest bit first
         allowed = torch.nn.functional.pad(allowed, (0, logits.numel() - allowed.numel())).to(logits.device)
         masked = logits.masked_fill(~allowed, -torch.inf)
         if self.request.temperature == 0:

@@ -41,10 +41,8 @@ async def prefer(judge: Judge, prompt: Prompt, first: str, second: str, protocol
     text = prompt_text(prompt)
 
     async def ask() -> str:
-        user = "\n".join(
-            ["Protocol", protocol.render(), "", quoted(text, "TASK")]
-            + [quoted(first, "RESPONSE A"), quoted(second, "RESPONSE B")]
-        )
+        responses = (quoted(first, "RESPONSE A"), quoted(second, "RESPONSE B"))
+        user = "\n".join(["Protocol", protocol.render(), "", quoted(text, "TASK"), *responses])
         messages = ({"role": "system", "content": _SYSTEM}, {"role": "user", "content": user})
         for attempt in range(judge.attempts):
             reply = await judge.backend.complete(

@@ -196,7 +196,9 @@ class Scorer:
 
     # ---- many responses
 
-    async def stream(self, items: Iterable[Item | tuple[Any, ...]], window: int = 256) -> AsyncIterator[tuple[int, Score]]:
+    async def stream(
+        self, items: Iterable[Item | tuple[Any, ...]], window: int = 256
+    ) -> AsyncIterator[tuple[int, Score]]:
         """Scores as they are ready, each with its item's number; at most `window` items are worked on at once.
 
         Raises:

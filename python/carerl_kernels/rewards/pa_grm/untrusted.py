@@ -47,7 +47,8 @@ _INJECTION = {
     ),
     "role": re.compile(r"^[ \t#*]*(?:system|assistant|judge|grader|verdict)[ \t*]*:", re.IGNORECASE | re.MULTILINE),
     "delimiter": re.compile(
-        r"(?:<<<|>>>|={5,}|-{8,})\s*(?:end|begin|start)?\s*(?:of\s+)?(?:response|answer|protocol|prompt|data)", re.IGNORECASE
+        r"(?:<<<|>>>|={5,}|-{8,})\s*(?:end|begin|start)?\s*(?:of\s+)?(?:response|answer|protocol|prompt|data)",
+        re.IGNORECASE,
     ),
 }
 
@@ -137,7 +138,9 @@ class Controls(BaseModel):
         if (self.free_words is None) != (self.limit_words is None) or (
             self.free_words is not None and self.limit_words is not None and self.free_words >= self.limit_words
         ):
-            raise ValueError(f"expected free_words < limit_words or neither, found {self.free_words}, {self.limit_words}")
+            raise ValueError(
+                f"expected free_words < limit_words or neither, found {self.free_words}, {self.limit_words}"
+            )
 
     def refusal(self, response: str) -> str | None:
         """Why a response is worth 0 without being judged, or None."""

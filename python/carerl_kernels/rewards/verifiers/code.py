@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Calls come in as JSON lines and go out as JSON lines on a descriptor of their own, so that prints of the solution do not
 # mix with results. A solution that forges results gains nothing: it would have to know the right ones.
-_CALLS = '''
+_CALLS = """
 import json, os, sys
 results = os.fdopen(os.dup(1), "w")
 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -30,7 +30,7 @@ for line in sys.stdin:
         value = json.dumps({"error": repr(error)[:200]})
     results.write(value + "\\n")
     results.flush()
-'''
+"""
 
 
 def extract_code(completion: str) -> str:

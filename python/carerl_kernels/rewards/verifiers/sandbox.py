@@ -135,7 +135,9 @@ class Sandbox:
         Raises:
             SandboxError: The sandbox failed.
         """
-        return _run(self.python, self.isolation == "namespaces", self.limits, self.packages, program, stdin, files or {})
+        return _run(
+            self.python, self.isolation == "namespaces", self.limits, self.packages, program, stdin, files or {}
+        )
 
 
 @cache
@@ -281,27 +283,28 @@ def _talk(child: subprocess.Popen[bytes], stdin: bytes, limits: SandboxLimits) -
         while selector.get_map():
             over = child.poll() is not None
             for key, _ in selector.select(0 if over else 0.05):
-                stream: Any = key.fileobj
-                if stream is child.stdin:
+                ready: Any = key.fileobj
+                if ready is child.stdin:
                     try:
-                        stdin = stdin[os.write(stream.fileno(), stdin[:65536]) :]
+                        stdin = stdin[os.write(ready.fileno(), stdin[:65536]) :]
                     except BlockingIOError:
                         continue
                     except OSError:
                         stdin = b""
                     if not stdin:
-                        selector.unregister(stream)
-                        stream.close()
+                        selector.unregister(ready)
+                        ready.close()
                     continue
                 try:
-                    part = os.read(stream.fileno(), 65536)
+                    part = os.read(ready.fileno(), 65536)
                 except BlockingIOError:
                     continue
                 if not part:
-                    selector.unregister(stream)
-                streams[stream] += part
-                if len(streams[stream]) > limits.output:
-                    return True, *(bytes(s[: limits.output]) for s in streams.values())
+                    selector.unregister(ready)
+                streams[ready] += part
+                if len(streams[ready]) > limits.output:
+                    out, err = (bytes(s[: limits.output]) for s in streams.values())
+                    return True, out, err
             if over or time.monotonic() > deadline:
                 break
     out, err = (bytes(s) for s in streams.values())

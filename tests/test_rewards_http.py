@@ -175,10 +175,10 @@ def test_retry_after_is_obeyed(server):
     assert time.monotonic() - started >= 0.4
 
 
-@pytest.mark.parametrize(
-    ("header", "low", "high"), [("3", 3, 3), ("-1", 0, 0), (formatdate(time.time() + 100, usegmt=True), 90, 100)]
-)
+@pytest.mark.parametrize(("header", "low", "high"), [("3", 3, 3), ("-1", 0, 0), ("in 100 s", 90, 100)])
 def test_retry_after_reads_seconds_and_dates(header, low, high):
+    if header == "in 100 s":
+        header = formatdate(time.time() + 100, usegmt=True)
     assert low <= _retry_after(header) <= high
 
 

@@ -6,7 +6,6 @@ isolation only, and skipped with the reason where there is none.
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import threading

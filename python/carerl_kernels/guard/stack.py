@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from .._ops import SCALED_DTYPES
 from ..subspace.layout import Layout
 from ..subspace.matrices import MatrixLayout
 from ..subspace.store import BasisError, BasisInfo, DomainBasis, StoredBasis
@@ -149,7 +150,7 @@ class RowStack(Stack[Layout, DomainBasis]):
 
     Args:
         layout, combine, device: see :class:`Stack`.
-        dtype: float32, bfloat16, float16 or int8 (block-scaled) storage.
+        dtype: float32, bfloat16, float16 int8 or float8_e4m3fn (both block-scaled) storage.
     """
 
     def __init__(self, layout: Layout, combine: Combine, dtype: torch.dtype, device: torch.device):
@@ -177,8 +178,8 @@ class RowStack(Stack[Layout, DomainBasis]):
 
     def _converted(self, basis: DomainBasis) -> tuple[Tensor, Tensor | None]:
         basis = basis.part_of(self.layout)
-        if self.dtype == torch.int8:
-            basis = basis.quantized()
+        if self.dtype in SCALED_DTYPES:
+            basis = basis.quantized(dtype=self.dtype)
             assert basis.scales is not None
             return basis.directions.to(self.device), basis.scales.to(self.device)
         return basis.dequantized().directions.to(self.device, self.dtype), None

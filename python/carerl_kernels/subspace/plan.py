@@ -14,6 +14,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from .._ops import SCALED_DTYPES
 from .inputs import OVERSAMPLE, TOKENS, input_sites
 from .layout import Kind, Layout
 from .matrices import WORKSPACE, MatrixLayout
@@ -128,7 +129,7 @@ def _rows(
 ) -> dict[str, int]:
     layout = Layout.of(_floats(named), kind, k)
     N, K = -(-layout.size // world), D * k
-    direction = K * N * dtype.itemsize + (K * -(-N // 128) * 4 if dtype == torch.int8 else 0)
+    direction = K * N * dtype.itemsize + (K * -(-N // 128) * 4 if dtype in SCALED_DTYPES else 0)
     frames = D * ((D - 1) * k) ** 2 + K**2
     W = k + OVERSAMPLED_ROWS + 1
     return {

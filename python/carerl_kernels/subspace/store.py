@@ -166,10 +166,11 @@ class DomainBasis(StoredBasis):
 
     Attributes:
         info: see :class:`BasisInfo`.
-        directions: ``[k, N]``, rows orthonormal per coefficient row (float32, bfloat16 or float16; int8 with scales).
+        directions: ``[k, N]``, rows orthonormal per coefficient row (float32, bfloat16 or float16; with scales int8 or
+            float8_e4m3fn).
         singular_values: ``[T, k]`` float64, of the stage's gradients.
         displacement: h ``[T, k]`` float64, at least zero: how far the stage moved along each direction.
-        scales: ``[k, ceil(N/block)]`` of int8 directions, else None.
+        scales: ``[k, ceil(N/block)]`` of int8 or float8_e4m3fn directions, else None.
         layout: of sharded parameters, when the directions are this process's part only; else None.
     """
 
@@ -180,15 +181,21 @@ class DomainBasis(StoredBasis):
     scales: Tensor | None = None
     layout: Layout | None = None
 
-    def quantized(self, block: int = 128) -> DomainBasis:
-        """The same basis with block-scaled int8 directions: a quarter of fp32's memory, relative error .0065."""
-        if self.scales is not None:
+    def quantized(self, block: int = 128, dtype: torch.dtype = torch.int8) -> DomainBasis:
+        """The same basis with block-scaled directions, a quarter of fp32's memory.
+
+        Args:
+            block: elements per scale, a power of two of at least 32.
+            dtype: int8 (relative error .0065) or float8_e4m3fn (.026).
+        """
+        if self.directions.dtype == dtype:
             return self
-        codes, scales = torch.ops.carerl.quantize_bases(self.directions.unsqueeze(0), block)
+        rows = self.dequantized().directions.unsqueeze(0)
+        codes, scales = torch.ops.carerl.quantize_bases(rows, block, dtype)
         return DomainBasis(self.info, codes[0], self.singular_values, self.displacement, scales[0], self.layout)
 
     def dequantized(self) -> DomainBasis:
-        """The same basis with float32 directions where they were int8."""
+        """The same basis with float32 directions where they were quantised."""
         if self.scales is None:
             return self
         directions = _dequantized(self.directions, self.scales, self.directions.shape[-1])
@@ -212,7 +219,7 @@ class DomainBasis(StoredBasis):
         return None if self.layout is None else self.layout.shards
 
     def _parts(self) -> dict[str, Part]:
-        basis = self if self.layout is None else self.dequantized()  # blocks of int8 codes straddle the parts
+        basis = self if self.layout is None else self.dequantized()  # blocks of codes straddle the parts
         parts = {
             "singular_values": Part.whole(basis.singular_values),
             "displacement": Part.whole(basis.displacement),
@@ -279,7 +286,7 @@ def _part(layout: Layout, k: int, read: Callable[[slice], Tensor]) -> Tensor:
 
 
 def _dequantized(codes: Tensor, scales: Tensor, columns: int, start: int = 0) -> Tensor:
-    """float32 columns from block-scaled int8 ones that begin at ``start`` of rows with this many columns."""
+    """float32 columns from block-scaled ones that begin at ``start`` of rows with this many columns."""
     block = block_of("dequantized", columns, scales.shape[-1])
     out = codes.float()
     stop = start + codes.shape[-1]

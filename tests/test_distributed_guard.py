@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -39,9 +40,9 @@ def run_world(scenarios: str, world: int, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, worker_id) -> Path:
+def folder(tmp_path_factory) -> Path:
     """Every scenario in the single process, then in 2 and in 4; once for all test processes."""
-    if worker_id == "master":
+    if "PYTEST_XDIST_WORKER" not in os.environ:
         return run_all(tmp_path_factory.mktemp("distributed"))
     path = tmp_path_factory.getbasetemp().parent / "distributed"
     try:

@@ -55,7 +55,7 @@ class CapabilityGuard:
         max_grad_norm: grad mode: clips the edited gradient (clip before the step as usual in update mode).
         probe_every: rule "probed": steps between probes; probe_adaptive: this is where the interval starts, and it follows how
             much successive probes agree. Signs that agree no more than a coin's fall back to "bounded".
-        basis_dtype: storage of the acting directions: float32, bfloat16, float16, or int8 (block-scaled).
+        basis_dtype: storage of the acting directions: float32, bfloat16, float16, or block-scaled int8 or float8_e4m3fn.
         record_every: record every n-th gradient of a stage.
         oversample: extra rows while recording.
         track_energy: measure the share of the update that is aligned, conflicting, orthogonal and touched. In update mode this

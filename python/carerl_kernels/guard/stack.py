@@ -15,8 +15,14 @@ from ..subspace.matrices import MatrixLayout
 from ..subspace.store import BasisError, BasisInfo, DomainBasis, StoredBasis
 from .frames import Combine, Frame
 
-ROUNDING = {torch.float32: 0.0, torch.float16: 0.0002, torch.bfloat16: 0.0017, torch.int8: 0.0065}
-"""Relative error of directions stored like this (int8: blocks of 128)."""
+ROUNDING = {
+    torch.float32: 0.0,
+    torch.float16: 0.0002,
+    torch.bfloat16: 0.0017,
+    torch.int8: 0.0065,
+    torch.float8_e4m3fn: 0.026,
+}
+"""Relative error of directions stored like this (the last two: with a scale per block of 128)."""
 
 L = TypeVar("L", Layout, MatrixLayout)
 B = TypeVar("B", bound=StoredBasis)
@@ -150,7 +156,7 @@ class RowStack(Stack[Layout, DomainBasis]):
 
     Args:
         layout, combine, device: see :class:`Stack`.
-        dtype: float32, bfloat16, float16 int8 or float8_e4m3fn (both block-scaled) storage.
+        dtype: float32, bfloat16, float16, int8 or float8_e4m3fn (both block-scaled) storage.
     """
 
     def __init__(self, layout: Layout, combine: Combine, dtype: torch.dtype, device: torch.device):

@@ -59,9 +59,8 @@ def main(kind: str) -> None:
         started = time.perf_counter()
         with guard.stage("sums", path=path):
             steps = sum(train(sums))
-        print(
-            f"{kind} r = {RANK}: stage of {STEPS} steps {steps:.1f} s, beginning and end {time.perf_counter() - started - steps:.1f} s"
-        )
+        ends = time.perf_counter() - started - steps
+        print(f"{kind} r = {RANK}: stage of {STEPS} steps {steps:.1f} s, beginning and end {ends:.1f} s")
         capture = guard.report()["domains"]["sums"]["capture"]
         print(f"file {path.stat().st_size / 1e6:.1f} MB; holds {capture['displacement']:.1%} of the change")
         guard.detach()

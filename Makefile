@@ -11,21 +11,32 @@ TORCH := torch==2.13.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 BUILD_TOOLS := "scikit-build-core>=1.1" "pybind11>=2.13" "cmake>=3.24" ninja
 SOURCES := pyproject.toml CMakeLists.txt LICENSE $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-FORMATTED := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+FORMATTED := $(shell find csrc tests/cuda_emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+NVCC := $(firstword $(shell command -v nvcc) $(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc))
 # Test processes, each with one thread unless a test asks for more.
 JOBS ?= auto
 ARGS ?=
 
-.PHONY: demo test bench lint format info clean
+.PHONY: demo test bench gpu-build gpu-check lint format info clean
 
 demo: $(VENV)/.carerl-train
 	$(BIN)/carerl demo $(ARGS)
 
 test: $(VENV)/.carerl-test
+	@$(if $(NVCC),true,echo "nvcc was not found: the CUDA kernels are tested under emulation alone.")
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+# For whoever has a GPU: conformance on the device, then its benchmark; writes gpu-check.json. Exits with 2 where there is none.
+gpu-check: $(VENV)/.carerl-test
+	$(BIN)/python -m carerl_kernels.bench.gpu_check --tests tests $(ARGS)
 
 bench: $(VENV)/.carerl-bench
 	$(BIN)/carerl bench $(ARGS)
+
+# The CUDA library too, against any torch; AUTO builds it only where torch has CUDA. Needs nvcc 12.8 or later.
+gpu-build: $(VENV)/.torch
+	CARERL_CUDA=ON PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --editable ".[train]"
+	@touch $(VENV)/.carerl-train
 
 info: $(VENV)/.carerl-train
 	$(BIN)/carerl info
@@ -58,7 +69,8 @@ $(VENV)/.torch: $(VENV)/.python
 # .carerl-EXTRA: the package with one of its extras. Built against the torch of $(VENV), hence no isolation. The sources of an
 # extra that is installed already cover the others too.
 $(VENV)/.carerl-%: $(VENV)/.torch $(SOURCES)
-	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --editable ".[$*]"
+	$(if $(filter test,$*),$(if $(NVCC),CARERL_CUDA=$${CARERL_CUDA-ON})) PATH="$(abspath $(BIN)):$$PATH" \
+	  $(PIP) --no-build-isolation --editable ".[$*]"
 	@touch $@
 
 # Versions are pinned: other ones format differently. mypy reads the types of what the package is installed with.

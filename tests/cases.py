@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import oracle
 import torch
-from helpers import DTYPES, Held, rng_of, to64
+from helpers import DTYPES, SCALED, Held, rng_of, to64
 from torch import Tensor
 
 LAYOUTS = {"plain": (0, 0), "offset": (1, 0), "strided": (3, 5)}  # elements before the first row, between rows
@@ -39,7 +39,7 @@ FACTORS: dict[str, tuple] = {
     "batch": (0, 1, 2, 5),
     "dk": ((1, 1), (3, 8), (2, 5), (4, 16)),
     "grad": ("fp32", "bf16", "fp16"),
-    "basis": ("fp32", "bf16", "fp16", "int8", "int8b32"),
+    "basis": ("fp32", "bf16", "fp16", "int8", "int8b32", "fp8"),
     "geometry": GEOMETRIES,
     "layout": tuple(LAYOUTS),
 }
@@ -90,11 +90,12 @@ def directions(rng: np.random.Generator, domains: int, slots: int, n: int, geome
 
 
 def store_bases(rows: np.ndarray, name: str, device: str = "cpu") -> tuple[Tensor, Tensor | None]:
-    """Stores float64 rows in a basis dtype; int8 with the oracle's scales."""
-    if DTYPES[name] != torch.int8:
+    """Stores float64 rows in a basis dtype; int8 and fp8 with the oracle's scales."""
+    if DTYPES[name] not in SCALED:
         return torch.from_numpy(rows).to(DTYPES[name]).to(device), None
-    codes, scales = oracle.quantize(rows.astype(np.float32).astype(np.float64), block_size(name))
-    return torch.from_numpy(codes).to(device), torch.from_numpy(scales).to(device)
+    rounded = rows.astype(np.float32).astype(np.float64)
+    codes, scales = oracle.quantize(rounded, block_size(name), SCALED[DTYPES[name]])
+    return torch.from_numpy(codes).to(DTYPES[name]).to(device), torch.from_numpy(scales).to(device)
 
 
 def block_size(name: str) -> int:
@@ -104,7 +105,7 @@ def block_size(name: str) -> int:
 def dense_rows(bases: Tensor, scales: Tensor | None, name: str) -> np.ndarray:
     """The rows ``[K, N]`` in float64 that stored bases stand for."""
     dense = scales is None
-    rows = to64(bases) if dense else oracle.dequantize(bases.cpu().numpy(), scales.cpu().numpy(), block_size(name))
+    rows = to64(bases) if dense else oracle.dequantize(to64(bases), scales.cpu().numpy(), block_size(name))
     return rows.reshape(int(np.prod(rows.shape[:-1])), rows.shape[-1])
 
 
@@ -196,7 +197,11 @@ def build_list(
         masks[t, offset : offset + int(np.prod(shape))] = True
     covered = masks.any(0)
     bases, scales = store_bases(directions(rng, *dk, n, geometry), basis, device)
-    bases[..., torch.from_numpy(~covered).to(device)] = 77 if scales is not None else torch.nan
+    gaps = torch.from_numpy(~covered).to(device)
+    if scales is None:
+        bases[..., gaps] = torch.nan
+    else:
+        bases.view(torch.int8)[..., gaps] = 77  # a large code of either type
     rows = np.where(covered, dense_rows(bases, scales, basis), 0.0)
     flat = gradients(rng, rows, 0, DTYPES[grad], device)
     grads = [

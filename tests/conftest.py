@@ -22,6 +22,37 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # workers share the cores; tests of threading ask for more themselves
 
 
+# What is not done under emulation: tests of threads and memory, which mean nothing there, and those that a kernel some thousand
+# times slower takes minutes for.
+TOO_LONG = {
+    "cuda-emulated": ("long_all_positive", "two_thousand_updates", "a_million"),
+    "triton-interpreted": (
+        "threads",
+        "a_million",
+        "long_all_positive",
+        "unbiased",
+        "peak_memory",
+        "never_a_nan",
+        "reproducible",
+    ),
+}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    dropped = [item for item in items if _too_long(item)]
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = [item for item in items if item not in dropped]
+
+
+def _too_long(item: pytest.Item) -> bool:
+    backend = next((name for name in TOO_LONG if name in item.name), None)
+    if backend is None:
+        return False
+    case = getattr(item, "callspec", None) and item.callspec.params.get("case")
+    large = case is not None and case.n > 10_000 and max(case.batch, 1) * case.dk[0] * case.dk[1] > 50
+    return (backend == "triton-interpreted" and large) or any(word in item.name for word in TOO_LONG[backend])
+
+
 def _parameter(backend: Backend):
     return pytest.param(backend, id=backend.name, marks=[pytest.mark.gpu] if backend.name in GPU_BACKENDS else [])
 

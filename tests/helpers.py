@@ -6,10 +6,13 @@ import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
+import emulated
 import numpy as np
 import torch
-from carerl_kernels import _load, reference
+import triton_interpreted
+from carerl_kernels import _load, reference, triton_kernels
 from torch import Tensor
 
 # --------------------------------------------------------------------------------------------------------- backends
@@ -45,14 +48,21 @@ def _no_cuda() -> str | None:
     return _not_loaded("cuda") if torch.cuda.is_available() else "no CUDA device"
 
 
+def _no_triton() -> str | None:
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return None if find_spec("triton") else "triton is not installed"
+
+
 BACKENDS = [
     Backend("reference", "cpu", reference.KERNELS.__getitem__, lambda: None),
     Backend("cpu", "cpu", dispatched, lambda: _not_loaded("cpu")),
     Backend("cuda", "cuda", dispatched, _no_cuda),
-    # Triton (on a GPU, or interpreted on CPU tensors) and the emulated CUDA kernels join here: a name, the device of
-    # their tensors, a lookup from overload to callable, and the reason for being skipped.
+    Backend("cuda-emulated", "cpu", emulated.kernel, emulated.missing),
+    Backend("triton", "cuda", lambda overload: (reference.KERNELS | triton_kernels.kernels())[overload], _no_triton),
+    Backend("triton-interpreted", "cpu", triton_interpreted.kernel, triton_interpreted.missing),
 ]
-GPU_BACKENDS = {"cuda", "triton"}
+GPU_BACKENDS = {"cuda", "cuda-emulated", "triton"}
 
 
 # ----------------------------------------------------------------------------------------------------------- numbers
@@ -63,7 +73,9 @@ DTYPES = {
     "fp16": torch.float16,
     "int8": torch.int8,
     "int8b32": torch.int8,  # blocks of 32 instead of 128
+    "fp8": torch.float8_e4m3fn,
 }
+SCALED = {torch.int8: 127, torch.float8_e4m3fn: 448}  # with a scale per block, and the largest code
 FP32_UNIT = 2.0**-24
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half a spacing, relative
 FLOOR = {

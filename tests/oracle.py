@@ -113,24 +113,32 @@ def pca_step(rows: Array, s: Array, g: Array, decay: float) -> tuple[Array, Arra
     return kept, values[:k], values[k:]
 
 
-def quantize(rows: Array, block: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Block-scaled int8 of ``[..., N]``: scale = max|u| / 127 in fp32 over each block, codes to nearest."""
+def e4m3(values: Array) -> Array:
+    """The nearest of float8_e4m3fn, ties to even: 4 significant bits, multiples of 2^-9 below 2^-6."""
+    spacing = np.ldexp(1.0, np.maximum(np.frexp(values)[1] - 1, -6) - 3)
+    return np.rint(values / spacing) * spacing
+
+
+def quantize(rows: Array, block: int, largest: int = 127) -> tuple[Array, NDArray[np.float32]]:
+    """Codes of ``[..., N]`` with scale = max|u| / largest in fp32 over each block: int8 (127) or e4m3 (448)."""
     n = rows.shape[-1]
     blocks = -(-n // block)
     scales = np.zeros((*rows.shape[:-1], blocks), dtype=np.float32)
-    codes = np.zeros(rows.shape, dtype=np.int8)
+    codes = np.zeros(rows.shape)
     for b in range(blocks):
         part = rows[..., b * block : (b + 1) * block]
-        scale = (np.abs(part).max(-1).astype(np.float32) / np.float32(127)).astype(np.float32)
+        scale = (np.abs(part).max(-1).astype(np.float32) / np.float32(largest)).astype(np.float32)
         scales[..., b] = scale
         wide = scale.astype(np.float64)[..., None]
         ratio = np.divide(part, wide, out=np.zeros_like(part), where=wide > 0)
-        codes[..., b * block : (b + 1) * block] = np.clip(np.rint(ratio), -127, 127)
+        codes[..., b * block : (b + 1) * block] = np.clip(
+            np.rint(ratio) if largest == 127 else e4m3(ratio), -largest, largest
+        )
     return codes, scales
 
 
-def dequantize(codes: NDArray[np.int8], scales: NDArray[np.float32], block: int) -> Array:
-    return codes.astype(np.float64) * np.repeat(scales.astype(np.float64), block, axis=-1)[..., : codes.shape[-1]]
+def dequantize(codes: Array, scales: NDArray[np.float32], block: int) -> Array:
+    return codes * np.repeat(scales.astype(np.float64), block, axis=-1)[..., : codes.shape[-1]]
 
 
 def _murmur_mix(word: NDArray[np.uint32]) -> NDArray[np.uint32]:

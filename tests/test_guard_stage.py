@@ -171,7 +171,7 @@ def test_guard_from_files_acts_like_the_guard_that_recorded(tmp_path):
         assert torch.equal(p, q)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn])
 def test_acting_on_quantised_directions_still_protects(dtype):
     walk = Walk("remove", basis_dtype=dtype, overlap=0.0)
     rows, start = [o.A for o in walk.oracles], walk.blocks_of(walk.params)
@@ -183,17 +183,18 @@ def test_acting_on_quantised_directions_still_protects(dtype):
     now = walk.blocks_of(walk.params)
     along = sum(np.square(A @ (a - b)).sum() for A, a, b in zip(rows, start, now, strict=True)) ** 0.5
     moved = sum(np.square(a - b).sum() for a, b in zip(start, now, strict=True)) ** 0.5
-    assert along < 0.02 * moved  # relative error of the directions: bf16 .0017, int8 .0065
+    assert along < 0.05 * moved  # relative error of the directions: bf16 .0017, int8 .0065, fp8 .026
 
 
-def test_int8_file_round_trip(tmp_path):
+@pytest.mark.parametrize(("dtype", "error"), [(torch.int8, 0.01), (torch.float8_e4m3fn, 0.04)], ids=str)
+def test_quantised_file_round_trip(tmp_path, dtype, error):
     model = make_model()
     basis = make_history(model, "flat", K, 0.0, names=("math",))[0]
-    basis.quantized().save(tmp_path / "math.safetensors")
+    basis.quantized(dtype=dtype).save(tmp_path / "math.safetensors")
     loaded = DomainBasis.load(tmp_path / "math.safetensors")
-    assert loaded.directions.dtype == torch.int8
-    error = (loaded.dequantized().directions - basis.directions).norm() / basis.directions.norm()
-    assert 0 < float(error) < 0.01
+    assert loaded.directions.dtype == dtype
+    found = (loaded.dequantized().directions - basis.directions).norm() / basis.directions.norm()
+    assert 0 < float(found) < error
     CapabilityGuard(model, basis="flat", k=K).add(loaded)
 
 
@@ -213,7 +214,7 @@ def test_wrong_sort_of_file_is_refused(tmp_path):
     tensors = load_file(path)
     meta = {"format": "carerl-basis", "version": "999", "info": "{}"}
     save_file(tensors, tmp_path / "future.safetensors", meta)
-    with pytest.raises(BasisError, match="version <= 1, found 999"):
+    with pytest.raises(BasisError, match="version <= 2, found 999"):
         DomainBasis.load(tmp_path / "future.safetensors")
     save_file(
         tensors, tmp_path / "tampered.safetensors", {**meta, "version": "1", "info": json.dumps({"domain": "math"})}
@@ -284,7 +285,7 @@ def test_arguments_out_of_range_are_named():
     model = make_model()
     for options, message in (
         ({"rule": "magic"}, "rule: expected one of instant, significance"),
-        ({"basis": "cube"}, "basis kind: expected one of flat, per_matrix, found 'cube'"),
+        ({"basis": "cube"}, "basis kind: expected one of flat, per_matrix, block, input, found 'cube'"),
         ({"combine": "max"}, "combine: expected one of symmetric"),
         ({"k": 0}, "k: expected at least one direction"),
         ({"beta": 1.0}, "beta: expected 0 <= beta < 1"),

@@ -15,12 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 from carerl_kernels import _load, reference
-from helpers import assert_within, dispatched, rng_of, same_bits, to64
+from helpers import DTYPES, SCALED, assert_within, dispatched, rng_of, same_bits, to64
 
 pytestmark = pytest.mark.skipif(
     not _load.BACKENDS["cpu"].available, reason=f"no native CPU kernels: {_load.BACKENDS['cpu'].reason}"
 )
-STORAGE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 
 
 def draw(label: str, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -29,13 +28,14 @@ def draw(label: str, *shape: int, dtype: torch.dtype = torch.float32) -> torch.T
 
 def stack(n: int, basis: str, domains: int = 2, slots: int = 5) -> tuple[torch.Tensor, torch.Tensor | None]:
     rows = draw("rows", domains, slots, n) / n**0.5
-    return reference.quantize_bases(rows) if basis == "int8" else (rows.to(STORAGE[basis]), None)
+    dtype = DTYPES[basis]
+    return reference.quantize_bases(rows, 128, dtype) if dtype in SCALED else (rows.to(dtype), None)
 
 
 def every_result(n: int, basis: str, grad: str, batch: int = 3) -> dict[str, torch.Tensor]:
     """Outputs and mutated arguments of every op with a pass over N, once as a batch and once as a list."""
     bases, scales = stack(n, basis)
-    grads = draw("grads", batch, n, dtype=STORAGE[grad])
+    grads = draw("grads", batch, n, dtype=DTYPES[grad])
     mix, scale = 0.1 * draw("mix", batch, 10), torch.linspace(0.5, 1.5, batch)
     out = {
         "project": dispatched("project")(grads, bases, scales, torch.float64),
@@ -45,7 +45,7 @@ def every_result(n: int, basis: str, grad: str, batch: int = 3) -> dict[str, tor
     dispatched("edit_")(out["edit"], bases, mix, scale, scales)
     out["dacsp"] = grads.clone()
     out["coefficients"], out["classes"] = dispatched("dacsp_")(out["dacsp"], bases, 1.5, 0.2, 0.01, None, scales)
-    if basis != "int8":
+    if DTYPES[basis] not in SCALED:
         q = draw("q", 4, 5 + batch) / 3
         for seed in (0, 11):
             out[f"rotate{seed}"] = bases[0].clone()
@@ -60,7 +60,9 @@ def every_result(n: int, basis: str, grad: str, batch: int = 3) -> dict[str, tor
     return out
 
 
-@pytest.mark.parametrize(("basis", "grad"), [("fp32", "fp32"), ("bf16", "bf16"), ("int8", "fp32"), ("fp16", "bf16")])
+@pytest.mark.parametrize(
+    ("basis", "grad"), [("fp32", "fp32"), ("bf16", "bf16"), ("int8", "fp32"), ("fp16", "bf16"), ("fp8", "bf16")]
+)
 def test_bits_do_not_depend_on_the_number_of_threads(basis, grad):
     before, results = torch.get_num_threads(), []
     try:
@@ -78,7 +80,7 @@ WORKER = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
 import test_native_cpu as t
-kinds = [("fp32", "fp32"), ("bf16", "fp16"), ("int8", "bf16"), ("fp16", "fp32")]
+kinds = [("fp32", "fp32"), ("bf16", "fp16"), ("int8", "bf16"), ("fp16", "fp32"), ("fp8", "fp32")]
 results = {f"{b}-{g}-{n}": t.every_result(n, b, g) for n in (5, 1003, 70_001) for b, g in kinds}
 torch.save(results, sys.argv[2])
 """
@@ -111,7 +113,7 @@ def test_instruction_sets_agree(tmp_path):
 @pytest.mark.parametrize("shift", [1, 2, 3, 6])
 def test_tensors_at_any_byte(grad, shift):
     """Views of a byte buffer (memory-mapped files) need not even be aligned to their elements."""
-    n, width = 1003, STORAGE[grad].itemsize
+    n, width = 1003, DTYPES[grad].itemsize
 
     def misaligned(source: torch.Tensor) -> torch.Tensor:
         buffer = torch.zeros(source.numel() * width + 64, dtype=torch.uint8)
@@ -119,7 +121,7 @@ def test_tensors_at_any_byte(grad, shift):
         view = torch.frombuffer(memory, dtype=source.dtype, count=source.numel()).view(source.shape)
         return view.copy_(source)
 
-    bases, grads = stack(n, grad)[0], draw("grads", 2, n, dtype=STORAGE[grad])
+    bases, grads = stack(n, grad)[0], draw("grads", 2, n, dtype=DTYPES[grad])
     mix, scale, q = draw("mix", 2, 10), torch.ones(2), draw("q", 5, 7) / 3
     for name in ("edit", "rotate"):
         results = []
@@ -232,3 +234,16 @@ def test_the_bandwidth_probe_measures_something_plausible():
         assert 1e8 < max(getattr(probe, kind)() for _ in range(3)) < 1e13
     with pytest.raises(ValueError, match="threads >= 0"):
         host.BandwidthProbe(threads=-1)
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800001])
+def test_a_nan_of_any_payload_stays_one(bits):
+    """Rounding to bf16 adds to the payload: without care 0x7FFFFFFF becomes -0."""
+    nan = torch.full((1, 100), bits, dtype=torch.int32).view(torch.float32)
+    rows = torch.zeros(2, 100, dtype=torch.bfloat16)
+    for seed in (0, 5):
+        dispatched("rotate_")(rows, nan, torch.eye(2, 3).roll(1, 1), seed)
+        assert rows[1].isnan().all()
+    low = torch.zeros(1, 100, dtype=torch.bfloat16)
+    dispatched("edit_")(low, nan.view(1, 1, 100), torch.ones(1, 1), torch.ones(1))
+    assert low.isnan().all()

@@ -84,7 +84,7 @@ def test_weights_of_every_row_match_dense(op, case, combine):
 @PER_TENSOR
 @COMBINE
 @pytest.mark.parametrize("overload", ["dacsp_.list", "dacsp_.list_tensor"])
-@pytest.mark.parametrize(("grad", "basis"), [("fp32", "fp32"), ("bf16", "int8b32"), ("fp16", "bf16")])
+@pytest.mark.parametrize(("grad", "basis"), [("fp32", "fp32"), ("bf16", "int8b32"), ("fp16", "bf16"), ("bf16", "fp8")])
 def test_lists_match_dense(op, overload, grad, basis, combine, per_tensor):
     x = build_list(grad, basis, op.device)
     groups = x.groups(per_tensor)

@@ -68,7 +68,9 @@ def test_edit_rotate_matches_dense(op, case):
 
 
 @PER_TENSOR
-@pytest.mark.parametrize(("grad", "basis"), [("fp32", "fp32"), ("bf16", "int8b32"), ("fp16", "bf16"), ("bf16", "bf16")])
+@pytest.mark.parametrize(
+    ("grad", "basis"), [("fp32", "fp32"), ("bf16", "int8b32"), ("fp16", "bf16"), ("bf16", "fp8"), ("bf16", "bf16")]
+)
 def test_edit_list_matches_dense(op, grad, basis, per_tensor):
     x = build_list(grad, basis, op.device)
     mix, scale = draw_mix(x, len(x.grads) if per_tensor else 1, op.device)

@@ -37,6 +37,12 @@ def good(overload: str) -> dict[str, Any]:
         "decay": 1.0,
         "seed": 0,
         "block": 128,
+        "dtype": torch.int8,
+        "rewards": torch.randn(6),
+        "group_ids": torch.tensor([0, 0, 0, 4, 4, 4]),
+        "domain_ids": None,
+        "mode": "group",
+        "eps": 1e-6,
         "out_dtype": torch.float32,
         "logits": torch.randn(5, 37),
         "ids": torch.randint(37, (5,)),
@@ -111,6 +117,12 @@ MISTAKES: dict[str, tuple[tuple[str, ...], Callable[[dict], dict], str]] = {
     "scales_wrong_blocks": (INT8, then(with_int8, scales=torch.ones(D, K, 4)), r"power of two.*4"),
     "scales_strided": (INT8, then(with_int8, scales=torch.ones(D, 3, K).mT), r"contiguous float32 scales"),
     "scales_on_meta": (INT8, then(with_int8, scales=lambda s: s.to("meta")), r"scales on cpu.*meta"),
+    "fp8_without_scales": (
+        INT8,
+        then(with_int8, bases=lambda u: u.to(torch.float8_e4m3fn), scales=None),
+        r"scales with float8_e4m3fn bases.*None",
+    ),
+    "fp8_rotated": (ROTATING, put(bases=lambda u: u.to(torch.float8_e4m3fn)), r"found float8_e4m3fn.*never rotated"),
     "int8_rotated": (ROTATING, put(bases=lambda u: u.to(torch.int8)), r"float16, found int8.*never rotated"),
     "out_dtype": (("project", "project.list"), put(out_dtype=torch.float16), r"out_dtype float32 or float64.*float16"),
     "mix_transposed": (EDITING, put(mix=lambda m: torch.zeros(m.shape[1] + 1, m.shape[0])), r"mix \[\d, 6\].*float32"),
@@ -161,6 +173,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], Callable[[dict], dict], str]] = {
     "block_too_small": (QUANTIZE, put(block=16), r"power of two of at least 32.*16"),
     "block_not_a_power": (QUANTIZE, put(block=96), r"power of two of at least 32.*96"),
     "block_negative": (QUANTIZE, put(block=-128), r"power of two of at least 32.*-128"),
+    "quantised_to_bf16": (QUANTIZE, put(dtype=torch.bfloat16), r"dtype int8 or float8_e4m3fn.*bfloat16"),
     "int8_quantised_again": (QUANTIZE, put(bases=lambda u: u.to(torch.int8)), r"bases of dtype.*int8"),
 }  # fmt: skip
 PER_TENSOR_MISTAKES = {

@@ -14,7 +14,8 @@ from helpers import DOT_UNIT, DTYPES, assert_within, dot_bound, rng_of, same_bit
 CASES = covering()
 PER_TENSOR = pytest.mark.parametrize("per_tensor", [False, True], ids=["summed", "per_tensor"])
 LIST_DTYPES = pytest.mark.parametrize(
-    ("grad", "basis"), [("fp32", "fp32"), ("bf16", "int8b32"), ("fp16", "bf16"), ("bf16", "bf16"), ("fp32", "int8")]
+    ("grad", "basis"),
+    [("fp32", "fp32"), ("bf16", "int8b32"), ("fp16", "bf16"), ("bf16", "bf16"), ("fp32", "int8"), ("fp16", "fp8")],
 )
 
 
@@ -117,7 +118,7 @@ def test_permuted_directions_domains_and_gradients_commute(op):
     assert_within(permuted, to64(coeffs)[index], bound[index], "permuted c")
 
 
-@pytest.mark.parametrize(("grad", "basis"), [("fp32", "fp32"), ("bf16", "int8")])
+@pytest.mark.parametrize(("grad", "basis"), [("fp32", "fp32"), ("bf16", "int8"), ("bf16", "fp8")])
 def test_a_million_elements_on_any_number_of_threads(op, threads, grad, basis):
     rng = rng_of("million", grad, basis)
     n = 1_000_003

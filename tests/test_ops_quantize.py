@@ -1,4 +1,4 @@
-"""Storage: block-scaled int8 (error bound, layout of scales) and stochastic rounding of low-precision rows."""
+"""Storage: block-scaled int8 and fp8 (error bound, layout of scales) and stochastic rounding of low-precision rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import oracle
 import pytest
 import torch
 from cases import directions
-from helpers import DTYPES, FP32_UNIT, Held, assert_within, rng_of, same_bits, to64
+from helpers import DTYPES, FP32_UNIT, SCALED, Held, assert_within, rng_of, same_bits, to64
 
 SIZES = (0, 1, 31, 32, 127, 128, 129, 1003, 70001)
 
@@ -25,7 +25,7 @@ def test_dequantised_rows_are_within_half_a_step(op, n, dtype, block):
     assert scales.dtype == torch.float32
     assert scales.shape == (2, 5, -(-n // block))
     rows = to64(held.view)
-    found = oracle.dequantize(codes.cpu().numpy(), scales.cpu().numpy(), block)
+    found = oracle.dequantize(to64(codes), scales.cpu().numpy(), block)
     step = np.repeat(to64(scales), block, axis=-1)[..., :n]
     # Half a step, and the fp32 roundings of scale and quotient: they move a code of up to 127 by 127 * 2 * 2^-24 steps.
     assert_within(found, rows, step * (0.5 + 254 * FP32_UNIT), "row")
@@ -36,12 +36,43 @@ def test_dequantised_rows_are_within_half_a_step(op, n, dtype, block):
     assert held.unchanged()
 
 
-def test_codes_saturate_instead_of_wrapping(op):
-    """Scales of tiny rows are subnormal and coarse: a quotient may exceed 127, and a bare conversion flips the sign."""
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("n", SIZES)
+def test_fp8_codes_are_the_nearest(op, n, dtype):
+    rng = rng_of("quantize fp8", n, dtype)
+    values = directions(rng, 2, 5, n, "zero_rows") * 2.0 ** rng.integers(-12, 3, n)  # down to subnormal codes
+    held = Held(torch.from_numpy(values).to(DTYPES[dtype]).to(op.device), lead=1)
+    codes, scales = op("quantize_bases", held.view, 32, torch.float8_e4m3fn)
+    assert codes.dtype == torch.float8_e4m3fn
+    rows = to64(held.view)
+    expected, expected_scales = oracle.quantize(rows, 32, 448)
+    assert_within(scales, expected_scales.astype(np.float64), FP32_UNIT * expected_scales, "scale")
+    step = np.repeat(to64(scales), 32, axis=-1)[..., :n]
+    # Half the spacing of the exact quotient's neighbours: 2^-4 of it, 2^-10 at least.
+    found = oracle.dequantize(to64(codes), scales.cpu().numpy(), 32)
+    assert_within(found, rows, (np.abs(rows) * 2.0**-4 + step * 2.0**-10) * (1 + 4 * FP32_UNIT), "row")
+    exact = to64(codes) == expected
+    assert (~exact).sum() <= 2 + 1e-3 * exact.size  # a quotient rounded to fp32 may fall on the other side of a tie
+    assert (np.signbit(to64(codes))[rows != 0] == np.signbit(rows)[rows != 0]).all()
+    assert held.unchanged()
+
+
+@pytest.mark.parametrize(("dtype", "largest"), SCALED.items(), ids=str)
+def test_codes_saturate_instead_of_wrapping(op, dtype, largest):
+    """Scales of tiny rows are subnormal and coarse: a quotient may exceed the largest code."""
     bases = torch.full((1, 1, 128), 2e-43, device=op.device)
-    codes, scales = op("quantize_bases", bases)
-    assert ((codes >= 0) & (codes <= 127)).all()
+    codes, scales = op("quantize_bases", bases, 128, dtype)
+    assert ((codes.float() >= 0) & (codes.float() <= largest)).all()
     assert (scales >= 0).all()
+
+
+@pytest.mark.parametrize("dtype", SCALED, ids=str)
+def test_a_block_with_a_nan_says_so_in_its_scale(op, dtype):
+    bases = torch.ones(1, 1, 300, device=op.device)
+    bases[0, 0, 130] = torch.nan
+    codes, scales = op("quantize_bases", bases, 128, dtype)
+    assert scales.isnan().flatten().tolist() == [False, True, False]
+    assert codes.float().isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -229,10 +229,12 @@ print(json.dumps(info.collect()))
     not (BUILD_TOOLS and shutil.which("c++") and shutil.which("cmake")), reason="no C++ compiler or CMake"
 )
 @pytest.mark.parametrize(
-    ("value", "message"), [("ON", "no CUDA sources"), ("maybe", "expected AUTO, ON or OFF, found 'maybe'")]
+    ("value", "message"), [("ON", "nvcc was not found"), ("maybe", "expected AUTO, ON or OFF, found 'maybe'")]
 )
 def test_cuda_is_refused_rather_than_ignored(tmp_path, value, message):
     env = {**os.environ, "CARERL_CUDA": value}
-    run = subprocess.run(["cmake", "-S", str(ROOT), "-B", str(tmp_path)], env=env, capture_output=True, text=True)
+    command = [str(shutil.which("cmake")), "-S", str(ROOT), "-B", str(tmp_path), f"-DPython_EXECUTABLE={sys.executable}"]
+    command.append("-DCARERL_NVCC=")  # what a search without result leaves
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode != 0
     assert message in " ".join(run.stderr.split())

@@ -32,6 +32,8 @@ const char* name_of(ScalarType dtype) {
       return "bfloat16";
     case ScalarType::Char:
       return "int8";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
     case ScalarType::Byte:
       return "uint8";
     case ScalarType::Short:
@@ -55,10 +57,28 @@ bool is_grad(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
 }
 
+bool is_scaled(ScalarType dtype) { return dtype == ScalarType::Char || dtype == ScalarType::Float8_e4m3fn; }
+
 bool is_core(ScalarType dtype) { return dtype == ScalarType::Float || dtype == ScalarType::Double; }
 
-void check_device(const char* op, const std::string& name, const Tensor& tensor, const char* like = "bases") {
-  if (!tensor.is_cpu()) fail(op, name + " on cpu like " + like, tensor.is_cuda() ? "cuda" : "another device");
+struct Device {
+  int32_t type, index;
+  explicit Device(const Tensor& tensor) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
+  }
+  bool operator!=(const Device& other) const { return type != other.type || index != other.index; }
+  std::string name() const {
+    if (type == aoti_torch_device_type_cpu()) return "cpu";
+    if (type == aoti_torch_device_type_cuda()) return "cuda:" + std::to_string(index);
+    return type == aoti_torch_device_type_meta() ? "meta" : "another device";
+  }
+};
+
+void check_device(const char* op, const std::string& name, const Tensor& tensor, const Tensor& like,
+                  const char* like_name = "bases") {
+  const Device found(tensor), expected(like);
+  if (found != expected) fail(op, name + " on " + expected.name() + " like " + like_name, found.name());
 }
 
 void check_dense(const char* op, const char* name, const Tensor& rows) {
@@ -70,7 +90,7 @@ void check_dense(const char* op, const char* name, const Tensor& rows) {
 }
 
 void check_small(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape,
-                 bool double_allowed, const char* like = "bases") {
+                 bool double_allowed, const Tensor& like, const char* like_name = "bases") {
   const auto sizes = tensor.sizes();
   bool same = sizes.size() == shape.size();
   size_t i = 0;
@@ -83,7 +103,7 @@ void check_small(const char* op, const char* name, const Tensor& tensor, std::in
          std::string(name_of(dtype)) + " " + list(sizes));
   }
   if (!tensor.is_contiguous()) fail(op, std::string("contiguous ") + name, "strides " + tuple(tensor.strides()));
-  check_device(op, name, tensor, like);
+  check_device(op, name, tensor, like, like_name);
 }
 
 }  // namespace
@@ -101,8 +121,8 @@ BasisShape check_bases(const char* op, const Tensor& bases, const Optional& scal
     fail(op, std::string("bases with ") + dims + " dimensions", tuple(bases.sizes()));
   }
   const ScalarType dtype = bases.scalar_type();
-  if (!is_grad(dtype) && dtype != ScalarType::Char) {
-    fail(op, "bases of dtype float32, bfloat16, float16, int8", name_of(dtype));
+  if (!is_grad(dtype) && !is_scaled(dtype)) {
+    fail(op, "bases of dtype float32, bfloat16, float16, int8, float8_e4m3fn", name_of(dtype));
   }
   check_dense(op, "bases", bases);
   if (!bases.is_contiguous()) {
@@ -112,18 +132,20 @@ BasisShape check_bases(const char* op, const Tensor& bases, const Optional& scal
   BasisShape shape;
   shape.rows = dim == 3 ? sizes[0] * sizes[1] : sizes[0];
   shape.stride = sizes[dim - 1];
-  if (dtype != ScalarType::Char) {
+  if (!is_scaled(dtype)) {
     if (scales) fail(op, std::string("no scales with torch.") + name_of(dtype) + " bases", "a tensor");
     return shape;
   }
-  if (!scales) fail(op, "scales with int8 bases", "None", "pass both results of quantize_bases");
+  if (!scales) {
+    fail(op, std::string("scales with ") + name_of(dtype) + " bases", "None", "pass both results of quantize_bases");
+  }
   bool same = scales->dim() == dim;
   for (int64_t i = 0; same && i + 1 < dim; ++i) same = scales->size(i) == sizes[i];
   if (!same || scales->scalar_type() != ScalarType::Float || !scales->is_contiguous()) {
     fail(op, "contiguous float32 scales [" + joined({sizes.data(), sizes.size() - 1}) + ", ceil(N/block)]",
          std::string("torch.") + name_of(scales->scalar_type()) + " " + tuple(scales->sizes()));
   }
-  check_device(op, "scales", *scales);
+  check_device(op, "scales", *scales, bases);
   shape.blocks = scales->size(dim - 1);
   shape.block_shift = 5;
   auto needed = [&] { return (shape.stride + (int64_t{1} << shape.block_shift) - 1) >> shape.block_shift; };
@@ -135,9 +157,9 @@ BasisShape check_bases(const char* op, const Tensor& bases, const Optional& scal
 }
 
 BasisShape check_rotatable(const char* op, const Tensor& bases, bool stack) {
-  if (bases.scalar_type() == ScalarType::Char) {
-    fail(op, "bases of dtype float32, bfloat16, float16", "int8",
-         "int8 bases are never rotated: stream into a float basis and call quantize_bases when the stage ends");
+  if (is_scaled(bases.scalar_type())) {
+    fail(op, "bases of dtype float32, bfloat16, float16", name_of(bases.scalar_type()),
+         "quantised bases are never rotated: stream into a float basis and call quantize_bases when the stage ends");
   }
   return check_bases(op, bases, std::nullopt, !stack, stack);
 }
@@ -153,7 +175,7 @@ int64_t check_grads(const char* op, const Tensor& grads, const Tensor& bases, bo
   if (grads.size(dim - 1) != n) {
     fail(op, "grads with N = " + std::to_string(n) + " like bases", tuple(grads.sizes()));
   }
-  check_device(op, "grads", grads);
+  check_device(op, "grads", grads, bases);
   if (dim == 1) return 1;
   const int64_t batch = grads.size(0);
   if (written && batch > 1 && grads.stride(0) < n) {
@@ -168,6 +190,7 @@ void check_list(const char* op, const List& grads, const Offsets& offsets, const
     fail(op, std::to_string(grads.size()) + " offsets, one per tensor", std::to_string(offsets.size()));
   }
   const ScalarType dtype = grads[0].scalar_type();
+  const Device device(bases);
   int64_t end = 0;
   for (size_t t = 0; t < grads.size(); ++t) {
     const std::string index = " at index " + std::to_string(t);
@@ -178,7 +201,7 @@ void check_list(const char* op, const List& grads, const Offsets& offsets, const
     if (!grads[t].is_contiguous()) {
       fail(op, "contiguous grads", "strides " + tuple(grads[t].strides()) + index, "call .contiguous() first");
     }
-    if (!grads[t].is_cpu()) check_device(op, "grads[" + std::to_string(t) + "]", grads[t]);
+    if (Device(grads[t]) != device) check_device(op, "grads[" + std::to_string(t) + "]", grads[t], bases);
     if (offsets[t] % kSegment != 0 || offsets[t] < end) {
       fail(op, "ascending offsets that are multiples of " + std::to_string(kSegment) + " without overlap",
            std::to_string(offsets[t]) + index + " where the segment before it ends at " + std::to_string(end));
@@ -189,9 +212,10 @@ void check_list(const char* op, const List& grads, const Offsets& offsets, const
   if (end > n) fail(op, "segments within N = " + std::to_string(n), "one that ends at " + std::to_string(end));
 }
 
-void check_mix(const char* op, const Tensor& mix, const Tensor& scale, int64_t batch, int64_t rows) {
-  check_small(op, "mix", mix, {batch, rows}, false);
-  check_small(op, "scale", scale, {batch}, false);
+void check_mix(const char* op, const Tensor& mix, const Tensor& scale, int64_t batch, int64_t rows,
+               const Tensor& bases) {
+  check_small(op, "mix", mix, {batch, rows}, false, bases);
+  check_small(op, "scale", scale, {batch}, false, bases);
 }
 
 void check_q(const char* op, const Tensor& q, const Tensor& bases, int64_t batch, int64_t groups) {
@@ -205,7 +229,7 @@ void check_q(const char* op, const Tensor& q, const Tensor& bases, int64_t batch
          std::string("torch.") + name_of(q.scalar_type()) + " " + list(q.sizes()));
   }
   if (!q.is_contiguous()) fail(op, "contiguous q", "strides " + tuple(q.strides()));
-  check_device(op, "q", q);
+  check_device(op, "q", q, bases);
 }
 
 void check_domain(const char* op, int64_t domain, const Tensor& bases) {
@@ -226,20 +250,20 @@ void check_weight(const char* name, double value, bool negative_allowed) {
   if (value < 0 && !negative_allowed) fail("dacsp_", std::string(name) + " of at least 0", found);
 }
 
-void check_weight(const char* name, const Tensor& value, int64_t rows) {
-  check_small("dacsp_", name, value, {rows}, false);
+void check_weight(const char* name, const Tensor& value, int64_t rows, const Tensor& bases) {
+  check_small("dacsp_", name, value, {rows}, false, bases);
 }
 
-void check_root(const Optional& root, int64_t rows, int64_t groups) {
+void check_root(const Optional& root, int64_t rows, int64_t groups, const Tensor& bases) {
   if (!root) return;
   if (groups < 0) {
-    check_small("dacsp_", "root", *root, {rows, rows}, true);
+    check_small("dacsp_", "root", *root, {rows, rows}, true, bases);
   } else {
-    check_small("dacsp_", "root", *root, {groups, rows, rows}, true);
+    check_small("dacsp_", "root", *root, {groups, rows, rows}, true, bases);
   }
 }
 
-void check_quantize(const Tensor& bases, int64_t block) {
+void check_quantize(const Tensor& bases, int64_t block, ScalarType dtype) {
   const char* op = "quantize_bases";
   if (bases.dim() != 3) fail(op, "bases with 3 dimensions", tuple(bases.sizes()));
   if (!is_grad(bases.scalar_type())) {
@@ -250,6 +274,7 @@ void check_quantize(const Tensor& bases, int64_t block) {
   if (block < 32 || (block & (block - 1)) != 0) {
     fail(op, "block a power of two of at least 32", std::to_string(block));
   }
+  if (!is_scaled(dtype)) fail(op, "dtype int8 or float8_e4m3fn", name_of(dtype));
 }
 
 void check_logits(const char* op, const Tensor& logits, const Tensor& ids, double temperature) {
@@ -264,12 +289,13 @@ void check_logits(const char* op, const Tensor& logits, const Tensor& ids, doubl
          std::string(name_of(ids.scalar_type())) + " " + list(ids.sizes()));
   }
   if (!ids.is_contiguous()) fail(op, "contiguous ids", "strides " + tuple(ids.strides()));
-  check_device(op, "ids", ids, "logits");
+  check_device(op, "ids", ids, logits, "logits");
   if (!(temperature > 0) || !std::isfinite(temperature)) {
     char found[32];
     std::snprintf(found, sizeof(found), "%g", temperature);
     fail(op, "a positive temperature", found);
   }
+  if (!ids.is_cpu()) return;  // looking would need a synchronisation: the kernels answer with NaN
   const int64_t* tokens = static_cast<const int64_t*>(ids.data_ptr());
   for (int64_t row = 0; row < rows; ++row) {
     if (tokens[row] < 0 || tokens[row] >= vocabulary) {
@@ -280,8 +306,8 @@ void check_logits(const char* op, const Tensor& logits, const Tensor& ids, doubl
   }
 }
 
-void check_vector(const char* op, const char* name, const Tensor& tensor, int64_t rows) {
-  check_small(op, name, tensor, {rows}, false, "logits");
+void check_vector(const char* op, const char* name, const Tensor& tensor, const Tensor& logits) {
+  check_small(op, name, tensor, {logits.size(0)}, false, logits, "logits");
 }
 
 }  // namespace carerl

@@ -32,22 +32,22 @@ struct BasisShape {
 
 BasisShape check_bases(const char* op, const Tensor& bases, const Optional& scales, bool matrix_allowed,
                        bool stack_allowed = true);
-// Refuses int8 first.
+// Refuses quantised bases first.
 BasisShape check_rotatable(const char* op, const Tensor& bases, bool stack);
 // Returns B. `written`: rows of the batch must not overlap.
 int64_t check_grads(const char* op, const Tensor& grads, const Tensor& bases, bool written);
 void check_list(const char* op, const List& grads, const Offsets& offsets, const Tensor& bases);
-void check_mix(const char* op, const Tensor& mix, const Tensor& scale, int64_t batch, int64_t rows);
+void check_mix(const char* op, const Tensor& mix, const Tensor& scale, int64_t batch, int64_t rows, const Tensor& bases);
 // `groups` < 0: one q without a leading dimension.
 void check_q(const char* op, const Tensor& q, const Tensor& bases, int64_t batch, int64_t groups);
 void check_domain(const char* op, int64_t domain, const Tensor& bases);
 void check_out_dtype(const char* op, ScalarType dtype);
 void check_weight(const char* name, double value, bool negative_allowed);
-void check_weight(const char* name, const Tensor& value, int64_t rows);
-void check_root(const Optional& root, int64_t rows, int64_t groups);
-void check_quantize(const Tensor& bases, int64_t block);
-// Shapes, dtypes and the range of the ids.
+void check_weight(const char* name, const Tensor& value, int64_t rows, const Tensor& bases);
+void check_root(const Optional& root, int64_t rows, int64_t groups, const Tensor& bases);
+void check_quantize(const Tensor& bases, int64_t block, ScalarType dtype);
+// Shapes, dtypes and, on the CPU, the range of the ids.
 void check_logits(const char* op, const Tensor& logits, const Tensor& ids, double temperature);
-void check_vector(const char* op, const char* name, const Tensor& tensor, int64_t rows);
+void check_vector(const char* op, const char* name, const Tensor& tensor, const Tensor& logits);
 
 }  // namespace carerl

@@ -103,7 +103,7 @@ Tensor gram_list(const Tensor& bases, const List& grads, const Offsets& offsets,
 void edit_(const Tensor& grads, const Tensor& bases, const Tensor& mix, const Tensor& scale, const Optional& scales) {
   const BasisShape shape = check_bases("edit_", bases, scales, false);
   const int64_t batch = check_grads("edit_", grads, bases, true);
-  check_mix("edit_", mix, scale, batch, shape.rows);
+  check_mix("edit_", mix, scale, batch, shape.rows, bases);
   cpu::edit(batch_call(grads, batch, basis_of(bases, scales, shape)), data<float>(mix), data<float>(scale));
 }
 
@@ -111,7 +111,7 @@ void edit_list(const List& grads, const Tensor& bases, const Offsets& offsets, c
                const Optional& scales, bool per_tensor) {
   const BasisShape shape = check_bases("edit_", bases, scales, false);
   check_list("edit_", grads, offsets, bases);
-  check_mix("edit_", mix, scale, groups_of(grads, per_tensor), shape.rows);
+  check_mix("edit_", mix, scale, groups_of(grads, per_tensor), shape.rows, bases);
   cpu::edit(list_call(grads, offsets, per_tensor, basis_of(bases, scales, shape)), data<float>(mix),
             data<float>(scale));
 }
@@ -147,7 +147,7 @@ void edit_rotate_(const Tensor& grads, const Tensor& bases, const Tensor& mix, c
                   const Tensor& q, int64_t seed) {
   const BasisShape shape = check_rotatable("edit_rotate_", bases, true);
   const int64_t batch = check_grads("edit_rotate_", grads, bases, true);
-  check_mix("edit_rotate_", mix, scale, batch, shape.rows);
+  check_mix("edit_rotate_", mix, scale, batch, shape.rows, bases);
   check_domain("edit_rotate_", domain, bases);
   check_q("edit_rotate_", q, bases, batch, -1);
   const cpu::Call call = batch_call(grads, batch, basis_of(bases, {}, shape));
@@ -159,7 +159,7 @@ void edit_rotate_list(const List& grads, const Tensor& bases, const Offsets& off
                       const Tensor& scale, int64_t domain, const Tensor& q, bool per_tensor, int64_t seed) {
   const BasisShape shape = check_rotatable("edit_rotate_", bases, true);
   check_list("edit_rotate_", grads, offsets, bases);
-  check_mix("edit_rotate_", mix, scale, groups_of(grads, per_tensor), shape.rows);
+  check_mix("edit_rotate_", mix, scale, groups_of(grads, per_tensor), shape.rows, bases);
   check_domain("edit_rotate_", domain, bases);
   check_q("edit_rotate_", q, bases, 1, per_tensor ? static_cast<int64_t>(grads.size()) : -1);
   const cpu::Call call = list_call(grads, offsets, per_tensor, basis_of(bases, {}, shape));
@@ -171,23 +171,23 @@ void edit_rotate_list(const List& grads, const Tensor& bases, const Offsets& off
 
 using Pair = std::tuple<Tensor, Tensor>;
 
-cpu::Weights checked(const char* name, double value, int64_t, bool negative_allowed = true) {
+cpu::Weights checked(const char* name, double value, const Tensor&, int64_t, bool negative_allowed = true) {
   check_weight(name, value, negative_allowed);
   return {value, nullptr};
 }
 
-cpu::Weights checked(const char* name, const Tensor& value, int64_t rows, bool = true) {
-  check_weight(name, value, rows);
+cpu::Weights checked(const char* name, const Tensor& value, const Tensor& bases, int64_t rows, bool = true) {
+  check_weight(name, value, rows, bases);
   return {0.0, data<float>(value)};
 }
 
 // Scalar is double, or a tensor of one weight per row.
 template <class Scalar>
 cpu::Rule checked_rule(const Scalar& aligned, const Scalar& conflict, const Scalar& threshold, const Optional& root,
-                       int64_t rows, int64_t groups) {
-  cpu::Rule rule{checked("aligned", aligned, rows), checked("conflict", conflict, rows),
-                 checked("threshold", threshold, rows, false), nullptr, false};
-  check_root(root, rows, groups);
+                       const Tensor& bases, int64_t rows, int64_t groups) {
+  cpu::Rule rule{checked("aligned", aligned, bases, rows), checked("conflict", conflict, bases, rows),
+                 checked("threshold", threshold, bases, rows, false), nullptr, false};
+  check_root(root, rows, groups, bases);
   if (root) {
     rule.root = root->data_ptr();
     rule.root_is_double = root->scalar_type() == ScalarType::Double;
@@ -206,7 +206,7 @@ Pair dacsp_(const Tensor& grads, const Tensor& bases, Scalar aligned, Scalar con
             const Optional& root, const Optional& scales) {
   const BasisShape shape = check_bases("dacsp_", bases, scales, false);
   const int64_t batch = check_grads("dacsp_", grads, bases, true);
-  const cpu::Rule rule = checked_rule(aligned, conflict, threshold, root, shape.rows, -1);
+  const cpu::Rule rule = checked_rule(aligned, conflict, threshold, root, bases, shape.rows, -1);
   return dacsp_into(batch_call(grads, batch, basis_of(bases, scales, shape)), rule, batch_sizes(grads, bases));
 }
 
@@ -216,20 +216,20 @@ Pair dacsp_list(const List& grads, const Tensor& bases, const Offsets& offsets, 
   const BasisShape shape = check_bases("dacsp_", bases, scales, false);
   check_list("dacsp_", grads, offsets, bases);
   const int64_t groups = per_tensor ? static_cast<int64_t>(grads.size()) : -1;
-  const cpu::Rule rule = checked_rule(aligned, conflict, threshold, root, shape.rows, groups);
+  const cpu::Rule rule = checked_rule(aligned, conflict, threshold, root, bases, shape.rows, groups);
   return dacsp_into(list_call(grads, offsets, per_tensor, basis_of(bases, scales, shape)), rule,
                     list_sizes(grads, per_tensor, {bases.size(0), bases.size(1)}));
 }
 
 // --------------------------------------------------------------------------------------------------------- quantize
 
-Pair quantize_bases(const Tensor& bases, int64_t block) {
-  check_quantize(bases, block);
+Pair quantize_bases(const Tensor& bases, int64_t block, ScalarType dtype) {
+  check_quantize(bases, block, dtype);
   const int64_t domains = bases.size(0), slots = bases.size(1), n = bases.size(2);
-  Pair out(empty({domains, slots, n}, ScalarType::Char),
-           empty({domains, slots, (n + block - 1) / block}, ScalarType::Float));
+  Pair out(empty({domains, slots, n}, dtype), empty({domains, slots, (n + block - 1) / block}, ScalarType::Float));
   const cpu::Basis basis{bases.data_ptr(), nullptr, domains * slots, n, 0, 0, dtype_of(bases)};
-  cpu::quantize(basis, block, data<int8_t>(std::get<0>(out)), data<float>(std::get<1>(out)), pool());
+  cpu::quantize(basis, block, dtype_of(std::get<0>(out)), data<uint8_t>(std::get<0>(out)),
+                data<float>(std::get<1>(out)), pool());
   return out;
 }
 

@@ -30,10 +30,10 @@ std::tuple<Tensor, Tensor> token_logprobs(const Tensor& logits, const Tensor& id
 Tensor token_logprobs_backward(const Tensor& grad_logp, const Tensor& grad_entropy, const Tensor& logits,
                                const Tensor& ids, const Tensor& logp, const Tensor& entropy, double temperature) {
   const cpu::Logits rows = checked_logits(kBackward, logits, ids, temperature);
-  check_vector(kBackward, "grad_logp", grad_logp, rows.rows);
-  check_vector(kBackward, "grad_entropy", grad_entropy, rows.rows);
-  check_vector(kBackward, "logp", logp, rows.rows);
-  check_vector(kBackward, "entropy", entropy, rows.rows);
+  check_vector(kBackward, "grad_logp", grad_logp, logits);
+  check_vector(kBackward, "grad_entropy", grad_entropy, logits);
+  check_vector(kBackward, "logp", logp, logits);
+  check_vector(kBackward, "entropy", entropy, logits);
   Tensor out = empty({rows.rows, rows.vocabulary}, logits.scalar_type());
   cpu::token_logprobs_backward(rows, {data<float>(logp), data<float>(entropy)},
                                {data<float>(grad_logp), data<float>(grad_entropy), out.data_ptr()}, pool());

@@ -19,6 +19,8 @@ inline cpu::DType dtype_of(const Tensor& tensor) {
       return cpu::DType::kF16;
     case ScalarType::Char:
       return cpu::DType::kI8;
+    case ScalarType::Float8_e4m3fn:
+      return cpu::DType::kF8;
     default:
       return cpu::DType::kF32;
   }
@@ -32,22 +34,29 @@ inline void run_on_pool(int count, void (*body)(void*, int), void* context) {
 
 inline cpu::Pool pool() { return {static_cast<int>(torch::stable::get_num_threads()), run_on_pool}; }
 
-// Contiguous, uninitialised. The C shim directly: 0.4 us, where torch::stable::empty looks its op up by name.
-inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
+// Contiguous, uninitialised, on the device of `like` or the CPU. The C shim directly: 0.4 us, where torch::stable::empty
+// looks its op up by name.
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor* like = nullptr) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
     strides[i] = stride;
     stride *= std::max<int64_t>(sizes[i], 1);
   }
-  const int32_t type = dtype == ScalarType::Double     ? aoti_torch_dtype_float64()
-                       : dtype == ScalarType::Float    ? aoti_torch_dtype_float32()
-                       : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
-                       : dtype == ScalarType::Half     ? aoti_torch_dtype_float16()
-                                                       : aoti_torch_dtype_int8();
+  const int32_t type = dtype == ScalarType::Double          ? aoti_torch_dtype_float64()
+                       : dtype == ScalarType::Float         ? aoti_torch_dtype_float32()
+                       : dtype == ScalarType::BFloat16      ? aoti_torch_dtype_bfloat16()
+                       : dtype == ScalarType::Half          ? aoti_torch_dtype_float16()
+                       : dtype == ScalarType::Float8_e4m3fn ? aoti_torch_dtype_float8_e4m3fn()
+                                                            : aoti_torch_dtype_int8();
+  int32_t device = aoti_torch_device_type_cpu(), index = 0;
+  if (like != nullptr) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like->get(), &device));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like->get(), &index));
+  }
   AtenTensorHandle out = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), type, aoti_torch_device_type_cpu(), 0, &out));
+                                                         strides.data(), type, device, index, &out));
   return Tensor(out);
 }
 

@@ -105,7 +105,9 @@ def _load_cpu() -> Backend:
 
 def _load_cuda() -> Backend:
     return _load_native(
-        "cuda", "CUDA", Backend("cuda", (), "this build has no CUDA library", "the reference serves GPUs")
+        "cuda",
+        "CUDA",
+        Backend("cuda", (), "this build has no CUDA library", "build it with CARERL_CUDA=ON where nvcc is (make gpu-build)"),
     )
 
 

@@ -11,7 +11,8 @@ Conventions
     of its first element within the rows of the bases, so that nobody has to flatten. Offsets are multiples of 128 and
     segments do not overlap; only the covered segments are read or written. With ``per_tensor=True`` the coefficients are kept
     apart per tensor (leading dimension T), otherwise they are summed over the list.
-    int8 bases carry fp32 ``scales [D, k, ceil(N/block)]``; ``block`` is a power of two of at least 32.
+    int8 and float8_e4m3fn bases carry fp32 ``scales [D, k, ceil(N/block)]``; ``block`` is a power of two of at least 32.
+    Their codes are finite: what a code NaN of float8_e4m3fn reads as is not defined.
     Nothing is written where a coefficient is not finite: a row of ``mix``/``scale`` with a NaN or an infinity leaves its
     gradient untouched, a ``q`` with one leaves its bases untouched.
 
@@ -31,7 +32,9 @@ SEGMENT = (
     128  # elements; the granularity of list offsets: one cache line of int8 and a whole number of vectors everywhere
 )
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BASIS_DTYPES = (*GRAD_DTYPES, torch.int8)
+SCALED_DTYPES = {torch.int8: 127, torch.float8_e4m3fn: 448}
+"""Storage with a scale per block, and the code that the largest magnitude of a block gets."""
+BASIS_DTYPES = (*GRAD_DTYPES, *SCALED_DTYPES)
 
 _LIB = torch.library.Library(NAMESPACE, "DEF")
 
@@ -60,10 +63,12 @@ SCHEMAS: dict[str, str] = {
     "pca_update_": "(Tensor(a!) bases, Tensor(b!) singular_values, Tensor grads, float decay=1.0, int seed=0) -> Tensor",
     "pca_update_.list": "(Tensor(a!) bases, Tensor(b!) singular_values, Tensor[] grads, int[] offsets, float decay=1.0,"
     " bool per_tensor=False, int seed=0) -> Tensor",
-    "quantize_bases": "(Tensor bases, int block=128) -> (Tensor, Tensor)",
+    "quantize_bases": "(Tensor bases, int block=128, ScalarType dtype=int8) -> (Tensor, Tensor)",
     "token_logprobs": "(Tensor logits, Tensor ids, float temperature=1.0) -> (Tensor, Tensor)",
     "token_logprobs_backward": "(Tensor grad_logp, Tensor grad_entropy, Tensor logits, Tensor ids, Tensor logp,"
     " Tensor entropy, float temperature=1.0) -> Tensor",
+    "group_advantages": '(Tensor rewards, Tensor group_ids, Tensor? domain_ids=None, str mode="group", float eps=1e-06)'
+    " -> Tensor",
 }
 
 OP_NAMES: tuple[str, ...] = tuple(dict.fromkeys(name.split(".")[0] for name in SCHEMAS))
@@ -85,14 +90,18 @@ def _require(condition: bool, op: str, expected: str, found: object, remedy: str
     )
 
 
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _check_rows(op: str, name: str, rows: Tensor, dims: tuple[int, ...], dtypes: Sequence[torch.dtype]) -> None:
     """Rank, dtype and layout of an N-sized argument: the last dimension is dense, rows may be strided."""
     _require(rows.dim() in dims, op, f"{name} with {' or '.join(map(str, dims))} dimensions", tuple(rows.shape))
     _require(
         rows.dtype in dtypes,
         op,
-        f"{name} of dtype {', '.join(str(d).removeprefix('torch.') for d in dtypes)}",
-        str(rows.dtype).removeprefix("torch."),
+        f"{name} of dtype {', '.join(map(_short, dtypes))}",
+        _short(rows.dtype),
     )
     _require(
         rows.shape[-1] <= 1 or rows.stride(-1) == 1,
@@ -110,8 +119,14 @@ def _check_bases(op: str, bases: Tensor, scales: Tensor | None, dims: tuple[int,
         bases.is_contiguous(), op, "contiguous bases", f"strides {tuple(bases.stride())}", "call .contiguous() first"
     )
     n = bases.shape[-1]
-    if bases.dtype == torch.int8:
-        _require(scales is not None, op, "scales with int8 bases", "None", "pass both results of quantize_bases")
+    if bases.dtype in SCALED_DTYPES:
+        _require(
+            scales is not None,
+            op,
+            f"scales with {_short(bases.dtype)} bases",
+            "None",
+            "pass both results of quantize_bases",
+        )
         assert scales is not None
         _require(
             scales.dtype == torch.float32 and scales.is_contiguous() and scales.shape[:-1] == bases.shape[:-1],
@@ -127,7 +142,7 @@ def _check_bases(op: str, bases: Tensor, scales: Tensor | None, dims: tuple[int,
 
 
 def block_of(op: str, n: int, blocks: int) -> int:
-    """Elements per scale of int8 bases with N elements and this many scales a row; unique because a block is 32 * 2**i."""
+    """Elements per scale of scaled bases with N elements and this many scales a row; unique because a block is 32 * 2**i."""
     block = 32
     while -(-n // block) > max(blocks, 1):
         block *= 2
@@ -151,8 +166,8 @@ def _check_small(
     _require(
         tensor.dtype in dtypes and tuple(tensor.shape) == shape,
         op,
-        f"{name} [{', '.join(map(str, shape))}] of dtype {' or '.join(str(d).removeprefix('torch.') for d in dtypes)}",
-        f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}",
+        f"{name} [{', '.join(map(str, shape))}] of dtype {' or '.join(map(_short, dtypes))}",
+        f"{_short(tensor.dtype)} {list(tensor.shape)}",
     )
     _require(tensor.is_contiguous(), op, f"contiguous {name}", f"strides {tuple(tensor.stride())}")
     _check_device(op, name, tensor, like, like_name)
@@ -291,11 +306,11 @@ def _edit_list_fake(grads, bases, offsets, mix, scale, scales=None, per_tensor=F
 
 def _check_rotatable(op: str, bases: Tensor, dims: tuple[int, ...]) -> None:
     _require(
-        bases.dtype != torch.int8,
+        bases.dtype not in SCALED_DTYPES,
         op,
         "bases of dtype float32, bfloat16, float16",
-        "int8",
-        "int8 bases are never rotated: stream into a float basis and call quantize_bases when the stage ends",
+        _short(bases.dtype),
+        "quantised bases are never rotated: stream into a float basis and call quantize_bases when the stage ends",
     )
     _check_bases(op, bases, None, dims)
 
@@ -427,17 +442,20 @@ def _pca_update_list_fake(bases, singular_values, grads, offsets, decay=1.0, per
     return bases.new_empty(_groups(grads, per_tensor), dtype=torch.float64)
 
 
-def check_quantize(bases: Tensor, block: int) -> None:
+def check_quantize(bases: Tensor, block: int, dtype: torch.dtype) -> None:
     _check_rows("quantize_bases", "bases", bases, (3,), GRAD_DTYPES)
     _require(bases.is_contiguous(), "quantize_bases", "contiguous bases", f"strides {tuple(bases.stride())}")
     _require(block >= 32 and block & (block - 1) == 0, "quantize_bases", "block a power of two of at least 32", block)
+    _require(
+        dtype in SCALED_DTYPES, "quantize_bases", f"dtype {' or '.join(map(_short, SCALED_DTYPES))}", _short(dtype)
+    )
 
 
 @_fake("quantize_bases")
-def _quantize_fake(bases, block=128):
-    check_quantize(bases, block)
+def _quantize_fake(bases, block=128, dtype=torch.int8):
+    check_quantize(bases, block, dtype)
     shape = (*bases.shape[:2], -(-bases.shape[-1] // block))
-    return bases.new_empty(bases.shape, dtype=torch.int8), bases.new_empty(shape, dtype=torch.float32)
+    return bases.new_empty(bases.shape, dtype=dtype), bases.new_empty(shape, dtype=torch.float32)
 
 
 # --------------------------------------------------------------------------------------------------- token_logprobs
@@ -488,3 +506,31 @@ def _differentiate(ctx, grad_logp, grad_entropy):
 torch.library.register_autograd(
     f"{NAMESPACE}::token_logprobs", _differentiate, setup_context=_save_for_backward, lib=_LIB
 )
+
+
+# ------------------------------------------------------------------------------------------------- group_advantages
+
+ADVANTAGE_MODES = ("group", "domain", "none")
+
+
+def check_group_advantages(
+    rewards: Tensor, group_ids: Tensor, domain_ids: Tensor | None, mode: str, eps: float
+) -> None:
+    op = "group_advantages"
+    _require(
+        rewards.dim() == 1 and rewards.is_floating_point(),
+        op,
+        "floating-point rewards [B]",
+        f"{_short(rewards.dtype)} {list(rewards.shape)}",
+    )
+    for name, ids in {"group_ids": group_ids, "domain_ids": domain_ids}.items():
+        if ids is not None:
+            _check_small(op, name, ids, (rewards.shape[0],), rewards, (torch.int64, torch.int32), "rewards")
+    _require(mode in ADVANTAGE_MODES, op, f"mode {', '.join(ADVANTAGE_MODES)}", mode)
+    _require(0 <= eps < math.inf, op, "eps of at least 0", eps)
+
+
+@_fake("group_advantages")
+def _group_advantages_fake(rewards, group_ids, domain_ids=None, mode="group", eps=1e-6):
+    check_group_advantages(rewards, group_ids, domain_ids, mode, eps)
+    return rewards.new_empty(rewards.shape, dtype=torch.float32)

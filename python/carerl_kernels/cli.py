@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from .basis_command import basis
 from .bench.command import bench
 from .rewards.command import score
 
@@ -73,3 +74,4 @@ def demo(
 
 app.command()(bench)  # imports what they need when they run, too
 app.command()(score)
+app.add_typer(basis, name="basis")

@@ -25,8 +25,8 @@ PACKAGES = (
     "llguidance",
 )
 ENVIRONMENT = ("CARERL_BACKEND", "CARERL_CPU_ISA", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET")
-COMPOSITE = {"pca_update_": ("gram", "rotate_")}
-"""Ops without an N-sized pass of their own: they are as fast as the ops they call."""
+COMPOSITE: dict[str, tuple[str, ...]] = {"pca_update_": ("gram", "rotate_"), "group_advantages": ()}
+"""Ops without an N-sized pass of their own, and the ops that make theirs: torch does the rest on any device."""
 
 
 def collect() -> dict[str, Any]:
@@ -81,8 +81,8 @@ def _served(op: str) -> dict[str, Any]:
     served: list[str] = []
     missing: dict[str, str] = {}
     for backend in _load.BACKENDS.values():
-        parts = COMPOSITE.get(op, ()) if backend.name != "reference" else ()
-        wanted = [name for name in _ops.SCHEMAS if name.split(".")[0] in parts] if parts else overloads
+        parts = COMPOSITE.get(op) if backend.name != "reference" else None
+        wanted = overloads if parts is None else [name for name in _ops.SCHEMAS if name.split(".")[0] in parts]
         absent = [name for name in wanted if name not in backend.ops]
         if not backend.available:
             missing[backend.name] = f"{backend.reason}; {backend.remedy}"

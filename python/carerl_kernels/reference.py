@@ -241,33 +241,37 @@ def pca_update_list(bases, singular_values, grads, offsets, decay=1.0, per_tenso
     return discarded
 
 
-def quantize_bases(bases, block=128):
-    """Block-scaled int8: ``scale = max|u| / 127`` over each block of each row, codes rounded to nearest even."""
-    _ops.check_quantize(bases, block)
-    n = bases.shape[-1]
-    codes = torch.empty(bases.shape, dtype=torch.int8, device=bases.device)
+def quantize_bases(bases, block=128, dtype=torch.int8):
+    """``scale = max|u| / 127`` (float8_e4m3fn: 448) over each block of each row, codes rounded to nearest even."""
+    _ops.check_quantize(bases, block, dtype)
+    n, largest = bases.shape[-1], _ops.SCALED_DTYPES[dtype]
+    codes = torch.empty(bases.shape, dtype=dtype, device=bases.device)
     scales = torch.zeros(*bases.shape[:-1], -(-n // block), dtype=torch.float32, device=bases.device)
     step = max(CHUNK // block, 1) * block
     for start in range(0, n, step):
         chunk = bases[..., start : start + step].float()
         padded = torch.nn.functional.pad(chunk, (0, -chunk.shape[-1] % block)).unflatten(-1, (-1, block))
-        scale = padded.abs().amax(-1) / 127
+        scale = padded.abs().amax(-1) / largest
         scales[..., start // block : start // block + scale.shape[-1]] = scale
         ratio = torch.where(scale.unsqueeze(-1) > 0, padded / scale.unsqueeze(-1), 0.0)
-        code = (
-            ratio.round().clamp(-127, 127).to(torch.int8)
-        )  # a subnormal scale is so coarse that the ratio may exceed 127
+        ratio = ratio.clamp(-largest, largest)  # a subnormal scale is so coarse that the ratio may exceed the largest
+        code = (ratio.round() if dtype == torch.int8 else ratio.nan_to_num(0.0)).to(dtype)
         codes[..., start : start + step] = code.flatten(-2)[..., : chunk.shape[-1]]
     return codes, scales
 
 
-def _row_chunks(op: str, logits: Tensor, ids: Tensor) -> Iterator[slice]:
-    """Rows handled at once, so that no float32 copy of all logits exists; ids are checked where that needs no sync."""
+def check_ids(op: str, logits: Tensor, ids: Tensor) -> None:
+    """Raises for a token outside the vocabulary, where looking needs no sync."""
     if ids.device.type == "cpu" and ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < logits.shape[1]):
         wrong = int(((ids < 0) | (ids >= logits.shape[1])).nonzero()[0])
         _ops._require(
             False, op, f"ids in 0..{logits.shape[1] - 1}", f"{int(ids[wrong])} at row {wrong}", _ops.MASK_LATER
         )
+
+
+def _row_chunks(op: str, logits: Tensor, ids: Tensor) -> Iterator[slice]:
+    """Rows handled at once, so that no float32 copy of all logits exists."""
+    check_ids(op, logits, ids)
     step = max(CHUNK // max(logits.shape[1], 1), 1)
     for start in range(0, logits.shape[0], step):
         yield slice(start, start + step)
@@ -298,6 +302,61 @@ def token_logprobs_backward(grad_logp, grad_entropy, logits, ids, logp, entropy,
     return out
 
 
+def _members(ids: Tensor) -> Tensor:
+    """The rank ``[B]`` of every id among the distinct ones. Not torch.unique: the size of its result is a host sync."""
+    ordered, order = ids.sort(stable=True)
+    first = torch.cat([ordered.new_zeros(1), (ordered[1:] != ordered[:-1]).to(ordered.dtype)])
+    return torch.empty_like(ids).scatter_(0, order, first.cumsum(0)).long()
+
+
+def group_advantages(rewards, group_ids, domain_ids=None, mode="group", eps=1e-6):
+    """Rewards relative to the mean of their group (the completions of one prompt), on a scale that ``mode`` chooses.
+
+    * ``group``: ``(r - mean_g) / (std_g + eps)`` with the unbiased std, GRPO (arXiv:2402.03300) as TRL and verl have it;
+    * ``domain``: ``(r - mean_g) / (std_d + eps)`` with the std pooled over those groups of the domain whose rewards
+      differ (all groups are one domain without ``domain_ids``): no domain dominates for the spread of its rewards, and
+      within one no prompt gains weight for being nearly unanimous;
+    * ``none``: ``r - mean_g``, Dr. GRPO (arXiv:2503.20783).
+
+    A group whose rewards are all equal teaches nothing and gets exact zeros, whatever the rounding of its mean. A NaN
+    is a completion that was not judged: advantage 0, and no part in any mean or spread.
+
+    Args:
+        rewards: ``[B]``; infinity is refused on the CPU (elsewhere that would be a host sync).
+        group_ids, domain_ids: ``[B]`` integers, in any order. A group belongs to the domain of its completions.
+        eps: added to the standard deviation: rewards that differ by rounding stay small.
+
+    Returns:
+        ``[B]`` float32.
+    """
+    _ops.check_group_advantages(rewards, group_ids, domain_ids, mode, eps)
+    r = rewards.detach().double()
+    if r.numel() == 0:
+        return r.float()
+    if r.device.type == "cpu" and bool(r.isinf().any()):
+        at = int(r.isinf().nonzero()[0])
+        _ops._require(False, "group_advantages", "finite rewards, or NaN for those not judged", f"{r[at]} at {at}")
+    judged = ~r.isnan()
+    group, zeros = _members(group_ids), torch.zeros_like(r)
+
+    def total(index: Tensor, values: Tensor) -> Tensor:
+        return zeros.index_add(0, index, values)
+
+    value = r.nan_to_num(0.0)
+    count = total(group, judged.double())
+    centred = value - (total(group, value) / count.clamp(min=1))[group]
+    low = zeros.scatter_reduce(0, group, torch.where(judged, r, torch.inf), "amin", include_self=False)
+    high = zeros.scatter_reduce(0, group, torch.where(judged, r, -torch.inf), "amax", include_self=False)
+    informative = judged & (high > low)[group]
+    centred = torch.where(informative, centred, 0.0)
+    if mode != "none":
+        index = group if mode == "group" else _members(torch.zeros_like(group) if domain_ids is None else domain_ids)
+        # A group of n completions has n - 1 degrees of freedom, and a domain those of its groups that differ at all.
+        freedom = total(index, informative.double() * ((count - 1) / count.clamp(min=1))[group])
+        centred = centred / ((total(index, centred.square()) / freedom.clamp(min=1)).sqrt() + eps)[index]
+    return centred.float()
+
+
 KERNELS: dict[str, Callable] = {
     "project": project,
     "project.list": project_list,
@@ -318,6 +377,7 @@ KERNELS: dict[str, Callable] = {
     "quantize_bases": quantize_bases,
     "token_logprobs": token_logprobs,
     "token_logprobs_backward": token_logprobs_backward,
+    "group_advantages": group_advantages,
 }
 
 

@@ -19,28 +19,35 @@ static void axpy_tile(const Basis& basis, const int64_t* rows, int64_t column, c
     CARERL_UNROLL
     for (int c = 0; c < C; ++c) factor[r][c] = splat(mix[r * mixes + c]);
   }
+  constexpr int V = kVectors<E>;
+  auto group = [&](int64_t i, auto load_rows_at) {
+    Float value[C][V];
+    CARERL_UNROLL
+    for (int c = 0; c < C; ++c) {
+      CARERL_UNROLL
+      for (int v = 0; v < V; ++v) value[c][v] = load(y + c * pitch + i + v * kWidth);
+    }
+    CARERL_UNROLL
+    for (int r = 0; r < R; ++r) {
+      Float direction[V];
+      load_rows_at(u[r] + i, direction);
+      CARERL_UNROLL
+      for (int c = 0; c < C; ++c) {
+        CARERL_UNROLL
+        for (int v = 0; v < V; ++v) value[c][v] += factor[r][c] * direction[v];
+      }
+    }
+    CARERL_UNROLL
+    for (int c = 0; c < C; ++c) {
+      CARERL_UNROLL
+      for (int v = 0; v < V; ++v) store(y + c * pitch + i + v * kWidth, value[c][v]);
+    }
+  };
   int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) {
-    Float direction[R];
-    CARERL_UNROLL
-    for (int r = 0; r < R; ++r) direction[r] = E::load(u[r] + i);
-    CARERL_UNROLL
-    for (int c = 0; c < C; ++c) {
-      Float value = load(y + c * pitch + i);
-      CARERL_UNROLL
-      for (int r = 0; r < R; ++r) value += factor[r][c] * direction[r];
-      store(y + c * pitch + i, value);
-    }
+  for (; i + kGroup<E> <= n; i += kGroup<E>) {
+    group(i, [](const typename E::Type* p, Float* x) { Group<E>::load(p, x); });
   }
-  if (i < n) {
-    CARERL_UNROLL
-    for (int c = 0; c < C; ++c) {
-      Float value = load(y + c * pitch + i);
-      CARERL_UNROLL
-      for (int r = 0; r < R; ++r) value += factor[r][c] * load_part<E>(u[r] + i, n - i);
-      store(y + c * pitch + i, value);
-    }
-  }
+  if (i < n) group(i, [&](const typename E::Type* p, Float* x) { load_group<E>(p, n - i, x); });
 }
 
 template <class E>
@@ -51,9 +58,9 @@ struct Axpy {
     axpy_tile<E, R, C>(basis, rows, column, mix, mixes, y, pitch, n);
   }
 };
-// int8: one run per block, with the scale folded into the factors.
-template <>
-struct Axpy<I8> {
+// One run per block, with the scale folded into the factors.
+template <class E>
+struct ScaledAxpy {
   template <int R, int C>
   CARERL_INLINE void run(const Basis& basis, const int64_t* rows, int64_t column, const float* mix, int64_t mixes,
                          float* y, int64_t pitch, int64_t n) {
@@ -64,13 +71,17 @@ struct Axpy<I8> {
       for (int r = 0; r < R; ++r) {
         const float scale = scale_row(basis, rows[r])[(column + i) >> basis.block_shift];
         CARERL_UNROLL
-        for (int c = 0; c < C; ++c) scaled[r * C + c] = mix[r * mixes + c] * scale;
+        for (int c = 0; c < C; ++c) scaled[r * C + c] = mix[r * mixes + c] * Group<E>::kUnit * scale;
       }
-      axpy_tile<I8, R, C>(basis, rows, column + i, scaled, C, y + i, pitch, end - i);
+      axpy_tile<E, R, C>(basis, rows, column + i, scaled, C, y + i, pitch, end - i);
       i = end;
     }
   }
 };
+template <>
+struct Axpy<I8> : ScaledAxpy<I8> {};
+template <>
+struct Axpy<F8> : ScaledAxpy<F8> {};
 
 template <class E, int R>
 static void axpy_rows(const Basis& basis, const int64_t* rows, int64_t column, const float* mix, int64_t batch,
@@ -145,36 +156,25 @@ static EditPlan plan_edit(const Basis& basis, const Edit& edit, int64_t first, i
 }
 
 // Columns [begin, begin + n) of the span; y holds plan.moves tiles of `pitch` floats.
+template <class E>
 static void edit_tile(const Basis& basis, const Span& span, const Edit& edit, const EditPlan& plan, int64_t begin,
                       int64_t n, float* y, int64_t pitch) {
   for (int64_t s = 0; s < plan.scalings; ++s) {
     void* g = gradient(span, plan.scaled[s], begin);
-    load_tile(g, span.dtype, y, n);
-    store_tile(y, g, span.dtype, n, edit.scale[plan.scaled[s]]);
-  }
-  for (int64_t m = 0; m < plan.moves; ++m)
-    load_tile(gradient(span, plan.moved[m], begin), span.dtype, y + m * pitch, n);
-  const int64_t column = span.column + begin;
-  switch (basis.dtype) {
-    case DType::kF32:
-      axpy_all<F32>(basis, plan.rows, plan.count, column, plan.mix, plan.moves, y, pitch, n);
-      break;
-    case DType::kBF16:
-      axpy_all<BF16>(basis, plan.rows, plan.count, column, plan.mix, plan.moves, y, pitch, n);
-      break;
-    case DType::kF16:
-      axpy_all<F16>(basis, plan.rows, plan.count, column, plan.mix, plan.moves, y, pitch, n);
-      break;
-    case DType::kI8:
-      axpy_all<I8>(basis, plan.rows, plan.count, column, plan.mix, plan.moves, y, pitch, n);
-      break;
+    load_gradient<E>(g, span.dtype, y, n);
+    store_gradient<E>(y, g, span.dtype, n, edit.scale[plan.scaled[s]]);
   }
   for (int64_t m = 0; m < plan.moves; ++m) {
-    store_tile(y + m * pitch, gradient(span, plan.moved[m], begin), span.dtype, n, edit.scale[plan.moved[m]]);
+    load_gradient<E>(gradient(span, plan.moved[m], begin), span.dtype, y + m * pitch, n);
+  }
+  axpy_all<E>(basis, plan.rows, plan.count, span.column + begin, plan.mix, plan.moves, y, pitch, n);
+  for (int64_t m = 0; m < plan.moves; ++m) {
+    store_gradient<E>(y + m * pitch, gradient(span, plan.moved[m], begin), span.dtype, n, edit.scale[plan.moved[m]]);
   }
 }
 
-static void edit(const Basis& basis, const Span& span, const Edit& edit) {
+template <class E>
+static void edit_stored(const Basis& basis, const Span& span, const Edit& edit) {
   for (int64_t first = 0; first < span.batch; first += kMaxBatch) {
     const int64_t batch = min64(span.batch - first, kMaxBatch);
     const int64_t tile = tile_length(basis, batch);
@@ -184,9 +184,13 @@ static void edit(const Basis& basis, const Span& span, const Edit& edit) {
     if (plan.moves + plan.scalings == 0) continue;
     // Backwards: what pass 1 read last may still be in the last-level cache.
     for (int64_t begin = (span.length - 1) / tile * tile; begin >= 0; begin -= tile) {
-      edit_tile(basis, span, edit, plan, begin, min64(tile, span.length - begin), y, tile);
+      edit_tile<E>(basis, span, edit, plan, begin, min64(tile, span.length - begin), y, tile);
     }
   }
+}
+
+static void edit(const Basis& basis, const Span& span, const Edit& edit) {
+  with_storage(basis.dtype, [&](auto type) { edit_stored<decltype(type)>(basis, span, edit); });
 }
 
 }  // namespace carerl::cpu::CARERL_ISA

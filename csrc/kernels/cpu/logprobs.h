@@ -31,7 +31,7 @@ CARERL_INLINE const void* logits_row(const Logits& logits, int64_t row) {
 // The logit of the row's token, divided by the temperature.
 CARERL_INLINE float token_logit(const Logits& logits, int64_t row) {
   float chosen[kWidth];
-  load_tile(at(logits_row(logits, row), logits.dtype, logits.ids[row]), logits.dtype, chosen, 1);
+  load_gradient<F32>(at(logits_row(logits, row), logits.dtype, logits.ids[row]), logits.dtype, chosen, 1);
   return chosen[0] * logits.inverse_temperature;
 }
 
@@ -50,7 +50,7 @@ static RowSums row_sums(const Logits& logits, int64_t row) {
   float largest = lowest[0];
   for (int64_t begin = 0; begin < logits.vocabulary; begin += kTile) {
     const int64_t n = min64(kTile, logits.vocabulary - begin);
-    load_tile(at(data, logits.dtype, begin), logits.dtype, z, n);
+    load_gradient<F32>(at(data, logits.dtype, begin), logits.dtype, z, n);
     for (int64_t i = n; i % kWidth != 0; ++i) z[i] = lowest[0];
     Float top = lowest;
     for (int64_t i = 0; i < n; i += kWidth) {
@@ -113,7 +113,7 @@ static void logprobs_backward(const Logits& logits, int64_t row, const LogProbs&
   float* z = static_cast<float*>(scratch(kTile * sizeof(float)));  // after row_sums, which asks for its own
   for (int64_t begin = 0; begin < logits.vocabulary; begin += kTile) {
     const int64_t n = min64(kTile, logits.vocabulary - begin);
-    load_tile(at(data, logits.dtype, begin), logits.dtype, z, n);
+    load_gradient<F32>(at(data, logits.dtype, begin), logits.dtype, z, n);
     for (int64_t i = 0; i < n; i += kWidth) {
       const Float log_p = load(z + i) * logits.inverse_temperature - log_total;
       const Float p = exp_nonpositive(log_p);
@@ -121,7 +121,7 @@ static void logprobs_backward(const Logits& logits, int64_t row, const LogProbs&
       store(z + i, p * -along - p * (bounded + forward.entropy[row]) * spread);
     }
     if (id >= begin && id < begin + n) z[id - begin] += along;
-    store_tile(z, at(out, logits.dtype, begin), logits.dtype, n);
+    store_gradient<F32>(z, at(out, logits.dtype, begin), logits.dtype, n, 1.0f);
   }
 }
 

@@ -187,16 +187,17 @@ void dacsp(const Call& call, const Rule& rule, float* coefficients, int8_t* clas
   edit_planned(call, plan, mix.data(), scale.data());
 }
 
-void quantize(const Basis& basis, int64_t block, int8_t* codes, float* scales, const Pool& pool) {
+void quantize(const Basis& basis, int64_t block, DType to, uint8_t* codes, float* scales, const Pool& pool) {
   // Stretches of whole blocks of one row; every element of the result is written by one of them.
   const int64_t stretch = std::max<int64_t>(block, (1 << 16) / block * block);
   const int64_t per_row = (basis.stride + stretch - 1) / stretch, blocks = (basis.stride + block - 1) / block;
   struct Context {
     const Basis& basis;
     int64_t block, stretch, per_row, blocks, threads;
-    int8_t* codes;
+    DType to;
+    uint8_t* codes;
     float* scales;
-  } context{basis, block, stretch, per_row, blocks, 1, codes, scales};
+  } context{basis, block, stretch, per_row, blocks, 1, to, codes, scales};
   auto work = [](void* raw, int thread) {
     const Context& c = *static_cast<Context*>(raw);
     const int64_t total = c.basis.rows * c.per_row;
@@ -204,7 +205,7 @@ void quantize(const Basis& basis, int64_t block, int8_t* codes, float* scales, c
       const int64_t row = i / c.per_row, begin = i % c.per_row * c.stretch;
       const int64_t first = row * c.basis.stride + begin;
       kernels().quantize(static_cast<const char*>(c.basis.data) + first * element_size(c.basis.dtype), c.basis.dtype,
-                         std::min(c.stretch, c.basis.stride - begin), c.block, c.codes + first,
+                         std::min(c.stretch, c.basis.stride - begin), c.block, c.to, c.codes + first,
                          c.scales + row * c.blocks + begin / c.block);
     }
   };

@@ -45,7 +45,7 @@ void edit(const Call& call, const float* mix, const float* scale);
 void rotate(const Call& call, const Rotation& rotation);
 void edit_rotate(const Call& call, const Basis& domain, const float* mix, const float* scale, const Rotation& rotation);
 void dacsp(const Call& call, const Rule& rule, float* coefficients, int8_t* classes);
-void quantize(const Basis& basis, int64_t block, int8_t* codes, float* scales, const Pool& pool);
+void quantize(const Basis& basis, int64_t block, DType to, uint8_t* codes, float* scales, const Pool& pool);
 void token_logprobs(const Logits& logits, const LogProbs& out, const Pool& pool);
 void token_logprobs_backward(const Logits& logits, const LogProbs& forward, const LogProbsGradient& gradient,
                              const Pool& pool);

@@ -5,35 +5,48 @@
 
 namespace carerl::cpu::CARERL_ISA {
 
-// sums[r][c] = u[r] . g[c] over columns [i, end) in fp32 lanes. Columns before a whole vector may end only at the
-// tile's end.
+// sums[r][c] = u[r] . g[c] over columns [i, end) in fp32 lanes, divided by the group's unit; a group may be cut only at
+// the tile's end.
 template <class E, int R, int C>
 CARERL_INLINE void accumulate(const typename E::Type* const (&u)[R], const float* g, int64_t pitch, int64_t i,
                               int64_t end, Float (&sums)[R][C]) {
-  constexpr int kChains = C == 1 ? 2 : 1;  // at least eight independent sums hide the latency of the multiply-add
-  constexpr int kSteps = C == 1 ? 4 : 1;   // vectors per turn of the loop; a block of 32 int8 codes is one turn
+  constexpr int V = kVectors<E>;
+  constexpr int kChains = C == 1 ? 2 : 1;     // at least eight independent sums hide the latency of the multiply-add
+  constexpr int kSteps = C == 1 ? 4 / V : 1;  // groups per turn of the loop; a block of 32 codes is one turn
+  constexpr int64_t kTurn = kSteps * kGroup<E>;
   Float chains[kChains][R][C] = {};
-  for (; i + kSteps * kWidth <= end; i += kSteps * kWidth) {
+  for (; i + kTurn <= end; i += kTurn) {
     CARERL_UNROLL
     for (int step = 0; step < kSteps; ++step) {
-      const int64_t at = i + step * kWidth;
-      Float gradient[C];
+      const int64_t at = i + step * kGroup<E>;
+      Float gradient[C][V];
       CARERL_UNROLL
-      for (int c = 0; c < C; ++c) gradient[c] = load(g + c * pitch + at);
+      for (int c = 0; c < C; ++c) {
+        CARERL_UNROLL
+        for (int v = 0; v < V; ++v) gradient[c][v] = load(g + c * pitch + at + v * kWidth);
+      }
       CARERL_UNROLL
       for (int r = 0; r < R; ++r) {
-        const Float direction = E::load(u[r] + at);
+        Float direction[V];
+        Group<E>::load(u[r] + at, direction);
         CARERL_UNROLL
-        for (int c = 0; c < C; ++c) chains[step % kChains][r][c] += direction * gradient[c];
+        for (int c = 0; c < C; ++c) {
+          CARERL_UNROLL
+          for (int v = 0; v < V; ++v) chains[(step * V + v) % kChains][r][c] += direction[v] * gradient[c][v];
+        }
       }
     }
   }
-  for (; i < end; i += kWidth) {
+  for (; i < end; i += kGroup<E>) {
     CARERL_UNROLL
     for (int r = 0; r < R; ++r) {
-      const Float direction = i + kWidth <= end ? E::load(u[r] + i) : load_part<E>(u[r] + i, end - i);
+      Float direction[V];
+      load_group<E>(u[r] + i, end - i, direction);
       CARERL_UNROLL
-      for (int c = 0; c < C; ++c) chains[0][r][c] += direction * load(g + c * pitch + i);
+      for (int c = 0; c < C; ++c) {
+        CARERL_UNROLL
+        for (int v = 0; v < V; ++v) chains[0][r][c] += direction[v] * load(g + c * pitch + i + v * kWidth);
+      }
     }
   }
   CARERL_UNROLL
@@ -73,14 +86,14 @@ static void dot_tile(const Basis& basis, int64_t row, int64_t column, const floa
   add_lanes(lanes, totals, row, rows);
 }
 
-// int8: codes are summed per block and the block's scale is applied once.
-template <int R, int C>
-static void dot_tile_int8(const Basis& basis, int64_t row, int64_t column, const float* g, int64_t pitch, int64_t n,
-                          double* totals, int64_t rows) {
+// Codes are summed per block and the block's scale is applied once.
+template <class E, int R, int C>
+static void dot_tile_scaled(const Basis& basis, int64_t row, int64_t column, const float* g, int64_t pitch, int64_t n,
+                            double* totals, int64_t rows) {
   double lanes[R][C][kWidth] = {};
-  const int8_t* u[R];
+  const typename E::Type* u[R];
   CARERL_UNROLL
-  for (int r = 0; r < R; ++r) u[r] = element<I8>(basis, row + r, column);
+  for (int r = 0; r < R; ++r) u[r] = element<E>(basis, row + r, column);
   for (int64_t i = 0; i < n;) {
     const int64_t fold_end = min64(i + kFold, n);
     Float scaled[R][C] = {};
@@ -88,12 +101,12 @@ static void dot_tile_int8(const Basis& basis, int64_t row, int64_t column, const
       const int64_t block = (column + i) >> basis.block_shift;
       const int64_t end = run_end(basis, column + i, column + fold_end) - column;
       Float sums[R][C];
-      accumulate<I8, R, C>(u, g, pitch, i, end, sums);
+      accumulate<E, R, C>(u, g, pitch, i, end, sums);
       CARERL_UNROLL
       for (int r = 0; r < R; ++r) {
         const Float scale = splat(scale_row(basis, row + r)[block]);
         CARERL_UNROLL
-        for (int c = 0; c < C; ++c) scaled[r][c] += sums[r][c] * scale;
+        for (int c = 0; c < C; ++c) scaled[r][c] += sums[r][c] * splat(Group<E>::kUnit) * scale;
       }
       i = end;
     }
@@ -114,14 +127,18 @@ struct Dot {
     dot_tile<E, R, C>(basis, row, column, g, pitch, n, totals, basis.rows);
   }
 };
-template <>
-struct Dot<I8> {
+template <class E>
+struct ScaledDot {
   template <int R, int C>
   CARERL_INLINE void run(const Basis& basis, int64_t row, int64_t column, const float* g, int64_t pitch, int64_t n,
                          double* totals) {
-    dot_tile_int8<R, C>(basis, row, column, g, pitch, n, totals, basis.rows);
+    dot_tile_scaled<E, R, C>(basis, row, column, g, pitch, n, totals, basis.rows);
   }
 };
+template <>
+struct Dot<I8> : ScaledDot<I8> {};
+template <>
+struct Dot<F8> : ScaledDot<F8> {};
 
 template <class E, int R>
 static void dot_rows(const Basis& basis, int64_t row, int64_t column, const float* g, int64_t pitch, int64_t batch,
@@ -151,7 +168,8 @@ static void project_tile(const Basis& basis, int64_t column, const float* g, int
   }
 }
 
-static void project(const Basis& basis, const Span& span, double* totals) {
+template <class E>
+static void project_stored(const Basis& basis, const Span& span, double* totals) {
   for (int64_t first = 0; first < span.batch; first += kMaxBatch) {
     const int64_t batch = min64(span.batch - first, kMaxBatch);
     const int64_t tile = tile_length(basis, batch);
@@ -159,26 +177,15 @@ static void project(const Basis& basis, const Span& span, double* totals) {
     for (int64_t begin = 0; begin < span.length; begin += tile) {
       const int64_t n = min64(tile, span.length - begin);
       for (int64_t b = 0; b < batch; ++b) {
-        load_tile(at(span.grads, span.dtype, (first + b) * span.stride + begin), span.dtype, g + b * tile, n);
+        load_gradient<E>(gradient(span, first + b, begin), span.dtype, g + b * tile, n);
       }
-      const int64_t column = span.column + begin;
-      double* part = totals + first * basis.rows;
-      switch (basis.dtype) {
-        case DType::kF32:
-          project_tile<F32>(basis, column, g, tile, batch, n, part);
-          break;
-        case DType::kBF16:
-          project_tile<BF16>(basis, column, g, tile, batch, n, part);
-          break;
-        case DType::kF16:
-          project_tile<F16>(basis, column, g, tile, batch, n, part);
-          break;
-        case DType::kI8:
-          project_tile<I8>(basis, column, g, tile, batch, n, part);
-          break;
-      }
+      project_tile<E>(basis, span.column + begin, g, tile, batch, n, totals + first * basis.rows);
     }
   }
+}
+
+static void project(const Basis& basis, const Span& span, double* totals) {
+  with_storage(basis.dtype, [&](auto type) { project_stored<decltype(type)>(basis, span, totals); });
 }
 
 }  // namespace carerl::cpu::CARERL_ISA

@@ -5,7 +5,10 @@
 
 namespace carerl::cpu::CARERL_ISA {
 
-constexpr int kRotateRows = 4, kRotateVectors = 3;
+constexpr int kRotateRows = 4;
+// Vectors of columns: with 3 of them 12 sums, 3 operands and 1 factor are the 16 registers of AVX2; else a whole group.
+template <class E>
+constexpr int kRotateVectors = kVectors<E> == 1 ? 3 : kVectors<E>;
 
 static bool all_finite(const float* x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
@@ -14,10 +17,14 @@ static bool all_finite(const float* x, int64_t n) {
   return true;
 }
 
-// out[r] = sum_m q[r][m] packed[m] for R rows of q and V vectors of columns
+// sums[r] = sum_m q[r][m] packed[m] for R rows of q and V vectors of columns
 template <int R, int V>
-CARERL_INLINE void combine(const float* q, int64_t depth, const float* packed, float* out, int64_t pitch) {
-  Float sums[R][V] = {};
+CARERL_INLINE void combine(const float* q, int64_t depth, const float* packed, int64_t pitch, Float (&sums)[R][V]) {
+  CARERL_UNROLL
+  for (int r = 0; r < R; ++r) {
+    CARERL_UNROLL
+    for (int v = 0; v < V; ++v) sums[r][v] = Float{};
+  }
   for (int64_t m = 0; m < depth; ++m) {
     Float value[V];
     CARERL_UNROLL
@@ -29,110 +36,189 @@ CARERL_INLINE void combine(const float* q, int64_t depth, const float* packed, f
       for (int v = 0; v < V; ++v) sums[r][v] += factor * value[v];
     }
   }
-  CARERL_UNROLL
-  for (int r = 0; r < R; ++r) {
-    CARERL_UNROLL
-    for (int v = 0; v < V; ++v) store(out + r * pitch + v * kWidth, sums[r][v]);
-  }
 }
 
-template <int R>
-static void combine_rows(const float* q, int64_t depth, const float* packed, float* out, int64_t pitch, int64_t n) {
+// save(r, column, vectors of one group) for R rows of q times the packed rows
+template <class E, int R, class Save>
+CARERL_INLINE void combine_rows(const float* q, int64_t depth, const float* packed, int64_t pitch, int64_t n,
+                                const Save& save) {
+  constexpr int V = kRotateVectors<E>;
   int64_t i = 0;
-  for (; i + kRotateVectors * kWidth <= n; i += kRotateVectors * kWidth) {
-    combine<R, kRotateVectors>(q, depth, packed + i, out + i, pitch);
+  for (; i + V * kWidth <= n; i += V * kWidth) {
+    Float sums[R][V];
+    combine<R, V>(q, depth, packed + i, pitch, sums);
+    CARERL_UNROLL
+    for (int r = 0; r < R; ++r) {
+      CARERL_UNROLL
+      for (int v = 0; v < V; v += kVectors<E>) save(r, i + v * kWidth, &sums[r][v]);
+    }
   }
-  for (; i < n; i += kWidth) combine<R, 1>(q, depth, packed + i, out + i, pitch);
+  for (; i < n; i += kGroup<E>) {
+    Float sums[R][kVectors<E>];
+    combine<R, kVectors<E>>(q, depth, packed + i, pitch, sums);
+    CARERL_UNROLL
+    for (int r = 0; r < R; ++r) save(r, i, sums[r]);
+  }
 }
 
+// Rows [U; G] of a tile as floats, and room for rotated rows on their way to stochastic rounding.
 struct RotateTile {
   int64_t depth, columns;  // rows of [U; G], elements a row
   float *packed, *out;     // [depth, columns], [kRotateRows, columns]
 };
 
-static RotateTile rotate_tile(const Basis& basis, const Span& span, int64_t extra_bytes_per_column, int64_t extra_bytes,
+static int64_t rotate_columns(const Basis& basis, const Span& span) {
+  return columns_within(kTileBytes, (basis.rows + span.batch + kRotateRows) * sizeof(float), kTile);
+}
+
+static RotateTile rotate_tile(const Basis& basis, const Span& span, int64_t columns, int64_t extra_bytes,
                               void** extra) {
   RotateTile tile;
   tile.depth = basis.rows + span.batch;
-  const int64_t per_column = (tile.depth + kRotateRows) * sizeof(float) + extra_bytes_per_column;
-  tile.columns = columns_within(kStretchBytes, per_column, 2 * kTile);
-  tile.packed = static_cast<float*>(scratch(per_column * tile.columns + extra_bytes));
-  tile.out = tile.packed + tile.depth * tile.columns;
-  *extra = tile.out + kRotateRows * tile.columns;
+  tile.columns = columns;
+  const int64_t floats = (tile.depth + kRotateRows) * columns;
+  tile.packed = static_cast<float*>(scratch(floats * sizeof(float) + extra_bytes));
+  tile.out = tile.packed + tile.depth * columns;
+  *extra = tile.packed + floats;
   return tile;
 }
 
+// Rows [row, row + R) of the rotated bases.
+template <class E, int R>
+static void rotate_group(const Basis& basis, const Rotation& rotation, const RotateTile& tile, int64_t row,
+                         int64_t column, int64_t n) {
+  const float* q = rotation.q + row * tile.depth;
+  typename E::Type* dst = element<E>(basis, row, column);
+  if (rotation.seed == 0 || __is_same(E, F32)) {
+    combine_rows<E, R>(q, tile.depth, tile.packed, tile.columns, n,
+                       [&](int r, int64_t i, const Float* x) { store_group<E>(dst + r * basis.stride + i, x, n - i); });
+    return;
+  }
+  combine_rows<E, R>(q, tile.depth, tile.packed, tile.columns, n, [&](int r, int64_t i, const Float* x) {
+    CARERL_UNROLL
+    for (int v = 0; v < kVectors<E>; ++v) store(tile.out + r * tile.columns + i + v * kWidth, x[v]);
+  });
+  constexpr int kDropped = __is_same(E, BF16) ? 16 : 13;
+  for (int r = 0; r < R; ++r) {
+    store_randomly<E, kDropped>(basis, row + r, column, tile.out + r * tile.columns, n, rotation.seed);
+  }
+}
+
+// Without payloads in the NaN of fp32 gradients, which rounding to bf16 bases could carry into the sign.
+template <class E>
+static void clean(const Span& span, float* rows, int64_t pitch, int64_t n) {
+  if (!__is_same(E, BF16) || span.dtype != DType::kF32) return;
+  for (int64_t b = 0; b < span.batch; ++b, rows += pitch) {
+    for (int64_t i = 0; i < round_up(n, kGroup<E>); i += kWidth) store(rows + i, without_payload(load(rows + i)));
+  }
+}
+
+template <class E>
 static void rotate_packed(const Basis& basis, const Rotation& rotation, const RotateTile& tile, int64_t column,
-                          int64_t n) {
-  for (int64_t row = 0; row < basis.rows; row += kRotateRows) {
-    const int64_t used = rotation.rows > row ? min64(rotation.rows - row, kRotateRows) : 0;
-    const float* q = rotation.q + row * tile.depth;
-    switch (used) {
-      case 4:
-        combine_rows<4>(q, tile.depth, tile.packed, tile.out, tile.columns, n);
-        break;
-      case 3:
-        combine_rows<3>(q, tile.depth, tile.packed, tile.out, tile.columns, n);
-        break;
-      case 2:
-        combine_rows<2>(q, tile.depth, tile.packed, tile.out, tile.columns, n);
-        break;
-      case 1:
-        combine_rows<1>(q, tile.depth, tile.packed, tile.out, tile.columns, n);
-        break;
-      default:
-        break;
-    }
-    for (int64_t i = used * tile.columns; i < kRotateRows * tile.columns; ++i) tile.out[i] = 0;
-    for (int64_t r = row; r < min64(row + kRotateRows, basis.rows); ++r) {
-      store_basis(basis, r, column, tile.out + (r - row) * tile.columns, n, rotation.seed);
+                          int64_t n, Ahead& ahead) {
+  int64_t row = 0;
+  for (; row + kRotateRows <= rotation.rows; row += kRotateRows) {
+    rotate_group<E, kRotateRows>(basis, rotation, tile, row, column, n);
+    ahead.fetch();
+  }
+  switch (rotation.rows - row) {
+    case 3:
+      rotate_group<E, 3>(basis, rotation, tile, row, column, n);
+      break;
+    case 2:
+      rotate_group<E, 2>(basis, rotation, tile, row, column, n);
+      break;
+    case 1:
+      rotate_group<E, 1>(basis, rotation, tile, row, column, n);
+      break;
+    default:
+      break;
+  }
+  for (row = rotation.rows; row < basis.rows; ++row) {
+    __builtin_memset(element<E>(basis, row, column), 0, n * sizeof(typename E::Type));
+  }
+}
+
+template <class E>
+static void rotate_stored(const Basis& basis, const Span& span, const Rotation& rotation) {
+  void* unused;
+  const RotateTile tile = rotate_tile(basis, span, rotate_columns(basis, span), 0, &unused);
+  const int64_t stretch = stretch_of(basis, span, tile.columns);
+  const int64_t parts = stretch / tile.columns * (basis.rows / kRows + rotation.rows / kRotateRows);
+  for (int64_t first = 0; first < span.length; first += stretch) {
+    const int64_t end = min64(first + stretch, span.length);
+    Ahead ahead(basis, span, end, min64(stretch, span.length - end), parts);
+    for (int64_t begin = first; begin < end; begin += tile.columns) {
+      const int64_t n = min64(tile.columns, end - begin);
+      load_stack<E>(basis, span, begin, tile.packed, tile.columns, n, ahead);
+      clean<E>(span, tile.packed + basis.rows * tile.columns, tile.columns, n);
+      rotate_packed<E>(basis, rotation, tile, span.column + begin, n, ahead);
     }
   }
 }
 
 static void rotate(const Basis& basis, const Span& span, const Rotation& rotation) {
   if (!all_finite(rotation.q, rotation.rows * (basis.rows + span.batch))) return;
-  void* unused;
-  const RotateTile tile = rotate_tile(basis, span, 0, 0, &unused);
-  for (int64_t begin = (span.length - 1) / tile.columns * tile.columns; begin >= 0; begin -= tile.columns) {
-    const int64_t n = min64(tile.columns, span.length - begin);
-    load_stack(basis, span, begin, tile.packed, tile.columns, n);
-    rotate_packed(basis, rotation, tile, span.column + begin, n);
+  with_gradient(basis.dtype, [&](auto type) { rotate_stored<decltype(type)>(basis, span, rotation); });
+}
+
+// A stretch of all rows passes through L2 for the edit; what is rotated of it is then computed from there. (Asking for
+// the next stretch meanwhile gains nothing: the edit reads in runs that are long enough for the hardware to foresee.)
+template <class E>
+static void edit_rotate_stored(const Basis& all, const Basis& domain, const Span& span, const Edit& change,
+                               const Rotation& rotation) {
+  const int64_t turns = (span.batch + kMaxBatch - 1) / kMaxBatch, batch = min64(span.batch, kMaxBatch);
+  const int64_t plan_bytes = sizeof(EditPlan) + edit_plan_bytes(all, batch);
+  const int64_t columns = rotate_columns(domain, span), stretch = stretch_of(all, span, columns);
+  void* extra;
+  const int64_t extra_bytes = (span.batch + batch) * stretch * sizeof(float) + turns * plan_bytes;
+  const RotateTile tile = rotate_tile(domain, span, columns, extra_bytes, &extra);
+  float* raw = static_cast<float*>(extra);  // gradients before the edit
+  float* y = raw + span.batch * stretch;
+  EditPlan* plans = reinterpret_cast<EditPlan*>(y + batch * stretch);
+  char* memory = reinterpret_cast<char*>(plans + turns);
+  for (int64_t turn = 0; turn < turns; ++turn, memory += edit_plan_bytes(all, batch)) {
+    const int64_t first = turn * kMaxBatch;
+    plans[turn] = plan_edit(all, change, first, min64(span.batch - first, kMaxBatch), memory);
+  }
+  Ahead nothing(domain, span, 0, 0, 1);
+  for (int64_t first = 0; first < span.length; first += stretch) {
+    const int64_t n = min64(stretch, span.length - first);
+    for (int64_t b = 0; b < span.batch; ++b) {
+      load_gradient<E>(gradient(span, b, first), span.dtype, raw + b * stretch, n);
+    }
+    for (int64_t turn = 0; turn < turns; ++turn) {
+      edit_tile<E>(all, span, change, plans[turn], first, n, y, stretch);
+    }
+    clean<E>(span, raw, stretch, n);
+    for (int64_t begin = 0; begin < n; begin += columns) {
+      const int64_t width = min64(columns, n - begin);
+      load_basis<E>(domain, span.column + first + begin, tile.packed, columns, width, nothing);
+      for (int64_t b = 0; b < span.batch; ++b) {
+        __builtin_memcpy(tile.packed + (domain.rows + b) * columns, raw + b * stretch + begin,
+                         round_up(width, kGroup<E>) * sizeof(float));
+      }
+      rotate_packed<E>(domain, rotation, tile, span.column + first + begin, width, nothing);
+    }
   }
 }
 
 static void edit_rotate(const Basis& all, const Basis& domain, const Span& span, const Edit& change,
                         const Rotation& rotation) {
   if (!all_finite(rotation.q, rotation.rows * (domain.rows + span.batch))) return edit(all, span, change);
-  const int64_t batch = min64(span.batch, kMaxBatch);
-  const int64_t turns = (span.batch + kMaxBatch - 1) / kMaxBatch;
-  const int64_t plan_bytes = sizeof(EditPlan) + edit_plan_bytes(all, batch);
-  void* extra;
-  const RotateTile tile = rotate_tile(domain, span, batch * sizeof(float), turns * plan_bytes, &extra);
-  float* y = static_cast<float*>(extra);
-  EditPlan* plans = reinterpret_cast<EditPlan*>(y + batch * tile.columns);
-  char* memory = reinterpret_cast<char*>(plans + turns);
-  for (int64_t turn = 0; turn < turns; ++turn, memory += edit_plan_bytes(all, batch)) {
-    const int64_t first = turn * kMaxBatch;
-    plans[turn] = plan_edit(all, change, first, min64(span.batch - first, kMaxBatch), memory);
-  }
-  for (int64_t begin = (span.length - 1) / tile.columns * tile.columns; begin >= 0; begin -= tile.columns) {
-    const int64_t n = min64(tile.columns, span.length - begin);
-    load_stack(domain, span, begin, tile.packed, tile.columns,
-               n);  // rows and gradients as they were; then both may be written
-    for (int64_t turn = 0; turn < turns; ++turn) edit_tile(all, span, change, plans[turn], begin, n, y, tile.columns);
-    rotate_packed(domain, rotation, tile, span.column + begin, n);
-  }
+  with_gradient(all.dtype, [&](auto type) { edit_rotate_stored<decltype(type)>(all, domain, span, change, rotation); });
 }
 
-static void quantize(const void* row, DType dtype, int64_t length, int64_t block, int8_t* codes, float* scales) {
+static void quantize(const void* row, DType dtype, int64_t length, int64_t block, DType to, uint8_t* codes,
+                     float* scales) {
+  const float most = to == DType::kI8 ? 127.0f : 448.0f;
   float values[kFold];
   const int64_t step = min64(block, kFold);
   for (int64_t begin = 0; begin < length; begin += block, ++scales) {
     const int64_t end = min64(begin + block, length);
     Word largest = {};  // magnitudes order like their bits, NaN above all
     for (int64_t i = begin; i < end; i += step) {
-      load_tile(at(row, dtype, i), dtype, values, min64(step, end - i));
+      load_gradient<F32>(at(row, dtype, i), dtype, values, min64(step, end - i));
       for (int64_t j = 0; j < min64(step, end - i); j += kWidth) {
         const Word magnitude = as_word(load(values + j)) & 0x7fffffff;
         largest = magnitude > largest ? magnitude : largest;
@@ -140,16 +226,18 @@ static void quantize(const void* row, DType dtype, int64_t length, int64_t block
     }
     uint32_t bits = 0;
     for (int lane = 0; lane < kWidth; ++lane) bits = largest[lane] > bits ? largest[lane] : bits;
-    const float scale = as_float(splat_word(bits))[0] / 127.0f;
+    const float scale = as_float(splat_word(bits))[0] / most;
     *scales = scale;
     for (int64_t i = begin; i < end; i += step) {
       const int64_t n = min64(step, end - i);
-      load_tile(at(row, dtype, i), dtype, values, n);
+      load_gradient<F32>(at(row, dtype, i), dtype, values, n);
       for (int64_t j = 0; j < n; ++j) {
         float code = scale > 0 ? values[j] / scale : 0.0f;
-        code = code > 127.0f ? 127.0f : code < -127.0f ? -127.0f : code;  // subnormal scales are coarse
-        codes[i + j] =
-            code == code ? static_cast<int8_t>((code + 12582912.0f) - 12582912.0f) : 0;  // 1.5 * 2^23: nearest even
+        code = code > most ? most : code < -most ? -most : code;  // subnormal scales are coarse
+        if (code != code) code = 0.0f;                            // NaN: the scale says it
+        codes[i + j] = to == DType::kF8 ? fp8_code(code)
+                                        : static_cast<uint8_t>(static_cast<int8_t>(
+                                              (code + 12582912.0f) - 12582912.0f));  // 1.5 * 2^23: nearest even
       }
     }
   }

@@ -39,6 +39,7 @@ typedef int8_t Byte __attribute__((vector_size(CARERL_VECTOR_BYTES / 4)));
 // Tensors are views with any offset: every access to them is unaligned.
 typedef float LooseFloat __attribute__((vector_size(CARERL_VECTOR_BYTES), aligned(1), may_alias));
 typedef double LooseDouble __attribute__((vector_size(CARERL_VECTOR_BYTES), aligned(1), may_alias));
+typedef Word LooseWord __attribute__((aligned(1), may_alias));
 typedef Half LooseHalf __attribute__((aligned(1), may_alias));
 typedef Byte LooseByte __attribute__((aligned(1), may_alias));
 
@@ -106,13 +107,25 @@ struct I8 {
   }
 };
 
-// The first n < kWidth elements, zeros behind them. Reads nothing beyond.
-template <class E>
-CARERL_INLINE Float load_part(const typename E::Type* p, int64_t n) {
-  typename E::Type padded[kWidth] = {};
-  __builtin_memcpy(padded, p, n * sizeof(*p));
-  return E::load(padded);
-}
+// float8_e4m3fn: its sign, 4 bits of exponent and 3 of mantissa are the top of an fp16 whose exponent is 8 too small.
+struct F8 {
+  using Type = uint8_t;
+  CARERL_INLINE Float load(const uint8_t* p) {
+#if defined(CARERL_AVX512)
+    const __m256i high =
+        _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 8);
+    const __m256i half = _mm256_and_si256(_mm256_srai_epi16(high, 1), _mm256_set1_epi16(static_cast<int16_t>(0xbfff)));
+    return (Float)_mm512_cvtph_ps(half) * 256.0f;
+#elif defined(CARERL_AVX2)
+    const __m128i high = _mm_slli_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 8);
+    const __m128i half = _mm_and_si128(_mm_srai_epi16(high, 1), _mm_set1_epi16(static_cast<int16_t>(0xbfff)));
+    return (Float)_mm256_cvtph_ps(half) * 256.0f;
+#else
+    const Word code = (Word) __builtin_convertvector(*reinterpret_cast<const LooseByte*>(p), Int);
+    return as_float(as_word(as_float((code & 0x7f) << 20) * 0x1p120f) | (code & 0x80) << 24);
+#endif
+  }
+};
 
 // ------------------------------------------------------------------------------------------------ float to storage
 
@@ -130,12 +143,16 @@ CARERL_INLINE void store_half(uint16_t* p, Word x) {
 // To nearest, ties to even, like torch.
 CARERL_INLINE void store_as(F32, float* p, Float x) { store(p, x); }
 
-CARERL_INLINE void store_as(BF16, uint16_t* p, Float x) {
-  const Word bits = as_word(x);
-  const Word rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+// bf16 in the upper half of each word; what is below is noise. A NaN whose payload reaches below the upper half must be
+// replaced first: rounding could carry it into the sign.
+CARERL_INLINE Word bf16_bits(Float x) { return as_word(x) + 0x7fff + ((as_word(x) >> 16) & 1); }
+
+CARERL_INLINE Float without_payload(Float x) {
   const Word nan = (Word)(x != x);
-  store_half(p, (rounded & ~nan) | (nan & 0x7fc0));
+  return as_float((as_word(x) & ~nan) | (nan & 0x7fc00000));
 }
+
+CARERL_INLINE void store_as(BF16, uint16_t* p, Float x) { store_half(p, bf16_bits(without_payload(x)) >> 16); }
 
 #if !defined(CARERL_AVX512) && !defined(CARERL_AVX2)
 CARERL_INLINE uint16_t half_bits(float x) {
@@ -167,11 +184,169 @@ CARERL_INLINE void store_as(F16, uint16_t* p, Float x) {
 #endif
 }
 
+// float8_e4m3fn of a finite number of at most 448.
+CARERL_INLINE uint8_t fp8_code(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  const uint8_t sign = static_cast<uint8_t>(bits >> 24) & 0x80;
+  const uint32_t magnitude = bits & 0x7fffffff;
+  if (magnitude < 0x3c800000) {  // below 2^-6: subnormal; adding 2^14 leaves its integer multiple of 2^-9
+    float small;
+    __builtin_memcpy(&small, &magnitude, 4);
+    small += 16384.0f;
+    uint32_t shifted;
+    __builtin_memcpy(&shifted, &small, 4);
+    return sign | static_cast<uint8_t>(shifted - 0x46800000);
+  }
+  return sign | static_cast<uint8_t>(((magnitude + 0x7ffff + ((magnitude >> 20) & 1)) >> 20) - (120 << 3));
+}
+
+// --------------------------------------------------------------------------------------------------- groups of vectors
+
+// Widening to floats in the order of memory costs shuffles across the register. Sums do not care about the order of
+// their columns and edits are made column by column, so kernels work on groups of vectors in whatever order a storage
+// type comes apart cheaply, and bring the gradients of a tile into the order of the bases once.
+//   load:    a group as floats in that order, each divided by kUnit
+//   store:   the other way; a NaN has no payload below what E keeps
+//   arrange: vectors in the order of memory into that order; restore: back
 template <class E>
-CARERL_INLINE void store_part(typename E::Type* p, Float x, int64_t n) {
-  typename E::Type padded[kWidth];
-  store_as(E{}, padded, x);
+struct Group {
+  static constexpr int kVectors = 1;
+  static constexpr float kUnit = 1.0f;
+  CARERL_INLINE void load(const typename E::Type* p, Float* out) { out[0] = E::load(p); }
+  CARERL_INLINE void store(typename E::Type* p, const Float* in) { store_as(E{}, p, in[0]); }
+  CARERL_INLINE void arrange(Float*) {}
+  CARERL_INLINE void restore(Float*) {}
+};
+
+#if defined(CARERL_AVX2) || defined(CARERL_AVX512)
+// The even elements, and the odd ones: a shift and a mask.
+template <>
+struct Group<BF16> {
+  static constexpr int kVectors = 2;
+  static constexpr float kUnit = 1.0f;
+  CARERL_INLINE void load(const uint16_t* p, Float* out) {
+    const Word both = *reinterpret_cast<const LooseWord*>(p);
+    out[0] = as_float(both << 16);
+    out[1] = as_float(both & 0xffff0000u);
+  }
+  CARERL_INLINE void store(uint16_t* p, const Float* in) {
+    *reinterpret_cast<LooseWord*>(p) = (bf16_bits(in[0]) >> 16) | (bf16_bits(in[1]) & 0xffff0000u);
+  }
+#if defined(CARERL_AVX512)
+  CARERL_INLINE void arrange(Float* x) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512 a = (__m512)x[0], b = (__m512)x[1];
+    x[0] = (Float)_mm512_permutex2var_ps(a, even, b);
+    x[1] = (Float)_mm512_permutex2var_ps(a, _mm512_add_epi32(even, _mm512_set1_epi32(1)), b);
+  }
+  CARERL_INLINE void restore(Float* x) {
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512 even = (__m512)x[0], odd = (__m512)x[1];
+    x[0] = (Float)_mm512_permutex2var_ps(even, first, odd);
+    x[1] = (Float)_mm512_permutex2var_ps(even, _mm512_add_epi32(first, _mm512_set1_epi32(8)), odd);
+  }
+#else
+  CARERL_INLINE void arrange(Float* x) {
+    const __m256 even = _mm256_shuffle_ps((__m256)x[0], (__m256)x[1], 0x88);  // quarters in the order a b a b
+    const __m256 odd = _mm256_shuffle_ps((__m256)x[0], (__m256)x[1], 0xdd);
+    x[0] = (Float)_mm256_permute4x64_pd(_mm256_castps_pd(even), 0xd8);
+    x[1] = (Float)_mm256_permute4x64_pd(_mm256_castps_pd(odd), 0xd8);
+  }
+  CARERL_INLINE void restore(Float* x) {
+    const __m256 low = _mm256_unpacklo_ps((__m256)x[0], (__m256)x[1]);
+    const __m256 high = _mm256_unpackhi_ps((__m256)x[0], (__m256)x[1]);
+    x[0] = (Float)_mm256_permute2f128_ps(low, high, 0x20);
+    x[1] = (Float)_mm256_permute2f128_ps(low, high, 0x31);
+  }
+#endif
+};
+#endif
+
+#if defined(CARERL_AVX2)
+// 32 codes: vector j has the 4 from 4 j on and the 4 from 16 + 4 j on, each code in the top byte of an integer.
+template <>
+struct Group<I8> {
+  static constexpr int kVectors = 4;
+  static constexpr float kUnit = 0x1p-24f;
+  CARERL_INLINE void load(const int8_t* p, Float* out) {
+    const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i first = _mm256_set_epi32(0x03808080, 0x02808080, 0x01808080, 0x00808080, 0x03808080, 0x02808080,
+                                           0x01808080, 0x00808080);
+    CARERL_UNROLL
+    for (int j = 0; j < kVectors; ++j) {
+      const __m256i take = _mm256_or_si256(first, _mm256_set1_epi32(j << 26));
+      out[j] = (Float)_mm256_cvtepi32_ps(_mm256_shuffle_epi8(codes, take));
+    }
+  }
+  CARERL_INLINE void arrange(Float* x) {
+    const __m256 a = (__m256)x[0], b = (__m256)x[1], c = (__m256)x[2], d = (__m256)x[3];
+    x[0] = (Float)_mm256_permute2f128_ps(a, c, 0x20);
+    x[1] = (Float)_mm256_permute2f128_ps(a, c, 0x31);
+    x[2] = (Float)_mm256_permute2f128_ps(b, d, 0x20);
+    x[3] = (Float)_mm256_permute2f128_ps(b, d, 0x31);
+  }
+  CARERL_INLINE void restore(Float* x) {
+    const __m256 a = (__m256)x[0], b = (__m256)x[1], c = (__m256)x[2], d = (__m256)x[3];
+    x[0] = (Float)_mm256_permute2f128_ps(a, b, 0x20);
+    x[1] = (Float)_mm256_permute2f128_ps(c, d, 0x20);
+    x[2] = (Float)_mm256_permute2f128_ps(a, b, 0x31);
+    x[3] = (Float)_mm256_permute2f128_ps(c, d, 0x31);
+  }
+};
+#endif
+
+template <class E>
+constexpr int kVectors = Group<E>::kVectors;
+template <class E>
+constexpr int64_t kGroup = kVectors<E> * kWidth;  // elements of a group
+
+// The first n elements of a group with zeros behind them, or the whole group. Reads nothing beyond.
+template <class E>
+CARERL_INLINE void load_group(const typename E::Type* p, int64_t n, Float* out) {
+  if (n >= kGroup<E>) return Group<E>::load(p, out);
+  typename E::Type padded[kGroup<E>] = {};
+  __builtin_memcpy(padded, p, n * sizeof(*p));
+  Group<E>::load(padded, out);
+}
+
+// The first n elements of a group, or the whole group.
+template <class E>
+CARERL_INLINE void store_group(typename E::Type* p, const Float* in, int64_t n) {
+  if (n >= kGroup<E>) return Group<E>::store(p, in);
+  typename E::Type padded[kGroup<E>];
+  Group<E>::store(padded, in);
   __builtin_memcpy(p, padded, n * sizeof(*p));
+}
+
+// A group of the bases' type E out of gradients of another type G.
+template <class E, class G>
+CARERL_INLINE void load_arranged(const typename G::Type* p, int64_t n, Float* out) {
+  if constexpr (__is_same(E, G)) return load_group<E>(p, n, out);
+  typename G::Type padded[kGroup<E>];
+  if (n < kGroup<E>) {
+    __builtin_memset(padded, 0, sizeof(padded));
+    __builtin_memcpy(padded, p, n * sizeof(*p));
+    p = padded;
+  }
+  CARERL_UNROLL
+  for (int v = 0; v < kVectors<E>; ++v) out[v] = G::load(p + v * kWidth);
+  Group<E>::arrange(out);
+}
+
+template <class E, class G>
+CARERL_INLINE void store_arranged(typename G::Type* p, Float* in, int64_t n) {
+  if constexpr (__is_same(E, G)) {
+    CARERL_UNROLL
+    for (int v = 0; v < kVectors<E>; ++v) in[v] = __is_same(E, BF16) ? without_payload(in[v]) : in[v];
+    return store_group<E>(p, in, n);
+  }
+  Group<E>::restore(in);
+  typename G::Type padded[kGroup<E>];
+  typename G::Type* to = n < kGroup<E> ? padded : p;
+  CARERL_UNROLL
+  for (int v = 0; v < kVectors<E>; ++v) store_as(G{}, to + v * kWidth, in[v]);
+  if (n < kGroup<E>) __builtin_memcpy(p, padded, n * sizeof(*p));
 }
 
 // -------------------------------------------------------------------------------------------------------- fp64 totals
@@ -199,8 +374,9 @@ CARERL_INLINE double sum(const double* lanes, int count) {
   return total;
 }
 
-// dst[0..kWidth) = x in fp64
-CARERL_INLINE void widen(double* dst, Float x) {
+// dst[0..kWidth) = x, in fp32 or fp64
+CARERL_INLINE void put(float* dst, Float x) { store(dst, x); }
+CARERL_INLINE void put(double* dst, Float x) {
 #if defined(CARERL_AVX512)
   _mm512_storeu_pd(dst, _mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x)));
   _mm512_storeu_pd(dst + 8, _mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1)));

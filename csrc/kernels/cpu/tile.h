@@ -34,115 +34,181 @@ CARERL_INLINE typename E::Type* element(const Basis& basis, int64_t row, int64_t
   return static_cast<typename E::Type*>(basis.data) + row * basis.stride + column;
 }
 CARERL_INLINE const float* scale_row(const Basis& basis, int64_t row) { return basis.scales + row * basis.blocks; }
-// End of the run of one int8 scale: the block border after `column`, or `end`.
+CARERL_INLINE bool is_scaled(const Basis& basis) { return basis.dtype >= DType::kI8; }
+// End of the run of one scale: the block border after `column`, or `end`.
 CARERL_INLINE int64_t run_end(const Basis& basis, int64_t column, int64_t end) {
   return min64(end, ((column >> basis.block_shift) + 1) << basis.block_shift);
 }
 
-template <class E>
-static void widen_row(const typename E::Type* src, float* dst, int64_t n) {
-  int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) store(dst + i, E::load(src + i));
-  if (i < n) store(dst + i, load_part<E>(src + i, n - i));
-}
-
-// R rows side by side.
-template <class E, int R>
-static void widen_rows(const typename E::Type* src, int64_t stride, float* dst, int64_t pitch, int64_t n) {
-  int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) {
-    CARERL_UNROLL
-    for (int r = 0; r < R; ++r) store(dst + r * pitch + i, E::load(src + r * stride + i));
-  }
-  for (int r = 0; i < n && r < R; ++r) store(dst + r * pitch + i, load_part<E>(src + r * stride + i, n - i));
-}
-
-// n floats of a gradient, and zeros up to the next multiple of kWidth.
-static void load_tile(const void* src, DType dtype, float* dst, int64_t n) {
+// f(F32{}), f(BF16{}), ...: whatever the rows of the bases, or a gradient, are stored as.
+template <class F>
+CARERL_INLINE void with_storage(DType dtype, const F& f) {
   switch (dtype) {
     case DType::kF32:
-      return widen_row<F32>(static_cast<const float*>(src), dst, n);
+      return f(F32{});
     case DType::kBF16:
-      return widen_row<BF16>(static_cast<const uint16_t*>(src), dst, n);
+      return f(BF16{});
     case DType::kF16:
-      return widen_row<F16>(static_cast<const uint16_t*>(src), dst, n);
+      return f(F16{});
     case DType::kI8:
-      return;
+      return f(I8{});
+    case DType::kF8:
+      return f(F8{});
+  }
+}
+template <class F>
+CARERL_INLINE void with_gradient(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kBF16:
+      return f(BF16{});
+    case DType::kF16:
+      return f(F16{});
+    default:
+      return f(F32{});
   }
 }
 
-// The same for a row of the bases.
-static void load_basis(const Basis& basis, int64_t row, int64_t column, float* dst, int64_t n) {
-  if (basis.dtype != DType::kI8) {
-    return load_tile(at(basis.data, basis.dtype, row * basis.stride + column), basis.dtype, dst, n);
-  }
-  const int8_t* src = element<I8>(basis, row, column);
-  for (int64_t i = 0; i < n;) {
-    const int64_t end = run_end(basis, column + i, column + n) - column;
-    const Float scale = splat(scale_row(basis, row)[(column + i) >> basis.block_shift]);
-    for (; i + kWidth <= end; i += kWidth) store(dst + i, I8::load(src + i) * scale);
-    if (i < end) store(dst + i, load_part<I8>(src + i, end - i) * scale);
-    i = end;
-  }
-}
+// Asks for columns of all rows and gradients before they are needed, a part at each fetch(), so that memory works while
+// what came before is computed.
+class Ahead {
+ public:
+  // Nothing is fetched where n <= 0; `parts`: how often fetch() is called.
+  Ahead(const Basis& basis, const Span& span, int64_t begin, int64_t n, int64_t parts)
+      : row_(static_cast<const char*>(basis.data) + (span.column + begin) * element_size(basis.dtype)),
+        gradient_(static_cast<const char*>(span.grads) + begin * element_size(span.dtype)),
+        row_stride_(basis.stride * element_size(basis.dtype)),
+        gradient_stride_(span.stride * element_size(span.dtype)),
+        row_bytes_(n * element_size(basis.dtype)),
+        gradient_bytes_(n * element_size(span.dtype)),
+        rows_(basis.rows),
+        lines_(n <= 0 ? 0 : basis.rows * lines_of(row_bytes_) + span.batch * lines_of(gradient_bytes_)),
+        share_(lines_ / (parts > 0 ? parts : 1) + 1) {}
 
-// All rows of float bases, or those of int8 bases one by one.
-static void load_basis_rows(const Basis& basis, int64_t column, float* dst, int64_t pitch, int64_t n) {
-  int64_t row = 0;
-  for (; basis.dtype != DType::kI8 && row + kRows <= basis.rows; row += kRows) {
-    float* to = dst + row * pitch;
-    switch (basis.dtype) {
-      case DType::kF32:
-        widen_rows<F32, kRows>(element<F32>(basis, row, column), basis.stride, to, pitch, n);
-        break;
-      case DType::kBF16:
-        widen_rows<BF16, kRows>(element<BF16>(basis, row, column), basis.stride, to, pitch, n);
-        break;
-      case DType::kF16:
-        widen_rows<F16, kRows>(element<F16>(basis, row, column), basis.stride, to, pitch, n);
-        break;
-      case DType::kI8:
-        break;
+  void fetch() {
+    for (int64_t left = min64(share_, lines_); left > 0;) {
+      const bool is_row = next_ < rows_;
+      const int64_t bytes = is_row ? row_bytes_ : gradient_bytes_;
+      const char* p = (is_row ? row_ + next_ * row_stride_ : gradient_ + (next_ - rows_) * gradient_stride_) + at_;
+      const int64_t run = min64(left, lines_of(bytes - at_));
+      for (const char* end = p + run * 64; p < end; p += 64) __builtin_prefetch(p, 0, 2);
+      left -= run;
+      lines_ -= run;
+      at_ += run * 64;
+      if (at_ >= bytes) {
+        at_ = 0;
+        ++next_;
+      }
     }
   }
-  for (; row < basis.rows; ++row) load_basis(basis, row, column, dst + row * pitch, n);
-}
 
-// Rows [U; G] of a span from `begin` on.
-static void load_stack(const Basis& basis, const Span& span, int64_t begin, float* dst, int64_t pitch, int64_t n) {
-  load_basis_rows(basis, span.column + begin, dst, pitch, n);
-  for (int64_t b = 0; b < span.batch; ++b) {
-    load_tile(gradient(span, b, begin), span.dtype, dst + (basis.rows + b) * pitch, n);
-  }
-}
+ private:
+  static int64_t lines_of(int64_t bytes) { return (bytes + 63) / 64; }
 
-constexpr int64_t kStretchBytes = 192 << 10;  // of floats of all rows at once, inside L2
+  const char *row_, *gradient_;
+  int64_t row_stride_, gradient_stride_, row_bytes_, gradient_bytes_, rows_, lines_, share_, next_ = 0, at_ = 0;
+};
 
-// Columns of a buffer of about this size: whole cache lines, at least four of them, at most `most`.
-static int64_t columns_within(int64_t bytes, int64_t bytes_per_column, int64_t most) {
-  const int64_t columns = bytes / bytes_per_column / 16 * 16;
-  return columns < 64 ? 64 : min64(columns, most);
-}
-
-template <class E>
-static void narrow_row(const float* src, typename E::Type* dst, int64_t n, Float scale) {
-  int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) store_as(E{}, dst + i, load(src + i) * scale);
-  if (i < n) store_part<E>(dst + i, load(src + i) * scale, n - i);
+// n floats or doubles of a gradient in the order of E, and zeros up to the next whole group.
+template <class E, class T>
+static void load_gradient(const void* src, DType dtype, T* dst, int64_t n) {
+  with_gradient(dtype, [&](auto type) {
+    using G = decltype(type);
+    const typename G::Type* from = static_cast<const typename G::Type*>(src);
+    for (int64_t i = 0; i < n; i += kGroup<E>) {
+      Float x[kVectors<E>];
+      load_arranged<E, G>(from + i, n - i, x);
+      CARERL_UNROLL
+      for (int v = 0; v < kVectors<E>; ++v) put(dst + i + v * kWidth, x[v]);
+    }
+  });
 }
 
 // dst = scale * src, rounded once.
-static void store_tile(const float* src, void* dst, DType dtype, int64_t n, float scale = 1.0f) {
-  switch (dtype) {
-    case DType::kF32:
-      return narrow_row<F32>(src, static_cast<float*>(dst), n, splat(scale));
-    case DType::kBF16:
-      return narrow_row<BF16>(src, static_cast<uint16_t*>(dst), n, splat(scale));
-    case DType::kF16:
-      return narrow_row<F16>(src, static_cast<uint16_t*>(dst), n, splat(scale));
-    case DType::kI8:
-      return;
+template <class E>
+static void store_gradient(const float* src, void* dst, DType dtype, int64_t n, float scale) {
+  with_gradient(dtype, [&](auto type) {
+    using G = decltype(type);
+    typename G::Type* to = static_cast<typename G::Type*>(dst);
+    for (int64_t i = 0; i < n; i += kGroup<E>) {
+      Float x[kVectors<E>];
+      CARERL_UNROLL
+      for (int v = 0; v < kVectors<E>; ++v) x[v] = load(src + i + v * kWidth) * splat(scale);
+      store_arranged<E, G>(to + i, x, n - i);
+    }
+  });
+}
+
+// R rows side by side, as load_gradient has them.
+template <class E, int R, class T>
+static void load_rows(const Basis& basis, int64_t row, int64_t column, T* dst, int64_t pitch, int64_t n) {
+  const typename E::Type* src = element<E>(basis, row, column);
+  for (int64_t i = 0; i < n; i += kGroup<E>) {
+    CARERL_UNROLL
+    for (int r = 0; r < R; ++r) {
+      Float x[kVectors<E>];
+      load_group<E>(src + r * basis.stride + i, n - i, x);
+      CARERL_UNROLL
+      for (int v = 0; v < kVectors<E>; ++v) put(dst + r * pitch + i + v * kWidth, x[v]);
+    }
   }
+}
+
+template <class E, class T>
+static void load_scaled_row(const Basis& basis, int64_t row, int64_t column, T* dst, int64_t n) {
+  const typename E::Type* src = element<E>(basis, row, column);
+  for (int64_t i = 0; i < n;) {
+    const int64_t end = run_end(basis, column + i, column + n) - column;
+    const Float scale = splat(scale_row(basis, row)[(column + i) >> basis.block_shift]);
+    for (; i < end; i += kGroup<E>) {
+      Float x[kVectors<E>];
+      load_group<E>(src + i, end - i, x);
+      CARERL_UNROLL
+      for (int v = 0; v < kVectors<E>; ++v) put(dst + i + v * kWidth, x[v] * splat(Group<E>::kUnit) * scale);
+    }
+  }
+}
+
+// All rows of the bases, as load_gradient has them.
+template <class E, class T>
+static void load_basis(const Basis& basis, int64_t column, T* dst, int64_t pitch, int64_t n, Ahead& ahead) {
+  int64_t row = 0;
+  for (; !is_scaled(basis) && row + kRows <= basis.rows; row += kRows) {
+    load_rows<E, kRows>(basis, row, column, dst + row * pitch, pitch, n);
+    ahead.fetch();
+  }
+  for (; row < basis.rows; ++row) {
+    if (is_scaled(basis)) {
+      load_scaled_row<E>(basis, row, column, dst + row * pitch, n);
+    } else {
+      load_rows<E, 1>(basis, row, column, dst + row * pitch, pitch, n);
+    }
+  }
+}
+
+// Rows [U; G] of a span from `begin` on.
+template <class E, class T>
+static void load_stack(const Basis& basis, const Span& span, int64_t begin, T* dst, int64_t pitch, int64_t n,
+                       Ahead& ahead) {
+  load_basis<E>(basis, span.column + begin, dst, pitch, n, ahead);
+  for (int64_t b = 0; b < span.batch; ++b) {
+    load_gradient<E>(gradient(span, b, begin), span.dtype, dst + (basis.rows + b) * pitch, n);
+  }
+}
+
+constexpr int64_t kTileBytes = 12 << 10;      // of rows as floats, inside L1
+constexpr int64_t kStretchBytes = 160 << 10;  // of rows as stored: this stretch and the next one inside L2
+
+// Columns of a buffer of about this size: multiples of 64, whole groups and cache lines of every type, at most `most`.
+static int64_t columns_within(int64_t bytes, int64_t bytes_per_column, int64_t most) {
+  const int64_t columns = bytes / bytes_per_column / 64 * 64;
+  return columns < 64 ? 64 : min64(columns, most);
+}
+
+// Columns that are brought from memory together, some tiles of them.
+static int64_t stretch_of(const Basis& basis, const Span& span, int64_t tile) {
+  const int64_t per_column = basis.rows * element_size(basis.dtype) + span.batch * element_size(span.dtype);
+  const int64_t tiles = kStretchBytes / per_column / tile;
+  return tile * (tiles < 1 ? 1 : tiles);
 }
 
 // Finaliser of MurmurHash3 (Appleby, public domain).
@@ -153,42 +219,36 @@ CARERL_INLINE T mix32(T x) {
   return x ^ (x >> 16);
 }
 
-// Stochastic rounding: random bits below the last kept one, then truncation. The bits are a pure function of seed, row
-// and column, the same as in reference.py, so that every backend and every split of N draws the same. Magnitudes below
-// 2^-14 have fewer bits in fp16: lifted by 2^-14, the bits to drop are in their place again.
+// Stochastic rounding of a row in the order of E: random bits below the last kept one, then truncation. The bits are a
+// pure function of seed, row and column, the same as in reference.py, so that every backend and every split of N draws
+// the same. Magnitudes below 2^-14 have fewer bits in fp16: lifted by 2^-14, the bits to drop are in their place again.
 template <class E, int kDropped>
-static void narrow_row_randomly(const float* src, typename E::Type* dst, int64_t n, int64_t column, int64_t row,
-                                int64_t seed) {
+static void store_randomly(const Basis& basis, int64_t row, int64_t column, const float* src, int64_t n, int64_t seed) {
+  typename E::Type* dst = element<E>(basis, row, column);
   const uint32_t key = mix32<uint32_t>(static_cast<uint32_t>(seed)) + static_cast<uint32_t>(seed >> 32);
   const uint32_t row_key = static_cast<uint32_t>(row + 1) * 0x85ebca77u + key;
   Word lane;
   for (int i = 0; i < kWidth; ++i) lane[i] = i;
-  for (int64_t i = 0; i < n; i += kWidth) {
-    const int64_t position = column + i;
-    const uint32_t high = static_cast<uint32_t>(position >> 32) * 0xc2b2ae3du + row_key;
-    const Word word = (lane + static_cast<uint32_t>(position)) * 0x9e3779b1u + high;
-    const Word noise = mix32<Word>(word) >> (32 - kDropped);
-    const Word bits = as_word(load(src + i)), sign = bits & 0x80000000u;
-    const Float size = as_float(bits ^ sign);
-    Float lift = {};
-    if (kDropped == 13) lift = as_float((Word)(size < splat(0x1p-14f)) & as_word(splat(0x1p-14f)));
-    const Float kept = as_float((as_word(size + lift) + noise) & ~((1u << kDropped) - 1));
-    const Float value = as_float(as_word(kept - lift) | sign);
-    if (i + kWidth <= n)
-      store_as(E{}, dst + i, value);
-    else
-      store_part<E>(dst + i, value, n - i);
-  }
-}
-
-// A row of rotated bases back to storage.
-static void store_basis(const Basis& basis, int64_t row, int64_t column, const float* src, int64_t n, int64_t seed) {
-  void* dst = at(basis.data, basis.dtype, row * basis.stride + column);
-  if (seed == 0 || basis.dtype == DType::kF32) return store_tile(src, dst, basis.dtype, n);
-  if (basis.dtype == DType::kBF16) {
-    narrow_row_randomly<BF16, 16>(src, static_cast<uint16_t*>(dst), n, column, row, seed);
-  } else {
-    narrow_row_randomly<F16, 13>(src, static_cast<uint16_t*>(dst), n, column, row, seed);
+  for (int64_t i = 0; i < n; i += kGroup<E>) {
+    Float x[kVectors<E>];
+    CARERL_UNROLL
+    for (int v = 0; v < kVectors<E>; ++v) x[v] = load(src + i + v * kWidth);
+    Group<E>::restore(x);
+    CARERL_UNROLL
+    for (int v = 0; v < kVectors<E>; ++v) {
+      const int64_t position = column + i + v * kWidth;
+      const uint32_t high = static_cast<uint32_t>(position >> 32) * 0xc2b2ae3du + row_key;
+      const Word word = (lane + static_cast<uint32_t>(position)) * 0x9e3779b1u + high;
+      const Word noise = mix32<Word>(word) >> (32 - kDropped);
+      const Word bits = as_word(x[v]), sign = bits & 0x80000000u;
+      const Float size = as_float(bits ^ sign);
+      Float lift = {};
+      if (kDropped == 13) lift = as_float((Word)(size < splat(0x1p-14f)) & as_word(splat(0x1p-14f)));
+      const Float kept = as_float((as_word(size + lift) + noise) & ~((1u << kDropped) - 1));
+      x[v] = as_float(as_word(kept - lift) | sign);
+    }
+    Group<E>::arrange(x);
+    store_group<E>(dst + i, x, n - i);
   }
 }
 

@@ -8,14 +8,14 @@
 
 namespace carerl::cpu {
 
-enum class DType : uint8_t { kF32, kBF16, kF16, kI8 };
+enum class DType : uint8_t { kF32, kBF16, kF16, kI8, kF8 };  // kF8: float8_e4m3fn
 
-static inline int64_t element_size(DType dtype) { return dtype == DType::kF32 ? 4 : dtype == DType::kI8 ? 1 : 2; }
+static inline int64_t element_size(DType dtype) { return dtype == DType::kF32 ? 4 : dtype >= DType::kI8 ? 1 : 2; }
 
-// K rows of N elements, row after row. int8 rows carry one fp32 scale per block of 1 << block_shift elements.
+// K rows of N elements, row after row. int8 and fp8 rows carry one fp32 scale per block of 1 << block_shift elements.
 struct Basis {
   void* data;
-  const float* scales;  // [rows, blocks], null unless int8
+  const float* scales;  // [rows, blocks], null unless int8 or fp8
   int64_t rows;
   int64_t stride;  // N
   int64_t blocks;
@@ -24,7 +24,7 @@ struct Basis {
 };
 
 // `batch` gradients of `length` elements, and the column of the bases that belongs to their first element. Columns are
-// multiples of 128, so that a vector never straddles two int8 blocks or two halves of the 64-bit position.
+// multiples of 128, so that a vector never straddles two blocks of a scale or two halves of the 64-bit position.
 struct Span {
   void* grads;
   int64_t stride;  // elements between gradients of the batch
@@ -78,8 +78,8 @@ struct KernelTable {
   void (*rotate)(const Basis&, const Span&, const Rotation&);
   // Both in one pass over memory; `domain` is the part of `all` that is rotated, from the gradients before the edit.
   void (*edit_rotate)(const Basis& all, const Basis& domain, const Span&, const Edit&, const Rotation&);
-  // Block-scaled int8 of one stretch of a row; `length` starts on a block boundary.
-  void (*quantize)(const void* row, DType, int64_t length, int64_t block, int8_t* codes, float* scales);
+  // Block-scaled codes (int8 or fp8) of one stretch of a row, which starts on a block boundary.
+  void (*quantize)(const void* row, DType, int64_t length, int64_t block, DType to, uint8_t* codes, float* scales);
   void (*logprobs)(const Logits&, int64_t row, const LogProbs& out);
   void (*logprobs_backward)(const Logits&, int64_t row, const LogProbs& forward, const LogProbsGradient&);
 };

@@ -3,7 +3,7 @@
 Importing it loads torch and pydantic only; transformers, matplotlib and rich are imported where they are used.
 """
 
-from .advantages import group_advantages, informative_fraction
+from .advantages import informative_fraction
 from .config import GRPOConfig, Stage, lr_factor
 from .domain import BatchReward, Domain, Example, RewardError
 from .evaluate import evaluate
@@ -37,7 +37,6 @@ __all__ = [
     "encode_answers",
     "encode_prompts",
     "evaluate",
-    "group_advantages",
     "informative_fraction",
     "kl_k3",
     "lr_factor",

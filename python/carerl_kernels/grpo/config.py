@@ -41,8 +41,10 @@ class GRPOConfig(BaseModel):
     loss: LossKind = "grpo"
     clip_low: float = Field(default=0.2, ge=0, lt=1)
     clip_high: float = Field(default=0.2, ge=0, description="0.28 is the clip-higher of DAPO")
-    normalize_std: bool | None = Field(
-        default=None, description="None: as the loss prescribes (dr_grpo no, the others yes)"
+    advantages: Literal["group", "domain", "none"] | None = Field(
+        default=None,
+        description="what group_advantages divides by: the spread of the group, that of all groups of the domain, "
+        "nothing; None: as the loss prescribes (dr_grpo nothing, the others the group's)",
     )
     kl_beta: float = Field(default=0.0, ge=0, description="weight of the k3 estimate of KL(policy || reference)")
     kl_reference: Literal["start", "stage"] = Field(
@@ -110,9 +112,9 @@ class GRPOConfig(BaseModel):
         return self
 
     @property
-    def advantage_std(self) -> bool:
-        """Whether advantages are divided by the group's standard deviation."""
-        return self.loss != "dr_grpo" if self.normalize_std is None else self.normalize_std
+    def advantage_mode(self) -> str:
+        """The mode of ``torch.ops.carerl.group_advantages``."""
+        return self.advantages or ("none" if self.loss == "dr_grpo" else "group")
 
     @property
     def updates_per_step(self) -> int:

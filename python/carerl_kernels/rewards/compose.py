@@ -16,7 +16,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..grpo.advantages import group_advantages
 from ..grpo.domain import BatchReward, Example
 
 Normalization = Literal["none", "group", "rank", "running"]
@@ -132,7 +131,7 @@ class Composed:
 class Composition:
     """A weighted sum of components, each normalised by itself; the reward of a `Domain`.
 
-    With "group" components set `GRPOConfig(normalize_std=False)`: the sum has its scale already, and dividing it by the
+    With "group" components set `GRPOConfig(advantages="none")`: the sum has its scale already, and dividing it by the
     group's standard deviation once more would undo the weighting between groups. A completion that one component cannot
     judge is not judged at all: a sum with a hole would compare it with others on different terms.
 
@@ -172,7 +171,7 @@ class Composition:
             v = values[c.name].double()
             counts = judged if c.gate is None else judged & (values[c.gate] >= c.gate_at)
             if c.normalize == "group":
-                part = group_advantages(v.where(counts, v.new_zeros(())), groups, judged=counts).double()
+                part = torch.ops.carerl.group_advantages(v.masked_fill(~counts, math.nan), groups).double()
             elif c.normalize == "rank":
                 part = rank_in_group(v, groups, counts)
             elif c.normalize == "running":

@@ -1,0 +1,126 @@
+"""The CUDA backend on the host: kernels, launches and binding of ``csrc`` compiled against ``tests/cuda_emulator``.
+
+The library is built once per state of the sources, under ``build/emulator``, and registers the ops of the CUDA binding in
+the namespace ``carerl_emulated`` for CPU tensors.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from carerl_kernels import _ops, linalg
+
+ROOT = Path(__file__).parents[1]
+NAMESPACE = "carerl_emulated"
+KERNELS = sorted((ROOT / "csrc/kernels/cuda").glob("*.cu"))
+EMULATOR = ROOT / "tests/cuda_emulator"
+FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", f"-I{EMULATOR}",
+         '-DCARERL_CUDA_ARCHITECTURES="sm_80"',
+         # Few tensors a launch and few slots: small inputs then need several launches, and slots several tiles.
+         "-DCARERL_SPANS=4", "-DCARERL_SLOTS=int64_t{3}")  # fmt: skip
+
+
+def compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "c++"))
+
+
+def missing() -> str | None:
+    return None if compiler() else "no C++ compiler to build the emulated CUDA kernels with"
+
+
+def run(arguments: Sequence[str]) -> None:
+    done = subprocess.run([str(compiler()), *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def build(name: str, objects: Sequence[tuple[Path, Sequence[str]]], link: Sequence[str], sources: Sequence[Path]) -> Path:
+    """Compiles ``(source, flags)`` pairs and links them to ``build/emulator/<hash>/<name>``, unless that exists."""
+    key = hashlib.sha256(repr((objects, link)).encode())
+    for path in sorted({*sources, *(source for source, _ in objects)}):
+        key.update(path.read_bytes())
+    target = ROOT / "build/emulator" / key.hexdigest()[:16] / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (target.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # test processes start together
+        if target.exists():
+            return target
+        files = [str(target.parent / f"{i}.o") for i in range(len(objects))]
+
+        def compile_one(source: Path, flags: Sequence[str], file: str) -> None:
+            language = ["-x", "c++"] if source.suffix == ".cu" else []
+            run([*flags, *language, "-c", str(source), "-o", file])
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda i: compile_one(*objects[i], files[i]), range(len(objects))))
+        partial = target.with_suffix(".partial")
+        run([*files, *link, "-o", str(partial)])
+        partial.rename(target)
+    return target
+
+
+def headers() -> list[Path]:
+    return [*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh"), *EMULATOR.glob("*")]
+
+
+@functools.cache
+def library() -> None:
+    """Builds, loads and declares the emulated ops."""
+    torch_dir = Path(torch.__file__).parent
+    binding = [*FLAGS, "-O1", "-DTORCH_TARGET_VERSION=0x020d000000000000", "-isystem", str(torch_dir / "include"),
+               f"-DCARERL_OPS_NAMESPACE={NAMESPACE}", "-DCARERL_OPS_KEY=CPU"]  # fmt: skip
+    objects: list[tuple[Path, Sequence[str]]] = [(source, [*FLAGS, "-O2", "-fsanitize=alignment"]) for source in KERNELS]
+    objects += [(ROOT / "csrc/ops" / name, binding) for name in ("cuda.cpp", "checks.cpp")]
+    objects += [(EMULATOR / "emulator.cpp", [*FLAGS, "-O2", "-DEMULATOR_CHECKS_ALIGNMENT"])]
+    link = ["-shared", f"-L{torch_dir / 'lib'}", "-ltorch_cpu"]
+    path = build("libcarerl_emulated.so", objects, link, headers())
+
+    namespace = torch.library.Library(NAMESPACE, "DEF")
+    for name, schema in _ops.SCHEMAS.items():
+        if not name.startswith("pca_update_"):
+            namespace.define(name + schema)
+            namespace.impl(name, _fake(name), "Meta")
+    torch.ops.load_library(str(path))
+    library.namespace = namespace  # type: ignore[attr-defined]  # lives as long as the ops are wanted
+
+
+def _overload(namespace: str, name: str) -> torch._ops.OpOverload:
+    op, _, variant = name.partition(".")
+    return getattr(getattr(getattr(torch.ops, namespace), op), variant or "default")
+
+
+def _fake(name: str) -> Callable:
+    """A tensor on another device than the rest: what the real op says of it."""
+    return lambda *args, **kwargs: _overload("carerl", name)(*args, **kwargs)
+
+
+def pca_update_(bases, singular_values, grads, decay=1.0, seed=0):
+    _ops.check_pca_update(bases, singular_values, grads, decay)
+    q, values, discarded = linalg.pca_core(kernel("gram")(bases, grads), singular_values, decay)
+    kernel("rotate_")(bases, grads, q.float(), seed)
+    singular_values.copy_(values)
+    return discarded
+
+
+def pca_update_list(bases, singular_values, grads, offsets, decay=1.0, per_tensor=False, seed=0):
+    _ops.check_pca_update_list(bases, singular_values, grads, offsets, decay, per_tensor)
+    measured = kernel("gram.list")(bases, grads, offsets, None, per_tensor)
+    q, values, discarded = linalg.pca_core(measured, singular_values, decay)
+    kernel("rotate_.list")(bases, grads, offsets, q.float(), per_tensor, seed)
+    singular_values.copy_(values)
+    return discarded
+
+
+def kernel(overload: str) -> Callable:
+    """The emulated kernel of an op overload; the composite ones over the emulated ops."""
+    library()
+    composite = {"pca_update_": pca_update_, "pca_update_.list": pca_update_list}
+    return composite.get(overload) or _overload(NAMESPACE, overload)

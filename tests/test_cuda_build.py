@@ -1,0 +1,222 @@
+"""The CUDA library as built: where it loads, what it registers, and what the compiler made of the kernels.
+
+The gates read the machine code in the library (cuobjdump and nvdisasm, of the CUDA toolkit or of the triton wheel): no
+spills, no local memory, registers within budget, and 16-byte loads and stores wherever N is in it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from carerl_kernels import _load, _ops
+
+LIBRARY = _load.find_library("libcarerl_cuda.so")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(LIBRARY is None, reason="the CUDA library is not built: nvcc was not found (make gpu-build)"),
+]
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
+
+
+def _tool_directory() -> Path | None:
+    """Where cuobjdump and nvdisasm are: PATH, the toolkit, or the triton wheel."""
+    homes = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"]
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin is not None:
+        homes.append(Path(triton.origin).parent / "backends/nvidia/bin")
+    found = shutil.which("cuobjdump")
+    homes = [Path(found).parent, *homes] if found else homes
+    return next((home for home in homes if (home / "cuobjdump").exists() and (home / "nvdisasm").exists()), None)
+
+
+TOOLS = _tool_directory()
+needs_tools = pytest.mark.skipif(TOOLS is None, reason="no cuobjdump and nvdisasm: pip install triton, or the toolkit")
+
+
+def cuobjdump(*arguments: str) -> str:
+    assert TOOLS is not None
+    environment = {**os.environ, "PATH": f"{TOOLS}{os.pathsep}{os.environ['PATH']}"}
+    command = [str(TOOLS / "cuobjdump"), *arguments, str(LIBRARY)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
+
+
+def test_every_op_has_a_kernel_on_any_torch():
+    """Also beside a torch without CUDA: the library needs its C ABI and nothing else."""
+    composite = {"pca_update_", "pca_update_.list"}
+    missing = [op for op in _ops.SCHEMAS if op not in composite and not _load.has_kernel(op, "CUDA")]
+    assert missing in ([], ["group_advantages"])
+    assert _load.BACKENDS["cuda"].available
+
+
+def test_it_needs_no_cuda_library_and_is_small():
+    assert LIBRARY is not None
+    assert LIBRARY.stat().st_size < 10 << 20
+    if shutil.which("readelf") is None:
+        pytest.skip("no readelf")
+    needed = subprocess.run(["readelf", "-d", str(LIBRARY)], capture_output=True, text=True, check=True).stdout
+    libraries = re.findall(r"NEEDED.*\[(.*)\]", needed)
+    assert "libtorch_cpu.so" in libraries
+    assert not [name for name in libraries if re.search("cud|nv|c10|torch_cuda|torch_python", name)]
+
+
+def test_loading_it_does_not_slow_the_import():
+    code = f"""
+import time, torch
+from carerl_kernels import _ops
+start = time.perf_counter()
+torch.ops.load_library({str(LIBRARY)!r})
+print(time.perf_counter() - start)
+"""
+    times = [float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+             for _ in range(3)]  # fmt: skip
+    assert min(times) < 0.05
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cpu_tensors_do_not_reach_it():
+    assert torch.ops.carerl.project(torch.ones(2), torch.eye(2).unsqueeze(0)).tolist() == [[1.0, 1.0]]
+
+
+# -------------------------------------------------------------------------------------------------------------- gates
+
+# Registers that two blocks of 256 threads leave each other; what has fewer runs more of them.
+BUDGET = {"project": 128, "gram": 96, "edit": 128, "rotate": 128}
+WIDE_SUMS = 184  # project of 16 gradients with one-byte bases: one block an SM, see project.cuh
+OTHERS = 64
+
+
+def budget(kernel: str) -> int:
+    name = kernel.split("_kernel")[0]
+    if name == "project" and re.search(r"(I8|F8)ELi16E|<(I8|F8), 16>", kernel):
+        return WIDE_SUMS
+    return BUDGET.get(name, OTHERS)
+
+
+def short(mangled: str) -> str:
+    """``project_kernel<F8, 16>`` of the mangled name."""
+    match = re.match(r"_ZN6carerl4cuda\d+(\w+?_kernel)(I.*?E)?E", mangled)
+    assert match, mangled
+    types = re.findall(r"NS0_\d([A-Z]+\d+)E|L[ib](\d+)E", match[2] or "")
+    return match[1] + (f"<{', '.join(a or b for a, b in types)}>" if types else "")
+
+
+@cache
+def resources() -> dict[str, dict[str, dict[str, int]]]:
+    """{architecture: {kernel: {"REG": ..., "STACK": ..., "LOCAL": ...}}}"""
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    architecture = kernel = ""
+    for line in cuobjdump("-res-usage").splitlines():
+        if match := re.match(r"arch = (sm_\d+)", line):
+            architecture = match[1]
+        elif match := re.match(r"\s*Function (\S+):", line):
+            kernel = short(match[1])
+        elif "REG:" in line:
+            found.setdefault(architecture, {})[kernel] = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", line)}
+    return found
+
+
+@cache
+def instructions(architecture: str) -> dict[str, Counter]:
+    """{kernel: how often each instruction with its widths occurs}"""
+    found: dict[str, Counter] = {}
+    for line in cuobjdump("-sass", "-arch", architecture).splitlines():
+        if match := re.match(r"\s*Function : (\S+)", line):
+            counts = found.setdefault(short(match[1]), Counter())
+        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", line):
+            counts[match[1]] += 1
+    return found
+
+
+def memory(counts: Counter, kind: str) -> Counter:
+    """Bits of the accesses of a kind (LDG, STG): 8 to 128. Hints such as .E, .EF, .CONSTANT do not matter."""
+    widths: Counter = Counter()
+    for name, count in counts.items():
+        parts = name.split(".")
+        if parts[0] == kind:
+            width = next((p.lstrip("US") for p in parts if re.fullmatch(r"[US]?(8|16|64|128)", p)), "32")
+            widths[int(width)] += count
+    return widths
+
+
+@needs_tools
+def test_every_architecture_is_in_it_and_ptx_of_the_last():
+    assert set(resources()) == set(ARCHITECTURES)
+    kernels = set(resources()["sm_90"])
+    assert {name.split("_kernel")[0] for name in kernels} == {
+        "project", "gram", "reduce", "edit", "rotate", "prepare_rotation", "classify", "quantize", "logprobs",
+        "logprobs_backward"}  # fmt: skip
+    assert all(set(resources()[a]) == kernels for a in ARCHITECTURES)
+    assert "sm_120" in cuobjdump("-lptx")
+
+
+@needs_tools
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_spills_no_local_memory_and_few_registers(architecture):
+    for kernel, used in resources()[architecture].items():
+        assert used["STACK"] == used["LOCAL"] == 0, f"{kernel} keeps {used} in local memory"
+        assert used["REG"] <= budget(kernel), f"{kernel} uses {used['REG']} registers, more than {budget(kernel)}"
+
+
+WIDTH = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "F8": 1}
+
+
+def in_flight(kernel: str) -> int:
+    """16-byte loads of the bases that the main loop has to issue together."""
+    if kernel.startswith("project"):
+        return 8 if kernel.endswith(" 1>") else 4
+    return 4 if kernel.startswith("edit") else 1
+
+
+@needs_tools
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_passes_over_n_use_16_byte_loads_and_stores(architecture):
+    kernels = instructions(architecture)
+    over_n = [k for k in kernels if not k.startswith(("reduce", "prepare", "classify"))]
+    assert len(over_n) > 25
+    for kernel in over_n:
+        counts = kernels[kernel]
+        assert not any(name.startswith(("LDL", "STL")) for name in counts), kernel
+        loads, stores = memory(counts, "LDG"), memory(counts, "STG")
+        assert loads[128] >= in_flight(kernel) + 3, f"{kernel}: {loads}"  # and gradients of three types
+        if not kernel.startswith(("project", "gram", "logprobs_kernel")):
+            assert stores[128] >= 3 or "F32" in kernel, f"{kernel}: {stores}"
+            assert stores[128] >= 1, f"{kernel}: {stores}"
+        if kernel.startswith("project"):
+            # The only narrower loads are those of `gather`, one loop per 16 bytes, and a scale per vector.
+            element = 8 * WIDTH[re.split("[<,]", kernel)[1]]
+            gathers = in_flight(kernel) * (2 if element == 8 else 1)
+            narrow = sum(n for bits, n in loads.items() if bits < 64)
+            assert loads[64] == 0, f"{kernel}: {loads}"
+            assert narrow <= gathers + 4 + 3 + 8, f"{kernel}: {loads}"
+        if kernel.startswith("edit") and "F32" not in kernel:
+            assert loads[64] == stores[64] == 0, f"{kernel}: a vector was split: {loads} {stores}"
+
+
+@needs_tools
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_loads_of_the_main_loop_are_in_flight_together(architecture):
+    """Between the first and the last of the loads of one turn nothing waits for any of them: no multiply-add."""
+    text = cuobjdump("-sass", "-arch", architecture)
+    for function in text.split("Function : ")[1:]:
+        kernel = short(function.split(maxsplit=1)[0])
+        if not kernel.startswith(("project", "edit_")):
+            continue
+        longest = run = 0
+        for line in function.splitlines():
+            run += "LDG.E.128" in line
+            if re.search(r"\b(FFMA|FADD|FMUL|BRA)\b", line):
+                longest, run = max(longest, run), 0
+        assert longest >= in_flight(kernel), f"{kernel}: {longest} loads together, expected {in_flight(kernel)}"

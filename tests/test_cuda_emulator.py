@@ -1,0 +1,145 @@
+"""The CUDA kernels under sanitisers and shuffled schedules, and whether the emulator would notice if they were wrong.
+
+The conformance suite (test_ops_*.py, backend cuda-emulated) says that results are right; here is what it cannot see.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import emulated
+import pytest
+from carerl_kernels import _files
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing())),
+]
+OPS = ("project", "gram", "edit", "rotate", "edit_rotate", "dacsp", "quantize", "logprobs")
+SOURCES = emulated.ROOT / "csrc/kernels/cuda"
+
+
+def driver(name: str, flags: list[str], kernels: list[Path] = emulated.KERNELS, include: tuple[str, ...] = ()) -> Path:
+    everything = [*emulated.FLAGS, "-g1", *flags]
+    sources = [*kernels, emulated.EMULATOR / "emulator.cpp", emulated.EMULATOR / "driver.cpp"]
+    return emulated.build(name, [(s, [*everything, *include]) for s in sources], [*flags, "-pthread"], emulated.headers())
+
+
+def run(path: Path, *ops: str, **environment: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0", **environment}
+    return subprocess.run([str(path), *ops], env=environment, capture_output=True, text=True, timeout=300)
+
+
+def passed(child: subprocess.CompletedProcess) -> bool:
+    return child.returncode == 0 and "all exact" in child.stdout
+
+
+@pytest.fixture(scope="module")
+def plain() -> Path:
+    return driver("driver", ["-O0", "-fsanitize=alignment"])
+
+
+@pytest.mark.parametrize("seed", ["1", "2", "3"])
+def test_results_do_not_depend_on_the_schedule(plain, seed):
+    child = run(plain, *OPS, CARERL_EMULATOR_SEED=seed)
+    assert passed(child), child.stderr
+
+
+def test_threads_that_share_memory_meet_at_a_barrier():
+    """Every CUDA thread a thread of the system, under ThreadSanitizer; and that it would see a barrier that is not there."""
+    flags = ["-O1", "-fsanitize=thread", "-DEMULATOR_THREADS"]
+    child = run(driver("driver_tsan", flags), "project", "edit", "rotate", DRIVER_SMALL="1")
+    assert passed(child), child.stderr[-3000:]
+
+
+# ---------------------------------------------------------------------------------------------------------- mutations
+
+MISTAKES = {  # in a file: what goes wrong, the text there, and the text that does it when MUTANT is true
+    "project.cuh": [
+        ("misaligned load", "begin + c * kChunk + lane * E::kWidth);\n", "begin + c * kChunk + lane * E::kWidth + MUTANT);\n"),
+        ("read behind the rows", "rows[r] + x, n - x, aligned)", "rows[r] + x, MUTANT ? E::kWidth : n - x, aligned)"),
+        ("write behind the tile", "kSmallestTile * kSmallestTile,\n", "kSmallestTile * kSmallestTile + MUTANT * 2048,\n"),
+        ("lanes keep the wrong half", "upper ? values[i + kHalf] :", "upper != MUTANT ? values[i + kHalf] :"),
+    ],
+    "gram.cuh": [("rows run into each other", "pitch = tile + 1;", "pitch = tile + 1 - 2 * MUTANT;")],
+    "edit.cuh": [
+        ("read behind the rows", "plan.rows[r] * basis.stride, n, aligned)", "plan.rows[r] * basis.stride, MUTANT ? W : n, aligned)"),
+        ("misaligned load", "plan.rows[r + i] * basis.stride);\n        } else", "plan.rows[r + i] * basis.stride + MUTANT);\n        } else"),
+        ("write behind the gradient", "first + c, at), n, dense,\n", "first + c, at), MUTANT ? W : n, dense,\n"),
+        ("votes of absent lanes", "__ballot_sync(kAllLanes, used)", "__ballot_sync(MUTANT ? kAllLanes >> lane : kAllLanes, used)"),
+    ],
+    "rotate.cuh": [
+        ("misaligned load of the tile", "(stack + m * tile + x);", "(stack + m * tile + x + MUTANT);"),
+        ("write behind the rows", "column + x, n - x, sums[r], seed)", "column + x, MUTANT ? 8 : n - x, sums[r], seed)"),
+    ],
+    "reduce.cuh": [("one slot too many", "slot < last; slot", "slot < last + MUTANT; slot")],
+    "dacsp.cuh": [("few lanes sum", "for (int offset = 16;", "for (int offset = MUTANT ? 2 : 16;")],
+    "quantize.cuh": [("read behind the rows", "min64(begin + block, basis.stride)", "min64(begin + block, basis.stride + 16 * MUTANT)")],
+    "logprobs.cuh": [("half a warp sums", "for (int offset = 16;", "for (int offset = MUTANT ? 8 : 16;")],
+    "storage.cuh": [("alignment forgotten", "if (aligned && n >= E::kWidth)", "if ((aligned || MUTANT) && n >= E::kWidth)")],
+}  # fmt: skip
+NOTICED_BY = {"reduce.cuh": ("project",), "storage.cuh": ("project",), "rotate.cuh": ("rotate", "edit_rotate")}
+BARRIER = "__syncthreads();"
+
+
+def mutations() -> list[tuple[str, str]]:
+    """(file, name): the mistakes above, and every barrier of every kernel left out."""
+    found = [(file, name) for file, mistakes in MISTAKES.items() for name, _, _ in mistakes]
+    for path in sorted(SOURCES.glob("*.cuh")):
+        found += [(path.name, f"no barrier {i}") for i in range(path.read_text().count(BARRIER))]
+    return found
+
+
+MUTATIONS = mutations()
+
+
+def mutable_copy() -> Path:
+    """The kernels with all mutations in them, each behind a switch."""
+    texts = {path.name: path.read_text() for path in SOURCES.iterdir()}
+    for index, (file, name) in enumerate(MUTATIONS):
+        switch = f"MUTANT({index})"
+        if name.startswith("no barrier"):
+            texts[file] = texts[file].replace(BARRIER, f"if (!{switch}) __syncthreads() ;", 1)
+            continue
+        right, wrong = next(m[1:] for m in MISTAKES[file] if m[0] == name)
+        assert texts[file].count(right) == 1, f"{file}: {right!r} is there {texts[file].count(right)} times"
+        texts[file] = texts[file].replace(right, wrong.replace("MUTANT", switch))
+    key = hashlib.sha256(repr(sorted(texts.items())).encode()).hexdigest()[:16]
+    copy = emulated.ROOT / "build/emulator" / f"mutable-{key}"
+    copy.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        if not (copy / name).exists():  # several test processes may be at it
+            _files.write_atomically(copy / name, lambda path, text=text: Path(path).write_text(text))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def mutable() -> Path:
+    flags = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-include{emulated.EMULATOR / 'mutant.h'}"]
+    return driver("driver_asan", flags, sorted(mutable_copy().glob("*.cu")))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_undefined_behaviour(mutable, op):
+    """AddressSanitizer and UBSan over every op, with aligned and unaligned inputs and tails; no mutation chosen."""
+    child = run(mutable, op)
+    assert passed(child), child.stderr[-3000:]
+
+
+@pytest.mark.parametrize(("file", "name"), MUTATIONS, ids=[f"{f}: {n}" for f, n in MUTATIONS])
+def test_mistakes_are_noticed(mutable, file, name):
+    """By one of the ops that run this file, on one of a few schedules."""
+    chosen = {"CARERL_MUTANT": str(MUTATIONS.index((file, name)))}
+    ops = NOTICED_BY.get(file, (Path(file).stem,))
+    schedules: list[dict[str, str]] = [{}, *({"CARERL_EMULATOR_SEED": seed} for seed in "123")]
+    for op, schedule in itertools.product(ops, schedules):
+        child = run(mutable, op, **chosen, **schedule)
+        if not passed(child):
+            assert re.search("wrong result|emulator: |ERROR: AddressSanitizer|runtime error", child.stderr), child.stderr
+            return
+    pytest.fail("the emulator saw nothing wrong")

@@ -6,7 +6,9 @@ import asyncio
 import json
 import math
 import multiprocessing
+import re
 import sqlite3
+from pathlib import Path
 
 import pytest
 from carerl_kernels.rewards.pa_grm import (
@@ -435,6 +437,12 @@ def test_errors_of_asynchronous_work_reach_the_caller():
     with pytest.raises(KeyError):
         run_sync(fail())
 
+    async def waits_for_itself():
+        return run_sync(fail())
+
+    with pytest.raises(RuntimeError, match="await the coroutine instead"):
+        run_sync(waits_for_itself())
+
 
 # ------------------------------------------------------------------------------------------------------------ agreement
 
@@ -461,3 +469,28 @@ def test_a_scorer_needs_no_server():
     got = run_sync(Scorer(backend, limits=Limits(scale=2)).score("Why?", "So."))
     assert got.reward == pytest.approx(7 / 8) and got.as_dict()["verdict"]["findings"][0]["level"] == 2
     assert "verdict" not in got.as_dict(trace=False) and json.dumps(got.as_dict())
+
+
+# ----------------------------------------------------------------------------------------------------------- documents
+
+DOCS = Path(__file__).parent.parent / "docs" / "rewards.md"
+
+
+def test_the_code_in_the_documentation_runs(tmp_path, monkeypatch):
+    pytest.importorskip("httpx")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(), flags=re.DOTALL)
+    assert len(blocks) == 2
+    space: dict = {}
+    for block in blocks:
+        exec(compile(block, "docs/rewards.md", "exec"), space)
+    assert space["chat"].reward is space["scorer"] and len(space["reward"].components) == 2
+
+
+def test_the_documented_rank_agreement_is_what_the_report_measures(monkeypatch):
+    pytest.importorskip("httpx")
+    monkeypatch.syspath_prepend(str(DOCS.parent.parent / "examples"))
+    import rewards_report
+
+    for name, value in rewards_report.agreement().items():
+        assert f"rank agreement ({name}): {value:.3f}" in DOCS.read_text()

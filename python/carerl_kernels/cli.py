@@ -72,6 +72,6 @@ def demo(
         run_demo(out, fast=fast, seeds=seeds, json_path=json_path, workers=workers, variants=variant)
 
 
-app.command()(bench)  # imports what they need when they run, too
+app.command()(bench)  # these import what they need when they run, too
 app.command()(score)
 app.add_typer(basis, name="basis")

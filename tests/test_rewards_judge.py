@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import math
-import multiprocessing
 import re
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -367,21 +369,20 @@ def test_controls_are_bounded(text):
 # ------------------------------------------------------------------------------------------------------ cache and loop
 
 
-def _write(path, name):
-    cache = Cache(path)
-    for i in range(50):
-        cache.put(f"{name}{i}", i)
-        cache.put("same", name)
+WRITER = """
+import runpy, sys
+cache = runpy.run_path(sys.argv[1])["Cache"](sys.argv[2])  # by file: loading torch would take longer than the test
+for i in range(50):
+    cache.put(f"{sys.argv[3]}{i}", i)
+    cache.put("same", sys.argv[3])
+"""
 
 
 def test_several_processes_share_a_cache(tmp_path):
     path = tmp_path / "cache.sqlite"
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_write, args=(path, name)) for name in "ab"]
-    for w in workers:
-        w.start()
-    for w in workers:
-        w.join()
+    source = inspect.getfile(Cache)
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, source, str(path), name]) for name in "ab"]
+    assert [w.wait() for w in writers] == [0, 0]
     assert len(Cache(path)) == 101 and Cache(path).get("same") in "ab" and Cache(path).get("none") is None
 
 

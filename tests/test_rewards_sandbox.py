@@ -16,7 +16,8 @@ import pytest
 from carerl_kernels.rewards.verifiers import Sandbox, SandboxError, SandboxLimits, why_not_isolated
 from carerl_kernels.rewards.verifiers import sandbox as module
 
-SMALL = SandboxLimits(wall=1.5, cpu=1, memory=128 << 20, processes=6, disk=1 << 20, output=10_000)
+# On a busy machine an interpreter takes seconds to start: only what never ends gets little time.
+SMALL = SandboxLimits(wall=30, cpu=1, memory=128 << 20, processes=6, disk=1 << 20, output=10_000)
 
 
 def make(isolation, limits=SMALL, **settings):
@@ -31,6 +32,11 @@ def make(isolation, limits=SMALL, **settings):
 @pytest.fixture(params=["namespaces", "none"])
 def sandbox(request):
     return make(request.param)
+
+
+@pytest.fixture(params=["namespaces", "none"])
+def impatient(request):
+    return make(request.param, SMALL.model_copy(update={"wall": 1.5}))
 
 
 @pytest.fixture
@@ -101,11 +107,11 @@ def test_packages_can_be_lent(tmp_path_factory, isolated):
 def test_infinite_loop(sandbox):
     started = time.monotonic()
     got = sandbox.run("marker_loop = 1\nwhile True: pass")
-    assert got.status in ("cpu", "timeout") and got.code in (None, -24, -9) and time.monotonic() - started < 10
+    assert got.status in ("cpu", "timeout") and got.code in (None, -24, -9) and time.monotonic() - started < 25
 
 
-def test_sleeping_for_ever(sandbox):
-    assert sandbox.run("import time; time.sleep(1000)").status == "timeout"
+def test_sleeping_for_ever(impatient):
+    assert impatient.run("import time; time.sleep(1000)").status == "timeout"
 
 
 def test_ignoring_signals(sandbox):
@@ -119,7 +125,7 @@ while True: pass
     assert sandbox.run(program).status in ("cpu", "timeout", "killed")
 
 
-def test_fork_bomb(sandbox):
+def test_fork_bomb(impatient):
     """It reaches its limit of processes and no further; afterwards none is left."""
     before = len(list(Path("/proc").glob("[0-9]*")))
     most = [0]
@@ -133,7 +139,7 @@ def test_fork_bomb(sandbox):
     watcher.start()
     bomb = "import os\nwhile True:\n  try: os.fork()\n  except OSError: pass"
     try:
-        got = sandbox.run(bomb)
+        got = impatient.run(bomb)
     finally:
         stop.set()
         watcher.join()
@@ -166,7 +172,7 @@ def test_output_flood(sandbox):
     for stream in ("stdout", "stderr"):
         started = time.monotonic()
         got = sandbox.run(f"import sys\nwhile True: sys.{stream}.write('x' * 1000)")
-        assert got.status == "output" and len(getattr(got, stream)) == SMALL.output and time.monotonic() - started < 5
+        assert got.status == "output" and len(getattr(got, stream)) == SMALL.output and time.monotonic() - started < 25
     assert gone("runpy.run_path('main.py'")
 
 
@@ -186,7 +192,7 @@ print('bye')
 """
     started = time.monotonic()
     got = sandbox.run(program)
-    assert (got.status, got.stdout) == ("ok", "bye\n") and time.monotonic() - started < 5
+    assert (got.status, got.stdout) == ("ok", "bye\n") and time.monotonic() - started < 25
     assert gone("runpy.run_path('main.py'")
 
 

@@ -6,8 +6,10 @@ isolation only, and skipped with the reason where there is none.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -199,6 +201,7 @@ print('bye')
 def test_nothing_of_ours_is_in_its_environment(sandbox, monkeypatch):
     monkeypatch.setenv("SECRET_KEY", "hunter2")
     program = """
+import json
 import os
 print(dict(os.environ))
 print(os.listdir('.'))
@@ -265,6 +268,7 @@ def test_the_network_is_out_of_reach(isolated):
 
 def test_other_processes_are_out_of_sight(isolated):
     program = f"""
+import json
 import os
 print(os.getpid())
 for pid in (1, {os.getpid()}, -1):
@@ -327,3 +331,48 @@ def test_a_kernel_that_refuses_is_a_reason(monkeypatch):
 def test_an_interpreter_that_does_not_run_is_named():
     with pytest.raises(SandboxError, match="the interpreter /bin/false does not run"):
         Sandbox(isolation="none", allow_unisolated=True, python="/bin/false").run("")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="not root: every test above uses user namespaces already")
+def test_user_namespaces_isolate_where_there_is_no_root():
+    """The inside of the sandbox run by a user without rights, who has to make a user namespace first."""
+    python = "/usr/bin/python3"
+    if not Path(python).exists() or not module._everybody_can_run(python):
+        pytest.skip(f"no {python} for everybody")
+    program = """
+import json
+import os
+print(os.getuid(), os.path.exists('/etc/passwd'), os.path.exists('/proc/1'))
+try: os.mkdir('/new')
+except OSError: print('read-only')
+n = 0
+try:
+    while True:
+        if os.fork() == 0: __import__('time').sleep(60)
+        n += 1
+except OSError: print(n < 8)
+"""
+    executable, *library = module._interpreter(python)
+    limits = {"CPU": 2, "AS": 1 << 29, "NPROC": 8, "FSIZE": 1 << 20, "NOFILE": 32, "CORE": 0}
+    job = {"isolated": True, "python": executable, "readable": [executable, *library], "path": [], "directory": None}
+    job |= {"files": {"main.py": program}, "uid": None, "wall": 30, "disk": 1 << 20, "limits": limits}
+    text = json.dumps(job).encode()
+    source = module._CHILD.read_text()  # the file itself may lie where that user cannot read
+    read, write = os.pipe()
+    with os.fdopen(read) as status:
+        child = subprocess.Popen(
+            [python, "-I", "-S", "-c", source, str(write)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=(write,),
+            env={},
+            user=54321,
+            group=54321,
+            extra_groups=[],
+        )
+        os.close(write)
+        out, _ = child.communicate(b"%08d" % len(text) + text)
+        ended = json.loads(status.read())
+    if "sandbox" in ended:
+        pytest.skip(f"users may not make namespaces here: {ended['sandbox']}")
+    assert ended == {"code": 0} and out.decode() == "1000 False False\nread-only\nTrue\n"

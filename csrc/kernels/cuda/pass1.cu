@@ -36,7 +36,7 @@ void launch_project(const char* op, const Call& call, const Plan& plan, int tile
   const int64_t shared = round_up(call.batch * call.basis.rows, 2) * sizeof(double) + tiles * tile * sizeof(float);
   allow_shared(op, project_kernel<E, kBatch>, shared);
   // As many warps as have rows, evenly: 10 groups of rows are two rounds of five warps.
-  const int64_t groups = ceil_div(call.basis.rows, kProjectRows), rounds = ceil_div(groups, 8);
+  const int64_t groups = ceil_div(call.basis.rows, kProjectRows), rounds = ceil_div(groups, project_warps(kBatch));
   const unsigned threads = static_cast<unsigned>(32 * ceil_div(groups, rounds));
   for (const Table& table : plan.tables) {
     if (table.slots == 0) continue;

@@ -112,9 +112,11 @@ CARERL_DEVICE void dot_rows(const typename E::Type* const (&rows)[kProjectRows],
 
 // partials [slots, batch, rows]: fp64 totals of each slot. Shared memory: totals [batch, rows], then the tile
 // [batch up to a multiple of 4 (or 1), tile].
-// Two blocks an SM leave 128 registers; 64 sums, four rows and their scales need 180, and there arithmetic binds anyway.
+// Two blocks an SM: 64 sums, four rows and their scales need the 168 registers that blocks of six warps leave.
+constexpr int project_warps(int gradients) { return gradients == 16 ? 6 : 8; }
+
 template <class E, int kBatch>
-__global__ void __launch_bounds__(256, E::kScaled && kBatch == 16 ? 1 : 2)
+__global__ void __launch_bounds__(32 * project_warps(kBatch), 2)
     project_kernel(const __grid_constant__ Spans spans, const __grid_constant__ Basis basis, int tile, double* partials) {
   CARERL_SHARED(shared);
   const int rows = static_cast<int>(basis.rows), outputs = spans.batch * rows;

@@ -17,7 +17,7 @@ NVCC := $(firstword $(shell command -v nvcc) $(wildcard $(CUDA_HOME)/bin/nvcc /u
 JOBS ?= auto
 ARGS ?=
 
-.PHONY: demo test bench gpu-build lint format info clean
+.PHONY: demo test bench gpu-build gpu-check lint format info clean
 
 demo: $(VENV)/.carerl-train
 	$(BIN)/carerl demo $(ARGS)
@@ -25,6 +25,10 @@ demo: $(VENV)/.carerl-train
 test: $(VENV)/.carerl-test
 	@$(if $(NVCC),true,echo "nvcc was not found: the CUDA kernels are tested under emulation alone.")
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+# For whoever has a GPU: conformance on the device, then its benchmark; writes gpu-check.json. Exits with 2 where there is none.
+gpu-check: $(VENV)/.carerl-test
+	$(BIN)/python -m carerl_kernels.bench.gpu_check --tests tests $(ARGS)
 
 bench: $(VENV)/.carerl-bench
 	$(BIN)/carerl bench $(ARGS)

@@ -21,24 +21,35 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # workers share the cores; tests of threading ask for more themselves
 
 
-# Under emulation a million elements take seconds, and the number of threads of torch changes nothing.
-TOO_LONG_TO_EMULATE = {
-    "test_long_all_positive_sums_keep_six_digits",
-    "test_rows_stay_orthonormal_over_two_thousand_updates",
-    "test_a_million_elements_on_any_number_of_threads",
+# What is not done under emulation: tests of threads and memory, which mean nothing there, and those that a kernel some thousand
+# times slower takes minutes for.
+TOO_LONG = {
+    "cuda-emulated": ("long_all_positive", "two_thousand_updates", "a_million"),
+    "triton-interpreted": (
+        "threads",
+        "a_million",
+        "long_all_positive",
+        "unbiased",
+        "peak_memory",
+        "never_a_nan",
+        "reproducible",
+    ),
 }
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    def wanted(item: pytest.Item) -> bool:
-        parameters = getattr(getattr(item, "callspec", None), "params", {})
-        emulated = getattr(parameters.get("op"), "name", "").endswith("-emulated")
-        return not (emulated and getattr(item, "originalname", "") in TOO_LONG_TO_EMULATE)
+    dropped = [item for item in items if _too_long(item)]
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = [item for item in items if item not in dropped]
 
-    dropped = [item for item in items if not wanted(item)]
-    if dropped:
-        config.hook.pytest_deselected(items=dropped)
-        items[:] = [item for item in items if wanted(item)]
+
+def _too_long(item: pytest.Item) -> bool:
+    backend = next((name for name in TOO_LONG if name in item.name), None)
+    if backend is None:
+        return False
+    case = getattr(item, "callspec", None) and item.callspec.params.get("case")
+    large = case is not None and case.n > 10_000 and max(case.batch, 1) * case.dk[0] * case.dk[1] > 50
+    return (backend == "triton-interpreted" and large) or any(word in item.name for word in TOO_LONG[backend])
 
 
 def _parameter(backend: Backend):

@@ -6,11 +6,13 @@ import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import emulated
 import numpy as np
 import torch
-from carerl_kernels import _load, reference
+import triton_interpreted
+from carerl_kernels import _load, reference, triton_kernels
 from torch import Tensor
 
 # --------------------------------------------------------------------------------------------------------- backends
@@ -46,13 +48,19 @@ def _no_cuda() -> str | None:
     return _not_loaded("cuda") if torch.cuda.is_available() else "no CUDA device"
 
 
+def _no_triton() -> str | None:
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return None if find_spec("triton") else "triton is not installed"
+
+
 BACKENDS = [
     Backend("reference", "cpu", reference.KERNELS.__getitem__, lambda: None),
     Backend("cpu", "cpu", dispatched, lambda: _not_loaded("cpu")),
     Backend("cuda", "cuda", dispatched, _no_cuda),
     Backend("cuda-emulated", "cpu", emulated.kernel, emulated.missing),
-    # Triton (on a GPU, or interpreted on CPU tensors) joins here: a name, the device of its tensors, a lookup from overload
-    # to callable, and the reason for being skipped.
+    Backend("triton", "cuda", lambda overload: (reference.KERNELS | triton_kernels.kernels())[overload], _no_triton),
+    Backend("triton-interpreted", "cpu", triton_interpreted.kernel, triton_interpreted.missing),
 ]
 GPU_BACKENDS = {"cuda", "cuda-emulated", "triton"}
 

@@ -214,7 +214,7 @@ def test_wrong_sort_of_file_is_refused(tmp_path):
     tensors = load_file(path)
     meta = {"format": "carerl-basis", "version": "999", "info": "{}"}
     save_file(tensors, tmp_path / "future.safetensors", meta)
-    with pytest.raises(BasisError, match="version <= 1, found 999"):
+    with pytest.raises(BasisError, match="version <= 2, found 999"):
         DomainBasis.load(tmp_path / "future.safetensors")
     save_file(
         tensors, tmp_path / "tampered.safetensors", {**meta, "version": "1", "info": json.dumps({"domain": "math"})}
@@ -285,7 +285,7 @@ def test_arguments_out_of_range_are_named():
     model = make_model()
     for options, message in (
         ({"rule": "magic"}, "rule: expected one of instant, significance"),
-        ({"basis": "cube"}, "basis kind: expected one of flat, per_matrix, found 'cube'"),
+        ({"basis": "cube"}, "basis kind: expected one of flat, per_matrix, block, input, found 'cube'"),
         ({"combine": "max"}, "combine: expected one of symmetric"),
         ({"k": 0}, "k: expected at least one direction"),
         ({"beta": 1.0}, "beta: expected 0 <= beta < 1"),

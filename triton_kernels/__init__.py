@@ -1,5 +1,33 @@
 """Triton twins of the GPU kernels, one file per op; installed as ``carerl_kernels.triton_kernels``.
 
-Empty in this version: on GPUs the reference backend serves every op. A module that is added here registers its kernels in a
-function ``register() -> tuple[str, ...]`` of this package, which returns the names of the ops it serves.
+They serve GPUs where the native CUDA library is not installed, and AMD (ROCm builds of torch use the CUDA dispatch key).
+Meaning, checks and error messages are those of ``_ops.py``; ``pca_update_`` is the composite of the reference over
+``gram`` and ``rotate_``. Importing this package does not import triton; :func:`register` and :func:`kernels` do.
+
+How they work: an op is one launch per pass, whether over a batch or over a list of hundreds of tensors (``_plan.py``: a
+table of chunks on the device). Sums are taken in two deterministic stages, without atomics: every program writes fp64
+partial sums, a second kernel adds them in a fixed order. Block sizes follow from dtypes and shapes (``_blocks.py``): no
+autotuning, hence the same bits on every GPU and every run. Nothing waits for the device.
 """
+
+from collections.abc import Callable
+
+
+def kernels() -> dict[str, Callable]:
+    """Kernel of every op overload served, named as in ``_ops.SCHEMAS``. Imports triton."""
+    from . import dacsp, edit, edit_rotate, gram, project, quantize_bases, rotate, token_logprobs
+
+    served: dict[str, Callable] = {}
+    for module in (project, gram, edit, rotate, edit_rotate, dacsp, quantize_bases, token_logprobs):
+        served |= module.KERNELS
+    return served
+
+
+def register() -> tuple[str, ...]:
+    """Registers for GPU tensors what no native kernel serves, and returns the names of these overloads."""
+    from .. import _load, _ops
+
+    gaps = {name: kernel for name, kernel in kernels().items() if not _load.has_kernel(name, "CUDA")}
+    for name, kernel in gaps.items():
+        _ops._LIB.impl(name, kernel, "CUDA")
+    return tuple(gaps)

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from .basis_command import basis
 from .bench.command import bench
 
 app = typer.Typer(
@@ -71,3 +72,4 @@ def demo(
 
 
 app.command()(bench)  # imports what it needs when it runs, too
+app.add_typer(basis, name="basis")

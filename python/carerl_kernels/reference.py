@@ -260,13 +260,18 @@ def quantize_bases(bases, block=128, dtype=torch.int8):
     return codes, scales
 
 
-def _row_chunks(op: str, logits: Tensor, ids: Tensor) -> Iterator[slice]:
-    """Rows handled at once, so that no float32 copy of all logits exists; ids are checked where that needs no sync."""
+def check_ids(op: str, logits: Tensor, ids: Tensor) -> None:
+    """Raises for a token outside the vocabulary, where looking needs no sync."""
     if ids.device.type == "cpu" and ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < logits.shape[1]):
         wrong = int(((ids < 0) | (ids >= logits.shape[1])).nonzero()[0])
         _ops._require(
             False, op, f"ids in 0..{logits.shape[1] - 1}", f"{int(ids[wrong])} at row {wrong}", _ops.MASK_LATER
         )
+
+
+def _row_chunks(op: str, logits: Tensor, ids: Tensor) -> Iterator[slice]:
+    """Rows handled at once, so that no float32 copy of all logits exists."""
+    check_ids(op, logits, ids)
     step = max(CHUNK // max(logits.shape[1], 1), 1)
     for start in range(0, logits.shape[0], step):
         yield slice(start, start + step)

@@ -109,7 +109,7 @@ template <class E>
 static void clean(const Span& span, float* rows, int64_t pitch, int64_t n) {
   if (!__is_same(E, BF16) || span.dtype != DType::kF32) return;
   for (int64_t b = 0; b < span.batch; ++b, rows += pitch) {
-    for (int64_t i = 0; i < n; i += kWidth) store(rows + i, without_payload(load(rows + i)));
+    for (int64_t i = 0; i < round_up(n, kGroup<E>); i += kWidth) store(rows + i, without_payload(load(rows + i)));
   }
 }
 

@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from .._files import write_bytes_atomically
 
 
 def bench(
     preset: Annotated[str, typer.Option(help="quick, full, sweep or llm.")] = "quick",
     op: Annotated[list[str] | None, typer.Option(help="Only this op; may be repeated.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="File for everything measured.")] = None,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Time the ops on this machine's GPU instead of a preset.")] = False,
+    device: Annotated[
+        str | None, typer.Option("--predict", help="Print what a100, h100 or b200 should take; measures nothing.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="File for the roofline picture (PNG).")] = None,
 ) -> None:
     """The ops against PyTorch and against the memory bandwidth of this machine, every result checked."""
-    from .run import run_bench
-
     try:
+        if device is not None:
+            from .roofline import report
+
+            typer.echo(report(device))
+            return
+        if gpu:
+            from .gpu import run_gpu
+
+            found = run_gpu(op or (), say=typer.echo)
+            if json_path is not None:
+                write_bytes_atomically(json_path, (json.dumps(found, indent=1) + "\n").encode())
+            wrong = [result["wrong"] for result in found["results"] if result["wrong"]]
+            if wrong:
+                raise RuntimeError("; ".join(wrong))
+            return
+        from .run import run_bench
+
         run_bench(preset, json_path, plot, ops=op or ())
     except ModuleNotFoundError as error:
         message = f"{error.name} is not installed: pip install 'carerl-kernels[bench]'"

@@ -7,28 +7,25 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from .._ops import BASIS_DTYPES
-from ..subspace import BasisError, DomainBasis, Layout, StageRecorder
-from ..subspace.layout import Kind
-from ..subspace.store import hash_parameters
-from .rules import COMBINES, RULES, Combine, Rule, RuleParams, RuleState, decide
-from .stack import BasisStack
+from ..subspace import BasisError, BlockRecorder, InputRecorder, Layout, StageRecorder, StoredBasis
+from ..subspace.fingerprint import hash_parameters
+from ..subspace.layout import Kind, RowKind
+from ..subspace.matrices import MatrixLayout
+from ..subspace.recorder import Recorder
+from ..subspace.shards import local
+from ..subspace.store import read_info
+from .build import architecture_of, data_group, lay_out, new_stack, rank_of, sites_of, trainable
+from .checks import at_least, for_domain, one_of, pair, refuse_masters
+from .frames import COMBINES, Combine
+from .rules import RULES, Rule, RuleParams, RuleState, decide
 from .statistics import Statistics
 
-# These keep float32 masters and overwrite the parameters from them, so an edit of the parameters would be lost.
-MASTER_OPTIMIZERS = (
-    "BF16_Optimizer",
-    "DeepSpeedZeroOptimizer",
-    "DeepSpeedZeroOptimizer_Stage3",
-    "DistributedOptimizer",
-    "FP16_Optimizer",
-    "Float16OptimizerWithFloat16Params",
-)
 _UNSET = object()
 
 
@@ -40,8 +37,10 @@ class CapabilityGuard:
         rule: what passes; see :mod:`carerl_kernels.guard.rules`. The default, "bounded" with r = .1, forgot least among
             rules without stored data on seeds kept apart for choosing (demo model, two seeds: a hundredth ahead of "remove"
             in average, forgetting and new learning; well ahead of the literal "instant").
-        basis: "per_matrix" (k directions for every weight matrix) or "flat" (k over all parameters).
-        k: directions per domain.
+        basis: "per_matrix" (k directions for every weight matrix) or "flat" (k over all parameters), both from gradients;
+            "block" (two-sided, r x r per weight matrix, from the stage's parameter change) or "input" (one-sided, r per weight
+            matrix, from what forward passes feed into it), whose memory is small enough for full fine-tuning.
+        k: directions per domain of row bases, 64 by default; r: rank of "block" and "input", 16 by default.
         combine: "symmetric" never reverses a component whatever the overlap; "sum" and "min_norm" for comparison.
         apply_to: "update" corrects the parameters after the step, whatever the optimizer made of the gradient, without a copy
             of them; "grad" edits ``p.grad`` before the step (Adam largely normalises such an edit away).
@@ -60,6 +59,9 @@ class CapabilityGuard:
         track_energy: measure the share of the update that is aligned, conflicting, orthogonal and touched. In update mode this
             keeps one copy of the parameters.
         domains: all domain names, so that a misspelt one is an error; None accepts any.
+        energy: basis "input": keep the fewest directions with this share of the inputs' energy, at most r.
+        process_group: over which the parameters of a plain list are sharded (each process gives a contiguous part of every
+            flattened parameter). FSDP2's DTensors bring their own; DDP needs none.
 
     Raises:
         ValueError: an argument out of range, named with what was expected.
@@ -71,7 +73,8 @@ class CapabilityGuard:
         rule: Rule = "bounded",
         *,
         basis: Kind = "per_matrix",
-        k: int = 64,
+        k: int | None = None,
+        r: int | None = None,
         combine: Combine = "symmetric",
         apply_to: str = "update",
         aligned: float | Mapping[str, float] = 1.0,
@@ -87,10 +90,12 @@ class CapabilityGuard:
         oversample: int = 4,
         track_energy: bool = False,
         domains: Sequence[str] | None = None,
+        energy: float = 0.9,
+        process_group: Any = None,
     ):
-        _one_of("rule", rule, RULES)
-        _one_of("combine", combine, COMBINES)
-        _one_of("apply_to", apply_to, ("update", "grad"))
+        one_of("rule", rule, RULES)
+        one_of("combine", combine, COMBINES)
+        one_of("apply_to", apply_to, ("update", "grad"))
         if rule == "bounded" and apply_to == "grad":
             raise ValueError(
                 "rule 'bounded' compares with displacements of parameters: expected apply_to='update', found 'grad'; "
@@ -105,21 +110,24 @@ class CapabilityGuard:
                 raise ValueError(f"{name}: expected a positive number, found {number}")
         if not 0 <= beta < 1:
             raise ValueError(f"beta: expected 0 <= beta < 1, found {beta}")
-        counts = (("probe_every", probe_every, 1), ("record_every", record_every, 1), ("oversample", oversample, 0))
-        for name, count, least in counts:
-            if count < least:
-                raise ValueError(f"{name}: expected at least {least}, found {count}")
+        if not 0 < energy <= 1:
+            raise ValueError(f"energy: expected 0 < energy <= 1, found {energy}")
+        at_least("probe_every", probe_every, 1)
+        at_least("record_every", record_every, 1)
+        at_least("oversample", oversample, 0)
         if basis_dtype not in BASIS_DTYPES:
             raise ValueError(f"basis_dtype: expected one of {', '.join(map(str, BASIS_DTYPES))}, found {basis_dtype}")
         self._weights = {"aligned": aligned, "conflict": conflict, "bound": bound}
         for name, value in self._weights.items():
             for one in value.values() if isinstance(value, Mapping) else (value,):
-                _pair(name, one)
-        named = list(model.named_parameters()) if isinstance(model, nn.Module) else list(model)
-        named = [(name, p) for name, p in named if p.requires_grad]
-        self.architecture = type(model).__name__ if isinstance(model, nn.Module) else "parameters"
+                pair(name, one)
+        named = trainable(model)
+        inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        self.architecture = architecture_of(inner)
         self.parameters = [p for _, p in named]
-        self.layout = Layout.of(named, basis, k)
+        self._sites = sites_of(inner, named, basis)
+        self.layout: Layout | MatrixLayout = lay_out(named, basis, rank_of(basis, k, r), process_group, self._sites)
+        self.energy, self._data_group = energy, data_group(model, self.layout)
         self.rule, self.combine, self.apply_to = rule, combine, apply_to
         self.z, self.beta, self.norm_cap, self.max_grad_norm = z, beta, norm_cap, max_grad_norm
         self.probe_every, self.record_every, self.oversample = probe_every, record_every, oversample
@@ -127,10 +135,10 @@ class CapabilityGuard:
         self.domains = tuple(domains) if domains is not None else None
         self.seconds = {"act": 0.0, "record": 0.0, "probe": 0.0}
 
-        device = self.parameters[0].device
-        self._stack = BasisStack(self.layout, combine, basis_dtype, device)
+        self.device = local(self.parameters[0]).device
+        self._stack = new_stack(self.layout, combine, basis_dtype, self.device)
         self._statistics = Statistics()
-        self._recorder: StageRecorder | None = None
+        self._recorder: Recorder | None = None
         self._handles: list[Any] = []
         self._current: Any = _UNSET  # domain of the batch; _UNSET: that of the stage
         self._seen: dict[str, None] = dict.fromkeys(self.domains or ())
@@ -140,6 +148,8 @@ class CapabilityGuard:
         self._since_probe: int | None = None
         self._steps_here = 0  # since displacements were last counted from zero
         self._displaced: dict[str, float | None] = {}
+        self._sent_before = 0, 0  # numbers and all-reduces before this step
+        self._step_communication = {"elements_last_step": 0, "all_reduces_last_step": 0}
         # coefficients [T, K] of the parameters after the last step and when the stage began
         self._q_prev = self._q_start = torch.empty(0)
         self._resize()
@@ -158,12 +168,14 @@ class CapabilityGuard:
             raise ValueError(
                 "expected at least one basis file, found none; record one with guard.stage(name, path=...)"
             )
-        bases = [DomainBasis.load(path) for path in paths]
-        first = bases[0].info
-        guard = cls(model, **{"basis": first.kind, "k": first.k, **options})
+        first = read_info(paths[0])
+        rank = "k" if first.kind in get_args(RowKind) else "r"
+        guard = cls(model, **{"basis": first.kind, rank: first.k, **options})
+        bases = [StoredBasis.load(path, guard.layout) for path in paths]
         for basis in bases:
             guard.add(basis)
-        known = {basis.info.start_hash for basis in bases} | {hash_parameters(guard.parameters)}
+        known = {basis.info.start_hash for basis in bases}
+        known.add(hash_parameters(guard._locals(), guard.layout.shards))
         for basis in bases:
             if basis.info.end_hash not in known:
                 warnings.warn(
@@ -173,19 +185,19 @@ class CapabilityGuard:
                 )
         return guard
 
-    def add(self, basis: DomainBasis | Path | str) -> None:
+    def add(self, basis: StoredBasis | Path | str) -> None:
         """Takes a recorded domain (or its file) into the history; an earlier recording of the same domain is replaced."""
-        if not isinstance(basis, DomainBasis):
-            basis = DomainBasis.load(basis)
+        if not isinstance(basis, StoredBasis):
+            basis = StoredBasis.load(basis, self.layout)
         basis.check_model(self.layout, self.architecture)
         self._known(basis.info.domain, recorded=True)
         self._close()
         with torch.no_grad():
-            self._stack.put(basis, self.parameters)
+            self._stack.put(basis, self._locals())
         self._resize()
         self.rebase()
 
-    def basis(self, name: str) -> DomainBasis:
+    def basis(self, name: str) -> Any:
         """The recorded basis of a domain, as it acts (rounded to ``basis_dtype``): to inspect, or to save once more.
 
         Raises:
@@ -211,10 +223,10 @@ class CapabilityGuard:
             RuntimeError: already attached.
             ValueError: the optimizer holds none of the guarded parameters.
         """
-        _refuse_masters(optimizer)
+        refuse_masters(optimizer)
         while hasattr(optimizer, "optimizer"):  # accelerate and others wrap the real one, which is where hooks work
             optimizer = optimizer.optimizer
-            _refuse_masters(optimizer)
+            refuse_masters(optimizer)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"expected a torch.optim.Optimizer, found {type(optimizer).__name__}")
         if self._handles:
@@ -254,7 +266,7 @@ class CapabilityGuard:
     @contextmanager
     def stage(
         self, name: str, path: Path | str | None = None, start_checkpoint: Path | str | None = None
-    ) -> Iterator[StageRecorder]:
+    ) -> Iterator[Recorder]:
         """Records a stage: inside, gradients stream into the domain's basis; on exit it becomes history.
 
         Steps inside belong to this domain unless ``guard.domain`` says otherwise; only its own steps are recorded. If the
@@ -277,25 +289,46 @@ class CapabilityGuard:
         self._recorder = recorder
         self._start_here()
         before, self._current = self._current, name
+        recorder.begin()
         try:
             yield recorder
-            basis = recorder.finish(self.parameters)
+            basis = recorder.finish(self._locals())
         finally:
+            recorder.end()
             self._recorder, self._current = None, before
         self.add(basis)
         if path is not None:
             basis.save(path)
 
-    def _new_recorder(self, name: str, start_checkpoint: Path | str | None = None) -> StageRecorder:
-        return StageRecorder(
+    def _new_recorder(self, name: str, start_checkpoint: Path | str | None = None) -> Recorder:
+        common = {"start_checkpoint": start_checkpoint, "architecture": self.architecture}
+        if isinstance(self.layout, Layout):
+            k, every = self.layout.k, self.record_every
+            return StageRecorder(
+                name,
+                self.layout,
+                self._locals(),
+                k,
+                self.oversample,
+                every=every,
+                **common,  # type: ignore[arg-type]
+            )
+        if self.layout.kind == "block":
+            return BlockRecorder(name, self.layout, self._locals(), **common)  # type: ignore[arg-type]
+        if self._sites is None:
+            raise RuntimeError(
+                "recording an input basis watches forward passes: expected a guard built from a module, found one built "
+                "from pairs of names and parameters"
+            )
+        return InputRecorder(
             name,
             self.layout,
-            self.parameters,
-            self.layout.k,
-            self.oversample,
-            start_checkpoint=start_checkpoint,
-            architecture=self.architecture,
+            self._locals(),
+            self._sites,
+            self.energy,
             every=self.record_every,
+            group=self._data_group,
+            **common,  # type: ignore[arg-type]
         )
 
     @contextmanager
@@ -320,10 +353,11 @@ class CapabilityGuard:
                     f"probe of {name!r}: expected a gradient, found none; call loss.backward() inside the block"
                 )
             with torch.no_grad():
-                a = self._stack.project_domain(self._gradients(), name)
-            columns = self._stack.columns(name)
-            # A probe that is not finite leaves the sign of the one before.
-            self._state.probe[:, columns] = torch.where(a.isfinite().all(), a.sign(), self._state.probe[:, columns])
+                a = self._stack.project(self._gradients(), name)
+            if self.rule == "probed":
+                columns, finite = self._stack.columns(name), self._stack.all_finite(a)
+                # A probe that is not finite leaves the sign of the one before.
+                self._state.probe[:, columns] = torch.where(finite, a.sign(), self._state.probe[:, columns])
             self._since_probe = 0
             self.seconds["probe"] += time.perf_counter() - started
         finally:
@@ -345,8 +379,9 @@ class CapabilityGuard:
                 "inside the step; call loss.backward() first and step() without arguments"
             )
         started = time.perf_counter()
+        self._sent_before = self.layout.shards.elements, self.layout.shards.calls
         held = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self._dropped = bool(held) and not _finite([p.grad for p in held if p.grad is not None])
+        self._dropped = not self._finite([local(p.grad) for p in held if p.grad is not None])
         if self._dropped:
             self._statistics.dropped += 1
             for p in held:
@@ -363,7 +398,7 @@ class CapabilityGuard:
         if len(self._stack) and self.apply_to == "grad":
             self._edit_gradients(own)
         if len(self._stack) and self.apply_to == "update" and self.track_energy:
-            self._snapshot = [p.clone() for p in self.parameters]
+            self._snapshot = [p.clone() for p in self._locals()]
         self.seconds["act"] += time.perf_counter() - started
 
     @torch.no_grad()
@@ -374,6 +409,11 @@ class CapabilityGuard:
         started = time.perf_counter()
         if len(self._stack) and self.apply_to == "update":
             self._edit_update(self._own())
+        shards, (elements, calls) = self.layout.shards, self._sent_before
+        self._step_communication = {
+            "elements_last_step": shards.elements - elements,
+            "all_reduces_last_step": shards.calls - calls,
+        }
         self._statistics.steps += 1
         self._steps_here += 1
         if self._since_probe is not None:
@@ -387,20 +427,20 @@ class CapabilityGuard:
         after the edit are predicted as q + S x; what rounding of the parameters makes of it shows up in the next c and is
         corrected there, so errors do not accumulate.
         """
-        stack = self._stack
-        q = stack.project(self.parameters)  # [T, K]
+        stack, parameters = self._stack, self._locals()
+        q = stack.project(parameters)  # [T, K]
         c = self._q_prev - q
         x = self._decide(c, own)
         x = x * self._cap(x, c, own)
         total: Tensor | None = None
         if self._snapshot is not None:
-            steps = (a.double() - b.double() for a, b in zip(self._snapshot, self.parameters, strict=True))
-            total = torch.stack([step.square().sum() for step in steps]).sum()
+            steps = (a.double() - b.double() for a, b in zip(self._snapshot, parameters, strict=True))
+            total = self.layout.shards.sum_(torch.stack([step.square().sum() for step in steps]).sum())
             self._snapshot = None
         self._statistics.count(stack, c, x, total)
-        stack.edit_(self.parameters, x)
-        after = q + _matvec(stack.overlap, x)
-        finite = after.isfinite().all()
+        stack.edit_(parameters, x)
+        after = q + stack.overlap_times(x)
+        finite = stack.all_finite(after)
         # The batch's own rows move freely: their baseline goes along instead of counting as displacement.
         moved = torch.where(stack.active(own), 0.0, after - self._q_prev)
         self._q_start = torch.where(finite, self._q_start + moved, self._q_start)
@@ -414,8 +454,10 @@ class CapabilityGuard:
         scale = torch.ones((), dtype=torch.float64, device=c.device)
         total = None
         if self.track_energy or self.norm_cap is not None or self.max_grad_norm is not None:
-            total = torch.stack([g.norm(dtype=torch.float32).double().square() for g in grads]).sum()
-            edited = (total - 2 * (x * c).sum() + (x * _matvec(stack.overlap, x)).sum()).clamp_min(0.0).sqrt()
+            squares = torch.stack([g.norm(dtype=torch.float32).double().square() for g in grads])
+            total = self.layout.shards.sum_(squares.sum())
+            change = stack.column_sums(x * (stack.overlap_times(x) - 2 * c)).sum()  # |g - A^T x|^2 - |g|^2
+            edited = (total + change).clamp_min(0.0).sqrt()
             for limit in (
                 None if self.norm_cap is None else self.norm_cap * total.sqrt(),
                 None if self.max_grad_norm is None else self.max_grad_norm,
@@ -424,32 +466,45 @@ class CapabilityGuard:
                     scale = torch.minimum(scale, limit / edited.clamp_min(1e-30))
         self._statistics.count(stack, c, x, total if self.track_energy else None)
         # In place; a parameter without gradient took no part in the step and stays out of it.
-        stack.edit_(grads, -x, scale.float().expand(x.shape[0]).contiguous())
+        stack.edit_(grads, -x, scale)
 
     def _decide(self, c: Tensor, own: str | None) -> Tensor:
         stack = self._stack
-        return decide(self.rule, c, stack.active(own), self._state, self._params, stack.frame(own), stack.displacement)
+        return decide(
+            self.rule,
+            c,
+            stack.active(own),
+            self._state,
+            self._params,
+            stack.frame(own),
+            stack.displacement,
+            stack.all_finite(c),
+        )
 
     def _cap(self, x: Tensor, c: Tensor, own: str | None) -> Tensor | float:
         if self.norm_cap is None:
             return 1.0
-        inside = _matvec(self._stack.frame(own).root, c).square().sum().sqrt()
-        size = (x * _matvec(self._stack.overlap, x)).sum().clamp_min(0.0).sqrt()
-        return (self.norm_cap * inside / size.clamp_min(1e-30)).clamp_max(1.0)
+        inner = self._stack.frame(own).inside(c).square()
+        inside, size = self._stack.column_sums(torch.stack([inner, x * self._stack.overlap_times(x)])).sum(-1)
+        return (self.norm_cap * inside.sqrt() / size.clamp_min(0.0).sqrt().clamp_min(1e-30)).clamp_max(1.0)
 
     # ----------------------------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
         """What is needed to go on exactly: rule memory, baselines, statistics, a stage in progress. Not the bases: those are
-        files; :meth:`add` them before :meth:`load_state_dict`."""
+        files; :meth:`add` them before :meth:`load_state_dict`.
+
+        Under FSDP2 everything that is spread over processes is a DTensor: torch.distributed.checkpoint saves it, and loads it
+        for another number of processes. Hand-made shards without DTensors are this process's part.
+        """
         return {
             "history": self.history,
             "settings": self._settings(),
-            "state": {name: value.clone() for name, value in vars(self._state).items()},
-            "q_prev": self._q_prev.clone(),
-            "q_start": self._q_start.clone(),
+            "state": {name: self._stack.unpack(value) for name, value in vars(self._state).items()},
+            "q_prev": self._stack.unpack(self._q_prev),
+            "q_start": self._stack.unpack(self._q_start),
             "since_probe": self._since_probe,
-            "statistics": self._statistics.state_dict(),
+            "statistics": self._statistics.state_dict(self.history, self.device),
             "steps_here": self._steps_here,
             "displaced": dict(self._displaced),
             "seen": list(self._seen),
@@ -469,9 +524,9 @@ class CapabilityGuard:
                     "same order, and construct the guard with the same settings, first"
                 )
         for name, value in state["state"].items():
-            getattr(self._state, name).copy_(value)
-        self._q_prev.copy_(state["q_prev"])
-        self._q_start.copy_(state["q_start"])
+            self._stack.pack_(getattr(self._state, name), value)
+        self._stack.pack_(self._q_prev, state["q_prev"])
+        self._stack.pack_(self._q_start, state["q_start"])
         self._since_probe = state["since_probe"]
         self._statistics.load_state_dict(state["statistics"])
         self._steps_here, self._displaced = state["steps_here"], dict(state["displaced"])
@@ -488,8 +543,10 @@ class CapabilityGuard:
 
         Returns a dictionary that JSON can hold: ``rule``, ``combine``, ``apply_to``, ``basis``, ``k``, ``steps``,
         ``dropped_steps``, ``touched_share`` (share of update energy the edits took or gave; None unless tracked), ``seconds``,
-        ``open_windows`` (domains without a basis above the noise floor: nothing protects them), and ``domains``; for each
-        with history
+        ``open_windows`` (domains without a basis above the noise floor: nothing protects them), ``communication`` (numbers
+        summed over processes and in how many all-reduces, in all and in the last step), ``memory`` (bytes of directions and
+        what belongs to them in this process), ``covered`` (share of parameters with directions) and ``domains``; for each with
+        history
 
         - ``energy``: shares aligned / conflicting / orthogonal of the raw updates; orthogonal None unless tracked,
         - ``net_displacement``: along its rows in this stage or, between stages, the last one, relative to the recorded
@@ -499,7 +556,7 @@ class CapabilityGuard:
         """
         domains: dict[str, dict[str, Any]] = {}
         for name in self.history:
-            info = self._stack.infos[name].info
+            info = self._stack.infos[name]
             domains[name] = {
                 "energy": self._statistics.shares(name),
                 "net_displacement": self._displaced.get(name, 0.0)
@@ -508,8 +565,8 @@ class CapabilityGuard:
                 "capture": {"gradient": info.gradient_capture, "displacement": info.displacement_capture},
                 "steps": info.steps,
             }
-        # k random directions hold this share of any displacement: a basis that holds no more than thrice that knows nothing.
-        floor = 3 * self.layout.k * self.layout.T / self.layout.parameters
+        # Random directions hold this share of any displacement: a basis that holds no more than thrice that knows nothing.
+        floor = 3 * self.layout.chance
         blind = [n for n in self.history if domains[n]["capture"]["displacement"] <= min(floor, 1.0)]
         return {
             "rule": self.rule,
@@ -523,26 +580,33 @@ class CapabilityGuard:
             "domains": domains,
             "open_windows": [n for n in self._seen if n not in self.history] + blind,
             "seconds": dict(self.seconds),
+            "communication": {
+                "elements": self.layout.shards.elements,
+                "all_reduces": self.layout.shards.calls,
+                **self._step_communication,
+            },
+            "memory": self._stack.memory(),
+            "covered": self.layout.covered / self.layout.parameters,
         }
 
     # --------------------------------------------------------------------------------------------------------- internals
 
     def _resize(self) -> None:
         """Fresh rule memory for the present number of rows; per-domain numbers spread over the rows."""
-        rows, device = self._stack.rows, self.parameters[0].device
-        self._state = RuleState.zeros(self.layout.T, rows, device)
+        rows, device = self._stack.rows, self.device
+        self._state = RuleState.zeros(self.rule, self.layout.T, rows, device)
         self._q_prev = torch.zeros(self.layout.T, rows, dtype=torch.float64, device=device)
         self._q_start = self._q_prev.clone()
         numbers: dict[str, list[float]] = {"aligned": [], "conflict": [], "lower": [], "upper": []}
         for name in self._stack.names:
-            lower, upper = _pair("bound", _for_domain("bound", self._weights["bound"], name))
+            lower, upper = pair("bound", for_domain("bound", self._weights["bound"], name))
             for key, value in (
-                ("aligned", _for_domain("aligned", self._weights["aligned"], name)),
-                ("conflict", _for_domain("conflict", self._weights["conflict"], name)),
+                ("aligned", for_domain("aligned", self._weights["aligned"], name)),
+                ("conflict", for_domain("conflict", self._weights["conflict"], name)),
                 ("lower", lower),
                 ("upper", upper),
             ):
-                numbers[key] += [float(value)] * self.layout.k
+                numbers[key] += [float(value)] * self.layout.width
         tensors = {key: torch.tensor(v, dtype=torch.float64, device=device) for key, v in numbers.items()}
         self._params = RuleParams(**tensors, z=self.z, beta=self.beta)
 
@@ -550,8 +614,9 @@ class CapabilityGuard:
         if self.apply_to == "grad":
             return None  # parameters are not measured in this mode
         columns = self._stack.columns(name)
-        size = self._stack.displacement[:, columns].norm()
-        return float((self._q_start - self._q_prev)[:, columns].norm() / size) if size > 0 else 0.0
+        both = torch.stack([self._q_start - self._q_prev, self._stack.displacement]).square()
+        moved, size = self._stack.column_sums(both)[:, columns].sum(1).sqrt()
+        return float(moved / size) if size > 0 else 0.0
 
     def _start_here(self) -> None:
         if not self._restored:
@@ -574,7 +639,7 @@ class CapabilityGuard:
         self._state.begin_stage()
         self._since_probe = None
         if len(self._stack):
-            self._q_start = self._stack.project(self.parameters)
+            self._q_start = self._stack.project(self._locals())
             self._q_prev = self._q_start.clone()
 
     def _settings(self) -> dict[str, Any]:
@@ -596,7 +661,7 @@ class CapabilityGuard:
     def _known(self, name: str, recorded: bool = False) -> None:
         if recorded:  # its numbers will be needed: better asked for now than when the stage ends
             for what, value in self._weights.items():
-                _for_domain(what, value, name)
+                for_domain(what, value, name)
         if self.domains is not None and name not in self.domains:
             raise ValueError(f"domain: expected one of {', '.join(self.domains)}, found {name!r}")
         self._seen[name] = None
@@ -608,50 +673,23 @@ class CapabilityGuard:
 
     def _gradients(self) -> list[Tensor]:
         """A gradient per guarded parameter; one without counts as zero."""
-        return [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
+        return [local(p.grad) if p.grad is not None else torch.zeros_like(local(p)) for p in self.parameters]
 
+    def _locals(self) -> list[Tensor]:
+        """The parts of the parameters that live here, sharing their memory."""
+        return [local(p) for p in self.parameters]
 
-def _finite(tensors: Sequence[Tensor]) -> bool:
-    """One flag for all of them: the only synchronisation of a guarded step. The largest magnitude overflows for none."""
-    tensors = [tensor for tensor in tensors if tensor.numel()]
-    if not tensors:
-        return True
-    norms = torch._foreach_norm(tensors, float("inf"))
-    return bool(torch.stack([norm.to(tensors[0].device, torch.float32) for norm in norms]).isfinite().all())
+    def _finite(self, tensors: Sequence[Tensor]) -> bool:
+        """One flag for all gradients of all processes: the only synchronisation of a guarded step.
 
-
-def _refuse_masters(optimizer: Any) -> None:
-    for name in {c.__name__ for c in type(optimizer).__mro__} & set(MASTER_OPTIMIZERS):
-        raise TypeError(
-            f"{name} keeps float32 masters and overwrites the parameters: an edit would be lost; "
-            "build the guard over its master parameters, or use an optimizer that updates the parameters in place"
-        )
-
-
-def _pair(name: str, value: Any) -> tuple[float, float]:
-    """A checked weight or bound, as (against, along)."""
-    lower, upper = value if isinstance(value, tuple | list) and name == "bound" else (value, value)
-    for number in (lower, upper):
-        if not isinstance(number, int | float) or not 0 <= number < float("inf"):
-            raise ValueError(f"{name}: expected a finite number of at least 0, found {value!r}")
-    return float(lower), float(upper)
-
-
-def _matvec(matrix: Tensor, vector: Tensor) -> Tensor:
-    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
-
-
-def _for_domain(what: str, value: Any, name: str) -> Any:
-    if not isinstance(value, Mapping):
-        return value
-    if name not in value:
-        raise ValueError(f"{what}: expected a number for domain {name!r}, found one only for {', '.join(value)}")
-    return value[name]
-
-
-def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, found {value!r}")
+        The largest magnitude overflows for none.
+        """
+        tensors = [tensor for tensor in tensors if tensor.numel()]
+        flag = torch.ones((), dtype=torch.bool, device=self.device)
+        if tensors:
+            norms = torch._foreach_norm(tensors, float("inf"))
+            flag = torch.stack([norm.to(self.device, torch.float32) for norm in norms]).isfinite().all()
+        return bool(self.layout.shards.all(flag))
 
 
 __all__ = ["BasisError", "CapabilityGuard"]

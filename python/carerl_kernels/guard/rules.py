@@ -15,54 +15,26 @@ Two families. *Weight* rules give each component of this step a weight w (1 pass
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ..linalg import loewdin_root, pinv_power
+from .frames import Frame
 
 Rule = Literal["instant", "significance", "ema", "integrated", "bounded", "remove", "probed"]
-Combine = Literal["symmetric", "sum", "min_norm"]
 RULES: tuple[Rule, ...] = get_args(Rule)
-COMBINES: tuple[Combine, ...] = get_args(Combine)
-
-
-@dataclass(frozen=True)
-class Frame:
-    """How coefficients of overlapping rows become components (``into``) and components become an edit (``out``).
-
-    For active rows with overlap S: symmetric ``into = out = (S^+)^(1/2)``, sum ``into = out = I``, min_norm ``into = I,
-    out = S^+`` (MATH: combine rule for overlapping bases). Inactive rows are zero in both.
-
-    Attributes:
-        into, out: ``[T, K, K]`` float64.
-        root: ``[T, K, K]``, (S^+)^(1/2) whatever the combine: ``|root c|`` is the norm of the component in the span of the rows.
-        reach: ``[T, K]``, ``sqrt(diag(into S into^T))``: how far a unit displacement along a row is in the frame. Duplicated
-            rows share one displacement in the symmetric frame; bounds scale with this so that they count once.
-    """
-
-    into: Tensor
-    out: Tensor
-    root: Tensor
-    reach: Tensor
-
-    @classmethod
-    def of(cls, overlap: Tensor, active: Tensor, combine: Combine) -> Frame:
-        """Builds the frame of the active rows (``[K]`` bool) of an overlap ``[T, K, K]``."""
-        mask = active.to(overlap.dtype)
-        masked = overlap * mask * mask.unsqueeze(1)
-        identity = torch.diag_embed((masked.diagonal(dim1=-2, dim2=-1) > 0).to(overlap.dtype))
-        root = loewdin_root(masked)
-        if combine == "symmetric":
-            into = out = root
-        elif combine == "sum":
-            into = out = identity
-        else:
-            into, out = identity, pinv_power(masked, -1.0)
-        reach = (into @ masked @ into.mT).diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
-        return cls(into, out, root, reach)
+MEMORY: dict[Rule, tuple[str, ...]] = {
+    "instant": (),
+    "significance": ("square", "count"),
+    "ema": ("mean",),
+    "integrated": ("p",),
+    "bounded": ("p",),
+    "remove": ("p",),
+    "probed": ("probe",),
+}
+"""What each rule remembers, see :class:`RuleState`."""
 
 
 @dataclass(frozen=True)
@@ -100,16 +72,17 @@ class RuleState:
     probe: Tensor
 
     @classmethod
-    def zeros(cls, T: int, K: int, device: torch.device) -> RuleState:
-        return cls(*(torch.zeros(T, K, dtype=torch.float64, device=device) for _ in range(5)))
+    def zeros(cls, rule: Rule, T: int, K: int, device: torch.device) -> RuleState:
+        """Memory for what this rule uses; empty tensors for the rest."""
+
+        def fresh(name: str) -> Tensor:
+            return torch.zeros(T, K if name in MEMORY[rule] else 0, dtype=torch.float64, device=device)
+
+        return cls(**{field.name: fresh(field.name) for field in fields(cls)})
 
     def begin_stage(self) -> None:
-        for name in ("p", "mean", "square", "count", "probe"):
-            getattr(self, name).zero_()
-
-
-def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
-    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+        for field in fields(self):
+            getattr(self, field.name).zero_()
 
 
 def _by_sign(sign: Tensor, params: RuleParams) -> Tensor:
@@ -129,7 +102,14 @@ def _attained(rule: Rule, P: Tensor, params: RuleParams, reach: Tensor, displace
 
 
 def decide(
-    rule: Rule, c: Tensor, active: Tensor, state: RuleState, params: RuleParams, frame: Frame, displacement: Tensor
+    rule: Rule,
+    c: Tensor,
+    active: Tensor,
+    state: RuleState,
+    params: RuleParams,
+    frame: Frame,
+    displacement: Tensor,
+    finite: Tensor | None = None,
 ) -> Tensor:
     """The correction of one step, and the rule's memory moved on (MATH: rules).
 
@@ -140,19 +120,20 @@ def decide(
         state: changed in place, on active rows only, and only when every c is finite.
         params, frame: see their classes.
         displacement: h ``[T, K]``, the recorded stages' displacement along each row.
+        finite: 0-d bool, whether every c is; None looks at c, which sees this process's rows only.
 
     Returns:
         x ``[T, K]``: the step ``g`` (gradient, or negated parameter change) becomes ``g - A^T x``.
     """
-    acting = active & c.isfinite().all()
+    acting = active & (c.isfinite().all() if finite is None else finite)
     c = torch.where(active, c, 0.0)
     if rule in ("integrated", "bounded", "remove"):
-        before, after = _apply(frame.into, torch.where(active, state.p, 0.0)), _apply(frame.into, c)
+        before, after = frame.into(state.p), frame.into(c)
         after = before + after
         state.p = torch.where(acting, state.p + c, state.p)
         kept = _attained(rule, after, params, frame.reach, displacement)
         kept = kept - _attained(rule, before, params, frame.reach, displacement)
-        return _apply(frame.out, (after - before) - kept)
+        return frame.out((after - before) - kept)
     if rule == "instant":
         sign = c
     elif rule == "significance":
@@ -165,7 +146,9 @@ def decide(
     else:
         sign = c * state.probe
     for name, value in (("mean", c), ("square", c.square())):
-        old = getattr(state, name)
-        setattr(state, name, torch.where(acting, params.beta * old + (1 - params.beta) * value, old))
-    state.count = torch.where(acting, state.count + 1, state.count)
-    return _apply(frame.out, (1 - _by_sign(sign, params)) * _apply(frame.into, c))
+        if name in MEMORY[rule]:
+            old = getattr(state, name)
+            setattr(state, name, torch.where(acting, params.beta * old + (1 - params.beta) * value, old))
+    if "count" in MEMORY[rule]:
+        state.count = torch.where(acting, state.count + 1, state.count)
+    return frame.out((1 - _by_sign(sign, params)) * frame.into(c))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,12 +29,15 @@ class Statistics:
     def count(self, stack: BasisStack, c: Tensor, x: Tensor, total: Tensor | None) -> None:
         """Adds one step: coefficients c and correction x ``[T, K]``, squared norm of the raw update if it is known."""
         known = torch.full((), torch.nan, dtype=c.dtype, device=c.device) if total is None else total.to(c.dtype)
+        energy = c.square()
+        parts = torch.stack(
+            [torch.where(c > 0, energy, 0.0), torch.where(c < 0, energy, 0.0), x * stack.overlap_times(x)]
+        )
+        sums = stack.column_sums(parts)  # [3, K]
         for name in stack.names:
-            part = c[:, stack.columns(name)].square() * c[:, stack.columns(name)].sign()
-            add = torch.stack([part.clamp_min(0).sum(), -part.clamp_max(0).sum(), known])
+            add = torch.cat([sums[:2, stack.columns(name)].sum(1), known.unsqueeze(0)])
             self._energies[name] = self._energies[name] + add if name in self._energies else add
-        correction = (x * (stack.overlap @ x.unsqueeze(-1)).squeeze(-1)).sum()
-        add = torch.stack([correction, known])
+        add = torch.stack([sums[2].sum(), known])
         self._touched = add if self._touched is None else self._touched + add
 
     def shares(self, name: str) -> dict[str, float | None] | None:
@@ -41,6 +45,8 @@ class Statistics:
         if name not in self._energies:
             return None
         aligned, conflicting, total = (float(v) for v in self._energies[name])
+        if aligned == conflicting == total == 0:
+            return None
         if math.isnan(total):
             inside = max(aligned + conflicting, 1e-300)
             return {"aligned": aligned / inside, "conflicting": conflicting / inside, "orthogonal": None}
@@ -59,12 +65,17 @@ class Statistics:
         touched, total = (float(v) for v in self._touched)
         return touched / total if total > 0 else None  # NaN > 0 is False: not tracked
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, names: Sequence[str], device: torch.device) -> dict[str, Any]:
+        """For a checkpoint, with the same entries whether anything was counted yet or not."""
+
+        def numbers(found: Tensor | None, size: int) -> Tensor:
+            return torch.zeros(size, dtype=torch.float64, device=device) if found is None else found.clone()
+
         return {
             "steps": self.steps,
             "dropped": self.dropped,
-            "energies": dict(self._energies),
-            "touched": self._touched,
+            "energies": {name: numbers(self._energies.get(name), 3) for name in names},
+            "touched": numbers(self._touched, 2),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,12 +1,28 @@
 """Where directions come from: bases over the parameters of a model, recorded, oriented, stored.
 
-Flat and per-matrix gradient-PCA bases live here. Factored bases (two-sided ``block``, one-sided ``input``) belong in modules
-of their own beside ``pca.py``, producing the same :class:`~carerl_kernels.subspace.store.DomainBasis` interface.
+Rows over all parameters (``flat``, ``per_matrix``: streaming gradient PCA) and factors per weight matrix (``block``: the stage's
+parameter change; ``input``: what forward passes feed into the matrix) share one interface: a layout, a recorder, a stored form
+(:class:`~carerl_kernels.subspace.store.StoredBasis`) and, in :mod:`carerl_kernels.guard`, a stack of acting directions.
 """
 
+from .block import BlockRecorder
+from .factored import FactoredBasis
+from .inputs import InputRecorder
 from .layout import Layout
+from .matrices import MatrixLayout
 from .pca import StreamingPCA
 from .recorder import StageRecorder
-from .store import BasisError, DomainBasis
+from .store import BasisError, DomainBasis, StoredBasis
 
-__all__ = ["BasisError", "DomainBasis", "Layout", "StageRecorder", "StreamingPCA"]
+__all__ = [
+    "BasisError",
+    "BlockRecorder",
+    "DomainBasis",
+    "FactoredBasis",
+    "InputRecorder",
+    "Layout",
+    "MatrixLayout",
+    "StageRecorder",
+    "StoredBasis",
+    "StreamingPCA",
+]

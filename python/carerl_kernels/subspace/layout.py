@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from .._ops import SEGMENT
+from .shards import Shards, local
 
-Kind = Literal["flat", "per_matrix"]
+RowKind = Literal["flat", "per_matrix"]
+Kind = Literal["flat", "per_matrix", "block", "input"]
 
 
 @dataclass(frozen=True)
@@ -34,49 +36,50 @@ class Layout:
     ``flat``: one basis over all parameters, T = 1 row of coefficients. ``per_matrix``: one basis per tensor; tensors with
     fewer than ``8*k`` elements are too small for k directions of their own and share one pooled basis in the last row.
 
+    Sharded parameters (FSDP2, or plain local parts with a process group) lie here with their local part only; coefficients and
+    Gram matrices are summed over the processes, so every process sees the same numbers.
+
     Attributes:
-        names, shapes: of the parameters, in order.
+        names, shapes: of the whole parameters, in order.
         kind: "flat" or "per_matrix".
         k: directions per domain and coefficient row.
-        offsets: first element of each parameter within a row; multiples of 128, zero-padded between.
-        size: N, elements of a row including padding.
+        offsets: first element of each parameter within a local row; multiples of 128, zero-padded between.
+        size: N, elements of a local row including padding.
         calls: list-op calls that together cover every parameter (split by dtype, device and pooling).
         T: rows of coefficients.
+        shards: what of every parameter lives here.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
-    kind: Kind
+    kind: RowKind
     k: int
     offsets: tuple[int, ...]
     size: int
     calls: tuple[Call, ...] = field(compare=False)
     T: int
+    shards: Shards = field(compare=False)
 
     @classmethod
-    def of(cls, named: Iterable[tuple[str, Tensor]], kind: Kind, k: int) -> Layout:
-        """Lays out named tensors.
+    def of(cls, named: Iterable[tuple[str, Tensor]], kind: RowKind, k: int, group: Any = None) -> Layout:
+        """Lays out named tensors; ``group`` is the process group of plain local parts.
 
         Raises:
-            ValueError: no tensors, an unknown kind, k < 1, or a tensor that is not dense, not floating or sharded.
+            ValueError: no tensors, an unknown kind, k < 1, or a tensor that is not dense, not floating, or sharded in another
+                way than along dimension 0.
         """
-        if kind not in get_args(Kind):
-            raise ValueError(f"basis kind: expected one of {', '.join(get_args(Kind))}, found {kind!r}")
-        if k < 1:
-            raise ValueError(f"k: expected at least one direction per domain, found {k}")
-        named = list(named)
-        if not named:
-            raise ValueError("expected a model with at least one trainable parameter, found none (all frozen?)")
+        if kind not in get_args(RowKind):
+            raise ValueError(f"basis kind: expected one of {', '.join(get_args(RowKind))}, found {kind!r}")
+        named, shards = checked(named, k, group)
         offsets, end = [], 0
-        for name, tensor in named:
-            _check_tensor(name, tensor)
+        for piece in shards.pieces:
             offsets.append(end)
-            end += -(-tensor.numel() // SEGMENT) * SEGMENT
+            end += _padded(piece.stop - piece.start)
 
         buckets: dict[tuple, list[int]] = {}
         small = 8 * k
-        for index, (_, tensor) in enumerate(named):
-            apart = kind == "per_matrix" and tensor.numel() >= small
+        for index, ((_, tensor), piece) in enumerate(zip(named, shards.pieces, strict=True)):
+            apart = kind == "per_matrix" and piece.numel >= small
             buckets.setdefault((not apart, str(tensor.dtype), str(tensor.device)), []).append(index)
         # Rows follow the parameters' order whatever their dtype or device: a stored basis fits the model in any of them.
         large = sorted(index for (pooled, *_), indices in buckets.items() if not pooled for index in indices)
@@ -87,19 +90,67 @@ class Layout:
         has_pool = any(not call.per_tensor for call in calls)
         return cls(
             names=tuple(name for name, _ in named),
-            shapes=tuple(tuple(tensor.shape) for _, tensor in named),
+            shapes=tuple(piece.shape for piece in shards.pieces),
             kind=kind,
             k=k,
             offsets=tuple(offsets),
             size=end,
             calls=tuple(calls),
             T=len(large) + int(has_pool),
+            shards=shards,
         )
 
     @property
+    def width(self) -> int:
+        """Coefficients per domain and row."""
+        return self.k
+
+    @property
     def parameters(self) -> int:
-        """Number of parameters without padding."""
-        return sum(torch.Size(shape).numel() for shape in self.shapes)
+        """Number of parameters, whole and without padding."""
+        return sum(piece.numel for piece in self.shards.pieces)
+
+    @property
+    def covered(self) -> int:
+        """Parameters that a basis of this kind has directions for: all."""
+        return self.parameters
+
+    @property
+    def chance(self) -> float:
+        """Share of a displacement's energy that random directions would hold."""
+        return self.k * self.T / self.parameters
+
+    @property
+    def file_columns(self) -> list[tuple[slice, slice]]:
+        """Per parameter: its columns in a local row, and the same elements' columns in a row of a file, which is whole."""
+        out, end = [], 0
+        for piece, offset in zip(self.shards.pieces, self.offsets, strict=True):
+            size = piece.stop - piece.start
+            out.append((slice(offset, offset + size), slice(end + piece.start, end + piece.stop)))
+            end += _padded(piece.numel)
+        return out
+
+    def unpack(self, rows: Tensor) -> dict[str, Tensor]:
+        """Rows ``[k, N]`` as one tensor ``[k, *shape]`` per parameter, for checkpoints; DTensors where parameters are."""
+        out = {}
+        for index, (name, piece, (here, _)) in enumerate(
+            zip(self.names, self.shards.pieces, self.file_columns, strict=True)
+        ):
+            part = rows[:, here].clone()
+            if not self.shards.sharded or self.shards.mesh is not None:
+                part = part.view(rows.shape[0], *piece.local_shape)
+            out[name] = self.shards.spread(index, part, 1) if part.dim() > 1 else part
+        return out
+
+    def pack_(self, rows: Tensor, parts: Mapping[str, Tensor]) -> None:
+        """The inverse of :meth:`unpack`."""
+        for name, (here, _) in zip(self.names, self.file_columns, strict=True):
+            rows[:, here] = local(parts[name]).to(rows).reshape(rows.shape[0], -1)
+
+    @property
+    def file_size(self) -> int:
+        """Elements of a row of a file."""
+        return sum(_padded(piece.numel) for piece in self.shards.pieces)
 
     def gather(
         self,
@@ -107,12 +158,12 @@ class Layout:
         op: Callable[[list[Tensor], list[int], bool], Tensor],
         trailing: tuple[int, ...],
     ) -> Tensor:
-        """Runs a coefficient op over all calls: float64 ``[T, *trailing]``; pooled calls add up in their row."""
+        """Runs a coefficient op over all calls: float64 ``[T, *trailing]``; pooled calls, and processes, add up."""
         out = torch.zeros(self.T, *trailing, dtype=torch.float64, device=tensors[0].device)
         for call in self.calls:
             part = op([tensors[i] for i in call.indices], [self.offsets[i] for i in call.indices], call.per_tensor)
             out[list(call.rows)] += part.view(-1, *trailing).to(out.device)
-        return out
+        return self.shards.sum_(out)
 
     def project(self, tensors: Sequence[Tensor], bases: Tensor, scales: Tensor | None = None) -> Tensor:
         """Coefficients ``[T, D*k]`` float64 of tensors laid out like the parameters on bases ``[D, k, N]``."""
@@ -162,10 +213,26 @@ class Layout:
             )
 
 
-def _check_tensor(name: str, tensor: Tensor) -> None:
-    if type(tensor).__name__ == "DTensor" or type(tensor.data).__name__ == "DTensor":
-        raise ValueError(f"parameter {name!r}: expected a plain tensor, found a sharded DTensor; unshard it first")
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"parameter {name!r}: expected float32, bfloat16 or float16, found {tensor.dtype}")
-    if not tensor.is_contiguous():
-        raise ValueError(f"parameter {name!r}: expected a contiguous tensor, found strides {tensor.stride()}")
+def checked(named: Iterable[tuple[str, Tensor]], k: int, group: Any) -> tuple[list[tuple[str, Tensor]], Shards]:
+    """Local parts of named tensors that a basis can lie over, and where the other parts are.
+
+    Raises:
+        ValueError: see :meth:`Layout.of`.
+    """
+    if k < 1:
+        raise ValueError(f"k: expected at least one direction per domain, found {k}")
+    named = list(named)
+    if not named:
+        raise ValueError("expected a model with at least one trainable parameter, found none (all frozen?)")
+    shards = Shards.of(named, group)
+    parts = [(name, local(tensor)) for name, tensor in named]
+    for name, tensor in parts:
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"parameter {name!r}: expected float32, bfloat16 or float16, found {tensor.dtype}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"parameter {name!r}: expected a contiguous tensor, found strides {tensor.stride()}")
+    return parts, shards
+
+
+def _padded(numel: int) -> int:
+    return -(-numel // SEGMENT) * SEGMENT

@@ -11,6 +11,8 @@ from torch import Tensor
 from ..linalg import pca_core
 from .layout import Layout
 
+_NUMBERS = ("singular_values", "energy", "discarded", "seen", "skipped")
+
 
 class StreamingPCA:
     """Top directions of a stream of gradients, kept current in two passes over gradient and rows per update.
@@ -99,11 +101,11 @@ class StreamingPCA:
         return self.rows[: self.k], self.singular_values[:, : self.k]
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("rows", "singular_values", "energy", "discarded", "seen", "skipped")
-        return {"updates": self._updates, **{name: getattr(self, name).clone() for name in names}}
+        numbers = {name: getattr(self, name).clone() for name in _NUMBERS}
+        return {"updates": self._updates, "rows": self.layout.unpack(self.rows), **numbers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        state = dict(state)
-        self._updates = state.pop("updates")
-        for name, value in state.items():
-            getattr(self, name).copy_(value)
+        self._updates = state["updates"]
+        self.layout.pack_(self.rows, state["rows"])
+        for name in _NUMBERS:
+            getattr(self, name).copy_(state[name])

@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from .fingerprint import hash_parameters
 from .layout import Layout
 from .pca import StreamingPCA
-from .store import BasisInfo, DomainBasis, hash_parameters
+from .start import StageStart
+from .store import BasisInfo, DomainBasis, StoredBasis
+
+
+class Recorder(Protocol):
+    """What the guard asks of the recorder of a stage, whatever the kind of basis."""
+
+    domain: str
+    steps: int
+
+    def begin(self) -> None:
+        """The stage begins: forward hooks go on, where the kind needs them."""
+
+    def end(self) -> None:
+        """The stage is over, however it ended."""
+
+    def update(self, grads: Sequence[Tensor]) -> None:
+        """Takes in the gradient of one optimizer step."""
+
+    def finish(self, parameters: Sequence[Tensor]) -> StoredBasis:
+        """The basis of the stage, given the parameters at its end."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class StageRecorder:
@@ -26,7 +48,7 @@ class StageRecorder:
     Args:
         domain: name of the domain.
         layout: where the parameters lie.
-        parameters: the tensors themselves, at the start of the stage.
+        parameters: the tensors themselves (of sharded ones, the local parts), at the start of the stage.
         k, oversample, dtype: see :class:`StreamingPCA`.
         start_checkpoint: safetensors file with the parameters at the start, under the layout's names; None writes one
             into a temporary directory.
@@ -49,30 +71,13 @@ class StageRecorder:
         self.domain, self.layout, self.architecture, self.every = domain, layout, architecture, every
         self.pca = StreamingPCA(layout, k, oversample, dtype, parameters[0].device)
         self.steps = 0
-        self._temporary: tempfile.TemporaryDirectory | None = None
-        if start_checkpoint is None:
-            self._keep_start({n: p.detach().cpu() for n, p in zip(layout.names, parameters, strict=True)})
-        else:
-            self.start = Path(start_checkpoint)
-            _check_start(self.start, layout)
-        self.start_hash = hash_parameters(self._start_tensors())
+        self.start = StageStart(domain, layout.names, parameters, layout.shards, start_checkpoint)
 
-    def _keep_start(self, tensors: dict[str, Tensor]) -> None:
-        self._temporary = tempfile.TemporaryDirectory(prefix="carerl-stage-")
-        self.start = Path(self._temporary.name) / "start.safetensors"
-        try:
-            save_file(tensors, self.start)
-        except Exception as error:
-            self._temporary.cleanup()
-            raise OSError(
-                f"could not keep the start of stage {self.domain!r} in {self.start.parent}: {error}; free space, set TMPDIR, "
-                "or pass start_checkpoint="
-            ) from error
+    def begin(self) -> None:
+        """Nothing to do: gradients come by themselves."""
 
-    def _start_tensors(self):
-        with safe_open(self.start, framework="pt") as file:
-            for name in self.layout.names:
-                yield file.get_tensor(name)
+    def end(self) -> None:
+        """Nothing to do."""
 
     def update(self, grads: Sequence[Tensor]) -> None:
         """Takes in the gradient of one optimizer step (every n-th of them)."""
@@ -94,18 +99,19 @@ class StageRecorder:
                 "guard.attach(optimizer) before training, inside or before the stage"
             )
         directions, singular_values = self.pca.directions()
-        moved = torch.zeros(self.layout.T, directions.shape[0], dtype=torch.float64, device=directions.device)
-        energy = 0.0
-        for call in self.layout.calls:
+        layout = self.layout
+        moved = torch.zeros(layout.T, directions.shape[0], dtype=torch.float64, device=directions.device)
+        energy = torch.zeros((), dtype=torch.float64, device=directions.device)
+        for call in layout.calls:
             for position, index in enumerate(call.indices):
-                with safe_open(self.start, framework="pt") as file:
-                    start = file.get_tensor(self.layout.names[index]).to(parameters[index].device, torch.float32)
-                delta = start - parameters[index].detach().float()  # gradient convention: the step was -delta
+                delta = self.start.delta(index, parameters[index])  # gradient convention: the step was -delta
                 coeffs = torch.ops.carerl.project.list(
-                    [delta], directions.unsqueeze(0), [self.layout.offsets[index]], None, torch.float64
+                    [delta], directions.unsqueeze(0), [layout.offsets[index]], None, torch.float64
                 )
                 moved[call.row_of(position)] += coeffs[0]
-                energy += float(delta.double().square().sum())
+                energy += delta.double().square().sum()
+        layout.shards.sum_(moved)
+        total = float(layout.shards.sum_(energy))
         self._orient(directions, moved)
         seen = float(self.pca.energy.sum())
         info = BasisInfo(
@@ -115,14 +121,15 @@ class StageRecorder:
             architecture=self.architecture,
             names=self.layout.names,
             shapes=self.layout.shapes,
-            start_hash=self.start_hash,
-            end_hash=hash_parameters(parameters),
+            start_hash=self.start.hash,
+            end_hash=hash_parameters(parameters, layout.shards),
             steps=int(self.pca.seen),
             skipped=int(self.pca.skipped),
             gradient_capture=float(singular_values.square().sum()) / seen if seen > 0 else 0.0,
-            displacement_capture=float(moved.square().sum()) / energy if energy > 0 else 0.0,
+            displacement_capture=float(moved.square().sum()) / total if total > 0 else 0.0,
         )
-        return DomainBasis(info, directions, singular_values.clone(), moved.abs())
+        part = layout if layout.shards.sharded else None
+        return DomainBasis(info, directions, singular_values.clone(), moved.abs(), None, part)
 
     def _orient(self, directions: Tensor, moved: Tensor) -> None:
         """Flips rows so that the stage moved against them (theta_start - theta_end has a positive coefficient)."""
@@ -130,36 +137,21 @@ class StageRecorder:
         for call in self.layout.calls:
             for position, index in enumerate(call.indices):
                 start = self.layout.offsets[index]
-                stop = start + torch.Size(self.layout.shapes[index]).numel()
+                piece = self.layout.shards.pieces[index]
+                stop = start + piece.stop - piece.start
                 row = call.row_of(position)
                 directions[:, start:stop] *= sign[row].unsqueeze(1)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything to go on after an interruption, the start of the stage included (unless the caller keeps it)."""
-        start: Any = str(self.start)
-        if self._temporary is not None:
-            start = dict(zip(self.layout.names, self._start_tensors(), strict=True))
-        return {"domain": self.domain, "steps": self.steps, "pca": self.pca.state_dict(), "start": start}
+        return {
+            "domain": self.domain,
+            "steps": self.steps,
+            "pca": self.pca.state_dict(),
+            "start": self.start.state(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps = state["steps"]
         self.pca.load_state_dict(state["pca"])
-        if isinstance(state["start"], str):
-            self.start = Path(state["start"])
-            _check_start(self.start, self.layout)
-        else:
-            self._keep_start(state["start"])
-        self.start_hash = hash_parameters(self._start_tensors())
-
-
-def _check_start(path: Path, layout: Layout) -> None:
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:
-        raise ValueError(f"start_checkpoint {path}: expected a readable safetensors file ({error})") from error
-    for name, shape in zip(layout.names, layout.shapes, strict=True):
-        if found.get(name) != shape:
-            raise ValueError(
-                f"start_checkpoint {path}: expected {name} {list(shape)}, found {found.get(name, 'nothing')}"
-            )
+        self.start.load(state["start"])

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .._files import write_atomically
 from .._ops import block_of
 from .layout import Kind, Layout
+from .saving import Part, save_parts
+from .shards import Shards
 
 FORMAT = "carerl-basis"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class BasisError(ValueError):
@@ -31,12 +32,13 @@ class BasisInfo:
 
     Attributes:
         domain: name of the domain.
-        kind, k: flat or per-matrix, directions per coefficient row.
+        kind, k: of the basis; directions per coefficient row, or rank of factored bases.
         architecture: class name of the model, for messages.
         names, shapes: of the parameters, in order.
         start_hash, end_hash: of the parameter values when the stage began and ended.
         steps: gradients streamed in; skipped: gradients refused because they were not finite.
-        gradient_capture: share of the stage's gradient energy that the directions hold, 0..1.
+        gradient_capture: share of the stage's gradient energy that the directions hold, 0..1; None where gradients were not
+            looked at (block bases come from the parameter change alone).
         displacement_capture: share of the stage's squared parameter change that they hold, 0..1.
     """
 
@@ -50,113 +52,73 @@ class BasisInfo:
     end_hash: str
     steps: int
     skipped: int
-    gradient_capture: float
+    gradient_capture: float | None
     displacement_capture: float
 
 
-@dataclass(frozen=True)
-class DomainBasis:
-    """The recorded directions of one domain, oriented so that ``u . (theta_start - theta_end) >= 0`` (gradient convention).
-
-    Attributes:
-        info: see :class:`BasisInfo`.
-        directions: ``[k, N]``, rows orthonormal per coefficient row (float32, bfloat16 or float16; with scales int8 or
-            float8_e4m3fn).
-        singular_values: ``[T, k]`` float64, of the stage's gradients.
-        displacement: h ``[T, k]`` float64, at least zero: how far the stage moved along each direction.
-        scales: ``[k, ceil(N/block)]`` of int8 or float8_e4m3fn directions, else None.
-    """
+class StoredBasis(ABC):
+    """The recorded directions of one domain, in one file: :class:`DomainBasis` (rows) or ``FactoredBasis`` (factors)."""
 
     info: BasisInfo
-    directions: Tensor
-    singular_values: Tensor
-    displacement: Tensor
-    scales: Tensor | None = None
-
-    def quantized(self, block: int = 128, dtype: torch.dtype = torch.int8) -> DomainBasis:
-        """The same basis with block-scaled directions, a quarter of fp32's memory.
-
-        Args:
-            block: elements per scale, a power of two of at least 32.
-            dtype: int8 (relative error .0065) or float8_e4m3fn (.026).
-        """
-        if self.directions.dtype == dtype:
-            return self
-        basis = self.dequantized()
-        codes, scales = torch.ops.carerl.quantize_bases(basis.directions.unsqueeze(0), block, dtype)
-        return DomainBasis(self.info, codes[0], self.singular_values, self.displacement, scales[0])
-
-    def dequantized(self) -> DomainBasis:
-        """The same basis with float32 directions where they were quantised."""
-        if self.scales is None:
-            return self
-        block = block_of("dequantized", self.directions.shape[-1], self.scales.shape[-1])
-        directions = self.directions.float()
-        whole = directions.shape[-1] // block
-        directions[:, : whole * block].unflatten(1, (whole, block)).mul_(self.scales[:, :whole, None])
-        directions[:, whole * block :] *= self.scales[:, whole:]
-        return DomainBasis(self.info, directions, self.singular_values, self.displacement)
-
-    def save(self, path: Path | str) -> None:
-        """Writes the file atomically.
-
-        Raises:
-            OSError: the directory or the disk refuses; nothing is left half-written.
-        """
-        tensors = {
-            "directions": self.directions,
-            "singular_values": self.singular_values,
-            "displacement": self.displacement,
-        }
-        if self.scales is not None:
-            tensors["scales"] = self.scales
-        metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "info": json.dumps(asdict(self.info))}
-        stored = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-        write_atomically(path, lambda temporary: save_file(stored, temporary, metadata))
 
     @classmethod
-    def load(cls, path: Path | str) -> DomainBasis:
-        """Reads a file written by :meth:`save`.
+    def load(cls, path: Path | str, layout: Any = None) -> Any:
+        """Reads a file written by :meth:`save`: the class that fits what is in it.
+
+        Args:
+            path: of the file.
+            layout: of sharded parameters: only what belongs to this process is read.
 
         Raises:
             FileNotFoundError: there is no such file.
             BasisError: not a basis file, a newer format version, or damaged.
         """
+        from .factored import FactoredBasis
+
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"basis file {path} does not exist; record one with guard.stage(name, path=...)")
+        if layout is not None and not layout.shards.sharded:
+            layout = None
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise BasisError(
-                        f"{path}: expected a {FORMAT} file, found {metadata.get('format', 'no format mark')}"
-                    )
-                if int(metadata["version"]) > FORMAT_VERSION:
-                    raise BasisError(
-                        f"{path}: expected format version <= {FORMAT_VERSION}, found {metadata['version']}; "
-                        "upgrade carerl-kernels"
-                    )
-                raw = json.loads(metadata["info"])
-                raw["names"], raw["shapes"] = tuple(raw["names"]), tuple(tuple(s) for s in raw["shapes"])
-                info = BasisInfo(**{f.name: raw[f.name] for f in fields(BasisInfo)})
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            basis = cls(info, **tensors)
+                info = _read_info(path, file.metadata() or {})
+                kind = FactoredBasis if info.kind in ("block", "input") else DomainBasis
+                basis = kind._read(path, info, file, layout)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, BasisError):
                 raise
             raise BasisError(f"{path}: damaged or truncated basis file ({error}); record or copy it again") from error
-        basis._check_numbers(path)
+        if not isinstance(basis, cls):
+            raise BasisError(f"{path}: expected a {cls.__name__}, found a {info.kind} basis ({type(basis).__name__})")
         return basis
 
-    def _check_numbers(self, path: Path) -> None:
-        rows = self.directions.shape[0] if self.directions.dim() == 2 else -1
-        if rows != self.info.k or self.singular_values.shape[1:] != (rows,):
-            raise BasisError(f"{path}: expected {self.info.k} directions, found shape {list(self.directions.shape)}")
-        if not (self.displacement.isfinite().all() and self.singular_values.isfinite().all()):
-            raise BasisError(f"{path}: damaged basis file: displacement or singular values are not finite")
+    def save(self, path: Path | str) -> None:
+        """Writes the file atomically. The part of a sharded basis: every process calls it, one writes.
 
-    def check_model(self, layout: Layout, architecture: str) -> None:
+        Raises:
+            OSError: the directory or the disk refuses; nothing is left half-written.
+        """
+        metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "info": json.dumps(asdict(self.info))}
+        save_parts(path, self._parts(), metadata, self._shards())
+
+    @classmethod
+    @abstractmethod
+    def _read(cls, path: Path, info: BasisInfo, file: Any, layout: Any) -> StoredBasis: ...
+
+    @abstractmethod
+    def _parts(self) -> dict[str, Part]:
+        """What to write, or the part of it that is here."""
+
+    @abstractmethod
+    def _shards(self) -> Shards | None:
+        """Over which processes the basis is spread; None for a whole one."""
+
+    @abstractmethod
+    def quantized(self) -> StoredBasis:
+        """The same directions in fewer bytes."""
+
+    def check_model(self, layout: Fingerprint, architecture: str) -> None:
         """Refuses a model whose parameters have other names or shapes.
 
         Raises:
@@ -173,31 +135,187 @@ class DomainBasis:
                     f"{architecture}): expected parameter {name} {_shape(there.get(name))}, found {_shape(here.get(name))}; "
                     "record the stage on this architecture with the same parameters trainable"
                 )
-        if (
-            self.displacement.shape != (layout.T, self.info.k)
-            and self.info.kind == layout.kind
-            and self.info.k == layout.k
-        ):
+        if (self.info.kind, self.info.names) != (layout.kind, layout.names):
+            raise BasisError(
+                f"basis of domain {self.info.domain!r}: expected a {layout.kind} basis over the parameters in this order, "
+                f"found a {self.info.kind} basis; construct the guard with basis={self.info.kind!r}, k={self.info.k}"
+            )
+
+
+class Fingerprint(Protocol):
+    """What a basis compares with a model: any layout."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]: ...
+    @property
+    def kind(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class DomainBasis(StoredBasis):
+    """Rows over all parameters, oriented so that ``u . (theta_start - theta_end) >= 0`` (gradient convention).
+
+    Attributes:
+        info: see :class:`BasisInfo`.
+        directions: ``[k, N]``, rows orthonormal per coefficient row (float32, bfloat16 or float16; with scales int8 or
+            float8_e4m3fn).
+        singular_values: ``[T, k]`` float64, of the stage's gradients.
+        displacement: h ``[T, k]`` float64, at least zero: how far the stage moved along each direction.
+        scales: ``[k, ceil(N/block)]`` of int8 or float8_e4m3fn directions, else None.
+        layout: of sharded parameters, when the directions are this process's part only; else None.
+    """
+
+    info: BasisInfo
+    directions: Tensor
+    singular_values: Tensor
+    displacement: Tensor
+    scales: Tensor | None = None
+    layout: Layout | None = None
+
+    def quantized(self, block: int = 128, dtype: torch.dtype = torch.int8) -> DomainBasis:
+        """The same basis with block-scaled directions, a quarter of fp32's memory.
+
+        Args:
+            block: elements per scale, a power of two of at least 32.
+            dtype: int8 (relative error .0065) or float8_e4m3fn (.026).
+        """
+        if self.directions.dtype == dtype:
+            return self
+        rows = self.dequantized().directions.unsqueeze(0)
+        codes, scales = torch.ops.carerl.quantize_bases(rows, block, dtype)
+        return DomainBasis(self.info, codes[0], self.singular_values, self.displacement, scales[0], self.layout)
+
+    def dequantized(self) -> DomainBasis:
+        """The same basis with float32 directions where they were quantised."""
+        if self.scales is None:
+            return self
+        directions = _dequantized(self.directions, self.scales, self.directions.shape[-1])
+        return DomainBasis(self.info, directions, self.singular_values, self.displacement, None, self.layout)
+
+    def part_of(self, layout: Layout) -> DomainBasis:
+        """This process's part under a sharded layout; itself where it is that already, or nothing is sharded."""
+        if self.layout is not None or not layout.shards.sharded:
+            return self
+        whole = self.dequantized().directions
+        return DomainBasis(
+            self.info,
+            _part(layout, whole.shape[0], lambda columns: whole[:, columns]),
+            self.singular_values,
+            self.displacement,
+            None,
+            layout,
+        )
+
+    def _shards(self) -> Shards | None:
+        return None if self.layout is None else self.layout.shards
+
+    def _parts(self) -> dict[str, Part]:
+        basis = self if self.layout is None else self.dequantized()  # blocks of codes straddle the parts
+        parts = {
+            "singular_values": Part.whole(basis.singular_values),
+            "displacement": Part.whole(basis.displacement),
+        }
+        if basis.scales is not None:
+            parts["scales"] = Part.whole(basis.scales)
+        if self.layout is None:
+            parts["directions"] = Part.whole(basis.directions)
+        else:
+            pieces = [(basis.directions[:, here], there) for here, there in self.layout.file_columns]
+            shape = (basis.directions.shape[0], self.layout.file_size)
+            parts["directions"] = Part(shape, basis.directions.dtype, 1, pieces)
+        return parts
+
+    @classmethod
+    def _read(cls, path: Path, info: BasisInfo, file: Any, layout: Layout | None) -> DomainBasis:
+        tensors = {name: file.get_tensor(name) for name in file.keys() if name != "directions"}  # noqa: SIM118
+        stored, scales = file.get_slice("directions"), tensors.pop("scales", None)
+        columns = stored.get_shape()[-1]
+        if layout is None or columns != layout.file_size:
+            basis = cls(info, file.get_tensor("directions"), scales=scales, **tensors)
+        else:
+
+            def read(at: slice) -> Tensor:
+                part = stored[:, at.start : at.stop]
+                return part if scales is None else _dequantized(part, scales, columns, at.start)
+
+            basis = cls(info, _part(layout, stored.get_shape()[0], read), layout=layout, **tensors)
+        basis._check_numbers(path)
+        return basis
+
+    def _check_numbers(self, path: Path) -> None:
+        rows = self.directions.shape[0] if self.directions.dim() == 2 else -1
+        if rows != self.info.k or self.singular_values.shape[1:] != (rows,):
+            raise BasisError(f"{path}: expected {self.info.k} directions, found shape {list(self.directions.shape)}")
+        if not (self.displacement.isfinite().all() and self.singular_values.isfinite().all()):
+            raise BasisError(f"{path}: damaged basis file: displacement or singular values are not finite")
+
+    def check_model(self, layout: Any, architecture: str) -> None:
+        super().check_model(layout, architecture)
+        if self.displacement.shape != (layout.T, self.info.k) and self.info.k == layout.k:
             raise BasisError(
                 f"basis of domain {self.info.domain!r}: expected displacements [{layout.T}, {layout.k}], found "
                 f"{list(self.displacement.shape)}; the file is damaged, record or copy it again"
             )
-        if (self.info.kind, self.directions.shape[1], self.info.names) != (layout.kind, layout.size, layout.names):
+        size = layout.size if self.layout is not None else layout.file_size
+        if self.directions.shape[1] != size:
             raise BasisError(
-                f"basis of domain {self.info.domain!r}: expected a {layout.kind} basis with N = {layout.size} over the "
-                f"parameters in this order, found a {self.info.kind} basis with N = {self.directions.shape[1]}; "
-                f"construct the guard with basis={self.info.kind!r}, k={self.info.k}"
+                f"basis of domain {self.info.domain!r}: expected a {layout.kind} basis with N = {size}, found "
+                f"N = {self.directions.shape[1]}; the file is damaged, record or copy it again"
             )
+
+
+def _part(layout: Layout, k: int, read: Callable[[slice], Tensor]) -> Tensor:
+    """The local rows ``[k, N]`` of a layout, from columns of whole rows."""
+    out = torch.zeros(k, layout.size)
+    for here, there in layout.file_columns:
+        if there.stop > there.start:
+            columns = read(there)
+            if out.dtype != columns.dtype:
+                out = out.to(columns.dtype)  # the first columns tell
+            out[:, here] = columns
+    return out
+
+
+def _dequantized(codes: Tensor, scales: Tensor, columns: int, start: int = 0) -> Tensor:
+    """float32 columns from block-scaled ones that begin at ``start`` of rows with this many columns."""
+    block = block_of("dequantized", columns, scales.shape[-1])
+    out = codes.float()
+    stop = start + codes.shape[-1]
+    for first in range(start // block, -(-stop // block), 1 << 16):
+        last = min(first + (1 << 16), -(-stop // block))
+        a, b = max(first * block, start), min(last * block, stop)
+        factors = scales[:, first:last].repeat_interleave(block, dim=1)
+        out[:, a - start : b - start] *= factors[:, a - first * block : b - first * block]
+    return out
+
+
+def read_info(path: Path | str) -> BasisInfo:
+    """What is known about the basis in a file, without reading its numbers. Raises as :meth:`StoredBasis.load`."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"basis file {path} does not exist; record one with guard.stage(name, path=...)")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _read_info(path, file.metadata() or {})
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, BasisError):
+            raise
+        raise BasisError(f"{path}: damaged or truncated basis file ({error}); record or copy it again") from error
+
+
+def _read_info(path: Path, metadata: Mapping[str, str]) -> BasisInfo:
+    if metadata.get("format") != FORMAT:
+        raise BasisError(f"{path}: expected a {FORMAT} file, found {metadata.get('format', 'no format mark')}")
+    if int(metadata["version"]) > FORMAT_VERSION:
+        raise BasisError(
+            f"{path}: expected format version <= {FORMAT_VERSION}, found {metadata['version']}; upgrade carerl-kernels"
+        )
+    raw = json.loads(metadata["info"])
+    raw["names"], raw["shapes"] = tuple(raw["names"]), tuple(tuple(s) for s in raw["shapes"])
+    return BasisInfo(**{f.name: raw[f.name] for f in fields(BasisInfo)})
 
 
 def _shape(shape: Sequence[int] | None) -> str:
     return "absent" if shape is None else str(list(shape))
-
-
-def hash_parameters(tensors: Iterable[Tensor]) -> str:
-    """Hash of parameter values, to chain checkpoints: this stage's start is an earlier stage's end."""
-    digest = hashlib.blake2b(digest_size=16)
-    for tensor in tensors:
-        flat = tensor.detach().cpu().contiguous().view(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -1,0 +1,285 @@
+"""``carerl basis``: look at basis files, test them against a model, merge, quantise, and plan what a kind would cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+basis = typer.Typer(
+    help="Basis files: inspect, validate, merge, quantize; plan what a kind costs.", no_args_is_help=True
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+class Kinds(StrEnum):
+    flat = "flat"
+    per_matrix = "per_matrix"
+    block = "block"
+    input = "input"
+
+
+class Storages(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    int8 = "int8"
+
+
+@contextmanager
+def _plain_errors(command: str) -> Iterator[None]:
+    """Errors that tell the user what to do become one line without a traceback."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == __package__:
+            raise
+        message = f"{error.name} is not installed: pip install 'carerl-kernels[train]'"
+    except (ValueError, OSError) as error:
+        message = str(error)
+    else:
+        return
+    typer.secho(f"carerl basis {command}: {message}", err=True, fg=typer.colors.RED)
+    raise typer.Exit(1)
+
+
+@basis.command()
+def inspect(files: Annotated[list[Path], typer.Argument(help="Basis files.")], as_json: Json = False) -> None:
+    """What stands in basis files, and whether their stages chain: each starts where another ended."""
+    with _plain_errors("inspect"):
+        facts = [_facts(path) for path in files]
+    ends = {fact["end_hash"] for fact in facts}
+    for fact in facts:
+        fact["follows"] = [f["domain"] for f in facts if f["end_hash"] == fact["start_hash"] and f is not fact]
+        fact["chained"] = fact["start_hash"] in ends
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    for fact in facts:
+        typer.echo(f"{fact['file']}: domain {fact['domain']}, {fact['kind']}, k = {fact['k']}, {fact['dtype']}")
+        typer.echo(
+            f"  {_size(fact['bytes'])} over {fact['parameters']:,} parameters in {fact['tensors']} tensors of "
+            f"{fact['architecture']}"
+        )
+        captured = fact["gradient_capture"]
+        energy = "" if captured is None else f"{captured:.1%} of the gradients' energy (input bases: the inputs'), "
+        typer.echo(
+            f"  holds {energy}{fact['displacement_capture']:.1%} of the stage's change; {fact['steps']} steps seen"
+        )
+        typer.echo(f"  orthonormal to {fact['orthonormality']:.1e}")
+        after = f", follows {', '.join(fact['follows'])}" if fact["follows"] else ""
+        typer.echo(f"  start {fact['start_hash'] or '-'}, end {fact['end_hash'] or '-'}{after}")
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    from dataclasses import asdict
+    from math import prod
+
+    from .subspace import DomainBasis, StoredBasis
+
+    stored = StoredBasis.load(path)
+    info = asdict(stored.info)
+    names, shapes = info.pop("names"), info.pop("shapes")
+    if isinstance(stored, DomainBasis):
+        dtype = str(stored.directions.dtype)
+        error = _orthonormality(stored)
+    else:
+        factors = [*stored.left.values(), *stored.right.values()]
+        dtype = str(factors[0].dtype)
+        error = max(_column_error(f) for f in factors)
+    return {
+        "file": str(path),
+        **info,
+        "dtype": dtype.removeprefix("torch."),
+        "tensors": len(names),
+        "parameters": sum(prod(s) for s in shapes),
+        "bytes": path.stat().st_size,
+        "orthonormality": error,
+    }
+
+
+def _column_error(factor: Any) -> float:
+    import torch
+
+    gram = factor.double().mT @ factor.double()
+    present = torch.diag_embed((gram.diagonal() > 0.5).double())
+    return float((gram - present).abs().max())
+
+
+def _orthonormality(stored: Any) -> float:
+    """Largest deviation of ``U U^T`` from the identity (empty slots aside) over coefficient rows."""
+    import torch
+
+    from .subspace.merge import segments_of
+
+    rows = stored.dequantized().directions
+    T, k = stored.singular_values.shape[0], rows.shape[0]
+    gram = torch.zeros(T, k, k, dtype=torch.float64)
+    for row, columns in segments_of(stored):
+        part = rows[:, columns].double()
+        gram[row] += part @ part.mT
+    present = torch.diag_embed((gram.diagonal(dim1=-2, dim2=-1) > 0.5).double())
+    return float((gram - present).abs().max())
+
+
+@basis.command()
+def quantize(
+    file: Annotated[Path, typer.Argument(help="Basis file.")],
+    out: Annotated[Path, typer.Option(help="File to write.")],
+) -> None:
+    """Store a basis in fewer bytes: int8 blocks for flat and per-matrix ones, bfloat16 factors for block and input."""
+    from .subspace import StoredBasis
+
+    with _plain_errors("quantize"):
+        StoredBasis.load(file).quantized().save(out)
+        typer.echo(f"{out}: {_size(out.stat().st_size)}, was {_size(file.stat().st_size)}")
+
+
+@basis.command()
+def merge(
+    files: Annotated[list[Path], typer.Argument(help="Basis files of one model and kind, oldest first.")],
+    out: Annotated[Path, typer.Option(help="File to write.")],
+    domain: Annotated[str | None, typer.Option(help="Name of the result; the names joined by + by default.")] = None,
+    k: Annotated[
+        int | None, typer.Option(min=1, help="Directions, or rank; that of the first file by default.")
+    ] = None,
+) -> None:
+    """Compress several domains into one basis. What is given up is printed: compressed history protects less."""
+    from .subspace import StoredBasis
+    from .subspace.merge import merge as merged
+
+    with _plain_errors("merge"):
+        bases = [StoredBasis.load(path) for path in files]
+        result = merged(bases, domain or "+".join(b.info.domain for b in bases), k)
+        result.save(out)
+        typer.echo(
+            f"{out}: domain {result.info.domain}, {_size(out.stat().st_size)}, holds "
+            f"{result.info.displacement_capture:.1%} of the stages' changes"
+        )
+
+
+@basis.command()
+def validate(
+    file: Annotated[Path, typer.Argument(help="Basis file.")],
+    model: Annotated[Path, typer.Option(help="Folder of the model (transformers), with its tokenizer.")],
+    prompts: Annotated[Path, typer.Option(help='JSON lines with "prompt" and "answer": the domain, fresh.')],
+    batch: Annotated[int, typer.Option(min=1, help="Prompts per gradient.")] = 4,
+    gradients: Annotated[int, typer.Option(min=3, help="Gradients to draw at most.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of the random directions.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Does a basis explain fresh gradients of its domain better than random directions? Similar is not functional."""
+    with _plain_errors("validate"):
+        result = _validate(file, model, prompts, batch, gradients, seed)
+    if as_json:
+        typer.echo(json.dumps(result.as_dict(), indent=2))
+        return
+    typer.echo(
+        f"{file}: explains {result.explained:.2%} of {result.gradients} fresh gradients of {result.domain} "
+        f"(95 % interval {result.low:.2%} to {result.high:.2%})"
+    )
+    typer.echo(f"  random directions of equal number: {result.random:.2%}; verdict: {result.verdict}")
+
+
+def _validate(file: Path, folder: Path, prompts: Path, batch: int, gradients: int, seed: int) -> Any:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .grpo import Example
+    from .grpo.logprobs import answer_loss
+    from .grpo.text import special_tokens
+    from .guard.validate import validate as validated
+    from .subspace import StoredBasis
+
+    stored = StoredBasis.load(file)
+    if not prompts.is_file():
+        raise FileNotFoundError(f"prompts {prompts}: expected a file of JSON lines, found none")
+    examples = []
+    for number, line in enumerate(prompts.read_text().splitlines(), 1):
+        try:
+            raw = json.loads(line)
+            examples.append(Example(raw["prompt"], answer=raw["answer"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f'{prompts}, line {number}: expected {{"prompt": ..., "answer": ...}} ({error})'
+            ) from error
+    network = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name in stored.info.names)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokens = special_tokens(tokenizer, network)
+    batches = [examples[i : i + batch] for i in range(0, len(examples) - batch + 1, batch)][:gradients]
+    return validated(stored, network, [lambda b=b: answer_loss(network, tokenizer, b, tokens) for b in batches], seed)
+
+
+@basis.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="A transformers config.json, or a folder with one.")],
+    kind: Annotated[Kinds | None, typer.Option(help="Kind of basis; all of them by default.")] = None,
+    domains: Annotated[int, typer.Option(min=1, help="Domains with history.")] = 3,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of block and input bases.")] = 16,
+    k: Annotated[int, typer.Option(min=1, help="Directions of flat and per-matrix bases.")] = 64,
+    world_size: Annotated[int, typer.Option(min=1, help="GPUs that share the parameters (FSDP2).")] = 1,
+    dtype: Annotated[Storages, typer.Option(help="Storage of flat and per-matrix directions.")] = Storages.bfloat16,
+    bandwidth: Annotated[float, typer.Option(min=1.0, help="Attained memory bandwidth per GPU, GB/s.")] = 2000.0,
+    tflops: Annotated[float, typer.Option(min=0.001, help="Attained float32 matmul rate per GPU, TFLOP/s.")] = 30.0,
+    as_json: Json = False,
+) -> None:
+    """Memory and time per GPU of a guard over full fine-tuning of a model, from its config alone, in seconds."""
+    with _plain_errors("plan"):
+        import torch
+
+        from .subspace.plan import model_of
+        from .subspace.plan import plan as planned
+
+        network = model_of(config)
+        kinds = list(Kinds) if kind is None else [kind]
+        plans = [
+            planned(
+                network,
+                one.value,
+                rank if one in (Kinds.block, Kinds.input) else k,
+                domains,
+                world_size,
+                getattr(torch, dtype.value),
+                bandwidth=bandwidth * 1e9,
+                flops=tflops * 1e12,
+            )
+            for one in kinds
+        ]
+    if as_json:
+        typer.echo(json.dumps([p.as_dict() for p in plans], indent=2))
+        return
+    first = plans[0]
+    typer.echo(
+        f"{type(network).__name__}, {first.parameters / 1e9:.2f}e9 parameters; {domains} domains on {world_size} GPU"
+        f"{'s' if world_size > 1 else ''}; per GPU:"
+    )
+    typer.echo(
+        f"{'basis':<22}{'directions':>12}{'cores':>10}{'state':>10}{'recording':>11}{'total':>10}{'step':>10}"
+        f"{'summed':>10}{'covered':>9}"
+    )
+    for p in plans:
+        stored = f" {p.dtype}" if p.kind in ("flat", "per_matrix") else ""
+        typer.echo(
+            f"{f'{p.kind} {p.k}{stored}':<22}{_size(p.directions):>12}{_size(p.cores):>10}{_size(p.state):>10}"
+            f"{_size(p.recording):>11}{_size(p.total):>10}{p.seconds * 1e3:>7.0f} ms{p.communicated:>10,}"
+            f"{p.covered / p.parameters:>9.1%}"
+        )
+    typer.echo(
+        "directions: of all domains. cores: overlaps and frames. state: rule memory. recording: on top, during a stage.\n"
+        f"step: an acting step at {bandwidth:.0f} GB/s and {tflops:.0f} TFLOP/s. summed: numbers all-reduced by it. A stage "
+        f"keeps {_size(first.start)} per GPU on disk."
+    )
+
+
+def _size(n: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if n >= size / 10:
+            return f"{n / size:.2f} {unit}"
+    return f"{n / 1e3:.1f} kB"

@@ -1,0 +1,148 @@
+"""``make gpu-check``: is this package right and fast on my GPU? Tests on the device, then the benchmark, then one report.
+
+``python -m carerl_kernels.bench.gpu_check`` does the same. Without a GPU it says so and exits with 2, with failing tests or
+wrong results with 1. The file gpu-check.json holds everything; ``--show FILE`` prints one again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .._files import write_bytes_atomically
+from .gpu import NoGpu, device_or_raise, run_gpu
+
+NO_GPU, FAILED = 2, 1
+
+
+def run_tests(directory: Path) -> dict[str, Any]:
+    """``pytest -m gpu`` over the tests of the checkout, which skips nothing silently: numbers and names of what failed."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rfE", "-p", "no:cacheprovider", str(directory)]
+    child = subprocess.run(command, capture_output=True, text=True, cwd=directory.parent)
+    return {"exit": child.returncode, **summary(child.stdout)}
+
+
+def summary(output: str) -> dict[str, Any]:
+    """Counts and failed tests from what pytest printed."""
+    last = next((line for line in reversed(output.splitlines()) if re.search(r"\d+ (passed|failed|error)", line)), "")
+    counts = {
+        name: int(found.group(1)) if (found := re.search(rf"(\d+) {name.rstrip('s')}", last)) else 0
+        for name in ("passed", "failed", "errors", "skipped")
+    }
+    failed = [line.split()[1] for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    return {**counts, "failures": failed}
+
+
+def run_backend(backend: str) -> dict[str, Any]:
+    """The benchmark in a process of its own, with one backend forced."""
+    code = "import json, sys; from carerl_kernels.bench.gpu import run_gpu\n"
+    code += "json.dump(run_gpu(say=lambda text: print(text, file=sys.stderr, flush=True)), sys.stdout)"
+    environment = os.environ | {"CARERL_BACKEND": backend}
+    child = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+    if child.returncode:
+        return {"error": f"the benchmark of {backend} exited with {child.returncode}"}
+    return json.loads(child.stdout)
+
+
+def problems(report: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a report; empty if nothing is."""
+    found = []
+    tests = report["tests"]
+    if tests is None:
+        found.append("the tests were not run")
+    elif tests["exit"] != 0 or tests["failed"] or tests["errors"] or not tests["passed"]:
+        found.append(f"tests: {tests['passed']} passed, {tests['failed']} failed, {tests['errors']} errors")
+    for backend, run in report["runs"].items():
+        if "error" in run:
+            found.append(run["error"])
+        found += [f"{backend}: {result['wrong']}" for result in run.get("results", ()) if result["wrong"]]
+    return found
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """A report as Markdown, for a terminal or an issue."""
+    lines = ["# GPU check", ""]
+    tests = report["tests"]
+    if tests is None:
+        lines.append("Tests: not run (no checkout).")
+    else:
+        lines.append(
+            f"Tests on the device: {tests['passed']} passed, {tests['failed']} failed, {tests['errors']} errors, "
+            f"{tests['skipped']} skipped."
+        )
+        lines += [f"- {name}" for name in tests["failures"]]
+    for backend, run in report["runs"].items():
+        lines += ["", f"## {backend}", ""]
+        if "error" in run:
+            lines.append(run["error"])
+            continue
+        device, rates = run["device"], run["bandwidth"]
+        versions = ", ".join(
+            f"{name} {device[name]}" for name in ("torch", "cuda", "hip", "triton") if device.get(name)
+        )
+        lines += [
+            f"{device['name']} (capability {device['capability']}), {versions}; copy {rates['copy_gbps']:.0f} GB/s, "
+            f"read {rates['read_gbps']:.0f} GB/s.",
+            "",
+            "| case | served by | ms [quartiles] | GB/s | % of copy | predicted ms | by data sheet |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        lines += [_row(result, run["serves"]) for result in run["results"]]
+    wrong = problems(report)
+    lines += ["", "Nothing is wrong." if not wrong else "Wrong:", *(f"- {problem}" for problem in wrong)]
+    return "\n".join(lines)
+
+
+def _row(result: Mapping[str, Any], serves: Mapping[str, str]) -> str:
+    if result["wrong"]:
+        return f"| {result['case']} | {serves[result['op']]} | WRONG | | | | |"
+    low, median, high = result["ms"]
+    sheet = "" if result["data_sheet_ms"] is None else f"{result['data_sheet_ms']:.3g}"
+    return (
+        f"| {result['case']} | {serves[result['op']]} | {median:.3g} [{low:.3g}, {high:.3g}] | {result['gbps']:.0f} "
+        f"| {result['percent_of_copy']:.0f} | {result['predicted_ms']:.3g} | {sheet} |"
+    )
+
+
+def check(
+    json_path: Annotated[Path, typer.Option("--json", help="File to attach to a report.")] = Path("gpu-check.json"),
+    tests: Annotated[Path | None, typer.Option(help="Directory of the tests; without it they are not run.")] = None,
+    show: Annotated[Path | None, typer.Option(help="Print an earlier gpu-check.json and measure nothing.")] = None,
+) -> None:
+    """Tests and benchmark of the ops on this machine's GPU, against what their bytes predict."""
+    if show is not None:
+        report = json.loads(show.read_text())
+    else:
+        try:
+            device_or_raise()
+        except NoGpu as error:
+            typer.secho(f"gpu-check: {error}. Nothing was tested or measured.", err=True, fg=typer.colors.RED)
+            raise typer.Exit(NO_GPU) from None
+        report = {"tests": None if tests is None else run_tests(tests.resolve()), "runs": _runs()}
+        write_bytes_atomically(json_path, (json.dumps(report, indent=1) + "\n").encode())
+    typer.echo(render(report))
+    if problems(report):
+        raise typer.Exit(FAILED)
+
+
+def _runs() -> dict[str, Any]:
+    """Every backend that can serve GPU tensors here; the reference where none can."""
+    from .. import _load
+
+    names = [name for name in ("cuda", "triton") if _load.BACKENDS[name].available]
+    return {name: run_backend(name) for name in names} or {"reference": run_gpu(say=typer.echo)}
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
+app.command()(check)
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,99 @@
+"""From a model to what the guard works with: named parameters, a layout, a stack, a recorder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, get_args
+
+import torch
+from torch import nn
+
+from ..subspace.inputs import input_sites
+from ..subspace.layout import Kind, Layout, RowKind
+from ..subspace.matrices import FactoredKind, MatrixLayout, Side
+from .checks import one_of
+from .factored import BlockStack, InputStack
+from .frames import Combine
+from .stack import RowStack, Stack
+
+DEFAULT_K, DEFAULT_R = 64, 16
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # torch.compile, FSDP, checkpointing
+
+
+def trainable(model: nn.Module | Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
+    """Trainable parameters under the names they have without wrappers, so that a basis fits the model wrapped or not."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    named = list(model.named_parameters()) if isinstance(model, nn.Module) else list(model)
+    out = []
+    for name, parameter in named:
+        if parameter.requires_grad:
+            for wrapper in _WRAPPERS:
+                name = name.replace(wrapper, "")
+            out.append((name, parameter))
+    return out
+
+
+def architecture_of(model: Any) -> str:
+    """Class name of a model, without what fully_shard makes of it."""
+    if not isinstance(model, nn.Module):
+        return "parameters"
+    names = [c.__name__ for c in type(model).__mro__]
+    return names[names.index("FSDPModule") + 1] if "FSDPModule" in names else names[0]
+
+
+def rank_of(kind: Kind, k: int | None, r: int | None) -> int:
+    """Directions of a row basis, or rank of a factored one.
+
+    Raises:
+        ValueError: the other kind's number was given.
+    """
+    one_of("basis kind", kind, get_args(Kind))
+    wrong, right, number = ("r", "k", r) if kind in get_args(RowKind) else ("k", "r", k)
+    if number is not None:
+        raise ValueError(f"{wrong}: expected {right} with basis={kind!r}, found {wrong}={number}")
+    number = k if kind in get_args(RowKind) else r
+    if number is None:
+        number = DEFAULT_K if kind in get_args(RowKind) else DEFAULT_R
+    return number
+
+
+def lay_out(
+    named: list[tuple[str, nn.Parameter]],
+    kind: Kind,
+    k: int,
+    group: Any,
+    sites: dict[str, tuple[nn.Module, Side]] | None,
+) -> Layout | MatrixLayout:
+    """The layout of a kind of basis over these parameters."""
+    if kind in get_args(FactoredKind):
+        sides = {name: side for name, (_, side) in sites.items()} if kind == "input" and sites else None
+        return MatrixLayout.of(named, kind, k, group, sides)  # type: ignore[arg-type]
+    return Layout.of(named, kind, k, group)  # type: ignore[arg-type]
+
+
+def sites_of(model: Any, named: list[tuple[str, nn.Parameter]], kind: Kind) -> dict[str, tuple[nn.Module, Side]] | None:
+    """Whose inputs an input basis records; None where that is not known or not needed."""
+    return input_sites(model, named) if kind == "input" and isinstance(model, nn.Module) else None
+
+
+def new_stack(layout: Layout | MatrixLayout, combine: Combine, dtype: torch.dtype, device: torch.device) -> Stack:
+    """The acting directions of a layout, none yet.
+
+    Raises:
+        ValueError: factored bases in another storage than float32.
+    """
+    if isinstance(layout, Layout):
+        return RowStack(layout, combine, dtype, device)
+    if dtype != torch.float32:
+        raise ValueError(
+            f"basis_dtype: expected torch.float32 with basis={layout.kind!r} (its factors are small), found {dtype}"
+        )
+    return (BlockStack if layout.kind == "block" else InputStack)(layout, combine, device)
+
+
+def data_group(model: Any, layout: Layout | MatrixLayout) -> Any:
+    """The process group over which batches are spread: DDP's, or that of the shards."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.process_group
+    return layout.shards.group

@@ -1,0 +1,293 @@
+"""Acting directions of factored bases: matmuls over weight matrices, batched over equal shapes (MATH: block, input)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..subspace.factored import FactoredBasis, orthonormal
+from ..subspace.matrices import Group, MatrixLayout, add_product_, full_precision, times, times_transposed
+from .frames import Combine, DenseSpan, Frame, PairSpan, Span
+from .stack import Stack
+
+T = TypeVar("T")
+UNORIENTED = 1e-3
+"""Coefficients of the stage's change below this share of the matrix's largest give a direction no orientation."""
+
+
+class FactoredStack(Stack[MatrixLayout, FactoredBasis]):
+    """What block and input bases share. Factors are float32, orthonormal per domain and matrix, columns domain after domain.
+
+    Attributes:
+        left: per group ``[G, m, D*r]`` or None; right: ``[G, n, D*r]`` or None.
+        sign: ``[T, K]`` orientation of the directions, 1 where there is none.
+    """
+
+    def __init__(self, layout: MatrixLayout, combine: Combine, device: torch.device):
+        super().__init__(layout, combine, device)
+        self.left: list[Tensor | None] = [None] * len(layout.groups)
+        self.right: list[Tensor | None] = [None] * len(layout.groups)
+        self.sign = torch.ones(layout.T, 0, dtype=torch.float64, device=device)
+        self._values: dict[str, Mapping[str, Tensor]] = {}
+        self._left_grams: list[Tensor | None] = [None] * len(layout.groups)  # [G, D*r, D*r] float64
+        self._right_grams: list[Tensor | None] = [None] * len(layout.groups)
+
+    @property
+    def _D(self) -> int:
+        return len(self)
+
+    def _put(self, basis: FactoredBasis, others: list[int], parameters: Sequence[Tensor]) -> Tensor:
+        layout, r = self.layout, self.layout.k
+        basis = basis.part_of(layout)
+        moved = torch.zeros(layout.T, layout.width, dtype=torch.float64, device=self.device)
+        for number, group in enumerate(layout.groups):
+            for side, factors, shards in (("left", basis.left, layout.shards), ("right", basis.right, None)):
+                if group.side not in ("both", side):
+                    continue
+                stored = getattr(self, side)
+                fresh = torch.stack([factors[layout.names[i]].to(self.device, torch.float32) for i in group.indices])
+                fresh = orthonormal(fresh, shards)  # also after rounding to bfloat16
+                kept = [] if stored[number] is None else [stored[number].unflatten(2, (-1, r))[:, :, others].flatten(2)]
+                stored[number] = torch.cat([*kept, fresh], dim=2)
+                wide = stored[number].double()
+                gram = wide.mT @ wide
+                grams = getattr(self, f"_{side}_grams")
+                grams[number] = gram if shards is None else shards.sum_(gram)
+            for _, name, rows in layout.matrices(group):
+                moved[rows] = basis.moved[name].to(self.device, torch.float64).reshape(-1, layout.width)
+        self._values[basis.info.domain] = basis.values
+        self._sign_put(moved, others)
+        return moved.abs()
+
+    def _sign_put(self, moved: Tensor, others: list[int]) -> None:
+        sign = torch.where(moved < 0, -1.0, 1.0).to(moved.dtype)
+        for group in self.layout.groups:
+            size = moved[group.rows].unflatten(0, (-1, group.each)).abs() if group.each else moved[group.rows]
+            if size.numel():
+                largest = size.amax(dim=(1, 2)).repeat_interleave(group.each).unsqueeze(1)
+                faint = moved[group.rows].abs() < UNORIENTED * largest
+                sign[group.rows] = torch.where(faint, 1.0, sign[group.rows])
+        kept = [self.sign.unflatten(1, (-1, self.layout.width))[:, others].flatten(1)] if others else []
+        self.sign = torch.cat([*kept, sign], dim=1)
+
+    def get(self, domain: str) -> FactoredBasis:
+        r, at = self.layout.k, self.names.index(domain)
+        left: dict[str, Tensor] = {}
+        right: dict[str, Tensor] = {}
+        moved = {}
+        signed = (self.sign * self.displacement)[:, self.columns(domain)]
+        for number, group in enumerate(self.layout.groups):
+            for position, name, rows in self.layout.matrices(group):
+                for stored, out in ((self.left[number], left), (self.right[number], right)):
+                    if stored is not None:
+                        out[name] = stored[position, :, at * r : (at + 1) * r]
+                moved[name] = signed[rows].reshape(-1, r)
+        layout = self.layout if self.layout.shards.sharded else None
+        return FactoredBasis(self.infos[domain], left, right, self._values[domain], moved, layout)
+
+    def _factors(self, number: int, at: slice, domain: str | None) -> tuple[Tensor | None, Tensor | None]:
+        """Factors of some matrices of a group, of all domains or of one."""
+        r = self.layout.k
+        first = 0 if domain is None else self.names.index(domain) * r
+        columns = slice(first, self._D * r if domain is None else first + r)
+        left, right = self.left[number], self.right[number]
+        return (
+            None if left is None else left[at, :, columns],
+            None if right is None else right[at, :, columns],
+        )
+
+    def _chunks(self) -> Iterator[tuple[int, Group, slice, slice]]:
+        """Number of the group, the group, positions of matrices in it, their coefficient rows."""
+        for number, group in enumerate(self.layout.groups):
+            if group.m:
+                for at in group.chunks():
+                    rows = slice(group.first + at.start * group.each, group.first + at.stop * group.each)
+                    yield number, group, at, rows
+
+    def project(self, tensors: Sequence[Tensor], domain: str | None = None) -> Tensor:
+        D, width = self._D if domain is None else 1, self.layout.width
+        out = torch.zeros(self.layout.T, D * width, dtype=torch.float64, device=self.device)
+        with full_precision(self.device):
+            for number, group, at, rows in self._chunks():
+                matrices = self.layout.local(group, tensors, at)
+                left, right = self._factors(number, at, domain)
+                out[rows] = self._coefficients(matrices, left, right, D).reshape(-1, D * width)
+        self._sum_(out)
+        return out * (self.sign if domain is None else self.sign[:, self.columns(domain)])
+
+    def edit_(self, tensors: Sequence[Tensor], mix: Tensor, scale: Tensor | None = None) -> None:
+        if scale is not None:
+            # Matrices without directions are scaled, too; a factor that is not finite moves nothing.
+            factor = torch.where(scale.isfinite() & mix.isfinite().all(), scale, 1.0)
+            for tensor in tensors:
+                tensor.mul_(factor.to(tensor.device, tensor.dtype))
+            mix = mix * factor
+        elif mix.device.type == "cpu" and not mix.any():
+            return  # nothing to correct
+        mix = torch.where(mix.isfinite().all(), self.sign * mix, 0.0).float()
+        with full_precision(self.device):
+            for number, group, at, rows in self._chunks():
+                left, right = self._factors(number, at, None)
+                part = mix[rows].unflatten(0, (at.stop - at.start, group.each))
+                add_product_(self.layout.local(group, tensors, at), *self._outer(part, left, right))
+
+    def overlap_times(self, x: Tensor) -> Tensor:
+        signed, out = self.sign * x, torch.zeros_like(x)
+        for number, group in enumerate(self.layout.groups):
+            if group.each:
+                part = signed[group.rows].unflatten(0, (len(group.indices), group.each))
+                out[group.rows] = self._gram_times(number, part).flatten(0, 1)
+        return self.sign * out
+
+    def unpack(self, rows: Tensor) -> Any:
+        return self.layout.unpack(rows)
+
+    def pack_(self, rows: Tensor, parts: Any) -> None:
+        self.layout.pack_(rows, parts)
+
+    def memory(self) -> int:
+        factors = [t for t in (*self.left, *self.right) if t is not None]
+        grams = [t for t in (*self._left_grams, *self._right_grams) if t is not None]
+        return sum(t.numel() * t.element_size() for t in (*factors, *grams, self.sign)) + self._frames_memory()
+
+    # What differs: part and coefficients are [c, each, K], float64 in, float64 out.
+
+    def _sum_(self, coeffs: Tensor) -> None:
+        raise NotImplementedError
+
+    def _coefficients(self, matrices: Sequence[Tensor], left: Tensor | None, right: Tensor | None, D: int) -> Tensor:
+        raise NotImplementedError
+
+    def _outer(self, mix: Tensor, left: Tensor | None, right: Tensor | None) -> tuple[Tensor, Tensor]:
+        """L and R with ``A^T mix = L R^T``."""
+        raise NotImplementedError
+
+    def _gram_times(self, number: int, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class BlockStack(FactoredStack):
+    """Two-sided blocks: coefficients ``U_d^T G V_d`` of every domain, r x r each.
+
+    S factors into small matrices: ``(d, i, j)`` and ``(e, k, l)`` overlap by ``(U_d^T U_e)_ik (V_d^T V_e)_jl``, so ``S x`` costs next to
+    nothing. A root of S is needed only where several domains act at once.
+    """
+
+    def _sum_(self, coeffs: Tensor) -> None:
+        self.layout.shards.sum_(coeffs)
+
+    def _coefficients(self, matrices: Sequence[Tensor], left: Tensor | None, right: Tensor | None, D: int) -> Tensor:
+        assert left is not None and right is not None
+        P = times(matrices, right).double().unflatten(2, (D, -1)).transpose(1, 2)  # [c, D, m, r]
+        return left.double().unflatten(2, (D, -1)).permute(0, 2, 3, 1) @ P  # [c, D, r, r]
+
+    def _outer(self, mix: Tensor, left: Tensor | None, right: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert left is not None and right is not None
+        r = self.layout.k
+        X = mix.reshape(-1, self._D, r, r)
+        L = left.unflatten(2, (self._D, r)).transpose(1, 2) @ X  # [c, D, m, r]
+        return L.transpose(1, 2).flatten(2), right
+
+    def _gram_times(self, number: int, x: Tensor) -> Tensor:
+        left, right = self._left_grams[number], self._right_grams[number]
+        assert left is not None and right is not None
+        D, r = self._D, self.layout.k
+        X = x.reshape(-1, D, r, r)
+        half = torch.einsum("gdiek,gekl->gdiel", left.unflatten(2, (D, r)).unflatten(1, (D, r)), X)
+        out = torch.einsum("gdiel,gdjel->gdij", half, right.unflatten(2, (D, r)).unflatten(1, (D, r)))
+        return out.reshape(x.shape)
+
+    def _frame(self, own: str | None) -> Frame:
+        active = self.active(own)
+        domains = [i for i, name in enumerate(self.names) if name != own]
+        D, r, width = len(domains), self.layout.k, self.layout.width
+        reach = torch.zeros(self.layout.T, self.rows, dtype=torch.float64, device=self.device)
+        spans: list[Span] = []
+        columns = active.nonzero().squeeze(1)
+        for number, group in enumerate(self.layout.groups):
+            left, right = self._left_grams[number], self._right_grams[number]
+            assert left is not None and right is not None
+            GL = left.unflatten(2, (-1, r)).unflatten(1, (-1, r))[:, domains][:, :, :, domains]
+            GR = right.unflatten(2, (-1, r)).unflatten(1, (-1, r))[:, domains][:, :, :, domains]
+            if D <= 1:  # orthonormal factors: S is the identity
+                reach[group.rows, columns] = 1.0
+                spans.append(Span(group.rows))
+                continue
+            if D == 2:
+                pair = PairSpan(group.rows, GL[:, 0, :, 1], GR[:, 0, :, 1], self.combine)
+                reach[group.rows, columns] = pair.reach
+                spans.append(pair)
+                continue
+            for start in range(0, len(group.indices), 16):  # dense overlaps are large: some matrices at a time
+                overlap = torch.einsum("gdiek,gdjel->gdijekl", GL[start : start + 16], GR[start : start + 16])
+                rows = slice(group.first + start, group.first + start + overlap.shape[0])
+                span = DenseSpan(rows, 1, overlap.reshape(-1, D * width, D * width), self.combine)
+                reach[rows, columns] = span.reach
+                spans.append(span)
+        return Frame(active, spans, reach, self.sign)
+
+
+class InputStack(FactoredStack):
+    """One-sided input bases: coefficients ``G V_d``, a row per output; or ``G^T U_d``, a row per column.
+
+    All rows of a matrix share one overlap ``V_d^T V_e``. Sharded, the rows of right-sided matrices stay with their process: nothing
+    is sent.
+    """
+
+    def _sum_(self, coeffs: Tensor) -> None:
+        shards = self.layout.shards
+        left = [group.rows for group in self.layout.groups if group.side == "left"]
+        if shards.sharded and left:
+            for rows, part in zip(
+                left,
+                shards.sum_(torch.cat([coeffs[rows] for rows in left])).split(
+                    [rows.stop - rows.start for rows in left]
+                ),
+                strict=True,
+            ):
+                coeffs[rows] = part
+
+    def column_sums(self, values: Tensor) -> Tensor:
+        shards = self.layout.shards
+        if not shards.sharded:
+            return super().column_sums(values)
+        sums = torch.zeros_like(values[..., 0, :])
+        for group in self.layout.groups:
+            if group.side == "right" or shards.rank == 0:  # rows of left-sided matrices are the same everywhere
+                sums += values[..., group.rows, :].sum(-2)
+        return shards.sum_(sums)
+
+    def all_finite(self, coeffs: Tensor) -> Tensor:
+        return self.layout.shards.all(coeffs.isfinite().all())
+
+    def _coefficients(self, matrices: Sequence[Tensor], left: Tensor | None, right: Tensor | None, D: int) -> Tensor:
+        if right is not None:
+            return times(matrices, right).double()
+        assert left is not None
+        return times_transposed(matrices, left).double()
+
+    def _outer(self, mix: Tensor, left: Tensor | None, right: Tensor | None) -> tuple[Tensor, Tensor]:
+        if right is not None:
+            return mix, right
+        assert left is not None
+        return left, mix
+
+    def _gram_times(self, number: int, x: Tensor) -> Tensor:
+        return x @ self._gram(number)
+
+    def _gram(self, number: int) -> Tensor:
+        gram = self._right_grams[number]
+        gram = self._left_grams[number] if gram is None else gram
+        assert gram is not None
+        return gram
+
+    def _frame(self, own: str | None) -> Frame:
+        overlaps = [
+            (group.rows, group.each, self._gram(number))
+            for number, group in enumerate(self.layout.groups)
+            if group.each
+        ]
+        return Frame.dense(overlaps, self.active(own), self.combine, self.layout.T, self.sign)

@@ -1,0 +1,141 @@
+"""Does a basis still say something about the model? Fresh gradients of its domain against a random subspace of equal rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..subspace.factored import FactoredBasis
+from ..subspace.layout import Layout
+from ..subspace.shards import local
+from ..subspace.store import BasisInfo, DomainBasis, StoredBasis
+from .build import architecture_of, lay_out, new_stack, sites_of, trainable
+from .stack import Stack
+
+# two-sided 95 % points of Student's t for 2, 3, ... degrees of freedom; beyond the last the normal's
+_T95 = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145, 2.131, 2.12)
+TIMES_CHANCE = 3.0
+"""A basis has to explain this many times what random directions explain; the guard's noise floor is the same."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """How much of fresh gradients a basis explains.
+
+    Attributes:
+        domain, kind, k: of the basis.
+        gradients: how many were drawn.
+        explained: mean share of their energy inside the basis; low, high: its 95 % interval (Student's t over gradients).
+        random: mean share inside random directions of equal number; random_high: upper end of its interval.
+        verdict: "functional" (the whole interval lies above three times chance), "chance" (it reaches down to what random
+            directions explain) or "weak" (between).
+    """
+
+    domain: str
+    kind: str
+    k: int
+    gradients: int
+    explained: float
+    low: float
+    high: float
+    random: float
+    random_high: float
+    verdict: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def validate(basis: StoredBasis, model: nn.Module, losses: Iterable[Callable[[], Tensor]], seed: int = 0) -> Validation:
+    """Draws fresh gradients of a domain and compares the energy that its basis explains with a random subspace's.
+
+    A basis that looks like another (names, shapes, cosines) is no proof that it matters for this model: explained energy of
+    fresh gradients is.
+
+    Args:
+        basis: of the domain.
+        model: its trainable parameters are those of the basis. Gradients it holds are put back.
+        losses: each gives the domain's loss on fresh data; at least three.
+        seed: of the random directions.
+
+    Raises:
+        BasisError: the basis belongs to another model.
+        ValueError: fewer than three gradients, or one that is not finite or zero.
+    """
+    named = trainable(model)
+    info = basis.info
+    layout = lay_out(named, info.kind, info.k, None, sites_of(model, named, info.kind))
+    basis.check_model(layout, architecture_of(model))
+    parameters = [p for _, p in named]
+    device = local(parameters[0]).device
+    stacks = []
+    with torch.no_grad():
+        for one in (basis, random_basis(layout, seed)):
+            stack: Stack = new_stack(layout, "symmetric", torch.float32, device)
+            stack.put(one, [local(p) for p in parameters])
+            stacks.append(stack)
+    kept = [p.grad for p in parameters]
+    shares: list[list[float]] = [[], []]
+    try:
+        for loss in losses:
+            for p in parameters:
+                p.grad = None
+            loss().backward()
+            with torch.no_grad():
+                grads = [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in parameters]
+                total = layout.shards.sum_(torch.stack([g.double().square().sum() for g in grads]).sum())
+                if not (total.isfinite() and total > 0):
+                    raise ValueError(
+                        f"validate: expected a finite gradient other than zero, found |g|^2 = {float(total)}"
+                    )
+                for stack, out in zip(stacks, shares, strict=True):
+                    inside = stack.frame(None).inside(stack.project(grads)).square()
+                    out.append(float(stack.column_sums(inside).sum() / total))
+    finally:
+        for p, grad in zip(parameters, kept, strict=True):
+            p.grad = grad
+    if len(shares[0]) < 3:
+        raise ValueError(f"validate: expected at least 3 losses for an interval, found {len(shares[0])}")
+    (mean, low, high), (chance, _, chance_high) = _interval(shares[0]), _interval(shares[1])
+    if low > max(chance_high, TIMES_CHANCE * chance):
+        verdict = "functional"
+    else:
+        verdict = "weak" if low > chance_high else "chance"
+    return Validation(info.domain, info.kind, info.k, len(shares[0]), mean, low, high, chance, chance_high, verdict)
+
+
+def random_basis(layout: Any, seed: int = 0) -> StoredBasis:
+    """Random directions as many as a basis over this layout has."""
+    if not isinstance(layout, Layout):
+        return FactoredBasis.random(layout, "random", seed)
+    draw = torch.Generator().manual_seed(seed)
+    rows = torch.randn(layout.k, layout.size, generator=draw)
+    info = BasisInfo(
+        domain="random",
+        kind=layout.kind,
+        k=layout.k,
+        architecture="",
+        names=layout.names,
+        shapes=layout.shapes,
+        start_hash="",
+        end_hash="",
+        steps=0,
+        skipped=0,
+        gradient_capture=None,
+        displacement_capture=layout.chance,
+    )
+    ones = torch.ones(layout.T, layout.k, dtype=torch.float64)
+    return DomainBasis(info, rows, ones, ones.clone(), None, layout if layout.shards.sharded else None)
+
+
+def _interval(values: list[float]) -> tuple[float, float, float]:
+    n, mean = len(values), sum(values) / len(values)
+    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
+    t = _T95[n - 3] if n - 3 < len(_T95) else 1.96 + 2.4 / (n - 1)
+    half = t * spread / math.sqrt(n)
+    return mean, max(0.0, mean - half), min(1.0, mean + half)

@@ -1,0 +1,250 @@
+"""How weight matrices lie under factored bases, and the matmuls over them, batched where matrices are small and alike.
+
+A factored basis has directions for every weight matrix W ``[m, n]`` (a tensor of two or more dimensions, flattened to
+``[shape[0], rest]``); vectors (biases, norms) are not covered and move freely. Nothing of the size of all parameters is ever
+allocated: matrices are stacked, or rows of a low-precision one converted, a few megabytes at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .layout import checked
+from .shards import Shards, local
+
+FactoredKind = Literal["block", "input"]
+Side = Literal["both", "right", "left"]
+
+WORKSPACE = 32 << 20
+"""Bytes of float32 copies at a time."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Matrices of equal shape, handled together.
+
+    Attributes:
+        indices: of the parameters.
+        m: rows that live here; whole: rows of the whole matrix; n: columns.
+        side: which factors a direction has: "both" (u v^T), "right" (any column times v^T), "left" (u times any row).
+        first: first coefficient row; each: coefficient rows per matrix.
+    """
+
+    indices: tuple[int, ...]
+    m: int
+    whole: int
+    n: int
+    side: Side
+    first: int
+    each: int
+
+    @property
+    def rows(self) -> slice:
+        """Coefficient rows of the group."""
+        return slice(self.first, self.first + self.each * len(self.indices))
+
+    def chunks(self) -> Iterator[slice]:
+        """Positions to stack at a time."""
+        step = max(1, WORKSPACE // max(4 * self.m * self.n, 1))
+        for start in range(0, len(self.indices), step):
+            yield slice(start, min(start + step, len(self.indices)))
+
+
+@dataclass(frozen=True)
+class MatrixLayout:
+    """Names, shapes and groups of the parameters under a factored basis.
+
+    ``block``: directions u_i v_j^T, r x r coefficients ``U^T G V`` in one row per matrix. ``input``: directions e_a v_j^T for every
+    output a, coefficients ``G V``, one row of r per output (for embeddings and other weights that multiply from the other side
+    ``U^T G``, one row per column). Sharded along dimension 0, right-sided coefficients belong to the process that has the
+    output; all others are summed over processes.
+
+    Attributes:
+        names, shapes: of the whole parameters, in order.
+        kind: "block" or "input".
+        k: rank r.
+        groups: of covered matrices.
+        T: coefficient rows here.
+        shards: what of every parameter lives here.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    kind: FactoredKind
+    k: int
+    groups: tuple[Group, ...] = field(compare=False)
+    T: int
+    shards: Shards = field(compare=False)
+
+    @classmethod
+    def of(
+        cls,
+        named: Iterable[tuple[str, Tensor]],
+        kind: FactoredKind,
+        k: int,
+        group: Any = None,
+        sides: Mapping[str, Side] | None = None,
+    ) -> MatrixLayout:
+        """Lays out named tensors.
+
+        Args:
+            named: names and parameters.
+            kind, k: see the class.
+            group: process group of plain local parts.
+            sides: of input bases, by name; a matrix that is not named is not covered. None: all are right-sided.
+
+        Raises:
+            ValueError: as :meth:`Layout.of`; no matrix among the tensors; parts of matrices that are not whole rows.
+        """
+        if kind not in get_args(FactoredKind):
+            raise ValueError(f"basis kind: expected one of {', '.join(get_args(FactoredKind))}, found {kind!r}")
+        parts, shards = checked(named, k, group)
+        if group is not None and shards.sharded:
+            raise ValueError(
+                f"a {kind} basis needs whole rows of matrices: expected DTensors or whole parameters, found plain local "
+                "parts of a process group; use basis='per_matrix', or FSDP2"
+            )
+        buckets: dict[tuple, list[int]] = {}
+        for index, ((name, tensor), piece) in enumerate(zip(parts, shards.pieces, strict=True)):
+            side = "both" if kind == "block" else "right" if sides is None else sides.get(name)
+            if side is None or len(piece.shape) < 2 or piece.numel == 0:
+                continue
+            inner = piece.numel // piece.shape[0]
+            buckets.setdefault((side, piece.shape[0], inner, str(tensor.dtype), str(tensor.device)), []).append(index)
+        if not buckets:
+            raise ValueError(
+                f"a {kind} basis covers weight matrices: expected at least one trainable one, found none among "
+                f"{len(parts)} parameters; use basis='per_matrix'"
+            )
+        groups: list[Group] = []
+        end = 0
+        for (side, whole, inner, *_), indices in sorted(buckets.items(), key=lambda item: item[1][0]):
+            m = parts[indices[0]][1].numel() // inner
+            each = {"both": 1, "right": m, "left": inner}[side]
+            groups.append(Group(tuple(indices), m, whole, inner, side, end, each))
+            end += each * len(indices)
+        return cls(
+            names=tuple(name for name, _ in parts),
+            shapes=tuple(piece.shape for piece in shards.pieces),
+            kind=kind,
+            k=k,
+            groups=tuple(groups),
+            T=end,
+            shards=shards,
+        )
+
+    @property
+    def width(self) -> int:
+        """Coefficients per domain and row: r^2 or r."""
+        return self.k * self.k if self.kind == "block" else self.k
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return sum(piece.numel for piece in self.shards.pieces)
+
+    @property
+    def covered(self) -> int:
+        """Parameters that a basis of this kind has directions for: those in matrices."""
+        return sum(self.shards.pieces[i].numel for group in self.groups for i in group.indices)
+
+    @property
+    def chance(self) -> float:
+        """Share of a displacement's energy that random directions would hold."""
+        rows = sum(len(g.indices) * {"both": 1, "right": g.whole, "left": g.n}[g.side] for g in self.groups)
+        return min(1.0, self.width * rows / self.parameters)
+
+    def matrices(self, group: Group) -> Iterator[tuple[int, str, slice]]:
+        """Position in the group, parameter name and coefficient rows of each matrix."""
+        for position, index in enumerate(group.indices):
+            start = group.first + position * group.each
+            yield position, self.names[index], slice(start, start + group.each)
+
+    def local(self, group: Group, tensors: Sequence[Tensor], at: slice) -> list[Tensor]:
+        """Matrices ``[m, n]`` of the group at these positions: views of the tensors."""
+        return [tensors[i].view(group.m, group.n) for i in group.indices[at]]
+
+    def unpack(self, rows: Tensor) -> Any:
+        """Numbers per coefficient row ``[T, ...]`` for checkpoints: where rows are spread over processes, by parameter."""
+        if self.kind == "block" or self.shards.mesh is None:
+            return rows.clone()
+        out = {}
+        for group in self.groups:
+            for position, name, at in self.matrices(group):
+                part = rows[at].clone()
+                out[name] = self.shards.spread(group.indices[position], part) if group.side == "right" else part
+        return out
+
+    def pack_(self, rows: Tensor, parts: Any) -> None:
+        """The inverse of :meth:`unpack`."""
+        if isinstance(parts, Tensor):
+            rows.copy_(parts)
+            return
+        for group in self.groups:
+            for _, name, at in self.matrices(group):
+                rows[at] = local(parts[name]).to(rows)
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """float32 matmuls are float32 inside: no TF32, no bfloat16 passes, no autocast, whatever the training loop chose."""
+    before = torch.get_float32_matmul_precision()
+    cast = torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+    if before != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        with cast:
+            yield
+    finally:
+        if before != "highest":
+            torch.set_float32_matmul_precision(before)
+
+
+def _row_blocks(matrix: Tensor) -> Iterator[slice]:
+    """All rows at once in float32, else as many as fit the workspace when converted."""
+    m, n = matrix.shape
+    step = max(m, 1) if matrix.dtype == torch.float32 else max(1, WORKSPACE // max(4 * n, 1))
+    for start in range(0, m, step):
+        yield slice(start, min(start + step, m))
+
+
+def times(matrices: Sequence[Tensor], right: Tensor) -> Tensor:
+    """``W V`` ``[c, m, q]`` of c matrices ``[m, n]`` and V ``[c, n, q]`` float32."""
+    if len(matrices) > 1:
+        return torch.stack(list(matrices)).float() @ right
+    (matrix,) = matrices
+    out = right.new_empty(1, matrix.shape[0], right.shape[-1])
+    for rows in _row_blocks(matrix):
+        torch.mm(matrix[rows].float(), right[0], out=out[0, rows])
+    return out
+
+
+def times_transposed(matrices: Sequence[Tensor], left: Tensor) -> Tensor:
+    """``W^T U`` ``[c, n, q]`` of c matrices ``[m, n]`` and U ``[c, m, q]`` float32."""
+    if len(matrices) > 1:
+        return torch.stack(list(matrices)).float().mT @ left
+    (matrix,) = matrices
+    out = left.new_zeros(1, matrix.shape[1], left.shape[-1])
+    for rows in _row_blocks(matrix):
+        out[0].addmm_(matrix[rows].float().mT, left[0, rows])
+    return out
+
+
+def add_product_(matrices: Sequence[Tensor], left: Tensor, right: Tensor) -> None:
+    """``W <- W + L R^T`` in place; L ``[c, m, q]``, R ``[c, n, q]`` float32; one rounding in low precision."""
+    if len(matrices) > 1:
+        edited = torch.baddbmm(torch.stack(list(matrices)).float(), left, right.mT)
+        torch._foreach_copy_(list(matrices), list(edited.unbind()))
+        return
+    (matrix,) = matrices
+    for rows in _row_blocks(matrix):
+        if matrix.dtype == torch.float32:
+            matrix[rows].addmm_(left[0, rows], right[0].mT)
+        else:
+            matrix[rows] = torch.addmm(matrix[rows].float(), left[0, rows], right[0].mT).to(matrix.dtype)

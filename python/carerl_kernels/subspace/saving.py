@@ -1,0 +1,140 @@
+"""One safetensors file out of the parts that several processes hold, without any of them holding the whole."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .._files import write_atomically
+from .shards import Shards
+
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int8: "I8",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int64: "I64",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """What this process holds of one tensor of a file.
+
+    Attributes:
+        shape, dtype: of the whole tensor.
+        dim: along which it is split, 0 or 1; pieces: tensors and where they belong along it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    dim: int
+    pieces: Sequence[tuple[Tensor, slice]]
+    replicated: bool = False
+
+    @classmethod
+    def whole(cls, tensor: Tensor) -> Part:
+        """A tensor that every process holds."""
+        size = tensor.shape[0] if tensor.dim() else 1
+        return cls(tuple(tensor.shape), tensor.dtype, 0, [(tensor, slice(0, size))], replicated=True)
+
+
+def save_parts(path: Path | str, parts: Mapping[str, Part], metadata: dict[str, str], shards: Shards | None) -> None:
+    """Writes a file atomically; a collective call where the parts are spread over processes: the first of them writes.
+
+    Raises:
+        OSError: in every process, when the one that writes could not.
+    """
+    if shards is None or not shards.sharded:
+        whole = {name: part.pieces[0][0].detach().contiguous().cpu() for name, part in parts.items()}
+        write_atomically(path, lambda temporary: save_file(whole, temporary, metadata))
+        return
+    failure: list[str | None] = [None]
+    if shards.rank == 0:
+        gathered = _Gathered(parts, shards)
+        try:
+            write_atomically(path, lambda temporary: _write(temporary, parts, metadata, gathered))
+        except OSError as error:
+            failure[0] = str(error)
+        gathered.drain()  # the other processes send everything, whatever happened here
+    else:
+        for _ in _Gathered(parts, shards):
+            pass
+    dist.broadcast_object_list(failure, group=shards.group, group_src=0)
+    if failure[0] is not None:
+        raise OSError(failure[0])
+
+
+class _Gathered:
+    """Pieces of all processes, one at a time, in an order that all of them know: ``(tensor name, piece, where)``."""
+
+    def __init__(self, parts: Mapping[str, Part], shards: Shards):
+        self._steps = self._run(parts, shards)
+
+    def __iter__(self) -> _Gathered:
+        return self
+
+    def __next__(self) -> tuple[str, Tensor, slice]:
+        return next(self._steps)
+
+    def drain(self) -> None:
+        for _ in self._steps:
+            pass
+
+    @staticmethod
+    def _run(parts: Mapping[str, Part], shards: Shards) -> Any:
+        for name, part in parts.items():
+            if part.replicated:
+                yield name, part.pieces[0][0].detach().cpu(), part.pieces[0][1]
+                continue
+            for tensor, where in part.pieces:
+                received: list[Any] | None = [None] * shards.world if shards.rank == 0 else None
+                dist.gather_object((tensor.detach().cpu(), where), received, group=shards.group, group_dst=0)
+                for piece, place in received or ():
+                    if piece.numel():
+                        yield name, piece, place
+
+
+def _write(path: Path, parts: Mapping[str, Part], metadata: dict[str, str], gathered: _Gathered) -> None:
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, part in parts.items():
+        size = prod(part.shape) * part.dtype.itemsize
+        header[name] = {
+            "dtype": _DTYPE_NAMES[part.dtype],
+            "shape": list(part.shape),
+            "data_offsets": [end, end + size],
+        }
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        start = file.tell()
+        file.truncate(start + end)
+        for name, piece, where in gathered:
+            part = parts[name]
+            base, inner = start + header[name]["data_offsets"][0], prod(part.shape[1:])
+            if part.dim == 0:
+                file.seek(base + where.start * inner * part.dtype.itemsize)
+                file.write(_bytes(piece))
+                continue
+            for row in range(part.shape[0]):
+                file.seek(base + (row * inner + where.start) * part.dtype.itemsize)
+                file.write(_bytes(piece[row]))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data

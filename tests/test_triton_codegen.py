@@ -1,0 +1,43 @@
+"""Every Triton kernel compiled for GPUs that are not there, with gates on the machine code: nothing spilled, loads of 16 bytes.
+
+Triton keeps what it compiled in its own cache, under a key of source, arguments, target and version: a second run of
+unchanged kernels only disassembles.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+KERNELS = {
+    "project_kernel", "totals_kernel", "gram_kernel", "edit_kernel", "rotate_kernel", "edit_rotate_kernel",
+    "core_kernel", "quantize_kernel", "token_logprobs_kernel", "token_logprobs_backward_kernel",
+}  # fmt: skip
+SHARED = 48 << 10  # bytes that every GPU has for a program
+
+
+@pytest.mark.parametrize("place", ["cuda:80", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942"])
+def test_every_kernel_compiles_and_keeps_to_its_gates(place):
+    """All variants on sm_90, the usual ones (bf16 gradients, bf16 and int8 bases) elsewhere."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).with_name("triton_codegen.py")), place]
+    command += ["--all"] if place == "cuda:90" else []
+    child = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr[-3000:]
+    reports = json.loads(child.stdout)
+    assert {report["kernel"] for report in reports} == KERNELS
+    assert sum(report["wanted_loads"] > 0 for report in reports) >= 10
+    for report in reports:
+        name = f"{report['variant']}: {report['kernel']}"
+        assert report["spilled"] == 0, f"{name} spills: {report}"
+        assert report["wide_loads"] >= report["wanted_loads"], f"{name}: narrow loads: {report}"
+        assert report["wide_stores"] >= report["wanted_stores"], f"{name}: narrow stores: {report}"
+        assert report["shared"] <= SHARED, f"{name}: {report['shared']} bytes of shared memory"

@@ -1,0 +1,196 @@
+"""Compiles every Triton kernel for a GPU that is not there and reads from the machine code what became of it.
+
+Run as a program (``python tests/triton_codegen.py cuda:90``), in a process of its own: kernels that were decorated for the
+interpreter cannot be compiled. The ops are called as usual, on CPU tensors; instead of launching, a recorder compiles the
+kernel with the same arguments, specialised as Triton's launcher would (sizes of 1, multiples of 16). Prints JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+N = 40_000  # columns; a multiple of 16 and not of any tile
+
+
+@dataclass
+class Report:
+    """What the gates look at; one kernel of one variant.
+
+    Attributes:
+        wide_loads, wide_stores: instructions that move 16 bytes per thread. wanted_loads, wanted_stores: how many of them
+            one full tile needs.
+    """
+
+    variant: str
+    kernel: str
+    registers: int
+    spilled: int
+    shared: int
+    wide_loads: int
+    wide_stores: int
+    wanted_loads: int
+    wanted_stores: int
+
+
+def bases(d: int, k: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    rows = torch.zeros(d, k, N, dtype=dtype)
+    return rows, torch.ones(d, k, -(-N // 128)) if dtype in (torch.int8, torch.float8_e4m3fn) else None
+
+
+def variants(all_of_them: bool):
+    """(name, overload, arguments, wanted 16-byte loads and stores of each tile by kernel)."""
+    from carerl_kernels.triton_kernels import _blocks
+
+    F32, BF16, F16, I8, F8 = torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn
+    mixes = [(BF16, BF16, 1), (BF16, I8, 1)]
+    if all_of_them:
+        mixes += [(F32, F32, 1), (F32, BF16, 1), (F16, F8, 1), (BF16, BF16, 4)]
+
+    def vectors(elements: int, dtype: torch.dtype, threads: int = _blocks.THREADS) -> int:
+        return elements * dtype.itemsize // (16 * threads)
+
+    for g, u, batch in mixes:
+        (rows, scales), grads = bases(3, 8, u), torch.zeros(batch, N, dtype=g)
+        name = f"{str(g)[6:]}x{str(u)[6:]}-B{batch}"
+        width = _blocks.width(u)
+        tile = _blocks.rows_tile(width, batch, 24)
+        wanted = {"project_kernel": (vectors(tile * width, u) + vectors(batch * width, g), 0)}
+        width = _blocks.width(u, g)
+        tile = _blocks.rows_tile(width, batch, 24)
+        stores = vectors(batch * width, g)
+        wanted["edit_kernel"] = (vectors(tile * width, u) + stores, stores)
+        yield f"dacsp_-{name}", "dacsp_", (grads, rows, 1.5, 0.5, 0.0, None, scales), wanted
+        if batch == 1 and g == BF16:
+            parts = [grads[0, :16384], grads[0, 16384:30000]]
+            yield f"dacsp_.list-{name}", "dacsp_.list", (parts, rows, [0, 16384], 1.5, 0.5, 0.0, None, scales), wanted
+        if g == u or u == I8:
+            yield f"gram-{name}", "gram", (rows, grads, scales), {}
+
+    for dtype in (BF16, F32) if all_of_them else (BF16,):
+        for k in (12, 68) if all_of_them else (12,):
+            held, depth, columns, threads = _blocks.rotation(k)
+            loads, stores = vectors(depth * columns, dtype, threads), vectors(held * columns, dtype, threads)
+            name = f"{str(dtype)[6:]}-k{k}"
+            grads, stack = torch.zeros(1, N, dtype=dtype), torch.zeros(2, k, N, dtype=dtype)
+            q, mix, scale = torch.zeros(k, k + 1), torch.zeros(1, 2 * k), torch.ones(1)
+            wanted = {"rotate_kernel": (loads, stores), "edit_rotate_kernel": (loads, stores)}
+            yield f"rotate_-{name}", "rotate_", (stack[0], grads, q, 3), wanted
+            yield f"edit_rotate_-{name}", "edit_rotate_", (grads, stack, mix, scale, 1, q, 3), wanted
+
+    yield "quantize_bases-int8", "quantize_bases", (torch.zeros(1, 2, N, dtype=BF16),), {"quantize_kernel": (2, 0)}
+    root = torch.eye(24, dtype=torch.float64)
+    weights = [torch.ones(24)] * 3
+    grads, rows = torch.zeros(1, N), torch.zeros(3, 8, N)
+    yield "dacsp_.tensor-root", "dacsp_.tensor", (grads, rows, *weights, root), {}
+    if all_of_them:
+        float8 = torch.zeros(1, 2, N), 32, F8
+        yield "quantize_bases-fp8", "quantize_bases", float8, {"quantize_kernel": (2, 0)}
+        parts, offsets, each = [grads[0, :16384], grads[0, 16384:]], [0, 16384], torch.eye(24).repeat(2, 1, 1)
+        yield "dacsp_.list-per_tensor", "dacsp_.list", (parts, rows, offsets, 1.5, 0.5, 0.0, each, None, True), {}
+    for dtype in (BF16, F32) if all_of_them else (BF16,):
+        logits, ids, row = torch.zeros(4, N, dtype=dtype), torch.zeros(4, dtype=torch.int64), torch.zeros(4)
+        name = str(dtype)[6:]
+        yield f"token_logprobs-{name}", "token_logprobs", (logits, ids), {"token_logprobs_kernel": (4, 0)}
+        yield (
+            f"token_logprobs_backward-{name}",
+            "token_logprobs_backward",
+            (row, row, logits, ids, row, row),
+            {"token_logprobs_backward_kernel": (4, 4)},
+        )
+
+
+def compile_as_launched(kernel, args: tuple, threads: int, target):
+    """What the launcher would compile for these arguments."""
+    import triton
+    from carerl_kernels.triton_kernels import _blocks
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import mangle_type
+
+    signature, constants, attributes = {}, {}, {}
+    for at, (parameter, value) in enumerate(zip(kernel.params, args, strict=True)):
+        if parameter.is_constexpr or (isinstance(value, int) and not isinstance(value, bool) and value == 1):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        signature[parameter.name] = parameter.annotation_type or mangle_type(value)
+        size = value.data_ptr() if isinstance(value, torch.Tensor) else value
+        if isinstance(size, int) and size % 16 == 0:
+            attributes[(at,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=_blocks.options(threads, target.backend == "hip"))
+
+
+def cuda_report(compiled) -> dict[str, int]:
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        run = {"capture_output": True, "text": True, "check": True}
+        usage = subprocess.run([tools / "cuobjdump", "--dump-resource-usage", file.name], **run).stdout
+        code = subprocess.run([tools / "cuobjdump", "-sass", file.name], **run).stdout
+    used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
+    return {
+        "registers": used["REG"],
+        "spilled": used["STACK"] + used["LOCAL"] + len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "shared": compiled.metadata.shared,
+        "wide_loads": len(re.findall(r"\bLDG\.E\S*\.128", code)),
+        "wide_stores": len(re.findall(r"\bSTG\.E\S*\.128", code)),
+    }
+
+
+def hip_report(compiled) -> dict[str, int]:
+    code = compiled.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s*(\d+)", code).group(1))
+
+    return {
+        "registers": number("vgpr_count"),
+        "spilled": number("vgpr_spill_count") + number("sgpr_spill_count"),
+        "shared": compiled.metadata.shared,
+        "wide_loads": len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", code)),
+        "wide_stores": len(re.findall(r"\b(?:global|buffer)_store_dwordx4\b", code)),
+    }
+
+
+def main(place: str, all_of_them: bool) -> list[dict]:
+    from carerl_kernels import triton_kernels
+    from carerl_kernels.triton_kernels import _blocks
+    from triton.backends.compiler import GPUTarget
+
+    platform, arch = place.split(":")
+    target = GPUTarget("cuda", int(arch), 32) if platform == "cuda" else GPUTarget("hip", arch, 64)
+    served = triton_kernels.kernels()
+    current: list = []
+    reports: dict[tuple, dict] = {}
+
+    def record(kernel, grid, like, *args, threads=_blocks.THREADS):
+        name, wanted = current
+        compiled = compile_as_launched(kernel, args, threads, target)
+        found = cuda_report(compiled) if platform == "cuda" else hip_report(compiled)
+        loads, stores = wanted.get(kernel.__name__, (0, 0))
+        if platform == "hip" and "rotate" in kernel.__name__:
+            stores = 0  # 8 bytes wide there
+        report = Report(name, kernel.__name__, **found, wanted_loads=loads, wanted_stores=stores)
+        reports[name, kernel.__name__] = asdict(report)
+
+    for module in list(sys.modules.values()):
+        if module.__name__.startswith("carerl_kernels.triton_kernels.") and hasattr(module, "launch"):
+            module.launch = record
+    for name, overload, args, wanted in variants(all_of_them):
+        current[:] = name, wanted
+        served[overload](*args)
+    return list(reports.values())
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(sys.argv[1], "--all" in sys.argv)))

@@ -22,7 +22,7 @@ CARERL_DEVICE void block_pair(int p, int blocks, int* i, int* j) {
 // partials [slots, size, size], upper triangle. Shared memory: the tile [size up to a multiple of 4, tile + 1] in fp64;
 // afterwards the sums [slices, pairs, 16]. Neighbouring threads have neighbouring pairs and the same column, so that a
 // warp reads few different numbers, and the odd pitch spreads those over the banks. Pairs beyond 256 are other blocks'.
-static __global__ void __launch_bounds__(kGramThreads)
+static __global__ void __launch_bounds__(kGramThreads, 3)
     gram_kernel(const __grid_constant__ Spans spans, const __grid_constant__ Basis basis, int tile, double* partials) {
   CARERL_SHARED(shared);
   double* stack = reinterpret_cast<double*>(shared);

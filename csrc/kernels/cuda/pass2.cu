@@ -14,9 +14,9 @@ constexpr int64_t kEditUnit = 4096;  // columns: a whole number of turns of a bl
 int gradients_of(int64_t batch) { return batch == 1 ? 1 : 4; }
 
 // Threads over columns, and over groups of four gradients.
-dim3 edit_block(int64_t batch) {
+dim3 edit_block(int64_t batch, unsigned threads = 256) {
   const unsigned groups = batch <= 4 ? 1 : batch <= 8 ? 2 : 4;
-  return dim3(256 / groups, groups);
+  return dim3(threads / groups, groups);
 }
 
 template <class E, int kGradients>
@@ -69,7 +69,7 @@ void launch_rotate(const char* op, const Call& call, const Basis& domain, const 
   while (tile > 32 && depth * tile * 4 + extra > 64 << 10) tile /= 2;
   const int64_t shared = depth * tile * 4 + extra;
   allow_shared(op, rotate_kernel<kGradients, kEdit>, shared);
-  dim3 block = edit_block(call.batch);
+  dim3 block = edit_block(call.batch, rotate_threads(kGradients));
   if (!kEdit) {  // as many threads as have a part of the product, evenly
     const int64_t parts = tile / kRotateColumns * ceil_div(domain.rows, kRotateRows), rounds = ceil_div(parts, 256);
     block = dim3(static_cast<unsigned>(std::max<int64_t>(round_up(ceil_div(parts, rounds), 32), 128)));

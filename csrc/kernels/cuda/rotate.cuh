@@ -12,6 +12,9 @@ namespace carerl::cuda {
 
 constexpr int kRotateRows = 8, kRotateColumns = 8;
 
+// Two blocks an SM leave 128 registers or, where four gradients are edited at once, 168.
+constexpr int rotate_threads(int gradients) { return gradients == 1 ? 256 : 192; }
+
 // table [groups, depth, padded] = q [groups, rows, depth] transposed and padded with zeros; finite [groups]. One block
 // each, of whole warps. Shared memory: one int.
 static __global__ void __launch_bounds__(256)
@@ -116,9 +119,9 @@ CARERL_DEVICE void rotate_tile(const Basis& basis, const float* stack, int depth
 // and writing the rows of the domain: from rows and gradients as they were. Shared memory: the tile [K + B, tile], then
 // the plan of the edit.
 template <int kGradients, bool kEdit>
-__global__ void __launch_bounds__(256) rotate_kernel(const __grid_constant__ Spans spans,
-                                                     const __grid_constant__ Basis domain, const Rotation rotation,
-                                                     int tile, const __grid_constant__ Basis all, const Edit edits) {
+__global__ void __launch_bounds__(rotate_threads(kGradients), 2)
+    rotate_kernel(const __grid_constant__ Spans spans, const __grid_constant__ Basis domain, const Rotation rotation,
+                  int tile, const __grid_constant__ Basis all, const Edit edits) {
   CARERL_SHARED(shared);
   const Slot slot = find_slot(spans, slot_index(spans));
   const int rows = static_cast<int>(domain.rows), depth = rows + spans.batch;

@@ -208,3 +208,39 @@ def test_passes_over_n_use_16_byte_loads_and_stores(architecture):
             assert sum(n for bits, n in loads.items() if bits < 64) <= gathers, f"{kernel}: {loads}"
         if kernel.startswith(("project", "edit")):
             assert together(kernels[kernel]) >= in_flight(kernel), kernel
+
+
+# ---------------------------------------------------------------------------------------------------------- on a device
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_step_can_be_captured_into_a_cuda_graph():
+    """No synchronisation, no allocation but torch's: a replayed graph leaves the bits that eager calls leave."""
+    torch.manual_seed(0)
+    start = torch.randn(3, 100_003, device="cuda"), torch.randn(2, 5, 100_003, device="cuda") / 300
+    mix, scale = torch.randn(3, 10, device="cuda"), torch.full((3,), 0.5, device="cuda")
+    q = torch.randn(5, 8, device="cuda") / 3
+    ops = torch.ops.carerl
+
+    def step(grads: torch.Tensor, bases: torch.Tensor) -> list[torch.Tensor]:
+        seen = [ops.project(grads, bases, None, torch.float64), ops.gram(bases, grads)]
+        ops.edit_(grads, bases, mix, scale)
+        ops.rotate_(bases[0], grads, q)
+        seen.extend(ops.dacsp_(grads, bases, 1.5, 0.5, 0.0))
+        return [*seen, grads, bases]
+
+    expected = step(*(t.clone() for t in start))
+    static = [t.clone() for t in start]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(*static)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step(*static)
+    for _ in range(2):
+        for tensor, value in zip(static, start, strict=True):
+            tensor.copy_(value)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

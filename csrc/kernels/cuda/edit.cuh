@@ -11,8 +11,8 @@ namespace carerl::cuda {
 constexpr int kEditRows = 4;
 enum Change : int { kLeave, kScale, kMove };
 
-// What an Edit comes to, in shared memory: what happens to each gradient, and the rows that any of them needs with their
-// factors (zero for gradients that do not move).
+// What an Edit comes to, in shared memory: what happens to each gradient, and the rows that any of them needs with
+// their factors (zero for gradients that do not move).
 struct EditPlan {
   int* change;  // [batch]
   int* rows;    // [count], ascending

@@ -25,8 +25,8 @@ void launch_edit(const char* op, const Call& call, const Plan& plan, const Edit&
   allow_shared(op, edit_kernel<E, kGradients>, shared);
   for (const Table& table : plan.tables) {
     if (table.slots == 0) continue;
-    CARERL_LAUNCH((edit_kernel<E, kGradients>), dim3(static_cast<unsigned>(table.slots)), edit_block(call.batch), shared,
-                  stream_of(call.device), table.spans, call.basis, change);
+    CARERL_LAUNCH((edit_kernel<E, kGradients>), dim3(static_cast<unsigned>(table.slots)), edit_block(call.batch),
+                  shared, stream_of(call.device), table.spans, call.basis, change);
     check_launch(op);
   }
 }
@@ -62,7 +62,8 @@ Rotation prepare(const char* op, const Call& call, int64_t domain_rows, const fl
 }
 
 template <int kGradients, bool kEdit>
-void launch_rotate(const char* op, const Call& call, const Basis& domain, const Rotation& rotation, const Edit& change) {
+void launch_rotate(const char* op, const Call& call, const Basis& domain, const Rotation& rotation,
+                   const Edit& change) {
   const int64_t depth = domain.rows + call.batch;
   const int64_t extra = kEdit ? edit_plan_bytes(call.basis.rows, call.batch, kGradients) : 0;
   int tile = 256;
@@ -106,8 +107,8 @@ void rotate(const char* op, const Call& call, const float* q, int64_t rows, int6
   launch_rotate<1, false>(op, call, call.basis, rotation, {});
 }
 
-void edit_rotate(const char* op, const Call& call, const Basis& domain, const Edit& change, const float* q, int64_t rows,
-                 int64_t seed) {
+void edit_rotate(const char* op, const Call& call, const Basis& domain, const Edit& change, const float* q,
+                 int64_t rows, int64_t seed) {
   if (domain.rows == 0) return edit(op, call, change);
   const Rotation rotation = prepare(op, call, domain.rows, q, rows, seed);
   if (gradients_of(call.batch) == 1)

@@ -1,9 +1,9 @@
 // U <- Q [U; G] in place, alone or together with the edit of G.
 //
-// A block holds a tile of all rows of [U; G] in shared memory as floats; a thread makes 8 rows x 8 columns of the product
-// in registers, so that 64 multiply-adds need 10 shared-memory wavefronts. Bound by memory up to k of about 32 (bf16,
-// H100) and by fp32 arithmetic beyond. No tensor cores: new rows have to stay orthonormal to 1e-5, which TF32 does not
-// give, and this runs once per batch of gradients.
+// A block holds a tile of all rows of [U; G] in shared memory as floats; a thread makes 8 rows x 8 columns of the
+// product in registers, so that 64 multiply-adds need 10 shared-memory wavefronts. Bound by memory up to k of about 32
+// (bf16, H100) and by fp32 arithmetic beyond. No tensor cores: new rows have to stay orthonormal to 1e-5, which TF32
+// does not give, and this runs once per batch of gradients.
 #pragma once
 
 #include "edit.cuh"
@@ -140,12 +140,11 @@ __global__ void __launch_bounds__(rotate_threads(kGradients), 2)
   for (int64_t begin = slot.begin; begin < slot.end; begin += tile) {
     const int n = static_cast<int>(min64(tile, slot.end - begin));
     __syncthreads();  // everybody is done with the tile before
-    const auto put = [&](int row, int x, const float(&four)[4]) {
+    const auto put = [&](int row, int x, const float (&four)[4]) {
       *reinterpret_cast<float4*>(stack + row * tile + x) = make_float4(four[0], four[1], four[2], four[3]);
     };
     stage_basis(domain, slot.column + begin, n, tile, put);
-    stage_gradients(spans, slot, begin, n, tile,
-                    [&](int b, int x, const float(&four)[4]) { put(rows + b, x, four); });
+    stage_gradients(spans, slot, begin, n, tile, [&](int b, int x, const float (&four)[4]) { put(rows + b, x, four); });
     __syncthreads();
     if constexpr (kEdit) {
       if (plan.any) {

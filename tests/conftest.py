@@ -32,7 +32,10 @@ TOO_LONG = {
         "unbiased",
         "peak_memory",
         "never_a_nan",
+        "never_reverses",
         "reproducible",
+        "two_thousand_updates",
+        "what_batch_pca_captures",
     ),
 }
 

@@ -58,7 +58,7 @@ def options(threads: int, hip: bool) -> dict[str, int]:
     return warps if hip else warps | {"maxnreg": min(65536 // threads, 255)}
 
 
-GRAM_WIDTH = 64  # columns of a tile of gram: they are summed in one fp32 chain, then go to fp64
+GRAM_WIDTH = 64  # columns of a tile of gram
 
 
 def gram_tile(rows: int, codes: int) -> tuple[int, int]:

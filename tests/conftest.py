@@ -18,6 +18,7 @@ settings.load_profile("carerl")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a GPU, or runs GPU kernels under emulation")
+    config.addinivalue_line("markers", "slow: takes a minute or so; deselect with -m 'not slow'")
     torch.set_num_threads(1)  # workers share the cores; tests of threading ask for more themselves
 
 

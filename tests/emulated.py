@@ -42,7 +42,9 @@ def run(arguments: Sequence[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def build(name: str, objects: Sequence[tuple[Path, Sequence[str]]], link: Sequence[str], sources: Sequence[Path]) -> Path:
+def build(
+    name: str, objects: Sequence[tuple[Path, Sequence[str]]], link: Sequence[str], sources: Sequence[Path]
+) -> Path:
     """Compiles ``(source, flags)`` pairs and links them to ``build/emulator/<hash>/<name>``, unless that exists."""
     key = hashlib.sha256(repr((objects, link)).encode())
     for path in sorted({*sources, *(source for source, _ in objects)}):
@@ -77,7 +79,9 @@ def library() -> None:
     torch_dir = Path(torch.__file__).parent
     binding = [*FLAGS, "-O1", "-DTORCH_TARGET_VERSION=0x020d000000000000", "-isystem", str(torch_dir / "include"),
                f"-DCARERL_OPS_NAMESPACE={NAMESPACE}", "-DCARERL_OPS_KEY=CPU"]  # fmt: skip
-    objects: list[tuple[Path, Sequence[str]]] = [(source, [*FLAGS, "-O2", "-fsanitize=alignment"]) for source in KERNELS]
+    objects: list[tuple[Path, Sequence[str]]] = [
+        (source, [*FLAGS, "-O2", "-fsanitize=alignment"]) for source in KERNELS
+    ]
     objects += [(ROOT / "csrc/ops" / name, binding) for name in ("cuda.cpp", "checks.cpp")]
     objects += [(EMULATOR / "emulator.cpp", [*FLAGS, "-O2", "-DEMULATOR_CHECKS_ALIGNMENT"])]
     link = ["-shared", f"-L{torch_dir / 'lib'}", "-ltorch_cpu"]

@@ -27,7 +27,9 @@ SOURCES = emulated.ROOT / "csrc/kernels/cuda"
 def driver(name: str, flags: list[str], kernels: list[Path] = emulated.KERNELS, include: tuple[str, ...] = ()) -> Path:
     everything = [*emulated.FLAGS, "-g1", *flags]
     sources = [*kernels, emulated.EMULATOR / "emulator.cpp", emulated.EMULATOR / "driver.cpp"]
-    return emulated.build(name, [(s, [*everything, *include]) for s in sources], [*flags, "-pthread"], emulated.headers())
+    return emulated.build(
+        name, [(s, [*everything, *include]) for s in sources], [*flags, "-pthread"], emulated.headers()
+    )
 
 
 def run(path: Path, *ops: str, **environment: str) -> subprocess.CompletedProcess:
@@ -120,7 +122,12 @@ def mutable_copy() -> Path:
 
 @pytest.fixture(scope="module")
 def mutable() -> Path:
-    flags = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-include{emulated.EMULATOR / 'mutant.h'}"]
+    flags = [
+        "-O0",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+        f"-include{emulated.EMULATOR / 'mutant.h'}",
+    ]
     return driver("driver_asan", flags, sorted(mutable_copy().glob("*.cu")))
 
 
@@ -140,6 +147,8 @@ def test_mistakes_are_noticed(mutable, file, name):
     for op, schedule in itertools.product(ops, schedules):
         child = run(mutable, op, **chosen, **schedule)
         if not passed(child):
-            assert re.search("wrong result|emulator: |ERROR: AddressSanitizer|runtime error", child.stderr), child.stderr
+            assert re.search("wrong result|emulator: |ERROR: AddressSanitizer|runtime error", child.stderr), (
+                child.stderr
+            )
             return
     pytest.fail("the emulator saw nothing wrong")

@@ -448,7 +448,7 @@ def test_poisoned_gradients_touch_nothing():
     assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, None, "high"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, "high"])
 def test_bad_reward_names_domain_and_value(value):
     run = trainer(None)
     run.domains["code"].reward = lambda example, text: value

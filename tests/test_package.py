@@ -233,7 +233,14 @@ print(json.dumps(info.collect()))
 )
 def test_cuda_is_refused_rather_than_ignored(tmp_path, value, message):
     env = {**os.environ, "CARERL_CUDA": value}
-    command = [str(shutil.which("cmake")), "-S", str(ROOT), "-B", str(tmp_path), f"-DPython_EXECUTABLE={sys.executable}"]
+    command = [
+        str(shutil.which("cmake")),
+        "-S",
+        str(ROOT),
+        "-B",
+        str(tmp_path),
+        f"-DPython_EXECUTABLE={sys.executable}",
+    ]
     command.append("-DCARERL_NVCC=")  # what a search without result leaves
     run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode != 0

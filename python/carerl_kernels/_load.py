@@ -107,7 +107,9 @@ def _load_cuda() -> Backend:
     return _load_native(
         "cuda",
         "CUDA",
-        Backend("cuda", (), "this build has no CUDA library", "build it with CARERL_CUDA=ON where nvcc is (make gpu-build)"),
+        Backend(
+            "cuda", (), "this build has no CUDA library", "build it with CARERL_CUDA=ON where nvcc is (make gpu-build)"
+        ),
     )
 
 

@@ -12,6 +12,7 @@ import typer
 
 from .basis_command import basis
 from .bench.command import bench
+from .rewards.command import score
 
 app = typer.Typer(
     help="Capability-aware RL post-training: projection kernels, capability guard, GRPO trainer.",
@@ -71,5 +72,6 @@ def demo(
         run_demo(out, fast=fast, seeds=seeds, json_path=json_path, workers=workers, variants=variant)
 
 
-app.command()(bench)  # imports what it needs when it runs, too
+app.command()(bench)  # these import what they need when they run, too
+app.command()(score)
 app.add_typer(basis, name="basis")

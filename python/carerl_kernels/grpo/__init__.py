@@ -5,7 +5,7 @@ Importing it loads torch and pydantic only; transformers, matplotlib and rich ar
 
 from .advantages import informative_fraction
 from .config import GRPOConfig, Stage, lr_factor
-from .domain import Domain, Example, RewardError
+from .domain import BatchReward, Domain, Example, RewardError
 from .evaluate import evaluate
 from .learner import Guard
 from .logprobs import answer_logprobs, answer_loss, completion_logprobs, success_probability
@@ -18,6 +18,7 @@ from .trainer import GRPOTrainer
 
 __all__ = [
     "Batch",
+    "BatchReward",
     "CheckpointError",
     "Domain",
     "Example",

@@ -6,13 +6,25 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 Messages = tuple[Mapping[str, str], ...]
 
 
 class RewardError(ValueError):
-    """A verifier returned something that is no finite number."""
+    """A verifier returned something that is neither a finite number nor None, or judged nothing of a whole batch."""
+
+
+@runtime_checkable
+class BatchReward(Protocol):
+    """A reward that wants to see many completions at once: a judge with many calls in flight, a group normaliser.
+
+    If it also has `evaluate_batch` (same arguments), evaluation uses that: a normalised reward says nothing about how good
+    the policy is, and looking must not change running statistics. If it has `state_dict` and `load_state_dict`, its state
+    is in the trainer's checkpoints.
+    """
+
+    def score_batch(self, examples: Sequence[Example], completions: Sequence[str]) -> Sequence[float | None]: ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,9 @@ class Domain:
     Args:
         name: Names the domain in stages, metrics, guard and file names.
         sample: `sample(rng, n)` draws n training examples using nothing random but `rng`: resuming replays it.
-        reward: `reward(example, completion)` judges the decoded completion; any finite number.
+        reward: `reward(example, completion)` judges the decoded completion: any finite number, or None for a completion
+            that could not be judged; it then counts neither for nor against its group. An object with
+            `score_batch(examples, completions)` gets the domain's share of a batch in one call.
         eval_examples: Held-out examples measured at every evaluation; none: the domain is not evaluated.
         eval_mode: "sampled": mean reward of sampled completions. "exact": the probability at temperature 1 that the
             policy writes `example.answer` and stops, by teacher forcing: no sampling noise, but only a lower bound
@@ -59,7 +73,7 @@ class Domain:
 
     name: str
     sample: Callable[[random.Random, int], Sequence[Example]]
-    reward: Callable[[Example, str], float]
+    reward: Callable[[Example, str], float | None] | BatchReward
     eval_examples: Sequence[Example] = ()
     eval_mode: Literal["sampled", "exact"] = "sampled"
     probe_examples: Sequence[Example] = ()
@@ -99,13 +113,44 @@ class Domain:
             )
         return examples
 
-    def score(self, example: Example, completion: str) -> float:
-        """The verifier's reward, checked.
+    def score(self, example: Example, completion: str) -> float | None:
+        """The reward of one completion, checked; None if it could not be judged.
 
         Raises:
-            RewardError: Not a finite number; names domain, value and completion.
+            RewardError: Neither a finite number nor None; names domain, value and completion.
         """
-        value = self.reward(example, completion)
+        return self.score_batch([example], [completion])[0]
+
+    def score_batch(
+        self, examples: Sequence[Example], completions: Sequence[str], *, training: bool = True
+    ) -> list[float | None]:
+        """The rewards of several completions, example i belonging to completion i.
+
+        Args:
+            examples: As many as completions; equal objects are one group.
+            completions: Decoded.
+            training: False asks for the reward's `evaluate_batch` where it has one.
+
+        Raises:
+            RewardError: One is neither a finite number nor None, or their number is wrong.
+        """
+        values: Sequence[Any]
+        if isinstance(self.reward, BatchReward):
+            judge: Callable[..., Sequence[Any]] = self.reward.score_batch
+            if not training:
+                judge = getattr(self.reward, "evaluate_batch", judge)
+            values = list(judge(examples, completions))
+            if len(values) != len(completions):
+                raise RewardError(
+                    f"domain {self.name!r}: expected {len(completions)} rewards from score_batch, found {len(values)}"
+                )
+        else:
+            values = [self.reward(example, text) for example, text in zip(examples, completions, strict=True)]
+        return [self._checked(value, text) for value, text in zip(values, completions, strict=True)]
+
+    def _checked(self, value: Any, completion: str) -> float | None:
+        if value is None:
+            return None
         try:
             number = float(value)
         except (TypeError, ValueError):
@@ -113,7 +158,7 @@ class Domain:
         if not math.isfinite(number):
             raise RewardError(
                 f"domain {self.name!r}: expected a finite number from the reward function, found {value!r} "
-                f"for completion {completion!r}; return 0.0 for a completion that cannot be judged"
+                f"for completion {completion!r}; return None for a completion that cannot be judged"
             )
         return number
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .domain import Domain
+from .domain import Domain, RewardError
 from .logprobs import success_probability
 from .sampling import sample
 from .text import SpecialTokens, decode, encode_prompts
@@ -27,8 +27,8 @@ def evaluate(
     """Mean success over `domain.eval_examples`.
 
     With eval_mode "exact": the mean probability at temperature 1 of writing the answer and stopping. With "sampled":
-    the mean reward of `num_samples` completions per example, drawn from a generator of its own so that evaluating
-    more or less often changes nothing in training.
+    the mean reward of `num_samples` completions per example (without those that could not be judged), drawn from a
+    generator of its own so that evaluating more or less often changes nothing in training.
 
     Args:
         model: Causal LM.
@@ -43,11 +43,12 @@ def evaluate(
 
     Raises:
         ValueError: The domain has no eval_examples.
+        RewardError: None of the completions could be judged.
     """
     examples = list(domain.eval_examples)
     if not examples:
         raise ValueError(f"domain {domain.name!r} has no eval_examples; give it some to measure accuracy")
-    total = 0.0
+    total, judged = 0.0, 0
     if domain.eval_mode == "exact":
         for i in range(0, len(examples), batch_size):
             chunk = examples[i : i + batch_size]
@@ -68,5 +69,9 @@ def evaluate(
             generator=generator,
         )
         texts = decode(tokenizer, rollout.completions())
-        total += sum(domain.score(chunk[j // num_samples], text) for j, text in enumerate(texts))
-    return total / (len(examples) * num_samples)
+        rewards = domain.score_batch([chunk[j // num_samples] for j in range(len(texts))], texts, training=False)
+        total += sum(r for r in rewards if r is not None)
+        judged += sum(r is not None for r in rewards)
+    if not judged:
+        raise RewardError(f"domain {domain.name!r}: none of the completions of its eval_examples could be judged")
+    return total / judged

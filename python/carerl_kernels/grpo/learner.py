@@ -179,9 +179,10 @@ class Learner:
         return {
             "domain": batch.domain,
             "loss": sum(losses) / len(losses),
-            "reward": float(batch.rewards.mean()),
+            "reward": float(batch.rewards[batch.judged].mean()),
             "rewards": batch.reward_by_domain(),
-            "informative": informative_fraction(batch.rewards, batch.group_ids),
+            "excluded": 1.0 - float(batch.judged.double().mean()),
+            "informative": informative_fraction(batch.rewards[batch.judged], batch.group_ids[batch.judged]),
             "kl": stats.kl / max(stats.tokens, 1.0),
             "clip_fraction": stats.clipped / max(stats.units, 1.0),  # of units with a gradient
             "entropy": float(sampled.entropy.double().sum()) / max(tokens, 1),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .config import GRPOConfig
-from .domain import Domain, Example
+from .domain import Domain, Example, RewardError
 from .sampling import Rollout, sample
 from .text import SpecialTokens, decode, encode_prompts
 
@@ -24,7 +24,8 @@ class Batch:
     Attributes:
         rollout: Tokens and log-probabilities.
         texts: B decoded completions.
-        rewards: [B] float64.
+        rewards: [B] float64; 0 where `judged` is False.
+        judged: [B] bool; False where the reward is None. Such rows have advantage 0 and are in no statistic.
         group_ids: [B] number of the prompt.
         advantages: [B] float32.
         domains: B domain names.
@@ -33,6 +34,7 @@ class Batch:
     rollout: Rollout
     texts: list[str]
     rewards: Tensor
+    judged: Tensor
     group_ids: Tensor
     advantages: Tensor
     domains: list[str]
@@ -43,10 +45,11 @@ class Batch:
         return self.domains[0] if len(set(self.domains)) == 1 else None
 
     def reward_by_domain(self) -> dict[str, float]:
-        """Mean reward of each domain present."""
+        """Mean reward of each domain with a judged completion."""
         sums: dict[str, list[float]] = {}
-        for name, reward in zip(self.domains, self.rewards.tolist(), strict=True):
-            sums.setdefault(name, []).append(reward)
+        for name, reward, judged in zip(self.domains, self.rewards.tolist(), self.judged.tolist(), strict=True):
+            if judged:
+                sums.setdefault(name, []).append(reward)
         return {name: sum(values) / len(values) for name, values in sums.items()}
 
 
@@ -91,7 +94,7 @@ def rollout(
         phase: Context manager factory timing the phases "sample" and "reward".
 
     Raises:
-        RewardError: A verifier returned no finite number.
+        RewardError: A verifier returned something else than a finite number or None, or None for every completion.
     """
     examples: list[Example] = []
     names: list[str] = []
@@ -112,19 +115,42 @@ def rollout(
     with _phase(phase, "reward"):
         texts = decode(tokenizer, sampled.completions())
         owners = [i for i in range(len(examples)) for _ in range(config.group_size)]
-        rewards = [domains[names[i]].score(examples[i], text) for i, text in zip(owners, texts, strict=True)]
+        rewards = _rewards(domains, [names[i] for i in owners], [examples[i] for i in owners], texts)
     device = sampled.completion_ids.device
-    reward_tensor = torch.tensor(rewards, dtype=torch.float64, device=device)
+    judged = torch.tensor([r is not None for r in rewards], device=device)
+    reward_tensor = torch.tensor([r or 0.0 for r in rewards], dtype=torch.float64, device=device)
     group_ids = torch.tensor(owners, device=device)
     domain_ids = torch.tensor([list(counts).index(names[i]) for i in owners], device=device)
     return Batch(
         rollout=sampled,
         texts=texts,
         rewards=reward_tensor,
+        judged=judged,
         group_ids=group_ids,
-        advantages=torch.ops.carerl.group_advantages(reward_tensor, group_ids, domain_ids, config.advantage_mode),
+        advantages=torch.ops.carerl.group_advantages(
+            reward_tensor.where(judged, torch.nan), group_ids, domain_ids, config.advantage_mode
+        ),
         domains=[names[i] for i in owners],
     )
+
+
+def _rewards(
+    domains: Mapping[str, Domain], names: Sequence[str], examples: Sequence[Example], texts: Sequence[str]
+) -> list[float | None]:
+    """One reward a completion, asked for once per domain."""
+    rewards: list[float | None] = [None] * len(texts)
+    for name in dict.fromkeys(names):
+        rows = [i for i, owner in enumerate(names) if owner == name]
+        values = domains[name].score_batch([examples[i] for i in rows], [texts[i] for i in rows])
+        for i, value in zip(rows, values, strict=True):
+            rewards[i] = value
+    if all(reward is None for reward in rewards):
+        raise RewardError(
+            f"expected a reward for at least one of {len(texts)} completions, found None for all of them "
+            f"(domains {', '.join(dict.fromkeys(names))}): the judge cannot be reached or rejects everything; "
+            f"see its log, then resume the run"
+        )
+    return rewards
 
 
 def _phase(phase: Callable[[str], AbstractContextManager[Any]] | None, name: str) -> AbstractContextManager[Any]:

@@ -267,6 +267,9 @@ class GRPOTrainer:
             self._optimizer.load_state_dict(state["optimizer"])
         if self.guard is not None:
             self.guard.load_state_dict(state["guard"])
+        for name, rewards in state.get("rewards", {}).items():
+            reward: Any = self.domains[name].reward
+            reward.load_state_dict(rewards)
         self._learner.rng.setstate(nested_tuples(state["prompts"]))
         self._learner.generator.set_state(state["sampler"])
         set_rng_state(state["global"])
@@ -281,6 +284,11 @@ class GRPOTrainer:
             "stage_step": stage_step,
             "optimizer": self._optimizer.state_dict() if carries and self._optimizer is not None else None,
             "guard": None if self.guard is None else self.guard.state_dict(),
+            "rewards": {
+                name: domain.reward.state_dict()
+                for name, domain in self.domains.items()
+                if hasattr(domain.reward, "state_dict")
+            },
             "prompts": self._learner.rng.getstate(),
             "sampler": self._learner.generator.get_state(),
             "global": rng_state(),

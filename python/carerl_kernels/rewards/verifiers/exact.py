@@ -1,11 +1,11 @@
-"""Verifiers: functions of an example and a completion that return a reward."""
+"""The simplest verifier."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..grpo.domain import Example
+    from ...grpo.domain import Example
 
 
 def exact_match(example: Example, completion: str) -> float:

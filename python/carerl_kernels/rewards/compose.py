@@ -1,0 +1,315 @@
+"""Several rewards in one, and several domains in one run, without the loudest deciding.
+
+A judge in [0, 1], a success that is 0 or 1 and a length bonus have different spreads; summed raw, the one with the largest
+variance drives the gradient. Each component is therefore normalised by itself before they are weighted and summed (decoupled,
+as in GDPO), optionally only where another component says the trajectory succeeded; and `domination` reports, after the fact,
+which domain and which component the gradient came from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..grpo.domain import BatchReward, Example
+
+Normalization = Literal["none", "group", "rank", "running"]
+
+
+def rank_in_group(values: Tensor, groups: Tensor, judged: Tensor | None = None) -> Tensor:
+    """Place among the group's values in [-1, 1], ties at their mean place: no outlier counts more than its rank.
+
+    Args:
+        values: [B]. groups: [B] integers. judged: [B] bool; False rows get 0 and take no place.
+
+    Returns:
+        [B] float64 with mean 0 in every group; 0 for a group of one.
+    """
+    v = values.double()
+    alike = groups[:, None] == groups[None, :]  # [B, B]
+    if judged is not None:
+        alike &= judged[None, :] & judged[:, None]
+    below = (alike & (v[None, :] < v[:, None])).sum(1)
+    above = (alike & (v[None, :] > v[:, None])).sum(1)
+    others = (alike.sum(1) - 1).clamp(min=1)
+    return (below - above).double() / others
+
+
+class Running:
+    """Mean and standard deviation of a stream, exponentially weighted: a scale that does not jump from batch to batch.
+
+    Args:
+        decay: Weight of what was before, per batch. The average is unbiased from the first batch on.
+    """
+
+    def __init__(self, decay: float = 0.99) -> None:
+        if not 0 < decay < 1:
+            raise ValueError(f"Running: expected decay in (0, 1), found {decay}")
+        self.decay, self.weight, self.first, self.second = decay, 0.0, 0.0, 0.0
+
+    def update(self, values: Tensor) -> None:
+        """Takes in a batch [n]; an empty one changes nothing."""
+        if values.numel():
+            v = values.double()
+            self.weight = self.decay * self.weight + 1 - self.decay
+            self.first = self.decay * self.first + (1 - self.decay) * float(v.mean())
+            self.second = self.decay * self.second + (1 - self.decay) * float(v.square().mean())
+
+    @property
+    def mean(self) -> float:
+        return self.first / self.weight if self.weight else 0.0
+
+    @property
+    def std(self) -> float:
+        return math.sqrt(max(0.0, self.second / self.weight - self.mean**2)) if self.weight else 0.0
+
+    def normalize(self, values: Tensor) -> Tensor:
+        """(values - mean) / std; zeros while everything seen was equal."""
+        spread = self.std
+        # the second moment's rounding, relative to itself, is no spread
+        if spread <= 1e-7 * max(1.0, abs(self.mean)):
+            return torch.zeros_like(values, dtype=torch.float64)
+        return (values.double() - self.mean) / spread
+
+    def state_dict(self) -> dict[str, float]:
+        return {"weight": self.weight, "first": self.first, "second": self.second}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self.weight, self.first, self.second = state["weight"], state["first"], state["second"]
+
+
+@dataclass
+class Component:
+    """One of several rewards.
+
+    Args:
+        name: In reports, and for other components' gates.
+        reward: A verifier, a scorer, anything a `Domain` takes.
+        weight: Of the normalised values.
+        normalize: "group": by mean and standard deviation of the prompt's group. "rank": place in the group. "running": by
+            the component's own running mean and standard deviation. "none": as it is.
+        gate: Name of the component whose raw value must be at least `gate_at`, or this one is 0 and stays out of its
+            own statistics: help that did not lead to success earns nothing, and success is compared with success.
+        gate_at: Threshold.
+    """
+
+    name: str
+    reward: Callable[[Example, str], float | None] | BatchReward
+    weight: float = 1.0
+    normalize: Normalization = "group"
+    gate: str | None = None
+    gate_at: float = 1.0
+    running: Running = field(default_factory=Running, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.normalize not in ("none", "group", "rank", "running"):
+            raise ValueError(
+                f"Component {self.name!r}: expected normalize none, group, rank or running, found {self.normalize!r}"
+            )
+        if not math.isfinite(self.weight):
+            raise ValueError(f"Component {self.name!r}: expected a finite weight, found {self.weight}")
+
+
+@dataclass(frozen=True)
+class Composed:
+    """Attributes:
+    total: [B] float64, the weighted sum; 0 where not judged.
+    parts: Per component [B], weighted and normalised; they sum to `total`.
+    judged: [B] bool; False where a component has no value.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+    judged: Tensor
+
+
+class Composition:
+    """A weighted sum of components, each normalised by itself; the reward of a `Domain`.
+
+    With "group" components set `GRPOConfig(advantages="none")`: the sum has its scale already, and dividing it by the
+    group's standard deviation once more would undo the weighting between groups. A completion that one component cannot
+    judge is not judged at all: a sum with a hole would compare it with others on different terms.
+
+    Args:
+        components: With distinct names.
+        whiten: Divide the sum by its standard deviation over the batch, as GDPO does last: the step size then does not
+            depend on how many components there are.
+
+    Raises:
+        ValueError: Names repeat, or a gate names no component or itself.
+    """
+
+    def __init__(self, components: Sequence[Component], *, whiten: bool = False) -> None:
+        names = [c.name for c in components]
+        if not components or len(set(names)) != len(names):
+            raise ValueError(f"Composition: expected components with distinct names, found {names}")
+        for c in components:
+            if c.gate is not None and (c.gate not in names or c.gate == c.name):
+                raise ValueError(
+                    f"Composition: expected the gate of {c.name!r} among the others {names}, found {c.gate!r}"
+                )
+        self.components, self.whiten = tuple(components), whiten
+        self.last: Composed | None = None
+        self.__name__ = "composition"
+
+    def compose(self, values: Mapping[str, Tensor], groups: Tensor, judged: Tensor, *, learn: bool = True) -> Composed:
+        """The sum of given component values.
+
+        Args:
+            values: Per component [B]; whatever stands where `judged` is False.
+            groups: [B] integers.
+            judged: [B] bool.
+            learn: Whether running statistics take the values in.
+        """
+        parts = {}
+        for c in self.components:
+            v = values[c.name].double()
+            counts = judged if c.gate is None else judged & (values[c.gate] >= c.gate_at)
+            if c.normalize == "group":
+                part = torch.ops.carerl.group_advantages(v.where(counts, torch.nan), groups).double()
+            elif c.normalize == "rank":
+                part = rank_in_group(v, groups, counts)
+            elif c.normalize == "running":
+                if learn:
+                    c.running.update(v[counts])
+                part = c.running.normalize(v)
+            else:
+                part = v
+            parts[c.name] = c.weight * part.where(counts, v.new_zeros(()))
+        total = torch.stack(list(parts.values())).sum(0)
+        if self.whiten:
+            spread = float(total[judged].std(correction=0)) if bool(judged.any()) else 0.0
+            if spread > 0:
+                total, parts = total / spread, {name: part / spread for name, part in parts.items()}
+        return Composed(total, parts, judged)
+
+    def score_batch(self, examples: Sequence[Example], completions: Sequence[str]) -> list[float | None]:
+        """Normalised rewards of a batch; equal example objects are one group. `last` keeps the parts for reports."""
+        values, judged = self._values(examples, completions)
+        place = {id(e): i for i, e in enumerate(examples)}
+        groups = torch.tensor([place[id(e)] for e in examples], dtype=torch.long)
+        self.last = self.compose(values, groups, judged)
+        pairs = zip(self.last.total.tolist(), judged.tolist(), strict=True)
+        return [total if known else None for total, known in pairs]
+
+    def evaluate_batch(self, examples: Sequence[Example], completions: Sequence[str]) -> list[float | None]:
+        """The weighted mean of the raw components, gates applied: what evaluation reports. Touches no statistic."""
+        values, judged = self._values(examples, completions)
+        weight = sum(abs(c.weight) for c in self.components) or 1.0
+        total = torch.zeros(len(completions), dtype=torch.float64)
+        for c in self.components:
+            open_ = judged if c.gate is None else judged & (values[c.gate] >= c.gate_at)
+            total += c.weight * values[c.name].where(open_, total.new_zeros(())) / weight
+        return [t if known else None for t, known in zip(total.tolist(), judged.tolist(), strict=True)]
+
+    def _values(self, examples: Sequence[Example], completions: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
+        from ..grpo.domain import Domain
+
+        values, judged = {}, torch.ones(len(completions), dtype=torch.bool)
+        for c in self.components:
+            raw = Domain(c.name, lambda rng, n: [], c.reward).score_batch(examples, completions)
+            values[c.name] = torch.tensor([r or 0.0 for r in raw], dtype=torch.float64)
+            judged &= torch.tensor([r is not None for r in raw], dtype=torch.bool)
+        return values, judged
+
+    def state_dict(self) -> dict[str, Any]:
+        """Running statistics, for checkpoints."""
+        return {c.name: c.running.state_dict() for c in self.components}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for c in self.components:
+            c.running.load_state_dict(state[c.name])
+
+
+# ------------------------------------------------------------------------------------------------------- who dominates
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one domain, or one component, contributes.
+
+    Attributes:
+        name: Of the domain or component.
+        samples: Share of the completions.
+        energy: Share of the gradient's drive (see `domination`).
+        ratio: energy / samples; 1 is proportionate.
+        dominates: Whether the ratio is above the threshold.
+    """
+
+    name: str
+    samples: float
+    energy: float
+    ratio: float
+    dominates: bool
+
+
+@dataclass(frozen=True)
+class Domination:
+    """Attributes:
+    domains: Largest share first.
+    effective: Number of domains that equal shares of energy would mean, 1 / sum of squares.
+    """
+
+    domains: tuple[Share, ...]
+    effective: float
+
+    def __str__(self) -> str:
+        lines = [f"{'':>12}  samples  energy  ratio"]
+        for s in self.domains:
+            mark = "  dominates" if s.dominates else ""
+            lines.append(f"{s.name:>12}  {s.samples:6.1%}  {s.energy:6.1%}  {s.ratio:5.2f}{mark}")
+        return "\n".join([*lines, f"effective number of domains {self.effective:.2f} of {len(self.domains)}"])
+
+
+def domination(
+    advantages: Tensor, domains: Sequence[str], *, weights: Tensor | None = None, threshold: float = 1.5
+) -> Domination:
+    """Which domain's reward variance drives the gradient.
+
+    A completion enters the policy gradient as A_i * grad log p_i, so with scores of similar size its share of the squared
+    gradient is that of (w_i A_i)^2; advantages have mean 0 in a group, so that is the domain's reward variance.
+
+    Args:
+        advantages: [B].
+        domains: B names.
+        weights: [B] weight of each completion in the loss: tokens for a token mean (dapo), nothing for grpo.
+        threshold: Share of energy over share of completions from which a domain is said to dominate.
+
+    Raises:
+        ValueError: Shapes differ or there is nothing.
+    """
+    if advantages.dim() != 1 or len(domains) != advantages.numel() or not domains:
+        raise ValueError(
+            f"domination: expected B >= 1 advantages and names, found {tuple(advantages.shape)}, {len(domains)}"
+        )
+    drive = advantages.double() if weights is None else advantages.double() * weights.double()
+    energy = drive.square()
+    total = float(energy.sum())
+    shares = []
+    for name in dict.fromkeys(domains):
+        rows = torch.tensor([d == name for d in domains])
+        samples = float(rows.double().mean())
+        own = float(energy[rows].sum()) / total if total else 0.0
+        shares.append(Share(name, samples, own, own / samples, own / samples > threshold and len(set(domains)) > 1))
+    squares = sum(s.energy**2 for s in shares)
+    return Domination(tuple(sorted(shares, key=lambda s: -s.energy)), 1 / squares if squares else float(len(shares)))
+
+
+def attribution(composed: Composed) -> dict[str, float]:
+    """Share of the composed reward's variance that each component explains: Cov(part, total) / Var(total).
+
+    The shares sum to 1; a negative one works against the others. All zero when the total does not vary.
+    """
+    total = composed.total[composed.judged]
+    if total.numel() < 2:
+        return dict.fromkeys(composed.parts, 0.0)
+    centred = total - total.mean()
+    variance = float(centred.square().sum())
+    if variance == 0:
+        return dict.fromkeys(composed.parts, 0.0)
+    return {name: float((part[composed.judged] * centred).sum()) / variance for name, part in composed.parts.items()}

@@ -1,0 +1,58 @@
+"""How far a judge can be trusted: agreement with a known order, with itself, and with the places swapped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .scorer import Score
+
+
+def rank_agreement(values: Sequence[float], truth: Sequence[float]) -> float:
+    """Kendall's tau-b between two rankings of the same things, in [-1, 1]; 0 when one of them has no order at all."""
+    if len(values) != len(truth):
+        raise ValueError(f"rank_agreement: expected equally many numbers, found {len(values)} and {len(truth)}")
+    agree = ties_v = ties_t = pairs = 0
+    for i in range(len(values)):
+        for j in range(i):
+            a = (values[i] > values[j]) - (values[i] < values[j])
+            b = (truth[i] > truth[j]) - (truth[i] < truth[j])
+            agree += a * b
+            ties_v += a == 0
+            ties_t += b == 0
+            pairs += 1
+    scale = math.sqrt((pairs - ties_v) * (pairs - ties_t))
+    return agree / scale if scale else 0.0
+
+
+@dataclass(frozen=True)
+class JudgeNoise:
+    """What a second verdict on the same responses says about the first.
+
+    Attributes:
+        n: Responses judged twice.
+        bias: Mean of second minus first: the effect of the criteria's order (the second one reverses it).
+        noise: Standard deviation of one verdict around the response's own mean.
+        share: Of the variance of the first verdicts that is noise, in [0, 1]; None with fewer than three or no variance.
+    """
+
+    n: int
+    bias: float
+    noise: float
+    share: float | None
+
+
+def judge_noise(scores: Sequence[Score]) -> JudgeNoise | None:
+    """From the re-judged share of scores; None when there is none."""
+    pairs = [(s.value, s.again) for s in scores if s.value is not None and s.again is not None]
+    if not pairs:
+        return None
+    n = len(pairs)
+    gaps = [b - a for a, b in pairs]
+    bias = sum(gaps) / n
+    noise = sum((g - bias) ** 2 for g in gaps) / max(1, n - 1) / 2  # variance of one verdict
+    mean = sum(a for a, _ in pairs) / n
+    variance = sum((a - mean) ** 2 for a, _ in pairs) / max(1, n - 1)
+    share = min(1.0, noise / variance) if n >= 3 and variance > 0 else None
+    return JudgeNoise(n, bias, math.sqrt(noise), share)

@@ -1,0 +1,135 @@
+"""What a judge needs of a language model, whoever runs it: one request in, one reply out, and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from ..log import LOGGER
+
+
+class BackendError(RuntimeError):
+    """No usable reply, after all retries: this one item cannot be judged."""
+
+
+class BackendRefusedError(BackendError):
+    """The backend will refuse every request (wrong key, unknown model): going on makes no sense."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """A generated token and what might have stood in its place.
+
+    Attributes:
+        text: Its bytes; the texts of a reply's tokens joined are the reply's text.
+        alternatives: Log-probability per alternative text, itself included. Normalised over the model's vocabulary.
+    """
+
+    text: bytes
+    alternatives: Mapping[bytes, float]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One chat completion.
+
+    Attributes:
+        messages: {"role", "content"}.
+        schema: JSON schema that the reply shall satisfy.
+        name: Of the schema.
+        max_tokens: Limit of the reply.
+        temperature: 0 takes the likeliest token.
+        seed: Of the sampler.
+        choices: Texts whose probabilities matter wherever one of them is generated: the digits of a scale.
+    """
+
+    messages: tuple[Mapping[str, str], ...]
+    schema: Mapping[str, Any]
+    name: str
+    max_tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back.
+
+    Attributes:
+        text: Of the reply.
+        complete: False when it was cut at max_tokens.
+        tokens: With alternatives; empty when the backend gives none.
+    """
+
+    text: str
+    complete: bool = True
+    tokens: tuple[Token, ...] = ()
+
+
+class Backend(Protocol):
+    """A language model. `Endpoint` and `LocalModel` are two."""
+
+    @property
+    def model(self) -> str:
+        """Names the model in cache keys and traces."""
+        ...
+
+    @property
+    def meter(self) -> Meter:
+        """What was used so far."""
+        ...
+
+    async def complete(self, request: Request) -> Reply:
+        """One reply.
+
+        Raises:
+            BackendError: None, after retries.
+            BackendRefusedError: None, and there will never be one.
+        """
+        ...
+
+
+@dataclass
+class Meter:
+    """Counts of calls, tokens and money; the sum over everything a backend did.
+
+    Args:
+        price: Per million prompt and completion tokens, in any currency.
+    """
+
+    price: tuple[float, float] = (0.0, 0.0)
+    calls: int = field(default=0, init=False)
+    retries: int = field(default=0, init=False)
+    failures: int = field(default=0, init=False)
+    cached: int = field(default=0, init=False)
+    prompt_tokens: int = field(default=0, init=False)
+    completion_tokens: int = field(default=0, init=False)
+
+    @property
+    def cost(self) -> float:
+        """Of all tokens, at `price`."""
+        return (self.prompt_tokens * self.price[0] + self.completion_tokens * self.price[1]) / 1e6
+
+    def paid(self, prompt_tokens: int, completion_tokens: int) -> None:
+        """Count one answered call; the log (level DEBUG) gets a line."""
+        self.calls += 1
+        self.prompt_tokens += prompt_tokens
+        self.completion_tokens += completion_tokens
+        LOGGER.debug("judge call %d: %d prompt and %d completion tokens", self.calls, prompt_tokens, completion_tokens)
+
+    def as_dict(self) -> dict[str, float]:
+        """For records."""
+        values = asdict(self)
+        del values["price"]
+        return values | {"cost": self.cost}
+
+    def __str__(self) -> str:
+        text = f"{self.calls} calls, {self.prompt_tokens} + {self.completion_tokens} tokens"
+        if any(self.price):
+            text += f", cost {self.cost:.4g}"
+        for name in ("cached", "retries", "failures"):
+            if getattr(self, name):
+                text += f", {getattr(self, name)} {name}"
+        return text

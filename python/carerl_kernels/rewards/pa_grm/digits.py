@@ -1,0 +1,54 @@
+"""Scores by token probabilities: the mean over the scale's digits instead of the one digit that was written."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+from .backend import Token
+
+# An unescaped `"score"` followed by a colon is a key: in a string value the quote before the colon would end the value, and
+# a value is never followed by a colon.
+_SCORE = re.compile(rb'"score"\s*:\s*(\d)')
+
+
+def expected_levels(text: str, tokens: Sequence[Token], scale: int, least_mass: float = 0.5) -> list[float | None]:
+    """For every `"score": d` in a JSON text, in order, the mean level under the model's own probabilities.
+
+    Args:
+        text: The reply.
+        tokens: Its tokens with alternatives.
+        scale: Levels are 0..scale.
+        least_mass: Probability that the alternatives must give to the scale's digits together where some digits are not
+            among them; below it, the number would rest on a tail that the backend did not report.
+
+    Returns:
+        One number in [0, scale] per score, None where the tokens do not tell.
+    """
+    data = text.encode()
+    starts = [m.start(1) for m in _SCORE.finditer(data)]
+    if b"".join(t.text for t in tokens) != data:
+        return [None] * len(starts)
+    out: list[float | None] = []
+    position, i = 0, 0
+    for start in starts:
+        while position + len(tokens[i].text) <= start:
+            position += len(tokens[i].text)
+            i += 1
+        before = tokens[i].text[: start - position]
+        out.append(_mean_level(tokens[i].alternatives, before, scale, least_mass))
+    return out
+
+
+def _mean_level(alternatives: Mapping[bytes, float], before: bytes, scale: int, least_mass: float) -> float | None:
+    """The mean over alternatives that read `before`, one digit of the scale, and no further digit."""
+    levels: dict[int, float] = {}
+    for text, logp in alternatives.items():
+        rest = text[len(before) :]
+        if text.startswith(before) and rest[:1].isdigit() and not rest[1:2].isdigit() and int(rest[:1]) <= scale:
+            levels[int(rest[:1])] = levels.get(int(rest[:1]), 0.0) + math.exp(logp)
+    mass = sum(levels.values())
+    if mass <= 0 or (mass < least_mass and len(levels) <= scale):
+        return None
+    return sum(level * probability for level, probability in levels.items()) / mass

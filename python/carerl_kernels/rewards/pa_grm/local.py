@@ -1,0 +1,181 @@
+"""A judge that runs here: a transformers model, decoded in batches, every token allowed by the schema's grammar."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...grpo.text import encode_prompts, forward_accepts, left_pad, position_ids, special_tokens
+from .backend import BackendError, Meter, Reply, Request, Token
+
+
+class LocalModel:
+    """A causal language model as a judge's backend.
+
+    Requests that arrive together are decoded together. The grammar of a schema (llguidance) masks every token that would
+    break it, so a complete reply is valid by construction; the log-probabilities of a scale's digits come from the
+    model's own logits through `torch.ops.carerl.token_logprobs`.
+
+    Args:
+        model: transformers causal LM.
+        tokenizer: Its fast tokenizer; with a chat template, unless the texts are to be joined by newlines.
+        name: For cache keys and traces; by default the model's `name_or_path`.
+        batch_size: Most requests decoded at once.
+        max_wait: Seconds to wait for more requests before a batch starts.
+
+    Raises:
+        ImportError: llguidance is missing; says what to install.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, name: str | None = None, batch_size: int = 8, max_wait: float = 0.02
+    ) -> None:
+        try:
+            import llguidance
+            import llguidance.hf
+        except ImportError as error:
+            raise ImportError("a local judge needs llguidance: pip install 'carerl-kernels[judge]'") from error
+        self._llguidance = llguidance
+        self._tokens = special_tokens(tokenizer, model)
+        self._grammar_tokens = llguidance.hf.from_tokenizer(tokenizer, eos_token=list(self._tokens.eos))
+        self.lm, self.tokenizer = model.eval(), tokenizer
+        self.batch_size, self.max_wait = batch_size, max_wait
+        self._name = name or getattr(model, "name_or_path", "") or type(model).__name__
+        self._meter = Meter()
+        self._waiting: list[tuple[Request, asyncio.Future[Reply]]] = []
+        self._busy = threading.Lock()  # one batch at a time, whichever event loop asks
+
+    @property
+    def model(self) -> str:
+        return self._name
+
+    @property
+    def meter(self) -> Meter:
+        return self._meter
+
+    async def complete(self, request: Request) -> Reply:
+        """One reply. See `Backend.complete`."""
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._waiting.append((request, future))
+        if len(self._waiting) == 1:
+            self._collector = asyncio.ensure_future(self._collect())
+        return await future
+
+    async def _collect(self) -> None:
+        """Decodes everything that waits, in batches, until nothing waits."""
+        await asyncio.sleep(self.max_wait)
+        while self._waiting:
+            # of one length class at a time: a batch runs until its longest reply ends
+            self._waiting.sort(key=lambda entry: (entry[0].name, entry[0].max_tokens))
+            batch, rest = self._waiting[: self.batch_size], self._waiting[self.batch_size :]
+            self._waiting[:] = rest
+            try:
+                replies: Sequence[Reply] = await asyncio.to_thread(self.generate, [request for request, _ in batch])
+            except Exception as error:
+                for _, future in batch:
+                    if not future.done():
+                        future.set_exception(BackendError(f"{self._name}: {type(error).__name__}: {error}"))
+                continue
+            for (_, future), reply in zip(batch, replies, strict=True):
+                if not future.done():
+                    future.set_result(reply)
+
+    def generate(self, requests: Sequence[Request]) -> list[Reply]:
+        """Replies to several requests in one batch.
+
+        Raises:
+            ValueError: A schema that llguidance cannot compile, or a prompt without tokens.
+        """
+        with self._busy, torch.inference_mode():
+            return self._generate(requests)
+
+    def _generate(self, requests: Sequence[Request]) -> list[Reply]:
+        device = next(self.lm.parameters()).device
+        if getattr(self.tokenizer, "chat_template", None):
+            prompts = encode_prompts(self.tokenizer, [tuple(r.messages) for r in requests])
+        else:
+            prompts = encode_prompts(
+                self.tokenizer, ["\n".join(m["content"] for m in r.messages) + "\n" for r in requests]
+            )
+        rows = [_Row(self, request) for request in requests]
+        ids, mask = left_pad(prompts, self._tokens.pad, device)  # [B, P]
+        positions = position_ids(mask)
+        extra: dict[str, Any] = {"logits_to_keep": 1} if forward_accepts(self.lm, "logits_to_keep") else {}
+        with_positions = forward_accepts(self.lm, "position_ids")
+        cache: Any = None
+        while True:
+            if with_positions:
+                extra["position_ids"] = positions
+            out = self.lm(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
+            logits, cache = out.logits[:, -1].float(), out.past_key_values  # [B, V]
+            chosen = [row.step(logits[i]) for i, row in enumerate(rows)]
+            if all(row.done for row in rows):
+                break
+            ids = torch.tensor([[self._tokens.pad if c is None else c] for c in chosen], device=device)
+            mask = torch.cat([mask, torch.tensor([[int(c is not None)] for c in chosen], device=device)], 1)
+            positions = positions[:, -1:] + 1
+        for row, prompt in zip(rows, prompts, strict=True):
+            self._meter.paid(len(prompt), len(row.tokens))
+        return [row.reply() for row in rows]
+
+
+class _Row:
+    """One reply being written."""
+
+    def __init__(self, owner: LocalModel, request: Request) -> None:
+        matcher = owner._llguidance.LLMatcher
+        # No optional white space: fewer tokens, and no endless blanks from weak models.
+        schema = dict(request.schema) | {"x-guidance": {"whitespace_flexible": False}}
+        self.matcher = matcher(owner._grammar_tokens, matcher.grammar_from_json_schema(json.dumps(schema)))
+        if self.matcher.is_error():
+            raise ValueError(f"schema {request.name!r} cannot be compiled: {self.matcher.get_error()}")
+        self.owner, self.request = owner, request
+        self.tokens: list[Token] = []
+        self.done = self.complete = False
+        self._generator = torch.Generator().manual_seed(request.seed)
+        single = {c: owner.tokenizer.encode(c, add_special_tokens=False) for c in request.choices}
+        self.choices = {c.encode(): ids[0] for c, ids in single.items() if len(ids) == 1}
+
+    def step(self, logits: Tensor) -> int | None:
+        """Takes the next token from logits [V]; None when the reply has ended."""
+        if self.done:
+            return None
+        allowed = torch.frombuffer(bytearray(self.matcher.compute_bitmask()), dtype=torch.uint8)
+        allowed = (
+            ((allowed[:, None] >> torch.arange(8)) & 1).flatten().bool()[: logits.numel()]
+        )  # [V], lowest bit first
+        allowed = torch.nn.functional.pad(allowed, (0, logits.numel() - allowed.numel())).to(logits.device)
+        masked = logits.masked_fill(~allowed, -torch.inf)
+        if self.request.temperature == 0:
+            token = int(masked.argmax())
+        else:
+            weights = torch.softmax(masked / self.request.temperature, 0).cpu()
+            token = int(torch.multinomial(weights, 1, generator=self._generator))
+        if token in self.owner._tokens.eos:
+            self.done = self.complete = True
+            return None
+        self.matcher.consume_token(token)
+        self.tokens.append(Token(self.owner._grammar_tokens.decode_bytes([token]), self._alternatives(token, logits)))
+        if self.matcher.is_stopped():
+            self.done, self.complete = True, self.matcher.is_accepting() or not self.matcher.is_error()
+        elif len(self.tokens) >= self.request.max_tokens:
+            self.done = True
+        return None if self.done else token
+
+    def _alternatives(self, token: int, logits: Tensor) -> dict[bytes, float]:
+        """Log-probabilities of all choices, where one of them was taken."""
+        if token not in self.choices.values():
+            return {}
+        ids = torch.tensor(list(self.choices.values()), device=logits.device)  # [C]
+        logp, _ = torch.ops.carerl.token_logprobs(logits.expand(len(ids), -1).contiguous(), ids)
+        return dict(zip(self.choices, logp.tolist(), strict=True))
+
+    def reply(self) -> Reply:
+        data = b"".join(t.text for t in self.tokens)
+        return Reply(data.decode(errors="replace"), self.complete, tuple(self.tokens))

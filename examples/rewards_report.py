@@ -83,7 +83,7 @@ def raised(*, defended: bool, gullible: bool) -> tuple[int, int, float, int]:
     return sum(g > 1e-9 for g in gains), len(scores), max(gains), len(scores) - len(gains)
 
 
-def throughput(latency: float = 1.0, n: int = 256, sequential: int = 4) -> tuple[float, float, int]:
+def throughput(latency: float = 2.0, n: int = 256, sequential: int = 3) -> tuple[float, float, int]:
     """Verdicts a second with one and with 64 requests in flight, and the most the server saw at once."""
     rates, peak = [], 0
     for in_flight, count in ((1, sequential), (64, n)):

@@ -33,7 +33,10 @@ TOO_LONG = {
         "unbiased",
         "peak_memory",
         "never_a_nan",
+        "never_reverses",
         "reproducible",
+        "two_thousand_updates",
+        "what_batch_pca_captures",
     ),
 }
 

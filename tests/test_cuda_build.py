@@ -55,9 +55,9 @@ def cuobjdump(*arguments: str) -> str:
 
 def test_every_op_has_a_kernel_on_any_torch():
     """Also beside a torch without CUDA: the library needs its C ABI and nothing else."""
-    composite = {"pca_update_", "pca_update_.list"}
+    composite = {"pca_update_", "pca_update_.list", "group_advantages"}
     missing = [op for op in _ops.SCHEMAS if op not in composite and not _load.has_kernel(op, "CUDA")]
-    assert missing in ([], ["group_advantages"])
+    assert missing == []
     assert _load.BACKENDS["cuda"].available
 
 
@@ -73,16 +73,15 @@ def test_it_needs_no_cuda_library_and_is_small():
 
 
 def test_loading_it_does_not_slow_the_import():
-    code = f"""
+    script = f"""
 import time, torch
 from carerl_kernels import _ops
 start = time.perf_counter()
 torch.ops.load_library({str(LIBRARY)!r})
 print(time.perf_counter() - start)
 """
-    times = [float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-             for _ in range(3)]  # fmt: skip
-    assert min(times) < 0.05
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(child.stdout) < 0.2  # 0.2 ms were measured; the disk may be slow
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -94,14 +93,14 @@ def test_cpu_tensors_do_not_reach_it():
 
 # Registers that two blocks of 256 threads leave each other; what has fewer runs more of them.
 BUDGET = {"project": 128, "gram": 96, "edit": 128, "rotate": 128}
-WIDE_SUMS = 184  # project of 16 gradients with one-byte bases: one block an SM, see project.cuh
+SMALL_BLOCKS = 168  # where two blocks of 192 share the registers
 OTHERS = 64
 
 
 def budget(kernel: str) -> int:
     name = kernel.split("_kernel")[0]
-    if name == "project" and re.search(r"(I8|F8)ELi16E|<(I8|F8), 16>", kernel):
-        return WIDE_SUMS
+    if (name == "project" and kernel.endswith(" 16>")) or kernel.startswith("rotate_kernel<4"):
+        return SMALL_BLOCKS
     return BUDGET.get(name, OTHERS)
 
 
@@ -129,14 +128,12 @@ def resources() -> dict[str, dict[str, dict[str, int]]]:
 
 
 @cache
-def instructions(architecture: str) -> dict[str, Counter]:
-    """{kernel: how often each instruction with its widths occurs}"""
-    found: dict[str, Counter] = {}
-    for line in cuobjdump("-sass", "-arch", architecture).splitlines():
-        if match := re.match(r"\s*Function : (\S+)", line):
-            counts = found.setdefault(short(match[1]), Counter())
-        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", line):
-            counts[match[1]] += 1
+def code(architecture: str) -> dict[str, list[str]]:
+    """{kernel: its instructions with their widths, in order}"""
+    found: dict[str, list[str]] = {}
+    for function in cuobjdump("-sass", "-arch", architecture).split("Function : ")[1:]:
+        lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", function, re.MULTILINE)
+        found[short(function.split(maxsplit=1)[0])] = lines
     return found
 
 
@@ -170,53 +167,80 @@ def test_no_spills_no_local_memory_and_few_registers(architecture):
         assert used["REG"] <= budget(kernel), f"{kernel} uses {used['REG']} registers, more than {budget(kernel)}"
 
 
-WIDTH = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "F8": 1}
-
-
 def in_flight(kernel: str) -> int:
     """16-byte loads of the bases that the main loop has to issue together."""
     if kernel.startswith("project"):
         return 8 if kernel.endswith(" 1>") else 4
-    return 4 if kernel.startswith("edit") else 1
+    return 4 if kernel.startswith("edit") else 0
+
+
+def together(instructions: list[str]) -> int:
+    """The longest row of 16-byte loads that nothing computes or branches between: what a thread has in flight."""
+    longest = run = 0
+    for name in instructions:
+        run += name.startswith("LDG.E.128")
+        if name.startswith(("FFMA", "FADD", "FMUL", "BRA")):
+            longest, run = max(longest, run), 0
+    return longest
 
 
 @needs_tools
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_passes_over_n_use_16_byte_loads_and_stores(architecture):
-    kernels = instructions(architecture)
+    kernels = code(architecture)
     over_n = [k for k in kernels if not k.startswith(("reduce", "prepare", "classify"))]
     assert len(over_n) > 25
     for kernel in over_n:
-        counts = kernels[kernel]
+        counts = Counter(kernels[kernel])
         assert not any(name.startswith(("LDL", "STL")) for name in counts), kernel
         loads, stores = memory(counts, "LDG"), memory(counts, "STG")
-        assert loads[128] >= in_flight(kernel) + 3, f"{kernel}: {loads}"  # and gradients of three types
-        if not kernel.startswith(("project", "gram", "logprobs_kernel")):
-            assert stores[128] >= 3 or "F32" in kernel, f"{kernel}: {stores}"
-            assert stores[128] >= 1, f"{kernel}: {stores}"
-        if kernel.startswith("project"):
-            # The only narrower loads are those of `gather`, one loop per 16 bytes, and a scale per vector.
-            element = 8 * WIDTH[re.split("[<,]", kernel)[1]]
-            gathers = in_flight(kernel) * (2 if element == 8 else 1)
-            narrow = sum(n for bits, n in loads.items() if bits < 64)
-            assert loads[64] == 0, f"{kernel}: {loads}"
-            assert narrow <= gathers + 4 + 3 + 8, f"{kernel}: {loads}"
-        if kernel.startswith("edit") and "F32" not in kernel:
+        # Next to the bases: gradients of three types; those of 16 bits are read by 8 bytes beside fp32 bases.
+        split = kernel.startswith("edit") and "F32" in kernel
+        assert loads[128] >= in_flight(kernel) + (1 if split else 3), f"{kernel}: {loads}"
+        if kernel.startswith(("edit", "rotate", "quantize", "logprobs_backward")):
+            assert stores[128] >= (1 if split else 3), f"{kernel}: {stores}"
+        if kernel.startswith("edit") and not split:
             assert loads[64] == stores[64] == 0, f"{kernel}: a vector was split: {loads} {stores}"
+        if kernel.startswith("project"):
+            # Nothing else is read but by `gather`, one narrow load per 16 bytes and type, and a scale per vector.
+            gathers = in_flight(kernel) * (2 if re.search("I8|F8", kernel) else 1) + 3
+            assert loads[64] == 0, f"{kernel}: {loads}"
+            assert sum(n for bits, n in loads.items() if bits < 64) <= gathers, f"{kernel}: {loads}"
+        if kernel.startswith(("project", "edit")):
+            assert together(kernels[kernel]) >= in_flight(kernel), kernel
 
 
-@needs_tools
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-def test_loads_of_the_main_loop_are_in_flight_together(architecture):
-    """Between the first and the last of the loads of one turn nothing waits for any of them: no multiply-add."""
-    text = cuobjdump("-sass", "-arch", architecture)
-    for function in text.split("Function : ")[1:]:
-        kernel = short(function.split(maxsplit=1)[0])
-        if not kernel.startswith(("project", "edit_")):
-            continue
-        longest = run = 0
-        for line in function.splitlines():
-            run += "LDG.E.128" in line
-            if re.search(r"\b(FFMA|FADD|FMUL|BRA)\b", line):
-                longest, run = max(longest, run), 0
-        assert longest >= in_flight(kernel), f"{kernel}: {longest} loads together, expected {in_flight(kernel)}"
+# ---------------------------------------------------------------------------------------------------------- on a device
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_step_can_be_captured_into_a_cuda_graph():
+    """No synchronisation, no allocation but torch's: a replayed graph leaves the bits that eager calls leave."""
+    torch.manual_seed(0)
+    start = torch.randn(3, 100_003, device="cuda"), torch.randn(2, 5, 100_003, device="cuda") / 300
+    mix, scale = torch.randn(3, 10, device="cuda"), torch.full((3,), 0.5, device="cuda")
+    q = torch.randn(5, 8, device="cuda") / 3
+    ops = torch.ops.carerl
+
+    def step(grads: torch.Tensor, bases: torch.Tensor) -> list[torch.Tensor]:
+        seen = [ops.project(grads, bases, None, torch.float64), ops.gram(bases, grads)]
+        ops.edit_(grads, bases, mix, scale)
+        ops.rotate_(bases[0], grads, q)
+        seen.extend(ops.dacsp_(grads, bases, 1.5, 0.5, 0.0))
+        return [*seen, grads, bases]
+
+    expected = step(*(t.clone() for t in start))
+    static = [t.clone() for t in start]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(*static)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step(*static)
+    for _ in range(2):
+        for tensor, value in zip(static, start, strict=True):
+            tensor.copy_(value)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -46,16 +46,22 @@ def plain() -> Path:
     return driver("driver", ["-O0", "-fsanitize=alignment"])
 
 
-@pytest.mark.parametrize("seed", ["1", "2", "3"])
+@pytest.mark.parametrize("seed", ["1", "2"])
 def test_results_do_not_depend_on_the_schedule(plain, seed):
     child = run(plain, *OPS, CARERL_EMULATOR_SEED=seed)
     assert passed(child), child.stderr
 
 
+def test_launches_that_a_gpu_refuses_say_why(plain):
+    """No kernel for its architecture, PTX that the driver cannot compile, a driver that is too old."""
+    child = run(plain, "errors")
+    assert passed(child), child.stderr
+
+
 def test_threads_that_share_memory_meet_at_a_barrier():
-    """Every CUDA thread a thread of the system, under ThreadSanitizer; and that it would see a barrier that is not there."""
-    flags = ["-O1", "-fsanitize=thread", "-DEMULATOR_THREADS"]
-    child = run(driver("driver_tsan", flags), "project", "edit", "rotate", DRIVER_SMALL="1")
+    """Every CUDA thread a thread of the system, under ThreadSanitizer."""
+    flags = ["-O0", "-fsanitize=thread", "-DEMULATOR_THREADS"]
+    child = run(driver("driver_tsan", flags), "project", "rotate", DRIVER_SMALL="1")
     assert passed(child), child.stderr[-3000:]
 
 
@@ -70,10 +76,13 @@ MISTAKES = {  # in a file: what goes wrong, the text there, and the text that do
     ],
     "gram.cuh": [("rows run into each other", "pitch = tile + 1;", "pitch = tile + 1 - 2 * MUTANT;")],
     "edit.cuh": [
-        ("read behind the rows", "plan.rows[r] * basis.stride, n, aligned)", "plan.rows[r] * basis.stride, MUTANT ? W : n, aligned)"),
-        ("misaligned load", "plan.rows[r + i] * basis.stride);\n        } else", "plan.rows[r + i] * basis.stride + MUTANT);\n        } else"),
+        ("read behind the rows", "plan.rows[r] * basis.stride, n, aligned)",
+         "plan.rows[r] * basis.stride, MUTANT ? W : n, aligned)"),
+        ("misaligned load", "plan.rows[r + i] * basis.stride);\n        } else",
+         "plan.rows[r + i] * basis.stride + MUTANT);\n        } else"),
         ("write behind the gradient", "first + c, at), n, dense,\n", "first + c, at), MUTANT ? W : n, dense,\n"),
-        ("votes of absent lanes", "__ballot_sync(kAllLanes, used)", "__ballot_sync(MUTANT ? kAllLanes >> lane : kAllLanes, used)"),
+        ("votes of absent lanes", "__ballot_sync(kAllLanes, used)",
+         "__ballot_sync(MUTANT ? kAllLanes >> lane : kAllLanes, used)"),
     ],
     "rotate.cuh": [
         ("misaligned load of the tile", "(stack + m * tile + x);", "(stack + m * tile + x + MUTANT);"),
@@ -81,7 +90,8 @@ MISTAKES = {  # in a file: what goes wrong, the text there, and the text that do
     ],
     "reduce.cuh": [("one slot too many", "slot < last; slot", "slot < last + MUTANT; slot")],
     "dacsp.cuh": [("few lanes sum", "for (int offset = 16;", "for (int offset = MUTANT ? 2 : 16;")],
-    "quantize.cuh": [("read behind the rows", "min64(begin + block, basis.stride)", "min64(begin + block, basis.stride + 16 * MUTANT)")],
+    "quantize.cuh": [("read behind the rows", "min64(begin + block, basis.stride)",
+         "min64(begin + block, basis.stride + 16 * MUTANT)")],
     "logprobs.cuh": [("half a warp sums", "for (int offset = 16;", "for (int offset = MUTANT ? 8 : 16;")],
     "storage.cuh": [("alignment forgotten", "if (aligned && n >= E::kWidth)", "if ((aligned || MUTANT) && n >= E::kWidth)")],
 }  # fmt: skip

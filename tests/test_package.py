@@ -140,6 +140,14 @@ def test_info_accounts_for_every_op_and_backend():
         assert report["build"]["version"] == carerl_kernels.__version__
 
 
+def test_info_says_what_the_gpu_kernels_have_been_through():
+    ops = info.collect()["ops"]
+    assert ops["group_advantages"]["evidence"] == {}  # torch's kernels
+    for op in ("project", "pca_update_", "token_logprobs"):
+        assert set(ops[op]["evidence"]) == {"cuda", "triton"}
+        assert ops[op]["evidence"]["cuda"] == ["built", "emulated", "code generation checked"]
+
+
 def test_info_prints():
     run = subprocess.run([sys.executable, "-m", "carerl_kernels", "info"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import math
-import multiprocessing
+import re
 import sqlite3
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from carerl_kernels.rewards.pa_grm import (
@@ -365,21 +369,20 @@ def test_controls_are_bounded(text):
 # ------------------------------------------------------------------------------------------------------ cache and loop
 
 
-def _write(path, name):
-    cache = Cache(path)
-    for i in range(50):
-        cache.put(f"{name}{i}", i)
-        cache.put("same", name)
+WRITER = """
+import runpy, sys
+cache = runpy.run_path(sys.argv[1])["Cache"](sys.argv[2])  # by file: loading torch would take longer than the test
+for i in range(50):
+    cache.put(f"{sys.argv[3]}{i}", i)
+    cache.put("same", sys.argv[3])
+"""
 
 
 def test_several_processes_share_a_cache(tmp_path):
     path = tmp_path / "cache.sqlite"
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_write, args=(path, name)) for name in "ab"]
-    for w in workers:
-        w.start()
-    for w in workers:
-        w.join()
+    source = inspect.getfile(Cache)
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, source, str(path), name]) for name in "ab"]
+    assert [w.wait() for w in writers] == [0, 0]
     assert len(Cache(path)) == 101 and Cache(path).get("same") in "ab" and Cache(path).get("none") is None
 
 
@@ -435,6 +438,12 @@ def test_errors_of_asynchronous_work_reach_the_caller():
     with pytest.raises(KeyError):
         run_sync(fail())
 
+    async def waits_for_itself():
+        return run_sync(fail())
+
+    with pytest.raises(RuntimeError, match="await the coroutine instead"):
+        run_sync(waits_for_itself())
+
 
 # ------------------------------------------------------------------------------------------------------------ agreement
 
@@ -461,3 +470,28 @@ def test_a_scorer_needs_no_server():
     got = run_sync(Scorer(backend, limits=Limits(scale=2)).score("Why?", "So."))
     assert got.reward == pytest.approx(7 / 8) and got.as_dict()["verdict"]["findings"][0]["level"] == 2
     assert "verdict" not in got.as_dict(trace=False) and json.dumps(got.as_dict())
+
+
+# ----------------------------------------------------------------------------------------------------------- documents
+
+DOCS = Path(__file__).parent.parent / "docs" / "rewards.md"
+
+
+def test_the_code_in_the_documentation_runs(tmp_path, monkeypatch):
+    pytest.importorskip("httpx")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(), flags=re.DOTALL)
+    assert len(blocks) == 2
+    space: dict = {}
+    for block in blocks:
+        exec(compile(block, "docs/rewards.md", "exec"), space)
+    assert space["chat"].reward is space["scorer"] and len(space["reward"].components) == 2
+
+
+def test_the_documented_rank_agreement_is_what_the_report_measures(monkeypatch):
+    pytest.importorskip("httpx")
+    monkeypatch.syspath_prepend(str(DOCS.parent.parent / "examples"))
+    import rewards_report
+
+    for name, value in rewards_report.agreement().items():
+        assert f"rank agreement ({name}): {value:.3f}" in DOCS.read_text()

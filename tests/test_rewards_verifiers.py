@@ -33,7 +33,7 @@ CALLS = [{"call": "add", "args": [1, 2], "expected": 3}, {"call": "add", "args":
 
 @pytest.fixture(scope="module")
 def sandbox():
-    limits = SandboxLimits(wall=2, cpu=1)
+    limits = SandboxLimits(wall=30, cpu=1)
     for python in (None, "/usr/bin/python3"):
         try:
             return Sandbox(limits, allow_unisolated=True, python=python)

@@ -50,7 +50,7 @@ def test_backward_against_float64(op, T, V, dtype):
     found = op("token_logprobs_backward", g_logp, g_entropy, logits, ids, logp, entropy, 0.8)
     log_p, p = softmax64(logits, 0.8)
     H = -(p * log_p).sum(1, keepdims=True)
-    onehot = np.eye(V)[ids.numpy()]
+    onehot = (np.arange(V) == ids.numpy()[:, None]).astype(float)
     want = (
         g_logp.double().numpy()[:, None] * (onehot - p) - g_entropy.double().numpy()[:, None] * p * (log_p + H)
     ) / 0.8

@@ -116,12 +116,12 @@ def compile_as_launched(kernel, args: tuple, threads: int, target):
 
     signature, constants, attributes = {}, {}, {}
     for at, (parameter, value) in enumerate(zip(kernel.params, args, strict=True)):
-        if parameter.is_constexpr or (isinstance(value, int) and not isinstance(value, bool) and value == 1):
+        if parameter.is_constexpr or (type(value) is int and value == 1 and not parameter.do_not_specialize):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
         signature[parameter.name] = parameter.annotation_type or mangle_type(value)
         size = value.data_ptr() if isinstance(value, torch.Tensor) else value
-        if isinstance(size, int) and size % 16 == 0:
+        if isinstance(size, int) and size % 16 == 0 and not parameter.do_not_specialize:
             attributes[(at,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=target, options=_blocks.options(threads, target.backend == "hip"))

@@ -186,7 +186,7 @@ def _choose_blocks(n: int) -> None:
     from carerl_kernels.triton_kernels import _blocks
 
     _blocks.LANES, _blocks.UNIT = (128, 8192) if n <= SMALL else (2048, 32768)
-    _blocks.GRAM_WIDTH = 512 if n <= SMALL else 4096
+    _blocks.GRAM_WIDTH = 512 if n <= SMALL else 8192
 
 
 def kernel(overload: str) -> Callable:

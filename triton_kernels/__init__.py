@@ -7,7 +7,7 @@ Meaning, checks and error messages are those of ``_ops.py``; ``pca_update_`` is 
 How they work: an op is one launch per pass, whether over a batch or over a list of hundreds of tensors (``_plan.py``: a
 table of chunks on the device). Sums are taken in two deterministic stages, without atomics: every program writes fp64
 partial sums, a second kernel adds them in a fixed order. Block sizes follow from dtypes and shapes (``_blocks.py``): no
-autotuning, hence the same bits on every GPU and every run. Nothing waits for the device.
+autotuning, hence the same bits in every run. Nothing waits for the device.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Block sizes, by formula: no autotuning, so that a result does not depend on the GPU or on what ran before.
+"""Block sizes, by formula: no autotuning, so that a result does not depend on what ran before.
 
 The kernels are bound by memory. A tile is as wide as the 128 threads of a program reading 16 bytes each; as many rows are
 taken side by side as fit into some 64 accumulators per thread, so that about eight independent 16-byte loads are in
@@ -58,7 +58,7 @@ def options(threads: int, hip: bool) -> dict[str, int]:
     return warps if hip else warps | {"maxnreg": min(65536 // threads, 255)}
 
 
-GRAM_WIDTH = 64  # columns of a tile of gram: they are summed in one fp32 chain, then go to fp64
+GRAM_WIDTH = 64  # columns of a tile of gram
 
 
 def gram_tile(rows: int, codes: int) -> tuple[int, int]:

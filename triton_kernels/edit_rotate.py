@@ -37,7 +37,7 @@ def both(
     store_rows(domain, value, slot, (slot < slots) & sound, n, column, start, count, key, DROPPED, TAIL)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key"])  # another seed is no other kernel
 def edit_rotate_kernel(
     grads, bases, domain, table, mix, scale, q, n, rows, slots, batch, stride, length, kept, key,
     LIST: tl.constexpr, ALIGNED: tl.constexpr, DROPPED: tl.constexpr,

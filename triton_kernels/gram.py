@@ -1,7 +1,8 @@
 """Pass 1 of the streaming PCA: H = [U; G] [U; G]^T in fp64, in two deterministic stages.
 
-The products are taken in fp32 on the ordinary cores: tensor cores would truncate the sums (TF32, and the accumulation of
-16-bit products). So this op is bound by arithmetic for more than some 20 rows; ``carerl bench --predict`` counts that.
+Products and sums are fp64: the update of the PCA divides by what nearly dependent rows leave of each other, and fp32 sums
+cost it orthonormality. Data centre GPUs multiply fp64 matrices as fast as fp32 ones; others take 64 times as long, and are
+bound by arithmetic here. Tensor cores on fp32 or 16-bit values would truncate the sums.
 """
 
 import torch
@@ -29,22 +30,6 @@ def load_stack(
 
 
 @triton.jit
-def square(
-    i, j, rows, batch, pointer, stride, bases, scales, n, blocks, shift, column, start, count,
-    CODES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr,
-):  # fmt: skip
-    """Products ``[R, R]`` fp64 of the rows i and j over one tile of columns."""
-    a = load_stack(
-        i, rows, batch, pointer, stride, bases, scales, n, blocks, shift, column, start, count, CODES, WIDTH, TAIL
-    )  # fmt: skip
-    b = load_stack(
-        j, rows, batch, pointer, stride, bases, scales, n, blocks, shift, column, start, count, CODES, WIDTH, TAIL
-    )  # fmt: skip
-    zero = tl.zeros([ROWS, ROWS], tl.float32)
-    return tl.dot(a, tl.trans(b), zero, input_precision="ieee").to(tl.float64)
-
-
-@triton.jit
 def gram_kernel(
     grads, bases, scales, table, partials, n, rows, batch, stride, length, blocks, shift, tiles,
     LIST: tl.constexpr, ALIGNED: tl.constexpr, CODES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -58,15 +43,30 @@ def gram_kernel(
         pointer, column, count, _ = chunk_of(chunk, grads, table, n, length, LIST, ALIGNED)
         full = count // WIDTH * WIDTH
         total = tl.zeros([ROWS, ROWS], tl.float64)
+        # Every turn multiplies what the turn before has loaded. That overlaps loading and multiplying, and Triton 3.8
+        # aborts where it sees an fp64 product of 8 or 16 bit loads ("fp64 don't support largeK MMA"); carried over, it
+        # sees none.
+        a = tl.zeros([ROWS, WIDTH], tl.float32)
+        b = tl.zeros([ROWS, WIDTH], tl.float32)
         for start in range(0, full, WIDTH):
-            total += square(
-                i, j, rows, batch, pointer, stride, bases, scales, n, blocks, shift, column, start, count,
-                CODES, ROWS, WIDTH, False,
+            total = tl.dot(a.to(tl.float64), tl.trans(b.to(tl.float64)), total, out_dtype=tl.float64)
+            a = load_stack(
+                i, rows, batch, pointer, stride, bases, scales, n, blocks, shift, column, start, count,
+                CODES, WIDTH, False,
             )  # fmt: skip
-        if full < count:
-            total += square(
-                i, j, rows, batch, pointer, stride, bases, scales, n, blocks, shift, column, full, count,
-                CODES, ROWS, WIDTH, True,
+            b = load_stack(
+                j, rows, batch, pointer, stride, bases, scales, n, blocks, shift, column, start, count,
+                CODES, WIDTH, False,
+            )  # fmt: skip
+        for start in range(full, full + 2 * WIDTH, WIDTH):  # the tail, which may be empty, and nothing
+            total = tl.dot(a.to(tl.float64), tl.trans(b.to(tl.float64)), total, out_dtype=tl.float64)
+            a = load_stack(
+                i, rows, batch, pointer, stride, bases, scales, n, blocks, shift, column, start, count,
+                CODES, WIDTH, True,
+            )  # fmt: skip
+            b = load_stack(
+                j, rows, batch, pointer, stride, bases, scales, n, blocks, shift, column, start, count,
+                CODES, WIDTH, True,
             )  # fmt: skip
         size = rows + batch
         out = partials + tl.cast(chunk, tl.int64) * size * size

@@ -50,7 +50,7 @@ def rotated(
     return tl.where((out < kept)[:, None], value, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key"])  # another seed is no other kernel
 def rotate_kernel(
     grads, bases, table, q, n, rows, batch, stride, length, kept, key,
     LIST: tl.constexpr, ALIGNED: tl.constexpr, DROPPED: tl.constexpr,

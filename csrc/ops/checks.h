@@ -37,7 +37,8 @@ BasisShape check_rotatable(const char* op, const Tensor& bases, bool stack);
 // Returns B. `written`: rows of the batch must not overlap.
 int64_t check_grads(const char* op, const Tensor& grads, const Tensor& bases, bool written);
 void check_list(const char* op, const List& grads, const Offsets& offsets, const Tensor& bases);
-void check_mix(const char* op, const Tensor& mix, const Tensor& scale, int64_t batch, int64_t rows, const Tensor& bases);
+void check_mix(const char* op, const Tensor& mix, const Tensor& scale, int64_t batch, int64_t rows,
+               const Tensor& bases);
 // `groups` < 0: one q without a leading dimension.
 void check_q(const char* op, const Tensor& q, const Tensor& bases, int64_t batch, int64_t groups);
 void check_domain(const char* op, int64_t domain, const Tensor& bases);

@@ -1,5 +1,5 @@
-// The ops of torch.ops.carerl on CUDA tensors: checks, pointers, the current stream, and the kernels' own drivers. LibTorch
-// stable ABI only, and no CUDA header: one binary loads in every torch from 2.13 on, with or without CUDA.
+// The ops of torch.ops.carerl on CUDA tensors: checks, pointers, the current stream, and the kernels' own drivers.
+// LibTorch stable ABI only, and no CUDA header: one binary loads in every torch from 2.13 on, with or without CUDA.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
@@ -19,7 +19,8 @@
 namespace carerl {
 namespace {
 
-// Device and stream of a call, and the memory that its kernels use: torch's allocator reuses it in the order of the stream.
+// Device and stream of a call, and the memory that its kernels use: torch's allocator reuses it in the order of the
+// stream.
 class Context {
  public:
   explicit Context(const Tensor& like) : like_(like) {
@@ -30,7 +31,8 @@ class Context {
   Context(const Context&) = delete;
 
   cuda::Device device() {
-    return {stream_, {[](void* context, int64_t bytes) { return static_cast<Context*>(context)->allocate(bytes); }, this}};
+    return {stream_,
+            {[](void* context, int64_t bytes) { return static_cast<Context*>(context)->allocate(bytes); }, this}};
   }
   Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) { return carerl::empty(sizes, dtype, &like_); }
 
@@ -65,7 +67,8 @@ cuda::Call list_call(const List& grads, const Offsets& offsets, bool per_tensor,
                      Context& context) {
   cuda::Call call{basis, {}, 1, 0, cuda_dtype(grads[0]), per_tensor, context.device()};
   call.spans.reserve(grads.size());
-  for (size_t t = 0; t < grads.size(); ++t) call.spans.push_back({grads[t].data_ptr(), offsets[t], grads[t].numel(), 0});
+  for (size_t t = 0; t < grads.size(); ++t)
+    call.spans.push_back({grads[t].data_ptr(), offsets[t], grads[t].numel(), 0});
   return call;
 }
 
@@ -171,7 +174,8 @@ void rotate_(const Tensor& bases, const Tensor& grads, const Tensor& q, int64_t 
   const int64_t batch = check_grads("rotate_", grads, bases, false);
   check_q("rotate_", q, bases, batch, -1);
   Context context(bases);
-  cuda::rotate("rotate_", batch_call(grads, batch, basis_of(bases, {}, shape), context), data<float>(q), q.size(0), seed);
+  cuda::rotate("rotate_", batch_call(grads, batch, basis_of(bases, {}, shape), context), data<float>(q), q.size(0),
+               seed);
 }
 
 void rotate_list(const Tensor& bases, const List& grads, const Offsets& offsets, const Tensor& q, bool per_tensor,
@@ -228,8 +232,12 @@ cuda::Weights checked(const char* name, const Tensor& value, const Tensor& bases
 template <class Scalar>
 cuda::Rule checked_rule(const Scalar& aligned, const Scalar& conflict, const Scalar& threshold, const Optional& root,
                         const Tensor& bases, int64_t rows, int64_t groups) {
-  cuda::Rule rule{checked("aligned", aligned, bases, rows), checked("conflict", conflict, bases, rows),
-                  checked("threshold", threshold, bases, rows, false), nullptr, false, groups >= 0};
+  cuda::Rule rule{checked("aligned", aligned, bases, rows),
+                  checked("conflict", conflict, bases, rows),
+                  checked("threshold", threshold, bases, rows, false),
+                  nullptr,
+                  false,
+                  groups >= 0};
   check_root(root, rows, groups, bases);
   if (root) {
     rule.root = root->data_ptr();

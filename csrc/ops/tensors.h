@@ -34,8 +34,8 @@ inline void run_on_pool(int count, void (*body)(void*, int), void* context) {
 
 inline cpu::Pool pool() { return {static_cast<int>(torch::stable::get_num_threads()), run_on_pool}; }
 
-// Contiguous, uninitialised, on the device of `like` or the CPU. The C shim directly: 0.4 us, where torch::stable::empty
-// looks its op up by name.
+// Contiguous, uninitialised, on the device of `like` or the CPU. The C shim directly: 0.4 us, where
+// torch::stable::empty looks its op up by name.
 inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor* like = nullptr) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;

@@ -29,6 +29,15 @@ COMPOSITE: dict[str, tuple[str, ...]] = {"pca_update_": ("gram", "rotate_"), "gr
 """Ops without an N-sized pass of their own, and the ops that make theirs: torch does the rest on any device."""
 
 
+EVIDENCE: dict[str, tuple[str, ...]] = {
+    "cuda": ("built", "emulated", "code generation checked"),
+    "triton": ("interpreted", "code generation checked"),
+}
+"""What the kernels of a GPU backend have been through, each step a part of the test suite: ``built`` for every architecture,
+results and memory accesses ``emulated`` or ``interpreted`` on the host, machine code read (``code generation checked``). The
+step that is missing is ``run on a GPU``: it is added when it has happened (``make gpu-check``)."""
+
+
 def collect() -> dict[str, Any]:
     """Everything ``carerl info --json`` prints. Needs no compiler, GPU or optional package, and imports none."""
     return {
@@ -90,7 +99,9 @@ def _served(op: str) -> dict[str, Any]:
             missing[backend.name] = f"no kernel for {', '.join(absent)}"
         else:
             served.append(backend.name)
-    return {"backends": served, "missing": missing, "through": list(COMPOSITE.get(op, ()))}
+    through = list(COMPOSITE.get(op, ()))
+    evidence = {name: list(steps) for name, steps in EVIDENCE.items() if through or op not in COMPOSITE}
+    return {"backends": served, "missing": missing, "through": through, "evidence": evidence}
 
 
 def render(report: dict[str, Any]) -> None:
@@ -134,6 +145,9 @@ def render(report: dict[str, Any]) -> None:
         cells = ["yes" + through if name in served["backends"] else "-" for name in names]
         table.add_row(op, *cells)
     console.print(table)
+    for name, steps in EVIDENCE.items():
+        untried = "" if "run on a GPU" in steps else "; not yet run on a GPU"
+        console.print(f"[bold]{name}[/bold] kernels: {', '.join(steps)}{untried}", highlight=False)
     for name, backend in report["backends"].items():
         if not backend["available"]:
             console.print(f"[bold]{name}[/bold]: {backend['reason']}; {backend['remedy']}", highlight=False)

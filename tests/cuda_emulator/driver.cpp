@@ -1,6 +1,6 @@
-// The kernels under emulation without torch, for sanitisers and mutated copies: `driver project gram ...` runs the named
-// ops on small whole numbers, for which every result is exact whatever the order of the sums, and compares. Every buffer
-// is an allocation of its own and exactly as large as it has to be.
+// The kernels under emulation without torch, for sanitisers and mutated copies: `driver project gram ...` runs the
+// named ops on small whole numbers, for which every result is exact whatever the order of the sums, and compares. Every
+// buffer is an allocation of its own and exactly as large as it has to be.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -78,13 +78,14 @@ struct Case {
 struct Workspace {
   std::vector<std::unique_ptr<char[]>> blocks;
   Device device() {
-    return {nullptr, {[](void* self, int64_t bytes) -> void* {
-                        auto& blocks = static_cast<Workspace*>(self)->blocks;
-                        blocks.emplace_back(new char[bytes + 1]);
-                        std::memset(blocks.back().get(), 0xff, bytes);
-                        return blocks.back().get();
-                      },
-                      this}};
+    return {nullptr,
+            {[](void* self, int64_t bytes) -> void* {
+               auto& blocks = static_cast<Workspace*>(self)->blocks;
+               blocks.emplace_back(new char[bytes + 1]);
+               std::memset(blocks.back().get(), 0xff, bytes);
+               return blocks.back().get();
+             },
+             this}};
   }
 };
 
@@ -95,8 +96,14 @@ struct Inputs {
         bases(c.basis, c.rows * stride, c.lead),
         scales(c.rows * ((stride + 127) / 128)) {
     for (float& scale : scales) scale = draw(1) ? 1.0f : 2.0f;
-    call = {{bases.data, c.basis >= DType::kI8 ? scales.data() : nullptr, c.rows, stride, (stride + 127) / 128, 7, c.basis},
-            {}, c.tensors ? 1 : c.batch, c.tensors ? 0 : c.n + 3, c.grad, c.tensors != 0, workspace.device()};
+    call = {
+        {bases.data, c.basis >= DType::kI8 ? scales.data() : nullptr, c.rows, stride, (stride + 127) / 128, 7, c.basis},
+        {},
+        c.tensors ? 1 : c.batch,
+        c.tensors ? 0 : c.n + 3,
+        c.grad,
+        c.tensors != 0,
+        workspace.device()};
     if (c.tensors) {
       for (int64_t t = 0; t < c.tensors; ++t) {
         const int64_t length = t == 1 ? 0 : c.n - t;  // one empty, all different
@@ -207,7 +214,8 @@ void rotated(const Case& c, bool with_edit) {
     for (int64_t i = 0; i < k * in.stride; ++i) require(in.bases.read(i) == in.bases.values[i], "rotate by NaN");
   }
   if (with_edit)
-    carerl::cuda::edit_rotate("edit_rotate_", in.call, in.call.basis, {f.mix.data(), f.scale.data()}, q.data(), kept, 7);
+    carerl::cuda::edit_rotate("edit_rotate_", in.call, in.call.basis, {f.mix.data(), f.scale.data()}, q.data(), kept,
+                              7);
   else
     carerl::cuda::rotate("rotate_", in.call, q.data(), kept, 7);
   if (with_edit) check_edit(in, f);
@@ -234,7 +242,8 @@ void dacsp(const Case& c) {
   std::vector<float> found(in.count * k, NAN), root(in.call.groups() * k * k, 0.0f);
   std::vector<int8_t> classes(in.count * k, 9);
   for (int64_t i = 0; i < in.call.groups() * k; ++i) root[i * k + (i + 1) % k] = 1.0f;  // a permutation of the rows
-  carerl::cuda::dacsp("dacsp_", in.call, Rule{{2.0, nullptr}, {0.0, nullptr}, {0.0, nullptr}, root.data(), false, c.tensors != 0},
+  carerl::cuda::dacsp("dacsp_", in.call,
+                      Rule{{2.0, nullptr}, {0.0, nullptr}, {0.0, nullptr}, root.data(), false, c.tensors != 0},
                       found.data(), classes.data());
   const std::vector<double> expected = coefficients(in);
   for (int64_t b = 0; b < in.count; ++b) {
@@ -294,8 +303,30 @@ void logprobs(const Case& c) {
     for (int x = 0; x < c.n; ++x) {
       const double log_p = z[x] - total, p = std::exp(log_p);
       const double expected = (x == c.n - 1) - p - 2 * p * (log_p + h);
-      require(std::fabs(gradient.read(row * c.n + x) - expected) <= 1e-5 + std::fabs(expected) / 256, "logprobs gradient");
+      require(std::fabs(gradient.read(row * c.n + x) - expected) <= 1e-5 + std::fabs(expected) / 256,
+              "logprobs gradient");
     }
+  }
+}
+
+// What a launch that the runtime refused is reported as.
+void errors(const Case& c) {
+  const std::map<cudaError_t, std::string> texts = {
+      {cudaErrorNoKernelImageForDevice, "expected a GPU of the architectures sm_80 or later, found sm_75"},
+      {cudaErrorUnsupportedPtxVersion, "rebuild with CARERL_CUDA_ARCHITECTURES=75"},
+      {cudaErrorInsufficientDriver,
+       "expected an NVIDIA driver for CUDA 13.0 or later, found one for CUDA 12.4; update"}};
+  for (const auto& [error, text] : texts) {
+    Inputs in(c);
+    std::vector<double> out(in.count * c.rows);
+    emulator::pending = error;
+    std::string found = "nothing";
+    try {
+      carerl::cuda::project("project", in.call, out.data());
+    } catch (const std::runtime_error& thrown) {
+      found = thrown.what();
+    }
+    require(found.find("carerl::project: ") == 0 && found.find(text) != std::string::npos, found);
   }
 }
 
@@ -304,10 +335,10 @@ void logprobs(const Case& c) {
 int main(int count, char** names) {
   const std::map<std::string, void (*)(const Case&)> ops = {
       {"project", project}, {"gram", gram},         {"edit", edit},         {"rotate", rotate},
-      {"dacsp", dacsp},     {"quantize", quantize}, {"logprobs", logprobs}, {"edit_rotate", edit_rotate}};
+      {"dacsp", dacsp},     {"quantize", quantize}, {"logprobs", logprobs}, {"edit_rotate", edit_rotate},
+      {"errors", errors}};
   const bool small = std::getenv("DRIVER_SMALL") != nullptr;
-  std::vector<Case> cases = {
-      {DType::kF32, DType::kF32, 2600, 1, 9, 0, 0}, {DType::kF32, DType::kI8, 1040, 3, 5, 0, 0}};
+  std::vector<Case> cases = {{DType::kF32, DType::kF32, 2600, 1, 9, 0, 0}, {DType::kF32, DType::kI8, 1040, 3, 5, 0, 0}};
   if (!small) {
     cases.insert(cases.end(), {{DType::kF32, DType::kF32, 1, 1, 1, 0, 0},
                                {DType::kBF16, DType::kBF16, 8192, 1, 40, 0, 0},

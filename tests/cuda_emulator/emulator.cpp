@@ -1,6 +1,7 @@
 // Runs kernels on the host: blocks one after another, the threads of a block as fibers that switch only where CUDA
-// synchronises, in an order that CARERL_EMULATOR_SEED shuffles (with it, warps also lag behind each other). With EMULATOR_THREADS they are threads of the system
-// instead, so that ThreadSanitizer sees every access to shared memory that no barrier orders.
+// synchronises, in an order that CARERL_EMULATOR_SEED shuffles (with it, warps also lag behind each other). With
+// EMULATOR_THREADS they are threads of the system instead, so that ThreadSanitizer sees every access to shared memory
+// that no barrier orders.
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -272,7 +273,8 @@ const uint64_t* exchange(unsigned mask, int line, uint64_t value) {
   Warp& warp = block.warps[linear() / 32];
   const unsigned own = 1u << lane();
   if ((mask & own) == 0) fail("line " + std::to_string(line) + ": a lane is not in the mask that it gives");
-  const unsigned first = linear() / 32 * 32, exists = block.threads - first >= 32 ? ~0u : (1u << (block.threads - first)) - 1;
+  const unsigned first = linear() / 32 * 32,
+                 exists = block.threads - first >= 32 ? ~0u : (1u << (block.threads - first)) - 1;
   if ((mask & ~exists) != 0) fail("line " + std::to_string(line) + ": the mask names lanes that do not exist");
   if (warp.arrived == 0) warp.mask = mask, warp.line = line;
   if (warp.mask != mask || warp.line != line) {

@@ -34,9 +34,9 @@ CARERL_DEVICE void apply_root(const Rule& rule, int64_t group, const double* x, 
 
 // One block per gradient: c [k] -> coefficients fp32, classes, mix (linalg.dacsp_core), and scale = 1. Shared memory:
 // 2 k doubles.
-static __global__ void __launch_bounds__(256) classify_kernel(const double* all, const __grid_constant__ Rule rule, int k,
-                                                              float* coefficients, int8_t* classes, float* mix,
-                                                              float* scale) {
+static __global__ void __launch_bounds__(256)
+    classify_kernel(const double* all, const __grid_constant__ Rule rule, int k, float* coefficients, int8_t* classes,
+                    float* mix, float* scale) {
   CARERL_SHARED(shared);
   double *first = reinterpret_cast<double*>(shared), *second = first + k;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * k;

@@ -11,8 +11,8 @@ namespace carerl::cuda {
 constexpr int kEditRows = 4;
 enum Change : int { kLeave, kScale, kMove };
 
-// What an Edit comes to, in shared memory: what happens to each gradient, and the rows that any of them needs with their
-// factors (zero for gradients that do not move).
+// What an Edit comes to, in shared memory: what happens to each gradient, and the rows that any of them needs with
+// their factors (zero for gradients that do not move).
 struct EditPlan {
   int* change;  // [batch]
   int* rows;    // [count], ascending
@@ -158,8 +158,9 @@ CARERL_DEVICE Edit edit_of(const Edit& all, const Slot& slot, int64_t rows) {
   return {all.mix + slot.group * rows, all.scale + slot.group};
 }
 
+// Blocks an SM are said, here and elsewhere: left alone, ptxas spills a register or two for one block more.
 template <class E, int kGradients>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, kGradients == 1 ? 3 : 2)
     edit_kernel(const __grid_constant__ Spans spans, const __grid_constant__ Basis basis, Edit all) {
   CARERL_SHARED(shared);
   const Slot slot = find_slot(spans, slot_index(spans));

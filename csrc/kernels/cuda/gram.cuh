@@ -1,14 +1,14 @@
 // Gram matrix of [U; G]. Products are taken and added in fp64, where those of fp32 numbers are exact: streaming PCA
-// divides by eigenvalues down to 1e-6 of this matrix. Data-centre GPUs have half the fp32 rate for it (H100: 34 Tflop/s,
-// K + B = 25 rows of bf16 take 1.3 times as long as reading them); consumer GPUs have 1/64 and are bound by it. fp64
-// tensor cores would help beyond K of about 64; they are left out, being beyond what the tests can emulate.
+// divides by eigenvalues down to 1e-6 of this matrix. Data-centre GPUs have half the fp32 rate for it (H100: 34
+// Tflop/s, K + B = 25 rows of bf16 take 1.3 times as long as reading them); consumer GPUs have 1/64 and are bound by
+// it. fp64 tensor cores would help beyond K of about 64; they are left out, being beyond what the tests can emulate.
 #pragma once
 
 #include "storage.cuh"
 
 namespace carerl::cuda {
 
-constexpr int kGramBlock = 4;       // rows and columns of the block of sums in a thread's registers
+constexpr int kGramBlock = 4;  // rows and columns of the block of sums in a thread's registers
 constexpr int kGramThreads = 256;
 
 // Pair p of the blocks (i, j) with i <= j of a matrix of `blocks` x `blocks`.
@@ -22,7 +22,7 @@ CARERL_DEVICE void block_pair(int p, int blocks, int* i, int* j) {
 // partials [slots, size, size], upper triangle. Shared memory: the tile [size up to a multiple of 4, tile + 1] in fp64;
 // afterwards the sums [slices, pairs, 16]. Neighbouring threads have neighbouring pairs and the same column, so that a
 // warp reads few different numbers, and the odd pitch spreads those over the banks. Pairs beyond 256 are other blocks'.
-static __global__ void __launch_bounds__(kGramThreads)
+static __global__ void __launch_bounds__(kGramThreads, 3)
     gram_kernel(const __grid_constant__ Spans spans, const __grid_constant__ Basis basis, int tile, double* partials) {
   CARERL_SHARED(shared);
   double* stack = reinterpret_cast<double*>(shared);
@@ -40,14 +40,14 @@ static __global__ void __launch_bounds__(kGramThreads)
   for (int64_t begin = slot.begin; begin < slot.end; begin += tile) {
     const int n = static_cast<int>(min64(tile, slot.end - begin));
     __syncthreads();  // everybody is done with the tile before
-    const auto put = [&](double* row, int x, const float(&four)[4]) {
+    const auto put = [&](double* row, int x, const float (&four)[4]) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) row[x + i] = four[i];
     };
     stage_basis(basis, slot.column + begin, n, tile,
-                [&](int row, int x, const float(&four)[4]) { put(stack + row * pitch, x, four); });
+                [&](int row, int x, const float (&four)[4]) { put(stack + row * pitch, x, four); });
     stage_gradients(spans, slot, begin, n, tile,
-                    [&](int b, int x, const float(&four)[4]) { put(stack + (rows + b) * pitch, x, four); });
+                    [&](int b, int x, const float (&four)[4]) { put(stack + (rows + b) * pitch, x, four); });
     __syncthreads();
     if (slice >= slices) continue;
     const double *left = stack + block_row * kGramBlock * pitch, *right = stack + block_column * kGramBlock * pitch;

@@ -25,7 +25,8 @@ CARERL_DEVICE RowSums joined(const RowSums& a, const RowSums& b) {
   const double sum = first ? b.sum : a.sum, moment = first ? b.moment : a.moment;  // those of the lower maximum
   if (low == high || sum == 0.0) return {high, a.sum + b.sum, a.moment + b.moment};
   const double shift = static_cast<double>(base_of(low)) - base_of(high), factor = exp(shift);
-  return {high, (first ? a.sum : b.sum) + sum * factor, (first ? a.moment : b.moment) + (moment + shift * sum) * factor};
+  return {high, (first ? a.sum : b.sum) + sum * factor,
+          (first ? a.moment : b.moment) + (moment + shift * sum) * factor};
 }
 
 CARERL_DEVICE double shuffled(double x, int offset) { return __shfl_xor_sync(kAllLanes, x, offset); }
@@ -46,8 +47,8 @@ CARERL_DEVICE RowSums joined_over_block(RowSums own, RowSums* shared) {
   return own;
 }
 
-// Reads the row once, a vector at a time. Every thread keeps a running maximum and moves its sums, fp32 over its share of
-// the row (600 of 150 000 logits), to a new one when it finds it.
+// Reads the row once, a vector at a time. Every thread keeps a running maximum and moves its sums, fp32 over its share
+// of the row (600 of 150 000 logits), to a new one when it finds it.
 template <class E>
 CARERL_DEVICE RowSums row_sums(const typename E::Type* row, const Logits& logits) {
   const bool aligned = rows_aligned(row, 0, 1);
@@ -84,8 +85,8 @@ CARERL_DEVICE RowSums row_sums(const typename E::Type* row, const Logits& logits
   return {largest, sum, moment};
 }
 
-// log softmax(logits / temperature)[id] and the entropy in nats, a block per row. An id outside the vocabulary gives NaN:
-// finding it earlier would need a synchronisation. Shared memory: a RowSums per warp.
+// log softmax(logits / temperature)[id] and the entropy in nats, a block per row. An id outside the vocabulary gives
+// NaN: finding it earlier would need a synchronisation. Shared memory: a RowSums per warp.
 static __global__ void __launch_bounds__(kLogitsThreads)
     logprobs_kernel(const __grid_constant__ Logits logits, LogProbs out) {
   CARERL_SHARED(shared);

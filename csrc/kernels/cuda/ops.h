@@ -1,5 +1,6 @@
-// The ops over a whole call: cuts it into slots, launches the kernels on a stream. Knows nothing of torch: tensors come as
-// pointers, memory from a function. Nothing here waits for the device, so every op can be captured into a CUDA graph.
+// The ops over a whole call: cuts it into slots, launches the kernels on a stream. Knows nothing of torch: tensors come
+// as pointers, memory from a function. Nothing here waits for the device, so every op can be captured into a CUDA
+// graph.
 #pragma once
 
 #include <vector>
@@ -8,7 +9,8 @@
 
 namespace carerl::cuda {
 
-// Memory on the device that the kernels of a call may use: handed out during the call, reused in the order of the stream.
+// Memory on the device that the kernels of a call may use: handed out during the call, reused in the order of the
+// stream.
 struct Memory {
   void* (*allocate)(void* context, int64_t bytes);
   void* context;
@@ -39,8 +41,8 @@ void gram(const char* op, const Call& call, double* out);
 void edit(const char* op, const Call& call, const Edit& change);
 // q [groups, rows, K + batch]
 void rotate(const char* op, const Call& call, const float* q, int64_t rows, int64_t seed);
-void edit_rotate(const char* op, const Call& call, const Basis& domain, const Edit& change, const float* q, int64_t rows,
-                 int64_t seed);
+void edit_rotate(const char* op, const Call& call, const Basis& domain, const Edit& change, const float* q,
+                 int64_t rows, int64_t seed);
 void dacsp(const char* op, const Call& call, const Rule& rule, float* coefficients, int8_t* classes);
 void quantize(const char* op, const Basis& basis, int64_t block, DType to, uint8_t* codes, float* scales,
               const Device& device);

@@ -9,13 +9,14 @@
 namespace carerl::cuda {
 namespace {
 
-constexpr int64_t kSlots = 2048;               // most slots of a call: four waves of an H100 with four blocks an SM
-constexpr int64_t kPartialBytes = 32 << 20;    // of the partials of a call, unless that leaves too few slots
+constexpr int64_t kSlots = 2048;             // most slots of a call: four waves of an H100 with four blocks an SM
+constexpr int64_t kPartialBytes = 32 << 20;  // of the partials of a call, unless that leaves too few slots
 constexpr int64_t kTurnRows = 256, kTurnBatch = 16;
 
 // Sums of the partials of all slots, per tensor or in all.
 template <class Out>
-void reduce(const char* op, const Call& call, const Plan& plan, const Outputs& shape, const double* partials, Out* out) {
+void reduce(const char* op, const Call& call, const Plan& plan, const Outputs& shape, const double* partials,
+            Out* out) {
   const int64_t width = shape.square ? shape.square * shape.square : shape.batch * shape.rows;
   const dim3 block(kReduceColumns, kReduceSlices);
   const int64_t shared = kReduceColumns * kReduceSlices * sizeof(double);
@@ -23,7 +24,8 @@ void reduce(const char* op, const Call& call, const Plan& plan, const Outputs& s
     if (i > 0 && !call.per_tensor) break;  // one sum over the slots of all launches
     const Spans& spans = plan.tables[i].spans;
     // The last tensor of a launch ends where the next launch begins.
-    const int64_t end = i + 1 < plan.tables.size() && call.per_tensor ? plan.tables[i + 1].spans.span[0].first_slot : plan.slots;
+    const int64_t end =
+        i + 1 < plan.tables.size() && call.per_tensor ? plan.tables[i + 1].spans.span[0].first_slot : plan.slots;
     const dim3 grid(static_cast<unsigned>(ceil_div(width, kReduceColumns)), call.per_tensor ? spans.count : 1);
     CARERL_LAUNCH(reduce_kernel<Out>, grid, block, shared, stream_of(call.device), spans, end, shape, partials, out);
     check_launch(op);
@@ -36,7 +38,7 @@ void launch_project(const char* op, const Call& call, const Plan& plan, int tile
   const int64_t shared = round_up(call.batch * call.basis.rows, 2) * sizeof(double) + tiles * tile * sizeof(float);
   allow_shared(op, project_kernel<E, kBatch>, shared);
   // As many warps as have rows, evenly: 10 groups of rows are two rounds of five warps.
-  const int64_t groups = ceil_div(call.basis.rows, kProjectRows), rounds = ceil_div(groups, 8);
+  const int64_t groups = ceil_div(call.basis.rows, kProjectRows), rounds = ceil_div(groups, project_warps(kBatch));
   const unsigned threads = static_cast<unsigned>(32 * ceil_div(groups, rounds));
   for (const Table& table : plan.tables) {
     if (table.slots == 0) continue;

@@ -14,9 +14,9 @@ constexpr int64_t kEditUnit = 4096;  // columns: a whole number of turns of a bl
 int gradients_of(int64_t batch) { return batch == 1 ? 1 : 4; }
 
 // Threads over columns, and over groups of four gradients.
-dim3 edit_block(int64_t batch) {
+dim3 edit_block(int64_t batch, unsigned threads = 256) {
   const unsigned groups = batch <= 4 ? 1 : batch <= 8 ? 2 : 4;
-  return dim3(256 / groups, groups);
+  return dim3(threads / groups, groups);
 }
 
 template <class E, int kGradients>
@@ -25,8 +25,8 @@ void launch_edit(const char* op, const Call& call, const Plan& plan, const Edit&
   allow_shared(op, edit_kernel<E, kGradients>, shared);
   for (const Table& table : plan.tables) {
     if (table.slots == 0) continue;
-    CARERL_LAUNCH((edit_kernel<E, kGradients>), dim3(static_cast<unsigned>(table.slots)), edit_block(call.batch), shared,
-                  stream_of(call.device), table.spans, call.basis, change);
+    CARERL_LAUNCH((edit_kernel<E, kGradients>), dim3(static_cast<unsigned>(table.slots)), edit_block(call.batch),
+                  shared, stream_of(call.device), table.spans, call.basis, change);
     check_launch(op);
   }
 }
@@ -62,14 +62,15 @@ Rotation prepare(const char* op, const Call& call, int64_t domain_rows, const fl
 }
 
 template <int kGradients, bool kEdit>
-void launch_rotate(const char* op, const Call& call, const Basis& domain, const Rotation& rotation, const Edit& change) {
+void launch_rotate(const char* op, const Call& call, const Basis& domain, const Rotation& rotation,
+                   const Edit& change) {
   const int64_t depth = domain.rows + call.batch;
   const int64_t extra = kEdit ? edit_plan_bytes(call.basis.rows, call.batch, kGradients) : 0;
   int tile = 256;
   while (tile > 32 && depth * tile * 4 + extra > 64 << 10) tile /= 2;
   const int64_t shared = depth * tile * 4 + extra;
   allow_shared(op, rotate_kernel<kGradients, kEdit>, shared);
-  dim3 block = edit_block(call.batch);
+  dim3 block = edit_block(call.batch, rotate_threads(kGradients));
   if (!kEdit) {  // as many threads as have a part of the product, evenly
     const int64_t parts = tile / kRotateColumns * ceil_div(domain.rows, kRotateRows), rounds = ceil_div(parts, 256);
     block = dim3(static_cast<unsigned>(std::max<int64_t>(round_up(ceil_div(parts, rounds), 32), 128)));
@@ -106,8 +107,8 @@ void rotate(const char* op, const Call& call, const float* q, int64_t rows, int6
   launch_rotate<1, false>(op, call, call.basis, rotation, {});
 }
 
-void edit_rotate(const char* op, const Call& call, const Basis& domain, const Edit& change, const float* q, int64_t rows,
-                 int64_t seed) {
+void edit_rotate(const char* op, const Call& call, const Basis& domain, const Edit& change, const float* q,
+                 int64_t rows, int64_t seed) {
   if (domain.rows == 0) return edit(op, call, change);
   const Rotation rotation = prepare(op, call, domain.rows, q, rows, seed);
   if (gradients_of(call.batch) == 1)

@@ -4,7 +4,8 @@
 // it, kRows at a time with kChunks vectors of 16 bytes of each in flight: 128 bytes a thread, 64 KiB or more on an SM,
 // where 18 KiB hide the latency of an H100 at full bandwidth (3.35 TB/s * 700 ns / 132 SMs). fp32 lanes last for one
 // tile (64 products a lane and gradient), then go to fp64 totals of the slot. No tensor cores: at the largest sizes
-// meant (K = 256, B = 16, bf16: 15 flop a byte) fp32 cores keep up with memory (H100: 20), and TF32 would cost accuracy.
+// meant (K = 256, B = 16, bf16: 15 flop a byte) fp32 cores keep up with memory (H100: 20), and TF32 would cost
+// accuracy.
 #pragma once
 
 #include "storage.cuh"
@@ -22,9 +23,9 @@ CARERL_DEVICE int place(int x) {
   return x / kChunk * kChunk + x % E::kWidth / 4 * 128 + x / E::kWidth % 32 * 4;
 }
 
-// Sums V values over the lanes of a warp with about V + 5 shuffles instead of 5 V: in each step a lane hands half of its
-// kLeft values over and keeps the other half. Returns the index of the first of the max(V / 32, 1) sums left in `values`;
-// with V < 32, lanes that are multiples of 32 / V hold one each.
+// Sums V values over the lanes of a warp with about V + 5 shuffles instead of 5 V: in each step a lane hands half of
+// its kLeft values over and keeps the other half. Returns the index of the first of the max(V / 32, 1) sums left in
+// `values`; with V < 32, lanes that are multiples of 32 / V hold one each.
 template <int V, int kLeft = V, int kOffset = 16>
 CARERL_DEVICE int sum_over_warp(float (&values)[V], int lane) {
   if constexpr (kOffset == 0) {
@@ -47,9 +48,10 @@ CARERL_DEVICE int sum_over_warp(float (&values)[V], int lane) {
 
 // sums[r * kBatch + b] += u[r] . g[b] over the columns of a tile that belong to this lane.
 template <class E, int kBatch, int kChunks>
-CARERL_DEVICE void dot_rows(const typename E::Type* const (&rows)[kProjectRows], const float* const (&scales)[kProjectRows],
-                            int block_shift, int64_t column, int n, bool aligned, const float* g, int tile, int batch,
-                            int lane, float (&sums)[kProjectRows * kBatch]) {
+CARERL_DEVICE void dot_rows(const typename E::Type* const (&rows)[kProjectRows],
+                            const float* const (&scales)[kProjectRows], int block_shift, int64_t column, int n,
+                            bool aligned, const float* g, int tile, int batch, int lane,
+                            float (&sums)[kProjectRows * kBatch]) {
   constexpr int kChunk = 32 * E::kWidth;
   for (int begin = 0; begin < n; begin += kChunks * kChunk) {
     uint4 raw[kChunks][kProjectRows];
@@ -112,10 +114,13 @@ CARERL_DEVICE void dot_rows(const typename E::Type* const (&rows)[kProjectRows],
 
 // partials [slots, batch, rows]: fp64 totals of each slot. Shared memory: totals [batch, rows], then the tile
 // [batch up to a multiple of 4 (or 1), tile].
-// Two blocks an SM leave 128 registers; 64 sums, four rows and their scales need 180, and there arithmetic binds anyway.
+// Two blocks an SM: 64 sums, four rows and their scales need the 168 registers that blocks of six warps leave.
+constexpr int project_warps(int gradients) { return gradients == 16 ? 6 : 8; }
+
 template <class E, int kBatch>
-__global__ void __launch_bounds__(256, E::kScaled && kBatch == 16 ? 1 : 2)
-    project_kernel(const __grid_constant__ Spans spans, const __grid_constant__ Basis basis, int tile, double* partials) {
+__global__ void __launch_bounds__(32 * project_warps(kBatch), 2)
+    project_kernel(const __grid_constant__ Spans spans, const __grid_constant__ Basis basis, int tile,
+                   double* partials) {
   CARERL_SHARED(shared);
   const int rows = static_cast<int>(basis.rows), outputs = spans.batch * rows;
   const int tiles = kBatch == 1 ? 1 : (spans.batch + 3) / 4 * 4;
@@ -131,7 +136,7 @@ __global__ void __launch_bounds__(256, E::kScaled && kBatch == 16 ? 1 : 2)
     const int n = static_cast<int>(min64(tile, slot.end - begin));
     __syncthreads();  // everybody is done with the tile before
     stage_gradients(spans, slot, begin, n, (n + kSmallestTile - 1) / kSmallestTile * kSmallestTile,
-                    [&](int b, int x, const float(&four)[4]) {
+                    [&](int b, int x, const float (&four)[4]) {
                       *reinterpret_cast<float4*>(g + b * tile + place<E>(x)) =
                           make_float4(four[0], four[1], four[2], four[3]);
                     });
@@ -146,8 +151,8 @@ __global__ void __launch_bounds__(256, E::kScaled && kBatch == 16 ? 1 : 2)
         scales[r] = basis.scales + source * basis.blocks;
       }
       float sums[kProjectRows * kBatch] = {};
-      dot_rows<E, kBatch, kBatch == 1 ? 2 : 1>(from, scales, basis.block_shift, slot.column + begin, n, aligned, g, tile,
-                                               spans.batch, lane, sums);
+      dot_rows<E, kBatch, kBatch == 1 ? 2 : 1>(from, scales, basis.block_shift, slot.column + begin, n, aligned, g,
+                                               tile, spans.batch, lane, sums);
       constexpr int kValues = kProjectRows * kBatch, kLeft = kValues > 32 ? kValues / 32 : 1;
       const int first = sum_over_warp(sums, lane);
       if (kValues >= 32 || lane % (32 / (kValues < 32 ? kValues : 32)) == 0) {

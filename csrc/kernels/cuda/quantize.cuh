@@ -5,9 +5,9 @@
 
 namespace carerl::cuda {
 
-// A thread owns 16 columns: 16 / (a power of two of them) or all 32 lanes of a warp share a block of a row and, where it
-// is longer than 512, go through it twice. Blocks are numbered through all rows.
-static __global__ void __launch_bounds__(256)
+// A thread owns 16 columns: 16 / (a power of two of them) or all 32 lanes of a warp share a block of a row and, where
+// it is longer than 512, go through it twice. Blocks are numbered through all rows.
+static __global__ void __launch_bounds__(256, 4)
     quantize_kernel(const __grid_constant__ Basis basis, int64_t block, DType to, uint8_t* codes, float* scales) {
   const int team = block >= 512 ? 32 : static_cast<int>(block / 16);
   const int64_t per_row = (basis.stride + block - 1) / block;

@@ -1,9 +1,9 @@
 // U <- Q [U; G] in place, alone or together with the edit of G.
 //
-// A block holds a tile of all rows of [U; G] in shared memory as floats; a thread makes 8 rows x 8 columns of the product
-// in registers, so that 64 multiply-adds need 10 shared-memory wavefronts. Bound by memory up to k of about 32 (bf16,
-// H100) and by fp32 arithmetic beyond. No tensor cores: new rows have to stay orthonormal to 1e-5, which TF32 does not
-// give, and this runs once per batch of gradients.
+// A block holds a tile of all rows of [U; G] in shared memory as floats; a thread makes 8 rows x 8 columns of the
+// product in registers, so that 64 multiply-adds need 10 shared-memory wavefronts. Bound by memory up to k of about 32
+// (bf16, H100) and by fp32 arithmetic beyond. No tensor cores: new rows have to stay orthonormal to 1e-5, which TF32
+// does not give, and this runs once per batch of gradients.
 #pragma once
 
 #include "edit.cuh"
@@ -11,6 +11,9 @@
 namespace carerl::cuda {
 
 constexpr int kRotateRows = 8, kRotateColumns = 8;
+
+// Two blocks an SM leave 128 registers or, where four gradients are edited at once, 168.
+constexpr int rotate_threads(int gradients) { return gradients == 1 ? 256 : 192; }
 
 // table [groups, depth, padded] = q [groups, rows, depth] transposed and padded with zeros; finite [groups]. One block
 // each, of whole warps. Shared memory: one int.
@@ -116,9 +119,9 @@ CARERL_DEVICE void rotate_tile(const Basis& basis, const float* stack, int depth
 // and writing the rows of the domain: from rows and gradients as they were. Shared memory: the tile [K + B, tile], then
 // the plan of the edit.
 template <int kGradients, bool kEdit>
-__global__ void __launch_bounds__(256) rotate_kernel(const __grid_constant__ Spans spans,
-                                                     const __grid_constant__ Basis domain, const Rotation rotation,
-                                                     int tile, const __grid_constant__ Basis all, const Edit edits) {
+__global__ void __launch_bounds__(rotate_threads(kGradients), 2)
+    rotate_kernel(const __grid_constant__ Spans spans, const __grid_constant__ Basis domain, const Rotation rotation,
+                  int tile, const __grid_constant__ Basis all, const Edit edits) {
   CARERL_SHARED(shared);
   const Slot slot = find_slot(spans, slot_index(spans));
   const int rows = static_cast<int>(domain.rows), depth = rows + spans.batch;
@@ -137,12 +140,11 @@ __global__ void __launch_bounds__(256) rotate_kernel(const __grid_constant__ Spa
   for (int64_t begin = slot.begin; begin < slot.end; begin += tile) {
     const int n = static_cast<int>(min64(tile, slot.end - begin));
     __syncthreads();  // everybody is done with the tile before
-    const auto put = [&](int row, int x, const float(&four)[4]) {
+    const auto put = [&](int row, int x, const float (&four)[4]) {
       *reinterpret_cast<float4*>(stack + row * tile + x) = make_float4(four[0], four[1], four[2], four[3]);
     };
     stage_basis(domain, slot.column + begin, n, tile, put);
-    stage_gradients(spans, slot, begin, n, tile,
-                    [&](int b, int x, const float(&four)[4]) { put(rows + b, x, four); });
+    stage_gradients(spans, slot, begin, n, tile, [&](int b, int x, const float (&four)[4]) { put(rows + b, x, four); });
     __syncthreads();
     if constexpr (kEdit) {
       if (plan.any) {

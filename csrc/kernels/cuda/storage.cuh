@@ -27,7 +27,9 @@ CARERL_DEVICE int linear_threads() { return blockDim.x * blockDim.y; }
 // Each type has: kWidth elements in 16 bytes, kScaled (one fp32 scale per block), the bits of an element, elements
 // 4q to 4q + 3 of 16 bytes as floats (q is known once loops are unrolled), and a float rounded to nearest even.
 
-CARERL_DEVICE uint32_t word(const uint4& raw, int i) { return i == 0 ? raw.x : i == 1 ? raw.y : i == 2 ? raw.z : raw.w; }
+CARERL_DEVICE uint32_t word(const uint4& raw, int i) {
+  return i == 0 ? raw.x : i == 1 ? raw.y : i == 2 ? raw.z : raw.w;
+}
 
 struct F32 {
   using Type = float;
@@ -136,7 +138,8 @@ CARERL_DEVICE bool rows_aligned(const void* data, int64_t stride, int size) {
   return ((reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(stride * size)) & 15) == 0;
 }
 
-// The first n elements of 16 bytes at any address, and zeros. A loop, not unrolled: there are many of these in a kernel.
+// The first n elements of 16 bytes at any address, and zeros. A loop, not unrolled: there are many of these in a
+// kernel.
 template <class E>
 CARERL_DEVICE uint4 gather(const typename E::Type* p, int n) {
   constexpr int kBits = 8 * sizeof(typename E::Type);
@@ -266,7 +269,8 @@ CARERL_DEVICE bool gradients_aligned(const Spans& spans, const Slot& slot) {
 
 // put(b, x, four floats) for columns [at, at + n) of all gradients of a slot, zeros up to `padded`, by all threads.
 template <class Put>
-CARERL_DEVICE void stage_gradients(const Spans& spans, const Slot& slot, int64_t at, int n, int padded, const Put& put) {
+CARERL_DEVICE void stage_gradients(const Spans& spans, const Slot& slot, int64_t at, int n, int padded,
+                                   const Put& put) {
   with_gradient_type(spans.dtype, [&](auto type) {
     using E = decltype(type);
     const bool aligned = gradients_aligned<E>(spans, slot);

@@ -29,8 +29,8 @@ struct Span {
   int64_t column, length, first_slot;
 };
 
-// Tensors of a launch: their table has to fit into the 4 KiB of kernel parameters, so that no copy is needed. And an upper
-// bound on the slots of a call, where tests need few of either.
+// Tensors of a launch: their table has to fit into the 4 KiB of kernel parameters, so that no copy is needed. And an
+// upper bound on the slots of a call, where tests need few of either.
 #ifndef CARERL_SPANS
 #define CARERL_SPANS 120
 #define CARERL_SLOTS (int64_t{1} << 40)

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -23,9 +23,9 @@ from ..grpo import Domain, Example, GRPOConfig
 from ..grpo.learner import Learner
 from ..guard import CapabilityGuard
 from ..smollm2 import load_smollm2
-from ..subspace import DomainBasis
-from ..subspace.layout import Layout
-from ..subspace.store import BasisInfo
+from ..subspace import DomainBasis, FactoredBasis
+from ..subspace.matrices import MatrixLayout
+from ..subspace.store import BasisInfo, StoredBasis
 from .measure import Spread
 from .probe import peak_memory
 from .show import Printer, percent
@@ -46,10 +46,11 @@ class Setting:
 
     Attributes:
         trains: "lora" (rank 16 on every linear layer) or "full".
-        k: directions per domain, flat.
+        k: directions per domain of flat bases, rank of block bases.
         domains: with a basis, whose directions act; 0 to record only.
-        dtype: of the acting bases.
+        dtype: of the acting flat bases (factors of block bases are fp32).
         record_every: record every n-th gradient (k + 4 fp32 rows); 0: act only.
+        basis: "flat" or "block".
     """
 
     trains: str
@@ -57,12 +58,21 @@ class Setting:
     domains: int = 0
     dtype: torch.dtype = torch.float32
     record_every: int = 0
+    basis: Literal["flat", "block"] = "flat"
 
     def __str__(self) -> str:
         if self.record_every:
             every = "every step" if self.record_every == 1 else f"every {self.record_every}th step"
             return f"{self.trains}: record k={self.k}, {every}"
-        return f"{self.trains}: act, {self.domains} domains, k={self.k} {DTYPE_NAMES[self.dtype]}"
+        size = f"k={self.k} {DTYPE_NAMES[self.dtype]}" if self.basis == "flat" else f"block r={self.k}"
+        return f"{self.trains}: act, {self.domains} domains, {size}"
+
+    @property
+    def bytes_per_parameter(self) -> int:
+        """Of the rows; factors are left out of the estimate, they are a few per cent of the parameters."""
+        if self.basis == "block":
+            return 0
+        return (self.k + 4) * 4 if self.record_every else self.domains * self.k * self.dtype.itemsize
 
 
 SETTINGS = (
@@ -71,6 +81,7 @@ SETTINGS = (
     Setting("lora", 64, record_every=1),
     Setting("lora", 64, record_every=4),
     Setting("full", 8, 3, torch.int8),
+    Setting("full", 16, 3, basis="block"),
     Setting("full", 8, record_every=1),
 )
 
@@ -159,8 +170,7 @@ def _trained(model: nn.Module, lora: bool) -> Iterator[nn.Module]:
 def _guarded_size(model: nn.Module, setting: Setting) -> int:
     """Bytes of the rows of a setting, roughly: adapters have a few per cent of the parameters."""
     n = sum(p.numel() for p in model.parameters()) // (1 if setting.trains == "full" else 25)
-    rows = (setting.k + 4) * 4 if setting.record_every else setting.domains * setting.k * setting.dtype.itemsize
-    return n * rows
+    return n * setting.bytes_per_parameter
 
 
 def _fits(size: int) -> bool:
@@ -169,8 +179,11 @@ def _fits(size: int) -> bool:
     return 1.5 * size + (4 << 30) < psutil.virtual_memory().available
 
 
-def random_basis(layout: Layout, architecture: str, domain: str, dtype: torch.dtype) -> DomainBasis:
-    """Random rows of about unit length, as a recorded domain would have them."""
+def random_basis(guard: CapabilityGuard, domain: str, dtype: torch.dtype) -> StoredBasis:
+    """Random directions of the guard's kind, in form like those of a recorded domain."""
+    layout, architecture = guard.layout, guard.architecture
+    if isinstance(layout, MatrixLayout):
+        return FactoredBasis.random(layout, domain, architecture=architecture)
     draw = torch.Generator().manual_seed(zlib.crc32(domain.encode()))
     shape, scales = (layout.k, layout.size), None
     if dtype == torch.int8:
@@ -222,13 +235,14 @@ def _measure(
     without = peak_memory(step)
     guard = CapabilityGuard(
         model,
-        basis="flat",
-        k=setting.k,
+        basis=setting.basis,
+        k=setting.k if setting.basis == "flat" else None,
+        r=setting.k if setting.basis == "block" else None,
         basis_dtype=setting.dtype,
         record_every=max(setting.record_every, 1),
     )
     for d in range(setting.domains):
-        guard.add(random_basis(guard.layout, guard.architecture, f"earlier {d}", setting.dtype))
+        guard.add(random_basis(guard, f"earlier {d}", setting.dtype))
 
     plain, guarded, inside = [], [], []
     peak_with = None
@@ -259,11 +273,10 @@ def _measure(
             raise _Enough
     else:
         all_rounds()
-    width = (setting.k + 4) * 4 if setting.record_every else setting.domains * setting.k * setting.dtype.itemsize
     return GuardResult(
         setting=str(setting),
         N=guard.layout.parameters,
-        bases_bytes=guard.layout.size * width,
+        bases_bytes=_bases_bytes(guard, setting),
         plain_seconds=Spread.of(plain),
         guarded_seconds=Spread.of(guarded),
         guard_seconds=Spread.of(inside),
@@ -271,3 +284,11 @@ def _measure(
         peak_without=None if without is None else without[1],
         peak_with=peak_with,
     )
+
+
+def _bases_bytes(guard: CapabilityGuard, setting: Setting) -> int:
+    """Memory of acting or recording directions."""
+    if isinstance(guard.layout, MatrixLayout):
+        parts = [part for name in guard.history for part in (guard.basis(name).left, guard.basis(name).right)]
+        return sum(factor.numel() * factor.element_size() for part in parts for factor in part.values())
+    return guard.layout.size * setting.bytes_per_parameter

@@ -41,7 +41,7 @@ def _full() -> list[Case]:
     out += [Case("dacsp_", grad=F16, basis=F16)]
     out += [Case(op, grad=t, basis=I8) for op in ("dacsp_", "project", "edit_") for t in (BF16, F32)]
     out += [Case(op, D=1, grad=t, basis=t) for op in ("gram", "rotate_", "pca_update_") for t in (F32, BF16)]
-    out += [Case("dacsp_", B=4), Case("gram", D=1, B=4), Case("pca_update_", D=1, B=4)]
+    out += [Case("dacsp_", B=4), Case("gram", D=1, B=4), Case("pca_update_", D=1, B=4, N=1_000_000)]
     out += [Case(op, D=2, k=64, N=2_000_000, grad=t, basis=t) for op in ops for t in (F32, BF16)]
     out += [Case("dacsp_", D=2, k=64, N=2_000_000, grad=BF16, basis=I8)]
     out += [Case("pca_update_", D=1, k=68, N=2_000_000)]

@@ -1,7 +1,7 @@
 """What an op should take on a GPU, from its bytes and operations and the data sheet of the device: no measurement here.
 
-An op takes at least the longer of (bytes / memory bandwidth) and (operations / fp32 rate), and in practice somewhat more:
-a kernel that streams reaches some 90 % of the bandwidth of the data sheet, hence :data:`ATTAINABLE`.
+An op takes at least the longer of (bytes / memory bandwidth) and (operations / rate), and in practice somewhat more: a kernel
+that streams reaches some 90 % of the bandwidth of the data sheet, hence :data:`ATTAINABLE`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .cases import Case
-from .cost import SCALE_BLOCK
+from .cost import SCALE_BLOCK, flops_of
 
 ATTAINABLE = 0.9
 """Share of the data sheet's bandwidth that a plain copy attains (about .90 to .94 on A100 and H100, as published copies
@@ -23,22 +23,22 @@ class Device:
     """Figures of a data sheet.
 
     Attributes:
-        bandwidth: bytes per second of device memory. fp32: operations per second on the ordinary cores, an addition and a
-            multiplication counting as two. memory: bytes. source: where the figures stand.
+        bandwidth: bytes per second of device memory. fp32, fp64: operations per second on the ordinary cores, an addition and
+            a multiplication counting as two. source: where the figures stand.
     """
 
     name: str
     bandwidth: float
     fp32: float
-    memory: float
+    fp64: float
     source: str
 
 
 DEVICES = {
-    "a100": Device("A100 SXM 80 GB", 2.039e12, 19.5e12, 80e9, "NVIDIA A100 data sheet (2021)"),
-    "h100": Device("H100 SXM 80 GB", 3.35e12, 67e12, 80e9, "NVIDIA H100 data sheet (2023)"),
+    "a100": Device("A100 SXM 80 GB", 2.039e12, 19.5e12, 9.7e12, "NVIDIA A100 data sheet (2021)"),
+    "h100": Device("H100 SXM 80 GB", 3.35e12, 67e12, 34e12, "NVIDIA H100 data sheet (2023)"),
     "b200": Device(
-        "B200 180 GB", 8.0e12, 80e12, 180e9, "NVIDIA DGX B200 data sheet (2024): 64 TB/s over 8 GPUs; fp32 as HGX B200"
+        "B200 180 GB", 8.0e12, 80e12, 37e12, "NVIDIA DGX B200 data sheet (2024): 64 TB/s over 8 GPUs; fp32 as HGX B200"
     ),
 }
 
@@ -67,7 +67,13 @@ def predict(case: Case, device: Device, bandwidth: float | None = None) -> Predi
         bandwidth: bytes per second that a copy was measured to attain; by default the share of the data sheet's.
     """
     rate = bandwidth if bandwidth is not None else ATTAINABLE * device.bandwidth
-    return Prediction(case, case.bytes / rate, case.flops / device.fp32)
+    doubles = _fp64_operations(case)
+    return Prediction(case, case.bytes / rate, (case.flops - doubles) / device.fp32 + doubles / device.fp64)
+
+
+def _fp64_operations(case: Case) -> int:
+    """Gram matrices are summed in fp64, all else in fp32."""
+    return flops_of("gram", case.shape) if case.op.split(".")[0] in ("gram", "pca_update_") else 0
 
 
 def device_named(name: str) -> Device:
@@ -187,7 +193,8 @@ def report(name: str) -> str:
     device = device_named(name)
     return "\n".join(
         [
-            f"{device.name}: {device.bandwidth / 1e12:.2f} TB/s, {device.fp32 / 1e12:g} TFLOP/s fp32 ({device.source})",
+            f"{device.name}: {device.bandwidth / 1e12:.2f} TB/s, {device.fp32 / 1e12:g} TFLOP/s fp32, "
+            f"{device.fp64 / 1e12:g} fp64 ({device.source})",
             "",
             table(name),
             "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -24,8 +25,7 @@ class Batch:
     Attributes:
         rollout: Tokens and log-probabilities.
         texts: B decoded completions.
-        rewards: [B] float64; 0 where `judged` is False.
-        judged: [B] bool; False where the reward is None. Such rows have advantage 0 and are in no statistic.
+        rewards: [B] float64; NaN where the reward is None. Such rows have advantage 0 and are in no statistic.
         group_ids: [B] number of the prompt.
         advantages: [B] float32.
         domains: B domain names.
@@ -34,7 +34,6 @@ class Batch:
     rollout: Rollout
     texts: list[str]
     rewards: Tensor
-    judged: Tensor
     group_ids: Tensor
     advantages: Tensor
     domains: list[str]
@@ -44,11 +43,16 @@ class Batch:
         """The domain of the batch, None when it mixes several."""
         return self.domains[0] if len(set(self.domains)) == 1 else None
 
+    @property
+    def judged(self) -> Tensor:
+        """[B] bool: which rows have a reward."""
+        return ~self.rewards.isnan()
+
     def reward_by_domain(self) -> dict[str, float]:
         """Mean reward of each domain with a judged completion."""
         sums: dict[str, list[float]] = {}
-        for name, reward, judged in zip(self.domains, self.rewards.tolist(), self.judged.tolist(), strict=True):
-            if judged:
+        for name, reward in zip(self.domains, self.rewards.tolist(), strict=True):
+            if not math.isnan(reward):
                 sums.setdefault(name, []).append(reward)
         return {name: sum(values) / len(values) for name, values in sums.items()}
 
@@ -117,19 +121,15 @@ def rollout(
         owners = [i for i in range(len(examples)) for _ in range(config.group_size)]
         rewards = _rewards(domains, [names[i] for i in owners], [examples[i] for i in owners], texts)
     device = sampled.completion_ids.device
-    judged = torch.tensor([r is not None for r in rewards], device=device)
-    reward_tensor = torch.tensor([r or 0.0 for r in rewards], dtype=torch.float64, device=device)
+    reward_tensor = torch.tensor([math.nan if r is None else r for r in rewards], dtype=torch.float64, device=device)
     group_ids = torch.tensor(owners, device=device)
     domain_ids = torch.tensor([list(counts).index(names[i]) for i in owners], device=device)
     return Batch(
         rollout=sampled,
         texts=texts,
         rewards=reward_tensor,
-        judged=judged,
         group_ids=group_ids,
-        advantages=torch.ops.carerl.group_advantages(
-            reward_tensor.where(judged, torch.nan), group_ids, domain_ids, config.advantage_mode
-        ),
+        advantages=torch.ops.carerl.group_advantages(reward_tensor, group_ids, domain_ids, config.advantage_mode),
         domains=[names[i] for i in owners],
     )
 

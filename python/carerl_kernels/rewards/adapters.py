@@ -44,13 +44,13 @@ def _example(prompt: Any, answer: Any = None, info: Mapping[str, Any] | None = N
 
 
 class _Groups:
-    """The same Example object for equal prompts and answers: that is how batch rewards see groups."""
+    """The same Example object for equal prompts, answers and columns: that is how batch rewards see groups."""
 
     def __init__(self) -> None:
         self._seen: dict[str, Example] = {}
 
     def __call__(self, prompt: Any, answer: Any, info: Mapping[str, Any]) -> Example:
-        key = json.dumps([prompt, answer], sort_keys=True, default=str)
+        key = json.dumps([prompt, answer, info], sort_keys=True, default=repr)
         if key not in self._seen:
             self._seen[key] = _example(prompt, answer, info)
         return self._seen[key]

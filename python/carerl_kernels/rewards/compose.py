@@ -171,7 +171,7 @@ class Composition:
             v = values[c.name].double()
             counts = judged if c.gate is None else judged & (values[c.gate] >= c.gate_at)
             if c.normalize == "group":
-                part = torch.ops.carerl.group_advantages(v.where(counts, torch.nan), groups).double()
+                part = torch.ops.carerl.group_advantages(v.masked_fill(~counts, math.nan), groups).double()
             elif c.normalize == "rank":
                 part = rank_in_group(v, groups, counts)
             elif c.normalize == "running":

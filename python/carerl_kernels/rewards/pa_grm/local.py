@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,7 +49,10 @@ class LocalModel:
         self.batch_size, self.max_wait = batch_size, max_wait
         self._name = name or getattr(model, "name_or_path", "") or type(model).__name__
         self._meter = Meter()
-        self._waiting: list[tuple[Request, asyncio.Future[Reply]]] = []
+        # per event loop: a future belongs to the loop that waits for it
+        self._waiting: weakref.WeakKeyDictionary[Any, list[tuple[Request, asyncio.Future[Reply]]]]
+        self._waiting = weakref.WeakKeyDictionary()
+        self._collectors: set[asyncio.Future[None]] = set()
         self._busy = threading.Lock()  # one batch at a time, whichever event loop asks
 
     @property
@@ -61,20 +65,24 @@ class LocalModel:
 
     async def complete(self, request: Request) -> Reply:
         """One reply. See `Backend.complete`."""
-        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        self._waiting.append((request, future))
-        if len(self._waiting) == 1:
-            self._collector = asyncio.ensure_future(self._collect())
+        loop = asyncio.get_running_loop()
+        waiting = self._waiting.setdefault(loop, [])
+        future: asyncio.Future[Reply] = loop.create_future()
+        waiting.append((request, future))
+        if len(waiting) == 1:
+            collector = asyncio.ensure_future(self._collect(waiting))
+            self._collectors.add(collector)  # the event loop itself does not keep tasks alive
+            collector.add_done_callback(self._collectors.discard)
         return await future
 
-    async def _collect(self) -> None:
+    async def _collect(self, waiting: list[tuple[Request, asyncio.Future[Reply]]]) -> None:
         """Decodes everything that waits, in batches, until nothing waits."""
         await asyncio.sleep(self.max_wait)
-        while self._waiting:
+        while waiting:
             # of one length class at a time: a batch runs until its longest reply ends
-            self._waiting.sort(key=lambda entry: (entry[0].name, entry[0].max_tokens))
-            batch, rest = self._waiting[: self.batch_size], self._waiting[self.batch_size :]
-            self._waiting[:] = rest
+            waiting.sort(key=lambda entry: (entry[0].name, entry[0].max_tokens))
+            batch = waiting[: self.batch_size]
+            del waiting[: self.batch_size]
             try:
                 replies: Sequence[Reply] = await asyncio.to_thread(self.generate, [request for request, _ in batch])
             except Exception as error:

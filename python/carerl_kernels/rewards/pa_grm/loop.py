@@ -19,6 +19,9 @@ def run_sync(work: Coroutine[Any, Any, T]) -> T:
     """The coroutine's result. Works inside a running loop too (notebooks, trainers), which it blocks meanwhile.
 
     One loop serves all callers, so connections stay open between calls.
+
+    Raises:
+        RuntimeError: Called from asynchronous work that itself runs in this loop, which would wait for itself for ever.
     """
     global _loop, _owner
     with _lock:
@@ -26,6 +29,9 @@ def run_sync(work: Coroutine[Any, Any, T]) -> T:
             _loop, _owner = asyncio.new_event_loop(), os.getpid()
             threading.Thread(target=_loop.run_forever, name="carerl-rewards", daemon=True).start()
         loop = _loop
+    if asyncio._get_running_loop() is loop:
+        work.close()
+        raise RuntimeError("run_sync was called from work that runs in its own loop; await the coroutine instead")
     future = asyncio.run_coroutine_threadsafe(work, loop)
     try:
         return future.result()

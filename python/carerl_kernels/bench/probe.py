@@ -138,7 +138,10 @@ def environment(bandwidth: float, source: str) -> dict[str, Any]:
         "bandwidth_gbps": bandwidth,
         "bandwidth_source": source,
         "versions": {name: version for name, version in found["versions"].items() if version},
-        "serves": {op: served["backends"][0] for op, served in found["ops"].items()},  # CPU tensors: first of these
+        "serves": {
+            op: next(name for name in served["backends"] if name in ("cpu", "reference"))
+            for op, served in found["ops"].items()
+        },
         "build": found["build"],
     }
 

@@ -132,11 +132,16 @@ def patch() -> None:
                 return interpreter.TensorHandle(wide, tl.float32)
             return cast(self, src, dst_type)
 
+    def as_bool(mask):
+        return interpreter.TensorHandle(mask.data.astype(bool), mask.dtype)
+
     def load_inside(self, ptrs, mask, *rest, **named):
+        mask = as_bool(mask)
         GUARD.check("load", ptrs.data, mask.data, ptrs.get_element_ty().primitive_bitwidth // 8)
         return load(self, ptrs, mask, *rest, **named)
 
     def store_inside(self, ptrs, value, mask, *rest, **named):
+        mask = as_bool(mask)
         GUARD.check("store", ptrs.data, mask.data, ptrs.get_element_ty().primitive_bitwidth // 8)
         return store(self, ptrs, value, mask, *rest, **named)
 

@@ -81,6 +81,7 @@ SETTINGS = (
     Setting("lora", 64, record_every=1),
     Setting("lora", 64, record_every=4),
     Setting("full", 8, 3, torch.int8),
+    Setting("full", 16, 1, basis="block"),
     Setting("full", 16, 3, basis="block"),
     Setting("full", 8, record_every=1),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -154,18 +155,20 @@ class FactoredStack(Stack[MatrixLayout, FactoredBasis]):
 
     # What differs: part and coefficients are [c, each, K], float64 in, float64 out.
 
-    def _sum_(self, coeffs: Tensor) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _sum_(self, coeffs: Tensor) -> None: ...
 
-    def _coefficients(self, matrices: Sequence[Tensor], left: Tensor | None, right: Tensor | None, D: int) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _coefficients(
+        self, matrices: Sequence[Tensor], left: Tensor | None, right: Tensor | None, D: int
+    ) -> Tensor: ...
 
+    @abstractmethod
     def _outer(self, mix: Tensor, left: Tensor | None, right: Tensor | None) -> tuple[Tensor, Tensor]:
         """L and R with ``A^T mix = L R^T``."""
-        raise NotImplementedError
 
-    def _gram_times(self, number: int, x: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _gram_times(self, number: int, x: Tensor) -> Tensor: ...
 
 
 class BlockStack(FactoredStack):

@@ -10,8 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 LossKind = Literal["grpo", "dr_grpo", "dapo", "gspo"]
 
-# Settings that cannot change a number a run produces: a resumed run may differ in these and nothing else.
-COSMETIC_FIELDS = frozenset({"progress", "plots", "checkpoint_every", "keep_checkpoints"})
+# Settings that cannot change a number a run produces (the number of processes: only its rounding): a resumed run may differ
+# in these and nothing else.
+COSMETIC_FIELDS = frozenset({"progress", "plots", "checkpoint_every", "keep_checkpoints", "processes"})
 
 
 class GRPOConfig(BaseModel):
@@ -72,6 +73,9 @@ class GRPOConfig(BaseModel):
     minibatches: int = Field(default=1, ge=1, description="optimizer steps per pass")
     micro_batch_size: int = Field(
         default=0, ge=0, description="sequences per forward and backward; 0: the whole minibatch"
+    )
+    micro_batch_tokens: int = Field(
+        default=0, ge=0, description="positions (sequences x longest) per forward and backward; 0: no limit"
     )
 
     # data

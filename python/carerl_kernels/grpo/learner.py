@@ -17,8 +17,11 @@ from .config import GRPOConfig
 from .domain import Domain
 from .logprobs import answer_loss
 from .losses import LossStats
+from .parallel import Ranks, whole
 from .progress import PhaseClock
+from .reference import FrozenWeights
 from .rollout import Batch, rollout
+from .sampling import ModelSampler, Sampler
 from .text import special_tokens
 from .update import accumulate_gradients, frozen_logprobs
 from .watch import Monitor, show_gradients
@@ -55,6 +58,10 @@ class Learner:
         config: Settings.
         guard: Or None.
         monitor: Or None.
+        sampler: Writes the completions; the model itself if None.
+
+    Raises:
+        ValueError: Nothing to train, no end-of-sequence token, or fewer prompts in a step than processes.
     """
 
     def __init__(
@@ -65,6 +72,7 @@ class Learner:
         config: GRPOConfig,
         guard: Guard | None,
         monitor: Monitor | None = None,
+        sampler: Sampler | None = None,
     ) -> None:
         self.model, self.tokenizer, self.domains, self.config, self.guard = model, tokenizer, domains, config, guard
         self.monitor = monitor
@@ -73,9 +81,15 @@ class Learner:
         if not self.parameters:
             raise ValueError("expected a model with parameters to train, found every requires_grad False")
         self.device = self.parameters[0].device
+        self.ranks = Ranks.of(model)
+        if self.ranks.size > config.prompts_per_step:
+            raise ValueError(
+                f"expected at least one prompt per process and step, found prompts_per_step={config.prompts_per_step} for "
+                f"{self.ranks.size} processes; raise it or start fewer processes"
+            )
+        self.sampler = sampler or ModelSampler(model, self.tokens)
         self.rng = random.Random(config.seed)
-        self.generator = torch.Generator(device=self.device).manual_seed(config.seed)
-        self.reference: nn.Module | None = None
+        self.reference: FrozenWeights | None = None
         self.clock = PhaseClock()
 
     def step(self, optimizer: torch.optim.Optimizer, counts: Mapping[str, int], owner: str) -> dict[str, Any]:
@@ -99,7 +113,8 @@ class Learner:
             counts,
             config,
             rng=self.rng,
-            generator=self.generator,
+            sampler=self.sampler,
+            ranks=self.ranks,
             phase=self.clock,
         )
         with self.clock("loss"):
@@ -108,16 +123,25 @@ class Learner:
         norms: list[float] = []
         gap, skipped, stats = 0.0, 0, LossStats()
         for _ in range(config.inner_epochs):
-            for rows in self._minibatches(len(batch.texts)):
+            for rows, sequences in self._minibatches(batch):
                 with self.clock("loss"):
                     optimizer.zero_grad(set_to_none=True)
                     loss, part, part_gap = accumulate_gradients(
-                        self.model, batch, rows, self.tokens, config, old_logp=old_logp, ref_logp=ref_logp
+                        self.model,
+                        batch,
+                        rows,
+                        self.tokens,
+                        config,
+                        old_logp=old_logp,
+                        ref_logp=ref_logp,
+                        total_sequences=sequences,
+                        ranks=self.ranks,
                     )
-                    norm = float(nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm or math.inf))
+                    norm = float(whole(nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm or math.inf)))
+                    loss, part_gap, *sums = self.ranks.sum([loss, part_gap, *vars(part).values()])
                 losses.append(loss)
                 norms.append(norm)
-                stats.add(part)
+                stats.add(LossStats(*sums))
                 gap += part_gap
                 if math.isfinite(norm):
                     if self.monitor is not None and self.monitor.gradients_due():
@@ -129,12 +153,18 @@ class Learner:
         optimizer.zero_grad(set_to_none=True)
         return self._metrics(batch, losses, norms, stats, gap, skipped)
 
-    def _minibatches(self, rows: int) -> tuple[Tensor, ...]:
-        """Row numbers of each optimizer step of one pass; shuffled when there are several."""
-        order = list(range(rows))
+    def _minibatches(self, batch: Batch) -> list[tuple[Tensor, int]]:
+        """Of each optimizer step of one pass: this process's row numbers, and how many rows all processes have."""
+        order = list(range(len(batch.whole.texts)))
         if self.config.minibatches > 1:
             self.rng.shuffle(order)
-        return torch.tensor(order, device=self.device).tensor_split(self.config.minibatches)
+        place = {row: i for i, row in enumerate(batch.rows)}
+        pieces = [piece.tolist() for piece in torch.tensor(order).tensor_split(self.config.minibatches)]
+        mine = ([place[row] for row in piece if row in place] for piece in pieces)
+        return [
+            (torch.tensor(own, dtype=torch.long, device=self.device), len(piece))
+            for own, piece in zip(mine, pieces, strict=True)
+        ]
 
     def _fixed_logprobs(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         """What ratios compare with (None: the policy itself) and the reference's log-probabilities."""
@@ -145,7 +175,8 @@ class Learner:
             old = frozen_logprobs(self.model, batch.rollout, self.tokens, self.config)
         ref: Tensor | None = None
         if self.reference is not None:
-            ref = frozen_logprobs(self.reference, batch.rollout, self.tokens, self.config)
+            with self.reference.in_place():
+                ref = frozen_logprobs(self.model, batch.rollout, self.tokens, self.config)
         return old, ref
 
     def _optimizer_step(self, optimizer: torch.optim.Optimizer, owner: str) -> None:
@@ -184,24 +215,25 @@ class Learner:
     def _metrics(
         self, batch: Batch, losses: list[float], norms: list[float], stats: LossStats, gap: float, skipped: int
     ) -> dict[str, Any]:
-        sampled = batch.rollout
-        tokens = sampled.tokens
+        sampled, earned = batch.rollout, batch.whole
         ended = torch.isin(sampled.completion_ids, torch.tensor(self.tokens.eos, device=self.device))
         ended &= sampled.completion_mask.bool()
+        sums = [sampled.tokens, float(sampled.entropy.double().sum()), float(ended.any(1).sum())]
+        tokens, entropy, complete = self.ranks.sum(sums)
         return {
-            "domain": batch.domain,
+            "domain": earned.domain,
             "loss": sum(losses) / len(losses),
-            "reward": float(batch.rewards[batch.judged].mean()),
-            **batch.statistics(),
-            "excluded": 1.0 - float(batch.judged.double().mean()),
-            "informative": informative_fraction(batch.rewards[batch.judged], batch.group_ids[batch.judged]),
+            "reward": float(earned.rewards[earned.judged].mean()),
+            **earned.statistics(),
+            "excluded": 1.0 - float(earned.judged.double().mean()),
+            "informative": informative_fraction(earned.rewards[earned.judged], earned.group_ids[earned.judged]),
             "kl": stats.kl / max(stats.tokens, 1.0),
             "clip_fraction": stats.clipped / max(stats.units, 1.0),  # of units with a gradient
-            "entropy": float(sampled.entropy.double().sum()) / max(tokens, 1),
+            "entropy": entropy / max(tokens, 1.0),
             "grad_norm": sum(norms) / len(norms),
             "sampler_gap": gap / max(stats.tokens, 1.0),
-            "tokens": tokens,
-            "length": tokens / len(batch.texts),
-            "truncated": 1.0 - float(ended.any(1).double().mean()),
+            "tokens": int(tokens),
+            "length": tokens / len(earned.texts),
+            "truncated": 1.0 - complete / len(earned.texts),
             "skipped": skipped,
         }

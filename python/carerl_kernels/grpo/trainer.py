@@ -27,6 +27,7 @@ from .rundir import (
     RunDirectory,
     gather_whole,
     load_tensors,
+    model_tensors,
     nested_tuples,
     rng_state,
     save_tensors,
@@ -350,7 +351,7 @@ class GRPOTrainer:
             return
         model: Any = self.model
         if hasattr(model, "save_pretrained"):
-            weights = gather_whole(model.state_dict(), self.ranks)
+            weights = gather_whole(model_tensors(model), self.ranks)  # tied ones once, as transformers has it
 
             def write() -> None:
                 with quiet_transformers():

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..guard.editors import Editor, assign
+from ..subspace.shards import local
 from .advantages import informative_fraction
 from .config import GRPOConfig
 from .domain import Domain
@@ -53,12 +55,20 @@ class Learner:
         domains: By name.
         config: Settings.
         guard: Or None.
+        editor: Makes one gradient out of one per domain of the batch, or None: their sum.
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, domains: Mapping[str, Domain], config: GRPOConfig, guard: Guard | None
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        domains: Mapping[str, Domain],
+        config: GRPOConfig,
+        guard: Guard | None,
+        editor: Editor | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.domains, self.config, self.guard = model, tokenizer, domains, config, guard
+        self.model, self.tokenizer, self.domains, self.config = model, tokenizer, domains, config
+        self.guard, self.editor = guard, editor
         self.tokens = special_tokens(tokenizer, model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
@@ -69,7 +79,9 @@ class Learner:
         self.reference: nn.Module | None = None
         self.clock = PhaseClock()
 
-    def step(self, optimizer: torch.optim.Optimizer, counts: Mapping[str, int], owner: str) -> dict[str, Any]:
+    def step(
+        self, optimizer: torch.optim.Optimizer, counts: Mapping[str, int], owner: str, earlier: Sequence[str] = ()
+    ) -> dict[str, Any]:
         """Sample a batch and take every optimizer step on it.
 
         Args:
@@ -77,6 +89,7 @@ class Learner:
             counts: Prompts per domain name.
             owner: Whose steps these are to the guard: the stage's name, also where some prompts are replayed from
                 earlier domains, for the stage records its own steps and every other domain's directions act on them.
+            earlier: Names of the domains of earlier stages, whose stored answers are rehearsed.
 
         Returns:
             Metrics of the step (without timings; those are in `clock`).
@@ -102,9 +115,8 @@ class Learner:
             for rows in self._minibatches(len(batch.texts)):
                 with self.clock("loss"):
                     optimizer.zero_grad(set_to_none=True)
-                    loss, part, part_gap = accumulate_gradients(
-                        self.model, batch, rows, self.tokens, config, old_logp=old_logp, ref_logp=ref_logp
-                    )
+                    loss, part, part_gap = self._gradients(batch, rows, old_logp, ref_logp)
+                    self._rehearse(earlier)
                     norm = float(nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm or math.inf))
                 losses.append(loss)
                 norms.append(norm)
@@ -116,6 +128,48 @@ class Learner:
                     skipped += 1
         optimizer.zero_grad(set_to_none=True)
         return self._metrics(batch, losses, norms, stats, gap, skipped)
+
+    def _gradients(
+        self, batch: Batch, rows: Tensor, old_logp: Tensor | None, ref_logp: Tensor | None
+    ) -> tuple[float, LossStats, float]:
+        """Gradients of one minibatch, one domain at a time and combined by the editor where there is one.
+
+        Each domain's gradient is D times its share of the minibatch's, so that their mean is the gradient of the whole.
+        """
+        fixed = {"old_logp": old_logp, "ref_logp": ref_logp}
+        if self.editor is None:
+            return accumulate_gradients(self.model, batch, rows, self.tokens, self.config, **fixed)
+        names = [batch.domains[i] for i in rows.tolist()]
+        loss, gap, stats = 0.0, 0.0, LossStats()
+        gradients: dict[str, list[Tensor]] = {}
+        for name in dict.fromkeys(names):
+            own = rows[torch.tensor([n == name for n in names], device=rows.device)]
+            for p in self.parameters:
+                p.grad = None
+            part_loss, part, part_gap = accumulate_gradients(
+                self.model, batch, own, self.tokens, self.config, of=rows, **fixed
+            )
+            loss, gap = loss + part_loss, gap + part_gap
+            stats.add(part)
+            gradients[name] = [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in self.parameters]
+        for parts in gradients.values():
+            torch._foreach_mul_(parts, float(len(gradients)))
+        assign(self.model, self.editor.combine(gradients))  # what is not finite stays so, and the step is dropped
+        return loss, stats, gap
+
+    def _rehearse(self, earlier: Sequence[str]) -> None:
+        """Add the gradient of the cross-entropy on some stored answers of earlier domains."""
+        stored = [e for name in earlier for e in self.domains[name].probe_examples]
+        if self.config.rehearsal_weight == 0 or not earlier:
+            return
+        if not stored:
+            raise ValueError(
+                f"rehearsal_weight={self.config.rehearsal_weight} of the earlier domains {', '.join(earlier)}: expected "
+                "probe_examples with answers in one of them, found none stored; add them, or set rehearsal_weight=0"
+            )
+        drawn = self.rng.sample(stored, min(self.config.rehearsal_batch, len(stored)))
+        loss = answer_loss(self.model, self.tokenizer, drawn, self.tokens)
+        (self.config.rehearsal_weight * loss).backward()
 
     def _minibatches(self, rows: int) -> tuple[Tensor, ...]:
         """Row numbers of each optimizer step of one pass; shuffled when there are several."""

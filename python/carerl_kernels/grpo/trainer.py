@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .._files import write_bytes_atomically
+from ..guard.editors import Editor
 from .config import COSMETIC_FIELDS, GRPOConfig, Stage, lr_factor, stage_names
 from .domain import Domain, domain_table
 from .evaluate import evaluate
@@ -41,6 +42,8 @@ class GRPOTrainer:
         domains: What can be trained and evaluated.
         config: Settings; defaults if None.
         guard: Edits what the optimizer does to protect earlier domains; None trains plainly.
+        editor: Combines one gradient per domain of a batch (PCGrad and others, `carerl_kernels.guard.editors`); None: their
+            sum. A backward pass per domain.
         run_dir: Where records go; None keeps them in `history` only, without resume.
         make_optimizer: `make_optimizer(parameters) -> Optimizer`; default AdamW of the configuration. The trainer sets
             every group's "lr" before each step.
@@ -63,22 +66,24 @@ class GRPOTrainer:
         config: GRPOConfig | None = None,
         *,
         guard: Guard | None = None,
+        editor: Editor | None = None,
         run_dir: Path | str | None = None,
         make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
         on_step: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.guard = model, tokenizer, guard
+        self.model, self.tokenizer, self.guard, self.editor = model, tokenizer, guard, editor
         self.config = config or GRPOConfig()
         self.domains = domain_table(domains)
         self.directory = None if run_dir is None else RunDirectory(run_dir)
         self.history: list[dict[str, Any]] = []
         self.guard_reports: dict[str, dict[str, Any]] = {}
-        self._learner = Learner(model, tokenizer, self.domains, self.config, guard)
+        self._learner = Learner(model, tokenizer, self.domains, self.config, guard, editor)
         self._clock = self._learner.clock
         self.seconds = self._clock.totals
         self._make_optimizer = make_optimizer or self._adamw
         self._on_step = on_step
         self._optimizer: torch.optim.Optimizer | None = None
+        self._stage_start: list[torch.Tensor] = []  # parameters when the stage began, where it ends between both
         self._step = 0
 
     def run(self, stages: Sequence[Stage], *, resume: bool = False) -> list[dict[str, Any]]:
@@ -141,6 +146,7 @@ class GRPOTrainer:
             self._optimizer = self._make_optimizer(self._learner.parameters)
         optimizer = self._optimizer
         self._set_reference(index, offset)
+        self._keep_start(offset)
         if state is not None and offset == 0:
             self._restore(state)
         earlier = [d for d in dict.fromkeys(d for s in stages[:index] for d in s.domains) if d not in stage.domains]
@@ -153,10 +159,14 @@ class GRPOTrainer:
                 )
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                counts = prompt_counts(stage.domains, earlier, config.prompts_per_step, config.replay_fraction, done)
-                metrics = self._learner.step(optimizer, counts, stage.name)
+                counts = prompt_counts(
+                    stage.domains, earlier, config.prompts_per_step, config.replay_fraction, done, stage.shares
+                )
+                metrics = self._learner.step(optimizer, counts, stage.name, earlier)
                 self._step += 1
                 last = done + 1 == stage.steps
+                if last:
+                    self._interpolate()
                 if last or (config.eval_every and (done + 1) % config.eval_every == 0):
                     metrics["eval"] = self._evaluate()
                 position = {"step": self._step, "stage": name, "stage_step": done + 1, "lr": lr}
@@ -209,6 +219,26 @@ class GRPOTrainer:
             if path is not None:
                 save_weights(path, self.model)
 
+    def _keep_start(self, offset: int) -> None:
+        """Keep the parameters as a stage begins, or bring those kept back after an interruption."""
+        if self.config.stage_interpolation == 1:
+            return
+        path = None if self.directory is None else self.directory.path / "stage-start.safetensors"
+        if offset > 0 and path is not None:
+            model = copy.deepcopy(self.model)
+            load_weights(path, model)
+            self._stage_start = [p.detach() for p in model.parameters() if p.requires_grad]
+            return
+        self._stage_start = [p.detach().clone() for p in self._learner.parameters]
+        if path is not None:
+            save_weights(path, self.model)
+
+    @torch.no_grad()
+    def _interpolate(self) -> None:
+        """Go back part of the way to where the stage began."""
+        for start, p in zip(self._stage_start, self._learner.parameters, strict=False):  # empty: nothing was kept
+            p.copy_(torch.lerp(start, p, self.config.stage_interpolation))
+
     def _evaluate(self) -> dict[str, float]:
         config = self.config
         kept = rng_state()  # verifiers may draw from the global generators: how often we look must change nothing
@@ -238,9 +268,10 @@ class GRPOTrainer:
             return None
         settings = {
             "config": self.config.model_dump(mode="json"),
-            "stages": [{"domain": s.domain, "steps": s.steps, "lr": s.lr} for s in stages],
+            "stages": [{"domain": s.domain, "steps": s.steps, "lr": s.lr, "shares": s.shares} for s in stages],
             "domains": list(self.domains),
             "guarded": self.guard is not None,
+            "editor": None if self.editor is None else type(self.editor).__name__,
             "parameters": sum(p.numel() for p in self._learner.parameters),
         }
         if not resume or not self.directory.config_path.exists():
@@ -267,6 +298,8 @@ class GRPOTrainer:
             self._optimizer.load_state_dict(state["optimizer"])
         if self.guard is not None:
             self.guard.load_state_dict(state["guard"])
+        if self.editor is not None:
+            self.editor.load_state_dict(state["editor"])
         for name, rewards in state.get("rewards", {}).items():
             reward: Any = self.domains[name].reward
             reward.load_state_dict(rewards)
@@ -284,6 +317,7 @@ class GRPOTrainer:
             "stage_step": stage_step,
             "optimizer": self._optimizer.state_dict() if carries and self._optimizer is not None else None,
             "guard": None if self.guard is None else self.guard.state_dict(),
+            "editor": self.editor.state_dict() if self.editor is not None else None,
             "rewards": {
                 name: domain.reward.state_dict()
                 for name, domain in self.domains.items()

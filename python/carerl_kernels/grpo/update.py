@@ -52,6 +52,7 @@ def accumulate_gradients(
     *,
     old_logp: Tensor | None,
     ref_logp: Tensor | None,
+    of: Tensor | None = None,
 ) -> tuple[float, LossStats, float]:
     """Forward and backward over the `rows` of one optimizer step, in micro-batches.
 
@@ -66,13 +67,15 @@ def accumulate_gradients(
         config: Loss settings.
         old_logp: [B, L] what ratios compare with; None: the policy itself, right for the only update of a batch.
         ref_logp: [B, L] of the frozen reference, or None.
+        of: [b'] rows whose number normalises the loss, where `rows` are only some of them; None: `rows`.
 
     Returns:
         The loss, sums for reporting, and the summed |log-probability in training - in sampling| over the tokens that
         went through the model (`stats.tokens`).
     """
     mask = batch.rollout.completion_mask
-    total_tokens = float(mask[rows].sum())
+    of = rows if of is None else of
+    total_tokens = float(mask[of].sum())
     live = rows if config.kl_beta > 0 else rows[batch.advantages[rows] != 0]
     loss_sum, gap, stats = 0.0, 0.0, LossStats()
     if not len(live):
@@ -96,7 +99,7 @@ def accumulate_gradients(
             max_tokens=config.max_new_tokens,
             ref_logp=None if ref_logp is None else ref_logp[part_rows, :width],
             kl_beta=config.kl_beta,
-            total_sequences=len(rows),
+            total_sequences=len(of),
             total_tokens=total_tokens,
         )
         loss.backward()

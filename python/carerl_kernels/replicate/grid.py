@@ -68,6 +68,7 @@ class Setting(_Strict):
         shares: Of the batch, per domain of a mixed stage; None: equal.
         noise: Standard deviation of what is added to a domain's reward: a judge instead of a verifier.
         train: Fields of `GRPOConfig` for every method.
+        k: Directions per domain of guards with row bases; None: the guard's default.
     """
 
     text: str
@@ -79,6 +80,7 @@ class Setting(_Strict):
     shares: dict[str, float] | None = None
     noise: dict[str, float] = Field(default_factory=dict)
     train: dict[str, Any] = Field(default_factory=dict)
+    k: int | None = None
 
     @property
     def groups(self) -> list[tuple[str, ...]]:

@@ -10,9 +10,8 @@ from typing import Any
 from ..demo import tasks
 from ..grpo import Domain, Example, GRPOConfig, GRPOTrainer, Stage
 from ..guard import CapabilityGuard
-from ..guard.editors import Editor, PCGrad, modular_surgery
-from .controls import RandomGuard
-from .grid import Cell, Method
+from .grid import Cell
+from .methods import editor_of, guard_of
 
 Scores = list[float]
 
@@ -49,7 +48,7 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
             **method.train,
         }
     )
-    guard = guard_of(method, model, seed)
+    guard = guard_of(method, model, seed, setting.k)
     trainer = GRPOTrainer(
         model,
         tokenizer,
@@ -103,23 +102,6 @@ def warm_model(cell: Cell, tokenizer: Any, cache: Path) -> Any:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_weights(path, model)
     return model
-
-
-def guard_of(method: Method, model: Any, seed: int) -> CapabilityGuard | None:
-    """The method's guard, measuring what it touches."""
-    if method.guard is None:
-        return None
-    options = {**method.guard, "track_energy": True}
-    if isinstance(options.get("bound"), list):
-        options["bound"] = tuple(options["bound"])
-    return RandomGuard(model, seed=seed, **options) if method.random else CapabilityGuard(model, **options)
-
-
-def editor_of(method: Method, model: Any, seed: int) -> Editor | None:
-    """The method's editor of gradients per domain."""
-    if method.editor is None:
-        return None
-    return PCGrad(seed) if method.editor == "pcgrad" else modular_surgery(model, seed)
 
 
 def shares_of(cell: Cell, group: Sequence[str]) -> tuple[float, ...] | None:

@@ -105,6 +105,7 @@ def kill_at(step):
 SETTINGS = {
     "plain": {},
     "replay_and_kl": {"replay_fraction": 0.5, "kl_beta": 0.1, "kl_reference": "stage"},
+    "rehearsal_and_interpolation": {"rehearsal_weight": 0.5, "rehearsal_batch": 2, "stage_interpolation": 0.5},
     "minibatches_one_optimizer": {
         "inner_epochs": 2,
         "minibatches": 2,

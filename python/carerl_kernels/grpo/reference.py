@@ -1,6 +1,7 @@
-"""The frozen weights that the KL term compares with: a copy of what is trained, exchanged with it for a forward pass.
+"""Weights of an earlier step: what the KL term compares with, what a stage is drawn back to.
 
-No second model: only trainable tensors are kept (of an adapter, the adapter's), sharded as the model is.
+No second model: only trainable tensors are kept (of an adapter, the adapter's), sharded as the model is, and exchanged with the
+model's for a forward pass.
 """
 
 from __future__ import annotations
@@ -31,6 +32,12 @@ class FrozenWeights:
         """Copies the present weights."""
         for name, p in self.parameters.items():
             self._kept[name].copy_(local(p))
+
+    @torch.no_grad()
+    def pull(self, fraction: float) -> None:
+        """Moves the model to kept + fraction * (model - kept)."""
+        for name, p in self.parameters.items():
+            local(p).copy_(torch.lerp(self._kept[name], local(p), fraction))
 
     @torch.no_grad()
     def put(self, name: str, value: Tensor) -> None:

@@ -79,19 +79,42 @@ class Batch(Judged):
     whole: Judged
 
 
-def prompt_counts(own: Sequence[str], earlier: Sequence[str], total: int, replay: float, step: int) -> dict[str, int]:
+def prompt_counts(
+    own: Sequence[str],
+    earlier: Sequence[str],
+    total: int,
+    replay: float,
+    step: int,
+    shares: Sequence[float] | None = None,
+) -> dict[str, int]:
     """How many of a step's prompts each domain gets.
 
     `round(replay * total)` go to earlier domains (none before there are any), the rest to the stage's own; each share
-    is split evenly, and what does not divide rotates with `step`.
+    is split evenly, and what does not divide rotates with `step`. With `shares`, positive and one per own domain, the own
+    share is split by them, exactly over many steps and nearly so in each.
     """
     replayed = round(replay * total) if earlier else 0
     counts: dict[str, int] = {}
     for names, share in ((own, total - replayed), (earlier, replayed)):
         for j in range(share):
             name = names[(step * share + j) % len(names)]
+            if shares is not None and names is own:
+                name = _by_share(names, shares, step * share + j)
             counts[name] = counts.get(name, 0) + 1
     return counts
+
+
+def _by_share(names: Sequence[str], shares: Sequence[float], number: int) -> str:
+    """The domain of the number-th prompt: a sequence that spreads evenly over the unit interval cuts it by the shares."""
+    at = math.modf(number * _GOLDEN)[0] * sum(shares)
+    for name, share in zip(names, shares, strict=True):
+        at -= share
+        if at < 0:
+            return name
+    return names[-1]
+
+
+_GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def rollout(

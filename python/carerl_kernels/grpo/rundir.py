@@ -4,7 +4,7 @@ config.json                    settings, stages, domains
 metrics.jsonl                  one object per step (step 0: the evaluation before training)
 bases/NAME.safetensors         written by the guard at the end of each stage
 checkpoints/step-00000040/     model.safetensors, state.pt
-references/step-00000040.safetensors    only with a KL term: the weights of that step, as long as a checkpoint needs them
+references/step-00000040.safetensors    that step's weights, for a KL term or interpolated stages, while a checkpoint needs them
 model/                         the trained model in transformers' format
 accuracy.png, training.png
 
@@ -241,8 +241,8 @@ class RunDirectory:
     def save_checkpoint(self, step: int, model: nn.Module, state: Mapping[str, Any], keep: int) -> None:
         """Write a checkpoint and drop the oldest beyond `keep`. Complete under its final name, or absent.
 
-        `state["reference"]` is the step whose weights the KL term compares with, or None; references that no checkpoint
-        needs any more go too.
+        `state["reference"]` and `state["stage_start"]` are steps whose weights the run still compares with, or None;
+        references that no checkpoint needs any more go too.
         """
         weights = gather_whole(model_tensors(model), self.ranks)
         self.ranks.on_first(partial(self._save, step, weights, gather_state(dict(state), self.ranks), keep))
@@ -263,9 +263,10 @@ class RunDirectory:
             shutil.rmtree(temporary, ignore_errors=True)
         for old in self.checkpoints()[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
-        references = sorted(self.references_path.glob("step-*.safetensors"))
-        for older, newer in pairwise(references):
-            if newer.stem <= self.checkpoints()[0].name:  # every checkpoint that is left was made after it was replaced
+        needed = {self.reference(step) for step in (state["reference"], state["stage_start"]) if step is not None}
+        for older, newer in pairwise(sorted(self.references_path.glob("step-*.safetensors"))):
+            # every checkpoint that is left was made after `newer` replaced it
+            if newer.stem <= self.checkpoints()[0].name and older not in needed:
                 older.unlink()
 
     def reference(self, step: int) -> Path:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .._files import write_bytes_atomically
+from ..guard.editors import Editor
 from .config import COSMETIC_FIELDS, GRPOConfig, Stage, lr_factor, stage_names
 from .domain import Domain, domain_table
 from .evaluate import example_scores, mean_score
@@ -49,6 +50,8 @@ class GRPOTrainer:
         guard: Edits what the optimizer does to protect earlier domains; None trains plainly.
         monitor: Sees every line of metrics and the scores behind every evaluation; what it says of them is the line's
             "monitor". At the end of a stage its domains are measured from where they are then.
+        editor: Combines one gradient per domain of a batch (PCGrad and others, `carerl_kernels.guard.editors`); None: their
+            sum. A backward pass per domain.
         run_dir: Where records go; None keeps them in `history` only, without resume.
         make_optimizer: `make_optimizer(parameters) -> Optimizer`; default AdamW of the configuration. The trainer sets
             every group's "lr" before each step.
@@ -75,18 +78,20 @@ class GRPOTrainer:
         *,
         guard: Guard | None = None,
         monitor: Monitor | None = None,
+        editor: Editor | None = None,
         run_dir: Path | str | None = None,
         make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
         sampler: Sampler | None = None,
         recipe: Mapping[str, Any] | None = None,
         on_step: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.guard, self.monitor = model, tokenizer, guard, monitor
+        self.model, self.tokenizer = model, tokenizer
+        self.guard, self.monitor, self.editor = guard, monitor, editor
         self.config = config or GRPOConfig()
         self.domains = domain_table(domains)
         self.history: list[dict[str, Any]] = []
         self.guard_reports: dict[str, dict[str, Any]] = {}
-        self._learner = Learner(model, tokenizer, self.domains, self.config, guard, monitor, sampler)
+        self._learner = Learner(model, tokenizer, self.domains, self.config, guard, monitor, editor, sampler)
         self.ranks = self._learner.ranks
         self.directory = None if run_dir is None else RunDirectory(run_dir, self.ranks)
         self._recipe = recipe
@@ -95,6 +100,8 @@ class GRPOTrainer:
         self._make_optimizer = make_optimizer or self._adamw
         self._on_step = on_step
         self._optimizer: torch.optim.Optimizer | None = None
+        self._stage_start: FrozenWeights | None = None  # where a stage ends between its start and what was trained
+        self._stage_start_step: int | None = None
         self._step = 0
         self._reference_step: int | None = None
 
@@ -159,6 +166,7 @@ class GRPOTrainer:
             self._optimizer = self._make_optimizer(self._learner.parameters)
         optimizer = self._optimizer
         self._set_reference(index, offset, state)
+        self._keep_start(offset, state)
         if state is not None and offset == 0:
             self._restore(state)
         earlier = [d for d in dict.fromkeys(d for s in stages[:index] for d in s.domains) if d not in stage.domains]
@@ -171,11 +179,15 @@ class GRPOTrainer:
                 )
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                counts = prompt_counts(stage.domains, earlier, config.prompts_per_step, config.replay_fraction, done)
-                metrics = self._learner.step(optimizer, counts, stage.name)
+                counts = prompt_counts(
+                    stage.domains, earlier, config.prompts_per_step, config.replay_fraction, done, stage.shares
+                )
+                metrics = self._learner.step(optimizer, counts, stage.name, earlier)
                 self._step += 1
                 last = done + 1 == stage.steps
                 due = last or (config.eval_every > 0 and (done + 1) % config.eval_every == 0)
+                if last and self._stage_start is not None:
+                    self._stage_start.pull(config.stage_interpolation)
                 position = {"step": self._step, "stage": name, "stage_step": done + 1, "lr": lr}
                 line = self._watched({**position, **metrics}, evaluate=due)
                 line["seconds"] = self._clock.drain()
@@ -219,17 +231,32 @@ class GRPOTrainer:
         if self.config.kl_beta == 0:
             return
         starts_here = offset == 0 and (index == 0 or self.config.kl_reference == "stage")
-        if self._learner.reference is None:
-            self._learner.reference = FrozenWeights(self.model)
-            if not starts_here and state is not None and self.directory is not None:
-                self._reference_step = state["reference"]
-                reference = self._learner.reference
-                load_tensors(self.directory.reference(state["reference"]), reference.parameters, reference.put)
+        weights = self._learner.reference
+        if weights is None:
+            weights = self._learner.reference = FrozenWeights(self.model)
+            if state is not None and not starts_here:
+                self._reference_step = self._keep(weights, state["reference"])
         if starts_here:
-            self._learner.reference.take()
-            self._reference_step = self._step
-            if self.directory is not None:
-                save_tensors(self.directory.reference(self._step), self._learner.reference.parameters, self.ranks)
+            self._reference_step = self._keep(weights, None)
+
+    def _keep_start(self, offset: int, state: dict[str, Any] | None) -> None:
+        """Keep the parameters as a stage begins, where it will end between both, or bring those kept back."""
+        if self.config.stage_interpolation == 1:
+            return
+        self._stage_start = self._stage_start or FrozenWeights(self.model)
+        self._stage_start_step = self._keep(
+            self._stage_start, None if state is None or offset == 0 else state["stage_start"]
+        )
+
+    def _keep(self, weights: FrozenWeights, step: int | None) -> int:
+        """Takes the present weights, or with a step those kept then; returns the step they are of."""
+        if step is not None and self.directory is not None:
+            load_tensors(self.directory.reference(step), weights.parameters, weights.put)
+            return step
+        weights.take()
+        if self.directory is not None:
+            save_tensors(self.directory.reference(self._step), weights.parameters, self.ranks)
+        return self._step
 
     def _watched(self, line: dict[str, Any], *, evaluate: bool) -> dict[str, Any]:
         """The line with its evaluation, if one is due, and with what the monitor says."""
@@ -275,9 +302,10 @@ class GRPOTrainer:
             return None
         settings = {
             "config": self.config.model_dump(mode="json"),
-            "stages": [{"domain": s.domain, "steps": s.steps, "lr": s.lr} for s in stages],
+            "stages": [{"domain": s.domain, "steps": s.steps, "lr": s.lr, "shares": s.shares} for s in stages],
             "domains": list(self.domains),
             "guarded": self.guard is not None,
+            "editor": None if self.editor is None else type(self.editor).__name__,
             "parameters": sum(p.numel() for p in self._learner.parameters),
             "recipe": None if self._recipe is None else dict(self._recipe),
             "processes": self.ranks.size,
@@ -310,6 +338,8 @@ class GRPOTrainer:
             self.guard.load_state_dict(spread_state(state["guard"], self.guard.state_dict()))
         if self.monitor is not None and state.get("monitor") is not None:
             self.monitor.load_state_dict(state["monitor"])
+        if self.editor is not None:
+            self.editor.load_state_dict(state["editor"])
         for name, rewards in state.get("rewards", {}).items():
             reward: Any = self.domains[name].reward
             reward.load_state_dict(rewards)
@@ -328,6 +358,7 @@ class GRPOTrainer:
             "optimizer": self._optimizer.state_dict() if carries and self._optimizer is not None else None,
             "guard": None if self.guard is None else self.guard.state_dict(),
             "monitor": None if self.monitor is None else self.monitor.state_dict(),
+            "editor": None if self.editor is None else self.editor.state_dict(),
             "rewards": {
                 name: domain.reward.state_dict()
                 for name, domain in self.domains.items()
@@ -335,6 +366,7 @@ class GRPOTrainer:
             },
             "prompts": self._learner.rng.getstate(),
             "reference": self._reference_step,
+            "stage_start": self._stage_start_step,
             "global": self.ranks.gather(rng_state()),
         }
         with self._clock("save"):

@@ -72,7 +72,7 @@ def accumulate_gradients(
     *,
     old_logp: Tensor | None,
     ref_logp: Tensor | None,
-    total_sequences: int | None = None,
+    of: Tensor | None = None,
     ranks: Ranks | None = None,
 ) -> tuple[float, LossStats, float]:
     """Forward and backward over the `rows` of one optimizer step, in micro-batches.
@@ -88,7 +88,7 @@ def accumulate_gradients(
         config: Loss settings.
         old_logp: [B, L] what ratios compare with; None: the policy itself, right for the only update of a batch.
         ref_logp: [B, L] of the frozen reference, or None.
-        total_sequences: Of this minibatch in all processes; b if None.
+        of: [b'] rows whose number normalises the loss, where `rows` are only some of them; None: `rows`.
         ranks: Processes that share the model; every one of them runs as many forward and backward passes as the busiest.
 
     Returns:
@@ -97,7 +97,8 @@ def accumulate_gradients(
     """
     ranks = ranks or Ranks()
     mask = batch.rollout.completion_mask
-    (total_tokens,) = ranks.sum([float(mask[rows].sum())])
+    of = rows if of is None else of
+    total_tokens, total_sequences = ranks.sum([float(mask[of].sum()), len(of)])
     live = rows if config.kl_beta > 0 else rows[batch.advantages[rows] != 0]
     loss_sum, gap, stats = 0.0, 0.0, LossStats()
     pieces = micro_batches(batch.rollout, live, config)
@@ -130,7 +131,7 @@ def accumulate_gradients(
             max_tokens=config.max_new_tokens,
             ref_logp=None if ref_logp is None else ref_logp[part_rows, :width],
             kl_beta=config.kl_beta,
-            total_sequences=len(rows) if total_sequences is None else total_sequences,
+            total_sequences=int(total_sequences),
             total_tokens=total_tokens,
         )
         (loss * ranks.size).backward()  # FSDP2 averages gradients, but the processes' losses are shares of one sum

@@ -14,6 +14,7 @@ from .basis_command import basis
 from .bench.command import bench
 from .replicate.command import replicate
 from .rewards.command import score
+from .train.command import train
 
 app = typer.Typer(
     help="Capability-aware RL post-training: projection kernels, capability guard, GRPO trainer.",
@@ -75,5 +76,6 @@ def demo(
 
 app.command()(bench)  # these import what they need when they run, too
 app.command()(score)
+app.command()(train)
 app.command()(replicate)
 app.add_typer(basis, name="basis")

@@ -139,7 +139,7 @@ class EndpointSampler:
         async def ask_all() -> list[list[tuple[list[int], list[float]]]]:
             return await asyncio.gather(
                 *(
-                    self._ask({**body, "prompt": list(prompt), "seed": int(seed) % 2**31}, num_samples, max_new_tokens)
+                    self._ask({**body, "prompt": list(prompt), "seed": int(seed)}, num_samples, max_new_tokens)
                     for prompt, seed in zip(prompts, seeds, strict=True)
                 )
             )

@@ -466,7 +466,7 @@ def _guard(record: RunRecord, stages: list[Any], missing: list[tuple[str, str]])
             "{:.2f}",
         ),
     ):
-        cells = rows(get)  # type: ignore[arg-type]
+        cells = rows(get)
         if any(c is not None for _, row in cells for c in row):
             out.append(Matrix(title, caption, "after stage", columns, cells, full, style))
     windows = list(reports.values())[-1].get("open_windows") or []

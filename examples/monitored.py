@@ -33,13 +33,14 @@ def main(run: Path, guarded: bool) -> None:
         model=model,
         gradients_every=EVERY,
         guard=guard,
-        on_alert=print,
     )
     config = GRPOConfig(max_new_tokens=MAX_NEW_TOKENS, lr=7.5e-4, eval_every=EVERY, eval_batch_size=512, plots=False)
     trainer = GRPOTrainer(model, tokenizer, domains, config, guard=guard, monitor=monitor, run_dir=run)
     trainer.run([Stage(name, STEPS) for name in DOMAINS], resume=True)
     share = monitor.cost()["share"]
-    print(f"{len(monitor.alerts)} alerts; monitoring took {share:.1%} of the time, evaluations by the trainer not included")
+    print(
+        f"{len(monitor.alerts)} alerts; monitoring took {share:.1%} of the time, evaluations by the trainer not included"
+    )
 
 
 if __name__ == "__main__":

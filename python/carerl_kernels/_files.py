@@ -1,11 +1,14 @@
-"""Writing files so that a crash or a full disk never leaves half of one."""
+"""Writing files so that a crash or a full disk never leaves half of one, and JSON that every reader takes."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 
 def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
@@ -37,6 +40,19 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
 def write_bytes_atomically(path: Path | str, data: bytes) -> None:
     """Replaces a file's content in one step: readers see the old or the new."""
     write_atomically(path, lambda temporary: temporary.write_bytes(data))
+
+
+def json_line(value: Any) -> str:
+    """One line of JSON; a non-finite number is written as null (JSON has none)."""
+    return json.dumps(_finite(value)) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _umask() -> int:

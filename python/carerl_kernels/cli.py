@@ -12,6 +12,7 @@ import typer
 
 from .basis_command import basis
 from .bench.command import bench
+from .report_command import report
 from .rewards.command import score
 
 app = typer.Typer(
@@ -74,4 +75,5 @@ def demo(
 
 app.command()(bench)  # these import what they need when they run, too
 app.command()(score)
+app.command()(report)
 app.add_typer(basis, name="basis")

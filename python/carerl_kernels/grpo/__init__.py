@@ -6,13 +6,14 @@ Importing it loads torch and pydantic only; transformers, matplotlib and rich ar
 from .advantages import informative_fraction
 from .config import GRPOConfig, Stage, lr_factor
 from .domain import BatchReward, Domain, Example, RewardError
-from .evaluate import evaluate
+from .evaluate import evaluate, example_scores
 from .learner import Guard
 from .logprobs import answer_logprobs, answer_loss, completion_logprobs, success_probability
 from .losses import LossStats, kl_k3, policy_loss
 from .rollout import Batch, prompt_counts, rollout
 from .rundir import CheckpointError, RunDirectory
 from .sampling import Rollout, nucleus, sample
+from .statistics import reward_statistics
 from .text import SpecialTokens, encode_answers, encode_prompts, special_tokens
 from .trainer import GRPOTrainer
 
@@ -37,12 +38,14 @@ __all__ = [
     "encode_answers",
     "encode_prompts",
     "evaluate",
+    "example_scores",
     "informative_fraction",
     "kl_k3",
     "lr_factor",
     "nucleus",
     "policy_loss",
     "prompt_counts",
+    "reward_statistics",
     "rollout",
     "sample",
     "special_tokens",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,15 @@ from .sampling import sample
 from .text import SpecialTokens, decode, encode_prompts
 
 
-def evaluate(
+def evaluate(model: Any, tokenizer: Any, domain: Domain, tokens: SpecialTokens, **settings: Any) -> float:
+    """Mean success over `domain.eval_examples`: the mean of `example_scores` weighted by completions judged.
+
+    Args and errors: as for `example_scores`.
+    """
+    return mean_score(example_scores(model, tokenizer, domain, tokens, **settings))
+
+
+def example_scores(
     model: Any,
     tokenizer: Any,
     domain: Domain,
@@ -23,12 +32,12 @@ def evaluate(
     temperature: float = 1.0,
     batch_size: int = 256,
     seed: int = 0,
-) -> float:
-    """Mean success over `domain.eval_examples`.
+) -> list[tuple[float, int]]:
+    """Success on each of `domain.eval_examples`, in order: (sum of scores, completions judged).
 
-    With eval_mode "exact": the mean probability at temperature 1 of writing the answer and stopping. With "sampled":
-    the mean reward of `num_samples` completions per example (without those that could not be judged), drawn from a
-    generator of its own so that evaluating more or less often changes nothing in training.
+    With eval_mode "exact": the probability at temperature 1 of writing the answer and stopping, as one judged completion.
+    With "sampled": the rewards of `num_samples` completions per example (without those that could not be judged), drawn
+    from a generator of its own so that evaluating more or less often changes nothing in training.
 
     Args:
         model: Causal LM.
@@ -48,15 +57,16 @@ def evaluate(
     examples = list(domain.eval_examples)
     if not examples:
         raise ValueError(f"domain {domain.name!r} has no eval_examples; give it some to measure accuracy")
-    total, judged = 0.0, 0
     if domain.eval_mode == "exact":
+        exact: list[float] = []
         for i in range(0, len(examples), batch_size):
             chunk = examples[i : i + batch_size]
-            total += float(success_probability(model, tokenizer, chunk, tokens, max_new_tokens=max_new_tokens).sum())
-        return total / len(examples)
+            exact += success_probability(model, tokenizer, chunk, tokens, max_new_tokens=max_new_tokens).tolist()
+        return [(value, 1) for value in exact]
     device = next(model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)
     per_batch = max(1, batch_size // num_samples)
+    rewards: list[float | None] = []
     for i in range(0, len(examples), per_batch):
         chunk = examples[i : i + per_batch]
         rollout = sample(
@@ -69,9 +79,13 @@ def evaluate(
             generator=generator,
         )
         texts = decode(tokenizer, rollout.completions())
-        rewards = domain.score_batch([chunk[j // num_samples] for j in range(len(texts))], texts, training=False)
-        total += sum(r for r in rewards if r is not None)
-        judged += sum(r is not None for r in rewards)
-    if not judged:
+        rewards += domain.score_batch([chunk[j // num_samples] for j in range(len(texts))], texts, training=False)
+    judged = [[r for r in rewards[i : i + num_samples] if r is not None] for i in range(0, len(rewards), num_samples)]
+    if not any(judged):
         raise RewardError(f"domain {domain.name!r}: none of the completions of its eval_examples could be judged")
-    return total / judged
+    return [(sum(values), len(values)) for values in judged]
+
+
+def mean_score(scores: Sequence[tuple[float, int]]) -> float:
+    """Mean over all judged completions."""
+    return sum(total for total, _ in scores) / sum(count for _, count in scores)

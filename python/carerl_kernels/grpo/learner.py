@@ -21,6 +21,7 @@ from .progress import PhaseClock
 from .rollout import Batch, rollout
 from .text import special_tokens
 from .update import accumulate_gradients, frozen_logprobs
+from .watch import Monitor, show_gradients
 
 
 class Guard(Protocol):
@@ -53,12 +54,20 @@ class Learner:
         domains: By name.
         config: Settings.
         guard: Or None.
+        monitor: Or None.
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, domains: Mapping[str, Domain], config: GRPOConfig, guard: Guard | None
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        domains: Mapping[str, Domain],
+        config: GRPOConfig,
+        guard: Guard | None,
+        monitor: Monitor | None = None,
     ) -> None:
         self.model, self.tokenizer, self.domains, self.config, self.guard = model, tokenizer, domains, config, guard
+        self.monitor = monitor
         self.tokens = special_tokens(tokenizer, model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
@@ -111,6 +120,9 @@ class Learner:
                 stats.add(part)
                 gap += part_gap
                 if math.isfinite(norm):
+                    if self.monitor is not None and self.monitor.gradients_due():
+                        with self.clock("monitor"):
+                            show_gradients(self.monitor, self.model, self.tokenizer, self.tokens, self.domains)
                     self._optimizer_step(optimizer, owner)
                 else:  # one poisoned batch must not reach weights, moments or bases
                     skipped += 1
@@ -180,7 +192,7 @@ class Learner:
             "domain": batch.domain,
             "loss": sum(losses) / len(losses),
             "reward": float(batch.rewards[batch.judged].mean()),
-            "rewards": batch.reward_by_domain(),
+            **batch.statistics(),
             "excluded": 1.0 - float(batch.judged.double().mean()),
             "informative": informative_fraction(batch.rewards[batch.judged], batch.group_ids[batch.judged]),
             "kl": stats.kl / max(stats.tokens, 1.0),

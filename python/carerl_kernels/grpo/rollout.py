@@ -15,6 +15,7 @@ from torch import Tensor
 from .config import GRPOConfig
 from .domain import Domain, Example, RewardError
 from .sampling import Rollout, sample
+from .statistics import reward_statistics
 from .text import SpecialTokens, decode, encode_prompts
 
 
@@ -48,13 +49,9 @@ class Batch:
         """[B] bool: which rows have a reward."""
         return ~self.rewards.isnan()
 
-    def reward_by_domain(self) -> dict[str, float]:
-        """Mean reward of each domain with a judged completion."""
-        sums: dict[str, list[float]] = {}
-        for name, reward in zip(self.domains, self.rewards.tolist(), strict=True):
-            if not math.isnan(reward):
-                sums.setdefault(name, []).append(reward)
-        return {name: sum(values) / len(values) for name, values in sums.items()}
+    def statistics(self) -> dict[str, dict[str, float]]:
+        """Mean reward, reward variance within prompts and share of completions, per domain."""
+        return reward_statistics(self.domains, self.rewards.tolist(), self.group_ids.tolist())
 
 
 def prompt_counts(own: Sequence[str], earlier: Sequence[str], total: int, replay: float, step: int) -> dict[str, int]:

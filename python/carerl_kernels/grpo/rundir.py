@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._files import write_atomically, write_bytes_atomically
+from .._files import json_line, write_atomically, write_bytes_atomically
 
 
 class CheckpointError(RuntimeError):
@@ -158,7 +158,7 @@ class RunDirectory:
     def append(self, line: Mapping[str, Any]) -> None:
         """Add one line of metrics; a non-finite number is written as null (JSON has none)."""
         with open(self.metrics_path, "a") as f:
-            f.write(json.dumps(_finite(line)) + "\n")
+            f.write(json_line(line))
 
     def truncate(self, last_step: int) -> list[dict[str, Any]]:
         """Forget metrics after `last_step` (and a line cut short by the interruption); returns what remains.
@@ -224,11 +224,3 @@ class RunDirectory:
         except Exception as e:
             raise CheckpointError(f"{paths[-1]} is damaged ({e}); delete it to resume from an earlier one") from e
         return dict(state)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, float) and not (value == value and abs(value) != float("inf")):
-        return None
-    return value

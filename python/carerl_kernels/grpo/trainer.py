@@ -16,7 +16,7 @@ from torch import nn
 from .._files import write_bytes_atomically
 from .config import COSMETIC_FIELDS, GRPOConfig, Stage, lr_factor, stage_names
 from .domain import Domain, domain_table
-from .evaluate import evaluate
+from .evaluate import example_scores, mean_score
 from .learner import Guard, Learner
 from .plots import plot_accuracy, plot_training
 from .progress import StageProgress, quiet_transformers
@@ -30,6 +30,7 @@ from .rundir import (
     save_weights,
     set_rng_state,
 )
+from .watch import Monitor, per_example
 
 
 class GRPOTrainer:
@@ -41,6 +42,8 @@ class GRPOTrainer:
         domains: What can be trained and evaluated.
         config: Settings; defaults if None.
         guard: Edits what the optimizer does to protect earlier domains; None trains plainly.
+        monitor: Sees every line of metrics and the scores behind every evaluation; what it says of them is the line's
+            "monitor". At the end of a stage its domains are measured from where they are then.
         run_dir: Where records go; None keeps them in `history` only, without resume.
         make_optimizer: `make_optimizer(parameters) -> Optimizer`; default AdamW of the configuration. The trainer sets
             every group's "lr" before each step.
@@ -49,7 +52,8 @@ class GRPOTrainer:
     Attributes:
         history: The lines of metrics.jsonl.
         guard_reports: `guard.report()` at the end of each stage run by this process, by stage name.
-        seconds: Wall-clock seconds per phase of this process: sample, reward, loss, step, guard, probe, eval, save.
+        seconds: Wall-clock seconds per phase of this process: sample, reward, loss, step, guard, probe, monitor, eval,
+            save.
 
     Raises:
         ValueError: Domains without distinct names, nothing to train, or no end-of-sequence token.
@@ -63,17 +67,18 @@ class GRPOTrainer:
         config: GRPOConfig | None = None,
         *,
         guard: Guard | None = None,
+        monitor: Monitor | None = None,
         run_dir: Path | str | None = None,
         make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
         on_step: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.guard = model, tokenizer, guard
+        self.model, self.tokenizer, self.guard, self.monitor = model, tokenizer, guard, monitor
         self.config = config or GRPOConfig()
         self.domains = domain_table(domains)
         self.directory = None if run_dir is None else RunDirectory(run_dir)
         self.history: list[dict[str, Any]] = []
         self.guard_reports: dict[str, dict[str, Any]] = {}
-        self._learner = Learner(model, tokenizer, self.domains, self.config, guard)
+        self._learner = Learner(model, tokenizer, self.domains, self.config, guard, monitor)
         self._clock = self._learner.clock
         self.seconds = self._clock.totals
         self._make_optimizer = make_optimizer or self._adamw
@@ -115,8 +120,8 @@ class GRPOTrainer:
             self._restore(state)
         with StageProgress(self.config.progress) as progress:
             if state is None:
-                scores = self._evaluate()
-                self._record({"step": 0, "stage": None, "eval": scores, "seconds": self._clock.drain()})
+                line = self._watched({"step": 0, "stage": None}, evaluate=True)
+                self._record({**line, "seconds": self._clock.drain()})
                 self._checkpoint(0, 0)
             for i in range(first, len(stages)):
                 progress.start(names[i], stages[i].steps, offset)
@@ -157,10 +162,10 @@ class GRPOTrainer:
                 metrics = self._learner.step(optimizer, counts, stage.name)
                 self._step += 1
                 last = done + 1 == stage.steps
-                if last or (config.eval_every and (done + 1) % config.eval_every == 0):
-                    metrics["eval"] = self._evaluate()
+                due = last or (config.eval_every > 0 and (done + 1) % config.eval_every == 0)
                 position = {"step": self._step, "stage": name, "stage_step": done + 1, "lr": lr}
-                line = {**position, **metrics, "seconds": self._clock.drain()}
+                line = self._watched({**position, **metrics}, evaluate=due)
+                line["seconds"] = self._clock.drain()
                 self._record(line)
                 if config.checkpoint_every and (done + 1) % config.checkpoint_every == 0 and not last:
                     self._checkpoint(index, done + 1)
@@ -172,6 +177,8 @@ class GRPOTrainer:
             if self.directory is not None:
                 text = json.dumps(self.guard_reports[name], indent=2, default=str) + "\n"
                 write_bytes_atomically(self.directory.path / "bases" / f"{name}.report.json", text.encode())
+        if self.monitor is not None:
+            self.monitor.rebase(stage.domains)
         self._checkpoint(index + 1, 0)
 
     @contextmanager
@@ -209,12 +216,27 @@ class GRPOTrainer:
             if path is not None:
                 save_weights(path, self.model)
 
-    def _evaluate(self) -> dict[str, float]:
-        config = self.config
+    def _watched(self, line: dict[str, Any], *, evaluate: bool) -> dict[str, Any]:
+        """The line with its evaluation, if one is due, and with what the monitor says."""
+        if not evaluate and self.monitor is None:
+            return line
         kept = rng_state()  # verifiers may draw from the global generators: how often we look must change nothing
+        scores = self._evaluate() if evaluate else None
+        if scores is not None:
+            line["eval"] = {name: mean_score(values) for name, values in scores.items()}
+        if self.monitor is not None:
+            with self._clock("monitor"):
+                found = self.monitor.step(line["step"], line, scores=None if scores is None else per_example(scores))
+            if found:
+                line["monitor"] = found
+        set_rng_state(kept)
+        return line
+
+    def _evaluate(self) -> dict[str, list[tuple[float, int]]]:
+        config = self.config
         with self._clock("eval"):
-            scores = {
-                name: evaluate(
+            return {
+                name: example_scores(
                     self.model,
                     self.tokenizer,
                     domain,
@@ -227,8 +249,6 @@ class GRPOTrainer:
                 for name, domain in self.domains.items()
                 if domain.eval_examples
             }
-            set_rng_state(kept)
-        return scores
 
     # ---- records
 
@@ -267,6 +287,8 @@ class GRPOTrainer:
             self._optimizer.load_state_dict(state["optimizer"])
         if self.guard is not None:
             self.guard.load_state_dict(state["guard"])
+        if self.monitor is not None and state.get("monitor") is not None:
+            self.monitor.load_state_dict(state["monitor"])
         for name, rewards in state.get("rewards", {}).items():
             reward: Any = self.domains[name].reward
             reward.load_state_dict(rewards)
@@ -284,6 +306,7 @@ class GRPOTrainer:
             "stage_step": stage_step,
             "optimizer": self._optimizer.state_dict() if carries and self._optimizer is not None else None,
             "guard": None if self.guard is None else self.guard.state_dict(),
+            "monitor": None if self.monitor is None else self.monitor.state_dict(),
             "rewards": {
                 name: domain.reward.state_dict()
                 for name, domain in self.domains.items()

@@ -1,0 +1,47 @@
+"""Who is in a batch, what it earns, and whose rewards still vary."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def reward_statistics(
+    domains: Sequence[str], rewards: Sequence[float | None], groups: Sequence[int] | None = None
+) -> dict[str, dict[str, float]]:
+    """Per domain, what decides how much of an update is its own.
+
+    Args:
+        domains: B names, the domain of each completion.
+        rewards: B rewards; None or NaN where there is none.
+        groups: B numbers, the prompt of each completion; None: a domain's completions are one group.
+
+    Returns:
+        "rewards": mean reward; "reward_variance": mean squared distance to the mean of the own group, which is all that
+        group-relative advantages see; "batch_share": share of the batch's completions. The first two are there for domains
+        with a judged completion only.
+
+    Raises:
+        ValueError: Different lengths.
+    """
+    groups = [0] * len(rewards) if groups is None else groups
+    if not len(domains) == len(rewards) == len(groups):
+        raise ValueError(
+            f"expected a domain, a reward and a group per completion, found {len(domains)}, {len(rewards)}, {len(groups)}"
+        )
+    values: dict[str, dict[int, list[float]]] = {}
+    for name, group, reward in zip(domains, groups, rewards, strict=True):
+        if reward is not None and not math.isnan(reward):
+            values.setdefault(name, {}).setdefault(group, []).append(reward)
+    means: dict[str, float] = {}
+    variances: dict[str, float] = {}
+    for name, by_group in values.items():
+        count = sum(map(len, by_group.values()))
+        means[name] = sum(map(sum, by_group.values())) / count
+        squares = 0.0
+        for group_rewards in by_group.values():
+            center = sum(group_rewards) / len(group_rewards)
+            squares += sum((r - center) ** 2 for r in group_rewards)
+        variances[name] = squares / count
+    shares = {name: list(domains).count(name) / len(domains) for name in dict.fromkeys(domains)}
+    return {"rewards": means, "reward_variance": variances, "batch_share": shares}

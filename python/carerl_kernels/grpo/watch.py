@@ -1,0 +1,51 @@
+"""What the trainer asks of a drift monitor, and the gradients it shows to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from torch import nn
+
+from .domain import Domain
+from .logprobs import answer_loss
+from .text import SpecialTokens
+
+Scores = Mapping[str, Sequence[float | None]]
+
+
+class Monitor(Protocol):
+    """`carerl_kernels.monitor.DriftMonitor` provides it."""
+
+    def step(self, step: int, metrics: Any = None, *, scores: Scores | None = None) -> dict[str, Any]: ...
+    def rebase(self, domains: Sequence[str]) -> Any: ...
+    def gradients_due(self) -> bool: ...
+    def gradients(self, name: str, *, training: bool = True) -> AbstractContextManager[Any]: ...
+    def keep_gradients(self, name: str) -> Any: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Any) -> Any: ...
+
+
+def show_gradients(
+    monitor: Monitor, model: nn.Module, tokenizer: Any, tokens: SpecialTokens, domains: Mapping[str, Domain]
+) -> None:
+    """Between backward and step: the batch's own gradient, as "batch", and that of every domain's loss on its stored examples.
+
+    Args:
+        monitor: Keeps them until its next step, a gradient per name.
+        model: With the batch's gradient in place; it is there again afterwards.
+        tokenizer: Its tokenizer.
+        tokens: Padding, end and banned ids.
+        domains: Those with probe_examples are shown.
+    """
+    monitor.keep_gradients("batch")
+    for name, domain in domains.items():
+        if domain.probe_examples:
+            with monitor.gradients(name, training=False):
+                answer_loss(model, tokenizer, domain.probe_examples, tokens).backward()
+
+
+def per_example(scores: Mapping[str, Sequence[tuple[float, int]]]) -> dict[str, list[float | None]]:
+    """Mean score of every example from (sum, completions judged); None where none was judged."""
+    return {name: [total / count if count else None for total, count in values] for name, values in scores.items()}

@@ -1,0 +1,19 @@
+"""Drift monitor and report: does one domain fall while others are trained, how sure is that, and who pulls where."""
+
+from ..grpo.statistics import reward_statistics
+from .monitor import Alert, DriftMonitor
+from .sequential import DropTest, smallest_drop
+from .sinks import JsonLines, Sink, TensorBoard, Trackio, WandB
+
+__all__ = [
+    "Alert",
+    "DriftMonitor",
+    "DropTest",
+    "JsonLines",
+    "Sink",
+    "TensorBoard",
+    "Trackio",
+    "WandB",
+    "reward_statistics",
+    "smallest_drop",
+]

@@ -1,0 +1,152 @@
+"""Do domains pull the same way? Inner products of their gradients, without one flattened copy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..guard.build import trainable
+from ..subspace.shards import Shards, local
+
+CHUNK = 1 << 20  # elements per gradient of the buffer that inner products are taken in
+
+
+@torch.no_grad()
+def gradient_gram(gradients: Sequence[Sequence[Tensor]], shards: Shards | None = None, chunk: int = CHUNK) -> Tensor:
+    """All inner products of D gradients.
+
+    Pieces of all gradients are copied side by side into a buffer ``[D, chunk]`` (many small tensors, or part of a large one), and
+    ``torch.ops.carerl.gram`` reads it: nothing of size N is allocated, sums are float64.
+
+    Args:
+        gradients: D times one tensor per parameter (of sharded parameters the local parts), of equal sizes.
+        shards: of sharded parameters; sums over their processes.
+        chunk: elements per gradient in the buffer: 4 D chunk bytes.
+
+    Returns:
+        ``[D, D]`` float64, on the CPU.
+
+    Raises:
+        ValueError: no gradients, or of different sizes.
+    """
+    D = len(gradients)
+    sizes = [[t.numel() for t in tensors] for tensors in gradients]
+    if D == 0 or any(s != sizes[0] for s in sizes):
+        raise ValueError(f"expected gradients over the same parameters, found {[len(s) for s in sizes]} tensors")
+    device = gradients[0][0].device if sizes[0] else torch.device("cpu")
+    length = max(1, min(chunk, sum(sizes[0])))
+    buffer = torch.zeros(D, length, device=device)  # [D, chunk] float32
+    total = torch.zeros(D, D, dtype=torch.float64, device=device)
+    filled = 0
+    for tensors in zip(*gradients, strict=True):
+        flat = [t.reshape(-1) for t in tensors]
+        start, n = 0, flat[0].numel()
+        while start < n:
+            take = min(n - start, length - filled)
+            for row, piece in zip(buffer, flat, strict=True):
+                row[filled : filled + take].copy_(piece[start : start + take])
+            start, filled = start + take, filled + take
+            if filled == length:
+                total += _gram(buffer)
+                filled = 0
+    if filled:
+        buffer[:, filled:] = 0
+        total += _gram(buffer)
+    if shards is not None:
+        shards.sum_(total)
+    return total.cpu()
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """``rows @ rows.T`` in float64 by the op, which wants at least one row on either side."""
+    if rows.shape[0] == 1:
+        return torch.ops.carerl.gram(rows, rows)[:1, :1]
+    return torch.ops.carerl.gram(rows[:-1], rows[-1:])
+
+
+class GradientKeeper:
+    """A gradient per name, kept from backward until they are compared.
+
+    Costs while kept: N numbers per name (in the gradients' dtype) beside the optimizer's own; comparing reads each once.
+
+    Args:
+        model: whose trainable parameters the gradients belong to.
+    """
+
+    def __init__(self, model: nn.Module | Iterable[tuple[str, nn.Parameter]]) -> None:
+        named = trainable(model)
+        self.parameters = [p for _, p in named]
+        self.shards = Shards.of(named)
+        self.kept: dict[str, list[Tensor]] = {}
+
+    def keep(self, name: str) -> None:
+        """Copies what is in ``p.grad`` now."""
+        self.kept[name] = self._add(name, [g.clone() for g in self._gradients()])
+
+    @contextmanager
+    def around(self, name: str, training: bool) -> Iterator[None]:
+        """Keeps what backward passes inside add to ``p.grad``; several blocks of one name before the comparison add up.
+
+        Args:
+            name: under which it is kept.
+            training: afterwards ``p.grad`` holds what it held before plus the new gradient, as if this had not been here;
+                else what it held before.
+
+        Raises:
+            RuntimeError: no gradient arrived.
+        """
+        before = [p.grad for p in self.parameters]
+        for p in self.parameters:
+            p.grad = None
+        try:
+            yield
+            if all(p.grad is None for p in self.parameters):
+                raise RuntimeError(
+                    f"gradients of {name!r}: expected a gradient, found none; call loss.backward() inside the block"
+                )
+            # Without an earlier gradient the new one stays in p.grad, to be clipped there or zeroed: a copy is kept.
+            self.kept[name] = self._add(name, [g.clone() if training else g for g in self._gradients()])
+        finally:
+            for p, old in zip(self.parameters, before, strict=True):
+                if not training:
+                    p.grad = old
+                elif old is not None:
+                    p.grad = old if p.grad is None else old.add_(p.grad)
+
+    def compare(self) -> dict[str, Any]:
+        """Cosines and norms of what was kept, which is dropped.
+
+        Returns:
+            "norm": per name; "cosine": per name and later name, None where a gradient is zero or not finite.
+        """
+        names, gradients = list(self.kept), list(self.kept.values())
+        self.kept = {}
+        gram = gradient_gram(gradients, self.shards).tolist()
+        norms = [math.sqrt(gram[i][i]) if gram[i][i] >= 0 else math.nan for i in range(len(names))]
+        cosine = {
+            a: {names[j]: _ratio(gram[i][j], norms[i] * norms[j]) for j in range(i + 1, len(names))}
+            for i, a in enumerate(names[:-1])
+        }
+        return {
+            "norm": {n: v if math.isfinite(v) else None for n, v in zip(names, norms, strict=True)},
+            "cosine": cosine,
+        }
+
+    def _add(self, name: str, new: list[Tensor]) -> list[Tensor]:
+        if name not in self.kept:
+            return new
+        return [a + b for a, b in zip(self.kept[name], new, strict=True)]
+
+    def _gradients(self) -> list[Tensor]:
+        return [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in self.parameters]
+
+
+def _ratio(product: float, size: float) -> float | None:
+    if not (math.isfinite(product) and math.isfinite(size)) or size == 0:
+        return None
+    return max(-1.0, min(1.0, product / size))

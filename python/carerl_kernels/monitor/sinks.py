@@ -1,0 +1,181 @@
+"""Where records go: JSON lines, TensorBoard, Weights & Biases, trackio, behind one interface.
+
+The libraries are optional and imported by the sink that needs them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .._files import json_line, write_bytes_atomically
+
+if TYPE_CHECKING:
+    from .monitor import Alert
+
+
+class Sink(Protocol):
+    """Takes what a monitor says. Give sinks to one process only (rank 0)."""
+
+    def log(self, step: int, line: Mapping[str, Any]) -> None:
+        """One step: metrics as they were given, "eval" and "monitor" added."""
+
+    def alert(self, alert: Alert) -> None:
+        """A domain fell."""
+
+    def resume(self, step: int) -> None:
+        """The run goes on after this step: whatever was logged later is void."""
+
+    def close(self) -> None:
+        """Nothing more will come."""
+
+
+class JsonLines:
+    """One JSON object per step, in the format of the trainer's metrics.jsonl: ``carerl report`` reads its directory.
+
+    Args:
+        path: file, appended to; conventionally metrics.jsonl in a directory of the run's own.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def log(self, step: int, line: Mapping[str, Any]) -> None:
+        with open(self.path, "a") as file:
+            file.write(json_line({"step": step, **line}))
+
+    def alert(self, alert: Alert) -> None:
+        """Alerts are in their step's line."""
+
+    def resume(self, step: int) -> None:
+        kept = []
+        for text in self.path.read_text().splitlines() if self.path.exists() else []:
+            try:
+                if json.loads(text)["step"] > step:
+                    break
+            except ValueError:  # cut short by the interruption
+                break
+            kept.append(text + "\n")
+        write_bytes_atomically(self.path, "".join(kept).encode())
+
+    def close(self) -> None:
+        pass
+
+
+class TensorBoard:
+    """Scalars and alerts (as text) for TensorBoard.
+
+    Args:
+        directory: event files go there.
+
+    Raises:
+        ImportError: tensorboard is missing.
+    """
+
+    def __init__(self, directory: Path | str) -> None:
+        _require("tensorboard", "tensorboard")
+        self.directory = str(directory)
+        self._open(None)
+
+    def _open(self, purge_step: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(self.directory, purge_step=purge_step)
+
+    def log(self, step: int, line: Mapping[str, Any]) -> None:
+        for name, value in scalars(line).items():
+            self._writer.add_scalar(name, value, step)
+
+    def alert(self, alert: Alert) -> None:
+        self._writer.add_text("alerts", str(alert), alert.step)
+        self._writer.flush()
+
+    def resume(self, step: int) -> None:
+        self._writer.close()
+        self._open(step + 1)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """Weights & Biases. Goes on in the run that is active, else starts one.
+
+    A resumed run of theirs (``id=...``, ``resume="must"``) ignores steps that it has seen already: nothing is logged twice.
+
+    Args:
+        settings: for ``wandb.init``: project, name, mode="offline", ...
+
+    Raises:
+        ImportError: wandb is missing.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self._wandb = _require("wandb", "wandb")
+        self._own = self._wandb.run is None
+        self.run: Any = self._wandb.init(**settings) if self._own else self._wandb.run
+
+    def log(self, step: int, line: Mapping[str, Any]) -> None:
+        self.run.log(scalars(line), step=step)
+
+    def alert(self, alert: Alert) -> None:
+        self.run.alert(title=f"{alert.domain} fell", text=str(alert))
+
+    def resume(self, step: int) -> None:
+        """Their server keeps the first value of a step; nothing to do."""
+
+    def close(self) -> None:
+        if self._own:
+            self.run.finish()
+
+
+class Trackio:
+    """trackio, local first and without an account.
+
+    Args:
+        project: their name of a group of runs.
+        settings: for ``trackio.init``: name, space_id, ...
+
+    Raises:
+        ImportError: trackio is missing.
+    """
+
+    def __init__(self, project: str, **settings: Any) -> None:
+        self._trackio = _require("trackio", "trackio")
+        self.run: Any = self._trackio.init(project=project, **settings)
+
+    def log(self, step: int, line: Mapping[str, Any]) -> None:
+        self.run.log(scalars(line), step=step)
+
+    def alert(self, alert: Alert) -> None:
+        self.run.alert(title=f"{alert.domain} fell", text=str(alert), level=self._trackio.AlertLevel.WARN)
+
+    def resume(self, step: int) -> None:
+        """Nothing can be taken back there; steps that are run again appear twice."""
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def scalars(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The finite numbers of nested dictionaries, under names joined by "/"; texts, lists and None are left out."""
+    out: dict[str, float] = {}
+    for key, value in line.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            out |= scalars(value, f"{name}/")
+        elif isinstance(value, (bool, int, float)) and math.isfinite(value) and name != "step":
+            out[name] = float(value)
+    return out
+
+
+def _require(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise ImportError(f"this sink needs {module}, which is not installed: pip install {package}") from e

@@ -72,7 +72,7 @@ def test_exact_success_probability_is_the_frequency_of_success():
             tokens,
             num_samples=n,
             max_new_tokens=tasks.MAX_NEW_TOKENS,
-            generator=torch.Generator().manual_seed(1),
+            seeds=[1],
         )
         texts = tokenizer.batch_decode(rollout.completions(), skip_special_tokens=True)
         rate = sum(domain.score(example, text) for text in texts) / n

@@ -44,7 +44,7 @@ def qwen():
 
 
 def draw(model, seed=0, **changes):
-    arguments = {"num_samples": 3, "max_new_tokens": 9, "generator": torch.Generator().manual_seed(seed)} | changes
+    arguments = {"num_samples": 3, "max_new_tokens": 9, "seeds": range(seed, seed + len(PROMPTS))} | changes
     return sample(model, PROMPTS, TOKENS, **arguments)
 
 
@@ -95,9 +95,7 @@ def test_same_seed_same_tokens_other_seed_others(qwen):
 def test_frequencies_follow_the_model(qwen):
     """One token from one prompt: chi-square against the model's own distribution."""
     n = 20000
-    rollout = sample(
-        qwen, [[5, 6]], TOKENS, num_samples=n, max_new_tokens=1, generator=torch.Generator().manual_seed(0)
-    )
+    rollout = sample(qwen, [[5, 6]], TOKENS, num_samples=n, max_new_tokens=1, seeds=[0])
     with torch.no_grad():
         logits = qwen(input_ids=torch.tensor([[5, 6]])).logits[0, -1].double()
     logits[0] = -torch.inf

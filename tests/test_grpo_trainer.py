@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,6 +105,7 @@ def kill_at(step):
 SETTINGS = {
     "plain": {},
     "replay_and_kl": {"replay_fraction": 0.5, "kl_beta": 0.1, "kl_reference": "stage"},
+    "rehearsal_and_interpolation": {"rehearsal_weight": 0.5, "rehearsal_batch": 2, "stage_interpolation": 0.5},
     "minibatches_one_optimizer": {
         "inner_epochs": 2,
         "minibatches": 2,
@@ -217,6 +219,27 @@ def test_full_disk_leaves_the_previous_checkpoint_and_nothing_half_written(tmp_p
     trainer(tmp_path / "run").run(STAGES, resume=True)
     trainer(tmp_path / "whole").run(STAGES)
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+def test_a_deleted_checkpoint_and_what_a_killed_run_left_do_no_harm(tmp_path):
+    """The run goes back a stage, where the KL term compared with other weights; half-written files are swept."""
+    changes = {"kl_beta": 0.3, "kl_reference": "stage", "keep_checkpoints": 3}
+    trainer(tmp_path / "whole", **changes).run(STAGES)
+    with pytest.raises(Killed):
+        trainer(tmp_path / "run", on_step=kill_at(6), **changes).run(STAGES)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    names = sorted(p.name for p in checkpoints.iterdir())
+    assert names == ["step-00000002", "step-00000004", "step-00000006"]
+    for name in names[1:]:
+        shutil.rmtree(checkpoints / name)
+    for leftover in (checkpoints / ".tmp-0", tmp_path / "run" / "references"):
+        leftover.mkdir(exist_ok=True)
+        (leftover / ".step.safetensors.x.tmp").touch()
+    trainer(tmp_path / "run", **changes).run(STAGES, resume=True)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert not [p for p in (tmp_path / "run").rglob("*") if "tmp" in p.name]
+    kept = sorted(p.stem for p in (tmp_path / "run" / "references").iterdir())
+    assert kept == ["step-00000007"]  # no checkpoint is left of the stages before
 
 
 def test_run_directory_is_complete(tmp_path):

@@ -13,6 +13,7 @@ import typer
 from .basis_command import basis
 from .bench.command import bench
 from .report_command import report
+from .replicate.command import replicate
 from .rewards.command import score
 
 app = typer.Typer(
@@ -76,4 +77,5 @@ def demo(
 app.command()(bench)  # these import what they need when they run, too
 app.command()(score)
 app.command()(report)
+app.command()(replicate)
 app.add_typer(basis, name="basis")

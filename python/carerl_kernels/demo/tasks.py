@@ -1,10 +1,19 @@
-"""Three verifiable domains for a very small language model, its tokenizer, and its supervised warm-up.
+"""Verifiable domains for a very small language model, its tokenizer, and its supervised warm-up.
 
-Every task is one line of text answered by another, and has one right answer:
+The demonstration trains the first three. Every task is one line of text answered by another, and has one right answer:
 
     code   `c^dba>` -> `abd`    sort the letters (`^` ascending, `v` descending): follow an instruction on a sequence
     chat   `s3b!x>` -> `bbb!`   say the letter n times, then the punctuation mark; the last letter is chatter to ignore
     math   `m^372>` -> `7`      the largest (`^`) or smallest (`v`) digit
+
+Six more of the same shape (`MORE`) make long sequences:
+
+    shift  `t^abh>` -> `bca`    the next (`^`) or previous (`v`) letter of each, around the end
+    turn   `r^abc>` -> `cba`    backwards (`^`), or with the first letter moved to the end (`v`)
+    pick   `p2abc>` -> `b`      the n-th letter
+    flip   `f^372>` -> `627`    nine minus (`^`) each digit, or (`v`) one more, without carry
+    count  `nbabb>` -> `2`      how often the first letter occurs among the others
+    merge  `zab12>` -> `a1b2`   letters and digits in turns
 
 The tasks share letters, digits, an instruction symbol and position-dependent copying, so the same few attention heads
 serve all of them: learning one by reinforcement overwrites the others, as it does at scale, within seconds.
@@ -61,21 +70,79 @@ def math_examples() -> list[Example]:
     ]
 
 
+def shift_examples() -> list[Example]:
+    """All ordered triples of different letters under both instructions."""
+    return [
+        Example(f"t{op}{''.join(word)}>", "".join(LETTERS[(LETTERS.index(x) + by) % len(LETTERS)] for x in word))
+        for word in itertools.permutations(LETTERS, 3)
+        for op, by in (("^", 1), ("v", -1))
+    ]
+
+
+def turn_examples() -> list[Example]:
+    """All ordered triples of different letters under both instructions."""
+    words = ["".join(w) for w in itertools.permutations(LETTERS, 3)]
+    return [Example(f"r{op}{w}>", w[::-1] if op == "^" else w[1:] + w[0]) for w in words for op in "^v"]
+
+
+def pick_examples() -> list[Example]:
+    """All ordered triples of different letters at every position."""
+    words = ["".join(w) for w in itertools.permutations(LETTERS, 3)]
+    return [Example(f"p{n}{w}>", w[n - 1]) for w in words for n in (1, 2, 3)]
+
+
+def flip_examples() -> list[Example]:
+    """All ordered triples of different digits under both instructions."""
+    return [
+        Example(f"f{op}{''.join(d)}>", "".join(str(9 - int(x) if op == "^" else (int(x) + 1) % 10) for x in d))
+        for d in itertools.permutations(DIGITS, 3)
+        for op in "^v"
+    ]
+
+
+def count_examples() -> list[Example]:
+    """All pairs of a letter to count and another, and all words of both that hold the other."""
+    return [
+        Example(f"n{letter}{''.join(word)}>", str(word.count(letter)))
+        for letter, other in itertools.permutations(LETTERS, 2)
+        for word in itertools.product((letter, other), repeat=3)
+        if other in word
+    ]
+
+
+def merge_examples() -> list[Example]:
+    """All ordered pairs of different letters and of different digits."""
+    return [
+        Example(f"z{a}{b}{x}{y}>", f"{a}{x}{b}{y}")
+        for a, b in itertools.permutations(LETTERS, 2)
+        for x, y in itertools.permutations(DIGITS, 2)
+    ]
+
+
 GENERATORS: dict[str, Callable[[], list[Example]]] = {
     "code": code_examples,
     "chat": chat_examples,
     "math": math_examples,
+    "shift": shift_examples,
+    "turn": turn_examples,
+    "pick": pick_examples,
+    "flip": flip_examples,
+    "count": count_examples,
+    "merge": merge_examples,
 }
+MORE = {"shift": "t", "turn": "r", "pick": "p", "flip": "f", "count": "n", "merge": "z"}
+"""Domains beyond the demonstration's, and the letter that begins their prompts ("f" is a letter of the tasks already)."""
 
 
-def demo_domains(seed: int) -> list[Domain]:
-    """The three domains; which examples are held out for evaluation depends on the seed.
+def demo_domains(seed: int, names: Sequence[str] = DOMAINS) -> list[Domain]:
+    """Domains; which examples are held out for evaluation depends on the seed.
 
     Args:
         seed: Splits each domain's examples into 128 for evaluation and the rest for training; 32 of the latter are
             stored for probes.
+        names: The demonstration's three, or any of `GENERATORS`.
     """
-    return [_domain(name, GENERATORS[name](), seed) for name in DOMAINS]
+    return [_domain(name, GENERATORS[name](), seed) for name in names]
 
 
 def _domain(name: str, examples: list[Example], seed: int) -> Domain:
@@ -91,8 +158,11 @@ def _domain(name: str, examples: list[Example], seed: int) -> Domain:
     )
 
 
-def character_tokenizer() -> Any:
+def character_tokenizer(names: Sequence[str] = DOMAINS) -> Any:
     """A fast transformers tokenizer with one token per character of the tasks.
+
+    Args:
+        names: Domains beyond the demonstration's add the letters their prompts begin with.
 
     Raises:
         ImportError: transformers is missing; says what to install.
@@ -102,7 +172,8 @@ def character_tokenizer() -> Any:
         from transformers import PreTrainedTokenizerFast
     except ImportError as e:
         raise ImportError("the demo needs transformers: pip install 'carerl-kernels[train]'") from e
-    symbols = [PAD, EOS, *sorted(set("cms^v>" + LETTERS + DIGITS + MARKS))]
+    kinds = "".join(MORE.get(name, "") for name in names)
+    symbols = [PAD, EOS, *sorted(set("cms^v>" + LETTERS + DIGITS + MARKS + kinds))]
     backend = Tokenizer(models.WordLevel({s: i for i, s in enumerate(symbols)}, unk_token=PAD))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     backend.decoder = decoders.Fuse()

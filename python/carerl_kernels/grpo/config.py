@@ -10,8 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 LossKind = Literal["grpo", "dr_grpo", "dapo", "gspo"]
 
-# Settings that cannot change a number a run produces: a resumed run may differ in these and nothing else.
-COSMETIC_FIELDS = frozenset({"progress", "plots", "checkpoint_every", "keep_checkpoints"})
+# Settings that cannot change a number a run produces (the number of processes: only its rounding): a resumed run may differ
+# in these and nothing else.
+COSMETIC_FIELDS = frozenset({"progress", "plots", "checkpoint_every", "keep_checkpoints", "processes"})
 
 
 class GRPOConfig(BaseModel):
@@ -73,10 +74,20 @@ class GRPOConfig(BaseModel):
     micro_batch_size: int = Field(
         default=0, ge=0, description="sequences per forward and backward; 0: the whole minibatch"
     )
+    micro_batch_tokens: int = Field(
+        default=0, ge=0, description="positions (sequences x longest) per forward and backward; 0: no limit"
+    )
 
     # data
     replay_fraction: float = Field(
         default=0.0, ge=0, lt=1, description="share of the prompts drawn from earlier domains"
+    )
+    rehearsal_weight: float = Field(
+        default=0.0, ge=0, description="weight of the cross-entropy of earlier domains' stored answers (probe_examples)"
+    )
+    rehearsal_batch: int = Field(default=32, ge=1, description="stored examples drawn for it in every optimizer step")
+    stage_interpolation: float = Field(
+        default=1.0, gt=0, le=1, description="a stage ends at start + this * (end - start): 1 keeps what was trained"
     )
     seed: int = Field(default=0, ge=0, lt=2**31)
 
@@ -130,11 +141,13 @@ class Stage:
         domain: A domain's name, or several names for mixed batches (prompts split as evenly as possible).
         steps: Number of rollout batches.
         lr: Learning rate of this stage; None takes the configuration's.
+        shares: Of the prompts of a mixed stage, one per domain, positive; None: equal.
     """
 
     domain: str | tuple[str, ...]
     steps: int
     lr: float | None = None
+    shares: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.domain, str):
@@ -147,6 +160,9 @@ class Stage:
             raise ValueError(f"Stage {self.name!r}: expected steps >= 1, found {self.steps!r}")
         if self.lr is not None and not self.lr > 0:
             raise ValueError(f"Stage {self.name!r}: expected lr > 0 or None, found {self.lr!r}")
+
+        if self.shares is not None and (len(self.shares) != len(self.domains) or not all(s > 0 for s in self.shares)):
+            raise ValueError(f"Stage {self.name!r}: expected a positive share per domain, found {self.shares!r}")
 
     @property
     def domains(self) -> tuple[str, ...]:

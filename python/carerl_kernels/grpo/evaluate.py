@@ -5,20 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from .domain import Domain, RewardError
 from .logprobs import success_probability
-from .sampling import sample
+from .parallel import Ranks, gathered
+from .sampling import ModelSampler, Sampler
 from .text import SpecialTokens, decode, encode_prompts
-
-
-def evaluate(model: Any, tokenizer: Any, domain: Domain, tokens: SpecialTokens, **settings: Any) -> float:
-    """Mean success over `domain.eval_examples`: the mean of `example_scores` weighted by completions judged.
-
-    Args and errors: as for `example_scores`.
-    """
-    return mean_score(example_scores(model, tokenizer, domain, tokens, **settings))
 
 
 def example_scores(
@@ -32,12 +23,14 @@ def example_scores(
     temperature: float = 1.0,
     batch_size: int = 256,
     seed: int = 0,
+    sampler: Sampler | None = None,
+    ranks: Ranks | None = None,
 ) -> list[tuple[float, int]]:
     """Success on each of `domain.eval_examples`, in order: (sum of scores, completions judged).
 
     With eval_mode "exact": the probability at temperature 1 of writing the answer and stopping, as one judged completion.
-    With "sampled": the rewards of `num_samples` completions per example (without those that could not be judged), drawn
-    from a generator of its own so that evaluating more or less often changes nothing in training.
+    With "sampled": the rewards of `num_samples` completions per example (without those that could not be judged), drawn with
+    seeds of their own so that evaluating more or less often changes nothing in training.
 
     Args:
         model: Causal LM.
@@ -48,7 +41,9 @@ def example_scores(
         num_samples: Completions per example (sampled mode).
         temperature: Of the sampled mode.
         batch_size: Sequences at once.
-        seed: Of the sampled mode's generator.
+        seed: Of the sampled mode.
+        sampler: Writes the completions; the model itself if None.
+        ranks: Processes that share the model: each evaluates its share of the examples, the first one judges.
 
     Raises:
         ValueError: The domain has no eval_examples.
@@ -57,33 +52,47 @@ def example_scores(
     examples = list(domain.eval_examples)
     if not examples:
         raise ValueError(f"domain {domain.name!r} has no eval_examples; give it some to measure accuracy")
+    ranks, sampler = ranks or Ranks(), sampler or ModelSampler(model, tokens)
+    mine = ranks.share(len(examples))
     if domain.eval_mode == "exact":
-        exact: list[float] = []
-        for i in range(0, len(examples), batch_size):
-            chunk = examples[i : i + batch_size]
-            exact += success_probability(model, tokenizer, chunk, tokens, max_new_tokens=max_new_tokens).tolist()
-        return [(value, 1) for value in exact]
-    device = next(model.parameters()).device
-    generator = torch.Generator(device=device).manual_seed(seed)
+        found: list[float] = []
+        with gathered(model):
+            for i in range(0, len(mine), batch_size):
+                chunk = [examples[j] for j in mine[i : i + batch_size]]
+                found += success_probability(model, tokenizer, chunk, tokens, max_new_tokens=max_new_tokens).tolist()
+        return [(p, 1) for p in ranks.merge(found, len(examples))]
     per_batch = max(1, batch_size // num_samples)
-    rewards: list[float | None] = []
-    for i in range(0, len(examples), per_batch):
-        chunk = examples[i : i + per_batch]
-        rollout = sample(
-            model,
-            encode_prompts(tokenizer, [e.prompt for e in chunk]),
-            tokens,
+    texts: list[list[str]] = []
+    for i in range(0, len(mine), per_batch):
+        part = mine[i : i + per_batch]
+        rollout = sampler(
+            encode_prompts(tokenizer, [examples[j].prompt for j in part]),
+            [seed * 1_000_003 + j for j in part],
             num_samples=num_samples,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
-            generator=generator,
         )
-        texts = decode(tokenizer, rollout.completions())
-        rewards += domain.score_batch([chunk[j // num_samples] for j in range(len(texts))], texts, training=False)
+        rows = decode(tokenizer, rollout.completions())
+        texts += [rows[j * num_samples : (j + 1) * num_samples] for j in range(len(part))]
+    written = ranks.merge(texts, len(examples))
+
+    def judge() -> list[float | None]:
+        owners = [e for e in examples for _ in range(num_samples)]
+        return domain.score_batch(owners, [text for own in written for text in own], training=False)
+
+    rewards = ranks.on_first(judge)
     judged = [[r for r in rewards[i : i + num_samples] if r is not None] for i in range(0, len(rewards), num_samples)]
     if not any(judged):
         raise RewardError(f"domain {domain.name!r}: none of the completions of its eval_examples could be judged")
     return [(sum(values), len(values)) for values in judged]
+
+
+def evaluate(model: Any, tokenizer: Any, domain: Domain, tokens: SpecialTokens, **settings: Any) -> float:
+    """Mean success over `domain.eval_examples`: the mean of `example_scores` weighted by completions judged.
+
+    Args and errors: as for `example_scores`.
+    """
+    return mean_score(example_scores(model, tokenizer, domain, tokens, **settings))
 
 
 def mean_score(scores: Sequence[tuple[float, int]]) -> float:

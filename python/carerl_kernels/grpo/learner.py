@@ -5,20 +5,25 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..guard.editors import Editor, assign
+from ..subspace.shards import local
 from .advantages import informative_fraction
 from .config import GRPOConfig
 from .domain import Domain
 from .logprobs import answer_loss
 from .losses import LossStats
+from .parallel import Ranks, whole
 from .progress import PhaseClock
+from .reference import FrozenWeights
 from .rollout import Batch, rollout
+from .sampling import ModelSampler, Sampler
 from .text import special_tokens
 from .update import accumulate_gradients, frozen_logprobs
 from .watch import Monitor, show_gradients
@@ -55,6 +60,11 @@ class Learner:
         config: Settings.
         guard: Or None.
         monitor: Or None.
+        editor: Makes one gradient out of one per domain of the batch, or None: their sum.
+        sampler: Writes the completions; the model itself if None.
+
+    Raises:
+        ValueError: Nothing to train, no end-of-sequence token, or fewer prompts in a step than processes.
     """
 
     def __init__(
@@ -65,20 +75,30 @@ class Learner:
         config: GRPOConfig,
         guard: Guard | None,
         monitor: Monitor | None = None,
+        editor: Editor | None = None,
+        sampler: Sampler | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.domains, self.config, self.guard = model, tokenizer, domains, config, guard
-        self.monitor = monitor
+        self.model, self.tokenizer, self.domains, self.config = model, tokenizer, domains, config
+        self.guard, self.monitor, self.editor = guard, monitor, editor
         self.tokens = special_tokens(tokenizer, model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("expected a model with parameters to train, found every requires_grad False")
         self.device = self.parameters[0].device
+        self.ranks = Ranks.of(model)
+        if self.ranks.size > config.prompts_per_step:
+            raise ValueError(
+                f"expected at least one prompt per process and step, found prompts_per_step={config.prompts_per_step} for "
+                f"{self.ranks.size} processes; raise it or start fewer processes"
+            )
+        self.sampler = sampler or ModelSampler(model, self.tokens)
         self.rng = random.Random(config.seed)
-        self.generator = torch.Generator(device=self.device).manual_seed(config.seed)
-        self.reference: nn.Module | None = None
+        self.reference: FrozenWeights | None = None
         self.clock = PhaseClock()
 
-    def step(self, optimizer: torch.optim.Optimizer, counts: Mapping[str, int], owner: str) -> dict[str, Any]:
+    def step(
+        self, optimizer: torch.optim.Optimizer, counts: Mapping[str, int], owner: str, earlier: Sequence[str] = ()
+    ) -> dict[str, Any]:
         """Sample a batch and take every optimizer step on it.
 
         Args:
@@ -86,6 +106,7 @@ class Learner:
             counts: Prompts per domain name.
             owner: Whose steps these are to the guard: the stage's name, also where some prompts are replayed from
                 earlier domains, for the stage records its own steps and every other domain's directions act on them.
+            earlier: Names of the domains of earlier stages, whose stored answers are rehearsed.
 
         Returns:
             Metrics of the step (without timings; those are in `clock`).
@@ -99,7 +120,8 @@ class Learner:
             counts,
             config,
             rng=self.rng,
-            generator=self.generator,
+            sampler=self.sampler,
+            ranks=self.ranks,
             phase=self.clock,
         )
         with self.clock("loss"):
@@ -108,16 +130,16 @@ class Learner:
         norms: list[float] = []
         gap, skipped, stats = 0.0, 0, LossStats()
         for _ in range(config.inner_epochs):
-            for rows in self._minibatches(len(batch.texts)):
+            for rows in self._minibatches(batch):
                 with self.clock("loss"):
                     optimizer.zero_grad(set_to_none=True)
-                    loss, part, part_gap = accumulate_gradients(
-                        self.model, batch, rows, self.tokens, config, old_logp=old_logp, ref_logp=ref_logp
-                    )
-                    norm = float(nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm or math.inf))
+                    loss, part, part_gap = self._gradients(batch, rows, old_logp, ref_logp)
+                    self._rehearse(earlier)
+                    norm = float(whole(nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm or math.inf)))
+                    loss, part_gap, *sums = self.ranks.sum([loss, part_gap, *vars(part).values()])
                 losses.append(loss)
                 norms.append(norm)
-                stats.add(part)
+                stats.add(LossStats(*sums))
                 gap += part_gap
                 if math.isfinite(norm):
                     if self.monitor is not None and self.monitor.gradients_due():
@@ -129,12 +151,58 @@ class Learner:
         optimizer.zero_grad(set_to_none=True)
         return self._metrics(batch, losses, norms, stats, gap, skipped)
 
-    def _minibatches(self, rows: int) -> tuple[Tensor, ...]:
-        """Row numbers of each optimizer step of one pass; shuffled when there are several."""
-        order = list(range(rows))
+    def _gradients(
+        self, batch: Batch, rows: Tensor, old_logp: Tensor | None, ref_logp: Tensor | None
+    ) -> tuple[float, LossStats, float]:
+        """Gradients of one minibatch, one domain at a time and combined by the editor where there is one.
+
+        Each domain's gradient is D times its share of the minibatch's, so that their mean is the gradient of the whole.
+        """
+        fixed: dict[str, Any] = {"old_logp": old_logp, "ref_logp": ref_logp, "ranks": self.ranks}
+        if self.editor is None:
+            return accumulate_gradients(self.model, batch, rows, self.tokens, self.config, **fixed)
+        names = [batch.domains[i] for i in rows.tolist()]
+        loss, gap, stats = 0.0, 0.0, LossStats()
+        gradients: dict[str, list[Tensor]] = {}
+        present = {name for part in self.ranks.gather(sorted(set(names))) for name in part}
+        for name in [n for n in dict.fromkeys(batch.whole.domains) if n in present]:  # alike in every process
+            own = rows[torch.tensor([n == name for n in names], device=rows.device)]
+            for p in self.parameters:
+                p.grad = None
+            part_loss, part, part_gap = accumulate_gradients(
+                self.model, batch, own, self.tokens, self.config, of=rows, **fixed
+            )
+            loss, gap = loss + part_loss, gap + part_gap
+            stats.add(part)
+            gradients[name] = [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in self.parameters]
+        for parts in gradients.values():
+            torch._foreach_mul_(parts, float(len(gradients)))
+        assign(self.model, self.editor.combine(gradients))  # what is not finite stays so, and the step is dropped
+        return loss, stats, gap
+
+    def _rehearse(self, earlier: Sequence[str]) -> None:
+        """Add the gradient of the cross-entropy on some stored answers of earlier domains."""
+        stored = [e for name in earlier for e in self.domains[name].probe_examples]
+        if self.config.rehearsal_weight == 0 or not earlier:
+            return
+        if not stored:
+            raise ValueError(
+                f"rehearsal_weight={self.config.rehearsal_weight} of the earlier domains {', '.join(earlier)}: expected "
+                "probe_examples with answers in one of them, found none stored; add them, or set rehearsal_weight=0"
+            )
+        drawn = self.rng.sample(stored, min(self.config.rehearsal_batch, len(stored)))
+        loss = answer_loss(self.model, self.tokenizer, drawn, self.tokens)
+        (self.config.rehearsal_weight * loss).backward()
+
+    def _minibatches(self, batch: Batch) -> list[Tensor]:
+        """This process's row numbers of each optimizer step of one pass; shuffled when there are several."""
+        order = list(range(len(batch.whole.texts)))
         if self.config.minibatches > 1:
             self.rng.shuffle(order)
-        return torch.tensor(order, device=self.device).tensor_split(self.config.minibatches)
+        place = {row: i for i, row in enumerate(batch.rows)}
+        pieces = torch.tensor(order).tensor_split(self.config.minibatches)
+        mine = ([place[row] for row in piece.tolist() if row in place] for piece in pieces)
+        return [torch.tensor(rows, dtype=torch.long, device=self.device) for rows in mine]
 
     def _fixed_logprobs(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         """What ratios compare with (None: the policy itself) and the reference's log-probabilities."""
@@ -145,7 +213,8 @@ class Learner:
             old = frozen_logprobs(self.model, batch.rollout, self.tokens, self.config)
         ref: Tensor | None = None
         if self.reference is not None:
-            ref = frozen_logprobs(self.reference, batch.rollout, self.tokens, self.config)
+            with self.reference.in_place():
+                ref = frozen_logprobs(self.model, batch.rollout, self.tokens, self.config)
         return old, ref
 
     def _optimizer_step(self, optimizer: torch.optim.Optimizer, owner: str) -> None:
@@ -184,24 +253,25 @@ class Learner:
     def _metrics(
         self, batch: Batch, losses: list[float], norms: list[float], stats: LossStats, gap: float, skipped: int
     ) -> dict[str, Any]:
-        sampled = batch.rollout
-        tokens = sampled.tokens
+        sampled, earned = batch.rollout, batch.whole
         ended = torch.isin(sampled.completion_ids, torch.tensor(self.tokens.eos, device=self.device))
         ended &= sampled.completion_mask.bool()
+        sums = [sampled.tokens, float(sampled.entropy.double().sum()), float(ended.any(1).sum())]
+        tokens, entropy, complete = self.ranks.sum(sums)
         return {
-            "domain": batch.domain,
+            "domain": earned.domain,
             "loss": sum(losses) / len(losses),
-            "reward": float(batch.rewards[batch.judged].mean()),
-            **batch.statistics(),
-            "excluded": 1.0 - float(batch.judged.double().mean()),
-            "informative": informative_fraction(batch.rewards[batch.judged], batch.group_ids[batch.judged]),
+            "reward": float(earned.rewards[earned.judged].mean()),
+            **earned.statistics(),
+            "excluded": 1.0 - float(earned.judged.double().mean()),
+            "informative": informative_fraction(earned.rewards[earned.judged], earned.group_ids[earned.judged]),
             "kl": stats.kl / max(stats.tokens, 1.0),
             "clip_fraction": stats.clipped / max(stats.units, 1.0),  # of units with a gradient
-            "entropy": float(sampled.entropy.double().sum()) / max(tokens, 1),
+            "entropy": entropy / max(tokens, 1.0),
             "grad_norm": sum(norms) / len(norms),
             "sampler_gap": gap / max(stats.tokens, 1.0),
-            "tokens": tokens,
-            "length": tokens / len(batch.texts),
-            "truncated": 1.0 - float(ended.any(1).double().mean()),
+            "tokens": int(tokens),
+            "length": tokens / len(earned.texts),
+            "truncated": 1.0 - complete / len(earned.texts),
             "skipped": skipped,
         }

@@ -14,17 +14,17 @@ from torch import Tensor
 
 from .config import GRPOConfig
 from .domain import Domain, Example, RewardError
-from .sampling import Rollout, sample
+from .parallel import Ranks
+from .sampling import ModelSampler, Rollout, Sampler
 from .statistics import reward_statistics
 from .text import SpecialTokens, decode, encode_prompts
 
 
 @dataclass
-class Batch:
-    """B judged completions; completions of one prompt are adjacent.
+class Judged:
+    """What B completions earned; completions of one prompt are adjacent.
 
     Attributes:
-        rollout: Tokens and log-probabilities.
         texts: B decoded completions.
         rewards: [B] float64; NaN where the reward is None. Such rows have advantage 0 and are in no statistic.
         group_ids: [B] number of the prompt.
@@ -32,7 +32,6 @@ class Batch:
         domains: B domain names.
     """
 
-    rollout: Rollout
     texts: list[str]
     rewards: Tensor
     group_ids: Tensor
@@ -53,20 +52,69 @@ class Batch:
         """Mean reward, reward variance within prompts and share of completions, per domain."""
         return reward_statistics(self.domains, self.rewards.tolist(), self.group_ids.tolist())
 
+    def select(self, rows: Sequence[int]) -> Judged:
+        """Some rows."""
+        index = torch.tensor(rows, dtype=torch.long, device=self.rewards.device)
+        return Judged(
+            [self.texts[i] for i in rows],
+            self.rewards[index],
+            self.group_ids[index],
+            self.advantages[index],
+            [self.domains[i] for i in rows],
+        )
 
-def prompt_counts(own: Sequence[str], earlier: Sequence[str], total: int, replay: float, step: int) -> dict[str, int]:
+
+@dataclass
+class Batch(Judged):
+    """The completions that this process sampled, and what those of all processes earned.
+
+    Attributes:
+        rollout: Tokens and log-probabilities.
+        rows: Their row numbers in `whole`.
+        whole: The step's completions of all processes, alike in each of them; the same rows when there is one process.
+    """
+
+    rollout: Rollout
+    rows: list[int]
+    whole: Judged
+
+
+def prompt_counts(
+    own: Sequence[str],
+    earlier: Sequence[str],
+    total: int,
+    replay: float,
+    step: int,
+    shares: Sequence[float] | None = None,
+) -> dict[str, int]:
     """How many of a step's prompts each domain gets.
 
     `round(replay * total)` go to earlier domains (none before there are any), the rest to the stage's own; each share
-    is split evenly, and what does not divide rotates with `step`.
+    is split evenly, and what does not divide rotates with `step`. With `shares`, positive and one per own domain, the own
+    share is split by them, exactly over many steps and nearly so in each.
     """
     replayed = round(replay * total) if earlier else 0
     counts: dict[str, int] = {}
     for names, share in ((own, total - replayed), (earlier, replayed)):
         for j in range(share):
             name = names[(step * share + j) % len(names)]
+            if shares is not None and names is own:
+                name = _by_share(names, shares, step * share + j)
             counts[name] = counts.get(name, 0) + 1
     return counts
+
+
+def _by_share(names: Sequence[str], shares: Sequence[float], number: int) -> str:
+    """The domain of the number-th prompt: a sequence that spreads evenly over the unit interval cuts it by the shares."""
+    at = math.modf(number * _GOLDEN)[0] * sum(shares)
+    for name, share in zip(names, shares, strict=True):
+        at -= share
+        if at < 0:
+            return name
+    return names[-1]
+
+
+_GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def rollout(
@@ -78,7 +126,8 @@ def rollout(
     config: GRPOConfig,
     *,
     rng: random.Random,
-    generator: torch.Generator | None = None,
+    sampler: Sampler | None = None,
+    ranks: Ranks | None = None,
     phase: Callable[[str], AbstractContextManager[Any]] | None = None,
 ) -> Batch:
     """Draw prompts, sample `config.group_size` completions each, score and compare them.
@@ -90,45 +139,52 @@ def rollout(
         domains: By name.
         counts: Prompts per domain name.
         config: Sampling and advantage settings.
-        rng: Draws prompts.
-        generator: Samples tokens; on the model's device.
+        rng: Draws prompts and their seeds, alike in every process.
+        sampler: Writes the completions; the model itself if None.
+        ranks: Processes that share the model. Each samples its share of the prompts; the first one judges all of them, so
+            that stateful rewards, caches and a judge's limits see what they see in a single process.
         phase: Context manager factory timing the phases "sample" and "reward".
 
     Raises:
         RewardError: A verifier returned something else than a finite number or None, or None for every completion.
     """
+    ranks, sampler = ranks or Ranks(), sampler or ModelSampler(model, tokens)
     examples: list[Example] = []
     names: list[str] = []
     for name, count in counts.items():
         examples += domains[name].draw(rng, count)
         names += [name] * count
+    seeds = [rng.getrandbits(62) for _ in examples]
+    mine, size = ranks.share(len(examples)), config.group_size
     with _phase(phase, "sample"):
-        sampled = sample(
-            model,
-            encode_prompts(tokenizer, [e.prompt for e in examples]),
-            tokens,
-            num_samples=config.group_size,
+        sampled = sampler(
+            encode_prompts(tokenizer, [examples[i].prompt for i in mine]),
+            [seeds[i] for i in mine],
+            num_samples=size,
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             top_p=config.top_p,
-            generator=generator,
         )
     with _phase(phase, "reward"):
-        texts = decode(tokenizer, sampled.completions())
-        owners = [i for i in range(len(examples)) for _ in range(config.group_size)]
-        rewards = _rewards(domains, [names[i] for i in owners], [examples[i] for i in owners], texts)
+        own = decode(tokenizer, sampled.completions())
+        groups = ranks.merge([own[i : i + size] for i in range(0, len(own), size)], len(examples))
+        texts = [text for group in groups for text in group]
+        owners = [i for i in range(len(examples)) for _ in range(size)]
+        judge = lambda: _rewards(domains, [names[i] for i in owners], [examples[i] for i in owners], texts)  # noqa: E731
+        rewards = ranks.on_first(judge)
     device = sampled.completion_ids.device
     reward_tensor = torch.tensor([math.nan if r is None else r for r in rewards], dtype=torch.float64, device=device)
     group_ids = torch.tensor(owners, device=device)
     domain_ids = torch.tensor([list(counts).index(names[i]) for i in owners], device=device)
-    return Batch(
-        rollout=sampled,
+    whole = Judged(
         texts=texts,
         rewards=reward_tensor,
         group_ids=group_ids,
         advantages=torch.ops.carerl.group_advantages(reward_tensor, group_ids, domain_ids, config.advantage_mode),
         domains=[names[i] for i in owners],
     )
+    rows = [i * size + j for i in mine for j in range(size)]
+    return Batch(**vars(whole.select(rows)), rollout=sampled, rows=rows, whole=whole)
 
 
 def _rewards(

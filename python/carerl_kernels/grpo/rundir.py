@@ -4,8 +4,11 @@ config.json                    settings, stages, domains
 metrics.jsonl                  one object per step (step 0: the evaluation before training)
 bases/NAME.safetensors         written by the guard at the end of each stage
 checkpoints/step-00000040/     model.safetensors, state.pt
-reference.safetensors          only with a KL term
+references/step-00000040.safetensors    that step's weights, for a KL term or interpolated stages, while a checkpoint needs them
+model/                         the trained model in transformers' format
 accuracy.png, training.png
+
+With several processes the first one writes; sharded tensors are gathered first, so files look the same for any number of them.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ import os
 import random
 import shutil
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from .._files import json_line, write_atomically, write_bytes_atomically
+from ..subspace.shards import local
+from .parallel import Ranks, gather_state, placed, whole
 
 
 class CheckpointError(RuntimeError):
@@ -42,35 +49,70 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def save_weights(path: Path, model: nn.Module) -> None:
     """Write a model's tensors as safetensors, atomically."""
+    save_tensors(path, model_tensors(model), Ranks.of(model))
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Inverse of `save_weights`; see `load_tensors`."""
+    load_tensors(path, model_tensors(model))
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
+    """Write tensors as safetensors, atomically. Sharded ones are gathered: every process calls this."""
     from safetensors.torch import save_file
 
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in model_tensors(model).items()}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary))
+    gathered = gather_whole(tensors, ranks)
+    ranks.on_first(lambda: write_atomically(path, lambda temporary: save_file(gathered, temporary)))
+
+
+def gather_whole(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """Whole tensors in main memory of the first process, one gathered at a time; empty in the others."""
+    out = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor)
+        if ranks.first:
+            out[name] = full.contiguous().cpu()
+    return out
 
 
 @torch.no_grad()
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Copy stored tensors into a model, in place (optimizers keep pointing at the same parameters).
+def load_tensors(path: Path, own: Mapping[str, Tensor], put: Callable[[str, Tensor], Any] | None = None) -> None:
+    """Copy stored tensors into `own` ones in place (optimizers keep pointing at the same parameters).
+
+    Args:
+        path: Of `save_tensors`.
+        own: By name; each process reads its parts of sharded ones.
+        put: Called with name and value (this process's part) instead of copying.
 
     Raises:
         CheckpointError: Names, shapes or dtypes differ; nothing is copied then.
     """
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
-    stored, own = load_file(path), model_tensors(model)
-    missing, extra = sorted(own.keys() - stored.keys()), sorted(stored.keys() - own.keys())
-    odd = [
-        f"{n}: expected {tuple(own[n].shape)} {own[n].dtype}, found {tuple(stored[n].shape)} {stored[n].dtype}"
-        for n in own.keys() & stored.keys()
-        if own[n].shape != stored[n].shape or own[n].dtype != stored[n].dtype
-    ]
-    if missing or extra or odd:
+    if not path.exists():
         raise CheckpointError(
-            f"{path} belongs to another model: missing {missing[:3]}, unknown {extra[:3]}, differing {odd[:3]}; "
-            "resume with the model that the run was started with"
+            f"expected weights in {path}, found no such file; start the run anew in another directory"
         )
-    for name, tensor in own.items():
-        tensor.copy_(stored[name])
+    with safe_open(path, framework="pt") as file:
+        names = set(file.keys())
+        missing, extra = sorted(own.keys() - names), sorted(names - own.keys())
+        odd = []
+        for name in sorted(own.keys() & names):
+            stored = file.get_tensor(name)
+            if own[name].shape != stored.shape or own[name].dtype != stored.dtype:
+                here, there = (f"{tuple(t.shape)} {t.dtype}" for t in (own[name], stored))
+                odd.append(f"{name}: expected {here}, found {there}")
+        if missing or extra or odd:
+            raise CheckpointError(
+                f"{path} belongs to another model: missing {missing[:3]}, unknown {extra[:3]}, differing {odd[:3]}; "
+                "resume with the model that the run was started with"
+            )
+        for name, tensor in own.items():
+            value = placed(file.get_tensor(name), tensor)
+            if put is not None:
+                put(name, value)
+            else:
+                local(tensor).copy_(value)
 
 
 def rng_state() -> dict[str, Any]:
@@ -109,11 +151,12 @@ def nested_tuples(value: Any) -> Any:
 class RunDirectory:
     """Files of one run. See the module's text for the layout."""
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path | str, ranks: Ranks | None = None) -> None:
+        self.path, self.ranks = Path(path), ranks or Ranks()
         self.metrics_path = self.path / "metrics.jsonl"
         self.config_path = self.path / "config.json"
         self.checkpoints_path = self.path / "checkpoints"
+        self.references_path = self.path / "references"
 
     def start(self, config: Mapping[str, Any]) -> None:
         """Create the directory for a new run.
@@ -121,6 +164,9 @@ class RunDirectory:
         Raises:
             CheckpointError: It holds a run already.
         """
+        self.ranks.on_first(lambda: self._start(config))
+
+    def _start(self, config: Mapping[str, Any]) -> None:
         if self.config_path.exists() or self.metrics_path.exists():
             raise CheckpointError(
                 f"{self.path} already holds a run; resume it with run(..., resume=True) or choose another directory"
@@ -157,6 +203,8 @@ class RunDirectory:
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Add one line of metrics; a non-finite number is written as null (JSON has none)."""
+        if not self.ranks.first:
+            return
         with open(self.metrics_path, "a") as f:
             f.write(json_line(line))
 
@@ -166,6 +214,9 @@ class RunDirectory:
         Raises:
             CheckpointError: Fewer lines than the checkpoint had seen.
         """
+        return self.ranks.on_first(lambda: self._truncate(last_step))
+
+    def _truncate(self, last_step: int) -> list[dict[str, Any]]:
         kept: list[dict[str, Any]] = []
         for text in self.metrics_path.read_text().splitlines():
             try:
@@ -188,12 +239,22 @@ class RunDirectory:
         return len(self.metrics_path.read_text().splitlines()) if self.metrics_path.exists() else 0
 
     def save_checkpoint(self, step: int, model: nn.Module, state: Mapping[str, Any], keep: int) -> None:
-        """Write a checkpoint and drop the oldest beyond `keep`. Complete under its final name, or absent."""
+        """Write a checkpoint and drop the oldest beyond `keep`. Complete under its final name, or absent.
+
+        `state["reference"]` and `state["stage_start"]` are steps whose weights the run still compares with, or None;
+        references that no checkpoint needs any more go too.
+        """
+        weights = gather_whole(model_tensors(model), self.ranks)
+        self.ranks.on_first(partial(self._save, step, weights, gather_state(dict(state), self.ranks), keep))
+
+    def _save(self, step: int, weights: Mapping[str, Tensor], state: Mapping[str, Any], keep: int) -> None:
+        from safetensors.torch import save_file
+
         final = self.checkpoints_path / f"step-{step:08d}"
         temporary = self.checkpoints_path / f".tmp-{uuid.uuid4().hex[:8]}"
         temporary.mkdir(parents=True)
         try:
-            save_weights(temporary / "model.safetensors", model)
+            write_atomically(temporary / "model.safetensors", lambda path: save_file(dict(weights), path))
             write_atomically(temporary / "state.pt", lambda path: torch.save(dict(state), path))
             if final.exists():  # same step, saved before the interruption that we resumed from
                 shutil.rmtree(final)
@@ -202,6 +263,25 @@ class RunDirectory:
             shutil.rmtree(temporary, ignore_errors=True)
         for old in self.checkpoints()[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
+        needed = {self.reference(step) for step in (state["reference"], state["stage_start"]) if step is not None}
+        for older, newer in pairwise(sorted(self.references_path.glob("step-*.safetensors"))):
+            # every checkpoint that is left was made after `newer` replaced it
+            if newer.stem <= self.checkpoints()[0].name and older not in needed:
+                older.unlink()
+
+    def reference(self, step: int) -> Path:
+        """The frozen weights taken at a step."""
+        return self.references_path / f"step-{step:08d}.safetensors"
+
+    def sweep(self) -> None:
+        """Remove what a killed process left half-written."""
+        if not self.ranks.first:
+            return
+        for folder in self.checkpoints_path.glob(".tmp-*"):
+            shutil.rmtree(folder, ignore_errors=True)
+        for folder in (self.path, self.path / "bases", self.references_path):
+            for file in folder.glob(".*.tmp"):
+                file.unlink(missing_ok=True)
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
@@ -217,7 +297,7 @@ class RunDirectory:
         if not paths:
             return None
         try:
-            state = torch.load(paths[-1] / "state.pt", map_location="cpu", weights_only=True)
+            state = torch.load(paths[-1] / "state.pt", map_location="cpu", weights_only=True, mmap=True)
             load_weights(paths[-1] / "model.safetensors", model)
         except CheckpointError:
             raise

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from .parallel import gathered
 from .text import SpecialTokens, forward_accepts, left_pad, position_ids
 
 
@@ -100,12 +101,16 @@ def sample(
     max_new_tokens: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
-    generator: torch.Generator | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> Rollout:
     """Sample `num_samples` completions of every prompt.
 
     Prompts are prefilled once each and their cache repeated, then all rows decode in lockstep until every row has
     ended or reached the limit. The model is in eval mode meanwhile and back in its own mode afterwards.
+
+    A prompt's completions depend on the prompt, its seed and the weights, not on what else is in the batch or on the process
+    that samples them (up to rounding: other batches make other matrix products, and a token changes when its random number
+    falls within that of the border between two tokens).
 
     Args:
         model: Causal LM whose output has `logits` and `past_key_values`.
@@ -115,13 +120,13 @@ def sample(
         max_new_tokens: Limit L on the completion, its end-of-sequence token included.
         temperature: 0 takes the likeliest token (log-probabilities are then those at temperature 1).
         top_p: Nucleus.
-        generator: On the model's device; None uses torch's global one.
+        seeds: One per prompt; None draws them from torch's global generator.
 
     Returns:
         The completions with the log-probabilities they were sampled at.
 
     Raises:
-        ValueError: No prompt, an empty prompt, or numbers out of range.
+        ValueError: No prompt, an empty prompt, another number of seeds, or numbers out of range.
         FloatingPointError: The model's logits are not finite.
     """
     if not prompts or not all(len(p) for p in prompts):
@@ -131,13 +136,69 @@ def sample(
             "sample: expected num_samples >= 1, max_new_tokens >= 1, temperature >= 0 and 0 < top_p <= 1, "
             f"found {num_samples}, {max_new_tokens}, {temperature}, {top_p}"
         )
+    if seeds is None:
+        seeds = torch.randint(2**62, (len(prompts),)).tolist()
+    if len(seeds) != len(prompts):
+        raise ValueError(f"sample: expected one seed per prompt, found {len(seeds)} for {len(prompts)} prompts")
     device = next(model.parameters()).device
+    # [B, L] in [0, 1): everything random about the batch. Made on the CPU, so that every device draws the same.
+    drawn = [
+        torch.rand(num_samples, max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        for seed in seeds
+    ]
     was_training = model.training
     model.eval()
     try:
-        return _decode(model, prompts, tokens, num_samples, max_new_tokens, temperature, top_p, generator, device)
+        return _decode(model, prompts, tokens, num_samples, temperature, top_p, torch.cat(drawn).to(device))
     finally:
         model.train(was_training)
+
+
+class Sampler(Protocol):
+    """Where completions come from: the model itself (`ModelSampler`), or an engine that serves a copy of it."""
+
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        *,
+        num_samples: int,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float = 1.0,
+    ) -> Rollout:
+        """As `sample`."""
+        ...
+
+
+class ModelSampler:
+    """Samples from the model that is trained. Under FSDP2 every process holds the whole parameters meanwhile.
+
+    Args:
+        model: Causal LM.
+        tokens: Padding, end and banned ids.
+    """
+
+    def __init__(self, model: Any, tokens: SpecialTokens) -> None:
+        self.model, self.tokens = model, tokens
+
+    def __call__(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], **settings: Any) -> Rollout:
+        with gathered(self.model):
+            return sample(self.model, prompts, self.tokens, seeds=seeds, **settings)
+
+
+def choose(logp: Tensor, uniform: Tensor) -> Tensor:
+    """The token [B] where the cumulated probability passes `uniform` [B] in [0, 1).
+
+    Args:
+        logp: [B, V], not necessarily normalised; tokens of probability 0 are never chosen.
+        uniform: float64.
+    """
+    cumulated = logp.exp().double().cumsum(-1)  # [B, V]
+    total = cumulated[:, -1]
+    # rounding could make the product the total itself, which lies beyond every token
+    at = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulated, at[:, None], right=True)[:, 0]
 
 
 def _decode(
@@ -145,12 +206,11 @@ def _decode(
     prompts: Sequence[Sequence[int]],
     tokens: SpecialTokens,
     num_samples: int,
-    max_new_tokens: int,
     temperature: float,
     top_p: float,
-    generator: torch.Generator | None,
-    device: torch.device,
+    uniform: Tensor,
 ) -> Rollout:
+    device, max_new_tokens = uniform.device, uniform.shape[1]
     prompt_ids, prompt_mask = left_pad(prompts, tokens.pad, device)  # [P0, P]
     with_positions = forward_accepts(model, "position_ids")
     last_only = {"logits_to_keep": 1} if forward_accepts(model, "logits_to_keep") else {}
@@ -179,10 +239,7 @@ def _decode(
     ids_out, mask_out, logp_out, entropy_out = [], [], [], []
     for t in range(max_new_tokens):
         logp = tempered_log_softmax(logits, temperature or 1.0, tokens.banned)  # [B, V]
-        if temperature == 0:
-            chosen = logp.argmax(-1)
-        else:
-            chosen = torch.multinomial(nucleus(logp, top_p).exp(), 1, generator=generator)[:, 0]
+        chosen = logp.argmax(-1) if temperature == 0 else choose(nucleus(logp, top_p), uniform[:, t])
         chosen_logp = logp.gather(-1, chosen[:, None])[:, 0]
         ids_out.append(torch.where(alive, chosen, tokens.pad))
         mask_out.append(alive)

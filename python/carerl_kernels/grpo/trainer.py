@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,22 +13,28 @@ import torch
 from torch import nn
 
 from .._files import write_bytes_atomically
+from ..guard.editors import Editor
 from .config import COSMETIC_FIELDS, GRPOConfig, Stage, lr_factor, stage_names
 from .domain import Domain, domain_table
 from .evaluate import example_scores, mean_score
 from .learner import Guard, Learner
+from .parallel import spread_optimizer, spread_state
 from .plots import plot_accuracy, plot_training
 from .progress import StageProgress, quiet_transformers
+from .reference import FrozenWeights
 from .rollout import prompt_counts
 from .rundir import (
     CheckpointError,
     RunDirectory,
-    load_weights,
+    gather_whole,
+    load_tensors,
+    model_tensors,
     nested_tuples,
     rng_state,
-    save_weights,
+    save_tensors,
     set_rng_state,
 )
+from .sampling import Sampler
 from .watch import Monitor, per_example
 
 
@@ -37,17 +42,22 @@ class GRPOTrainer:
     """Trains a causal LM with GRPO over several domains, in sequence or mixed, optionally behind a guard.
 
     Args:
-        model: Any transformers causal LM. Losses run in the mode (train or eval) it arrives in.
+        model: Any transformers causal LM, spread over processes by `parallel.shard` or whole. Losses run in the mode (train
+            or eval) it arrives in.
         tokenizer: Its tokenizer.
         domains: What can be trained and evaluated.
         config: Settings; defaults if None.
         guard: Edits what the optimizer does to protect earlier domains; None trains plainly.
         monitor: Sees every line of metrics and the scores behind every evaluation; what it says of them is the line's
             "monitor". At the end of a stage its domains are measured from where they are then.
+        editor: Combines one gradient per domain of a batch (PCGrad and others, `carerl_kernels.guard.editors`); None: their
+            sum. A backward pass per domain.
         run_dir: Where records go; None keeps them in `history` only, without resume.
         make_optimizer: `make_optimizer(parameters) -> Optimizer`; default AdamW of the configuration. The trainer sets
             every group's "lr" before each step.
-        on_step: Called with each line of metrics after it is on disk.
+        sampler: Writes the completions; None: the model itself does.
+        recipe: What else decides the run (model, data, guard), as plain JSON; recorded, and compared when resuming.
+        on_step: Called with each line of metrics after it is on disk, in every process.
 
     Attributes:
         history: The lines of metrics.jsonl.
@@ -68,23 +78,32 @@ class GRPOTrainer:
         *,
         guard: Guard | None = None,
         monitor: Monitor | None = None,
+        editor: Editor | None = None,
         run_dir: Path | str | None = None,
         make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
+        sampler: Sampler | None = None,
+        recipe: Mapping[str, Any] | None = None,
         on_step: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.guard, self.monitor = model, tokenizer, guard, monitor
+        self.model, self.tokenizer = model, tokenizer
+        self.guard, self.monitor, self.editor = guard, monitor, editor
         self.config = config or GRPOConfig()
         self.domains = domain_table(domains)
-        self.directory = None if run_dir is None else RunDirectory(run_dir)
         self.history: list[dict[str, Any]] = []
         self.guard_reports: dict[str, dict[str, Any]] = {}
-        self._learner = Learner(model, tokenizer, self.domains, self.config, guard, monitor)
+        self._learner = Learner(model, tokenizer, self.domains, self.config, guard, monitor, editor, sampler)
+        self.ranks = self._learner.ranks
+        self.directory = None if run_dir is None else RunDirectory(run_dir, self.ranks)
+        self._recipe = recipe
         self._clock = self._learner.clock
         self.seconds = self._clock.totals
         self._make_optimizer = make_optimizer or self._adamw
         self._on_step = on_step
         self._optimizer: torch.optim.Optimizer | None = None
+        self._stage_start: FrozenWeights | None = None  # where a stage ends between its start and what was trained
+        self._stage_start_step: int | None = None
         self._step = 0
+        self._reference_step: int | None = None
 
     def run(self, stages: Sequence[Stage], *, resume: bool = False) -> list[dict[str, Any]]:
         """Train the stages in order.
@@ -92,8 +111,9 @@ class GRPOTrainer:
         Args:
             stages: What to train, and for how long.
             resume: Continue the run in `run_dir` from its latest checkpoint, or start it when there is none yet. The
-                result is bitwise that of an uninterrupted run on the same machine and thread count (timings aside).
-                Model, tokenizer, domains and guard must be built as for the first start; weights come from the disk.
+                result is bitwise that of an uninterrupted run on the same machine, number of processes and threads (timings
+                aside); with another number of processes it differs by rounding. Model, tokenizer, domains and guard must be
+                built as for the first start; weights come from the disk.
 
         Returns:
             `history`.
@@ -118,7 +138,7 @@ class GRPOTrainer:
                 self.guard.add(self._basis_path(name))
         if state is not None and first == len(stages):
             self._restore(state)
-        with StageProgress(self.config.progress) as progress:
+        with StageProgress(self.config.progress and self.ranks.first) as progress:
             if state is None:
                 line = self._watched({"step": 0, "stage": None}, evaluate=True)
                 self._record({**line, "seconds": self._clock.drain()})
@@ -145,7 +165,8 @@ class GRPOTrainer:
         if self._optimizer is None or config.fresh_optimizer:
             self._optimizer = self._make_optimizer(self._learner.parameters)
         optimizer = self._optimizer
-        self._set_reference(index, offset)
+        self._set_reference(index, offset, state)
+        self._keep_start(offset, state)
         if state is not None and offset == 0:
             self._restore(state)
         earlier = [d for d in dict.fromkeys(d for s in stages[:index] for d in s.domains) if d not in stage.domains]
@@ -158,11 +179,15 @@ class GRPOTrainer:
                 )
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                counts = prompt_counts(stage.domains, earlier, config.prompts_per_step, config.replay_fraction, done)
-                metrics = self._learner.step(optimizer, counts, stage.name)
+                counts = prompt_counts(
+                    stage.domains, earlier, config.prompts_per_step, config.replay_fraction, done, stage.shares
+                )
+                metrics = self._learner.step(optimizer, counts, stage.name, earlier)
                 self._step += 1
                 last = done + 1 == stage.steps
                 due = last or (config.eval_every > 0 and (done + 1) % config.eval_every == 0)
+                if last and self._stage_start is not None:
+                    self._stage_start.pull(config.stage_interpolation)
                 position = {"step": self._step, "stage": name, "stage_step": done + 1, "lr": lr}
                 line = self._watched({**position, **metrics}, evaluate=due)
                 line["seconds"] = self._clock.drain()
@@ -174,7 +199,7 @@ class GRPOTrainer:
                     self._on_step(line)
         if self.guard is not None:
             self.guard_reports[name] = self.guard.report()
-            if self.directory is not None:
+            if self.directory is not None and self.ranks.first:
                 text = json.dumps(self.guard_reports[name], indent=2, default=str) + "\n"
                 write_bytes_atomically(self.directory.path / "bases" / f"{name}.report.json", text.encode())
         if self.monitor is not None:
@@ -201,20 +226,37 @@ class GRPOTrainer:
         config = self.config
         return torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
 
-    def _set_reference(self, index: int, offset: int) -> None:
+    def _set_reference(self, index: int, offset: int, state: dict[str, Any] | None) -> None:
         """Freeze the weights that the KL term compares with, or bring the frozen ones back after an interruption."""
         if self.config.kl_beta == 0:
             return
-        path = None if self.directory is None else self.directory.path / "reference.safetensors"
         starts_here = offset == 0 and (index == 0 or self.config.kl_reference == "stage")
-        if self._learner.reference is None:
-            self._learner.reference = copy.deepcopy(self.model).eval().requires_grad_(False)
-            if not starts_here and path is not None:
-                load_weights(path, self._learner.reference)
+        weights = self._learner.reference
+        if weights is None:
+            weights = self._learner.reference = FrozenWeights(self.model)
+            if state is not None and not starts_here:
+                self._reference_step = self._keep(weights, state["reference"])
         if starts_here:
-            self._learner.reference.load_state_dict(self.model.state_dict())
-            if path is not None:
-                save_weights(path, self.model)
+            self._reference_step = self._keep(weights, None)
+
+    def _keep_start(self, offset: int, state: dict[str, Any] | None) -> None:
+        """Keep the parameters as a stage begins, where it will end between both, or bring those kept back."""
+        if self.config.stage_interpolation == 1:
+            return
+        self._stage_start = self._stage_start or FrozenWeights(self.model)
+        self._stage_start_step = self._keep(
+            self._stage_start, None if state is None or offset == 0 else state["stage_start"]
+        )
+
+    def _keep(self, weights: FrozenWeights, step: int | None) -> int:
+        """Takes the present weights, or with a step those kept then; returns the step they are of."""
+        if step is not None and self.directory is not None:
+            load_tensors(self.directory.reference(step), weights.parameters, weights.put)
+            return step
+        weights.take()
+        if self.directory is not None:
+            save_tensors(self.directory.reference(self._step), weights.parameters, self.ranks)
+        return self._step
 
     def _watched(self, line: dict[str, Any], *, evaluate: bool) -> dict[str, Any]:
         """The line with its evaluation, if one is due, and with what the monitor says."""
@@ -245,6 +287,8 @@ class GRPOTrainer:
                     num_samples=config.eval_samples,
                     batch_size=config.eval_batch_size,
                     seed=config.seed,
+                    sampler=self._learner.sampler,
+                    ranks=self.ranks,
                 )
                 for name, domain in self.domains.items()
                 if domain.eval_examples
@@ -258,11 +302,15 @@ class GRPOTrainer:
             return None
         settings = {
             "config": self.config.model_dump(mode="json"),
-            "stages": [{"domain": s.domain, "steps": s.steps, "lr": s.lr} for s in stages],
+            "stages": [{"domain": s.domain, "steps": s.steps, "lr": s.lr, "shares": s.shares} for s in stages],
             "domains": list(self.domains),
             "guarded": self.guard is not None,
+            "editor": None if self.editor is None else type(self.editor).__name__,
             "parameters": sum(p.numel() for p in self._learner.parameters),
+            "recipe": None if self._recipe is None else dict(self._recipe),
+            "processes": self.ranks.size,
         }
+        self.directory.sweep()
         if not resume or not self.directory.config_path.exists():
             self.directory.start(settings)
             return None
@@ -273,7 +321,8 @@ class GRPOTrainer:
                 raise CheckpointError(
                     f"{self.directory.path} has metrics of training but no checkpoint; delete it and start anew"
                 )
-            self.directory.metrics_path.unlink(missing_ok=True)  # stopped during the evaluation before training
+            if self.ranks.first:
+                self.directory.metrics_path.unlink(missing_ok=True)  # stopped during the evaluation before training
             return None
         self.history = self.directory.truncate(state["step"])
         self._step = state["step"]
@@ -284,17 +333,19 @@ class GRPOTrainer:
         if state["optimizer"] is not None:
             if self._optimizer is None:
                 self._optimizer = self._make_optimizer(self._learner.parameters)
-            self._optimizer.load_state_dict(state["optimizer"])
+            self._optimizer.load_state_dict(spread_optimizer(state["optimizer"], self._optimizer))
         if self.guard is not None:
-            self.guard.load_state_dict(state["guard"])
+            self.guard.load_state_dict(spread_state(state["guard"], self.guard.state_dict()))
         if self.monitor is not None and state.get("monitor") is not None:
             self.monitor.load_state_dict(state["monitor"])
+        if self.editor is not None:
+            self.editor.load_state_dict(state["editor"])
         for name, rewards in state.get("rewards", {}).items():
             reward: Any = self.domains[name].reward
             reward.load_state_dict(rewards)
         self._learner.rng.setstate(nested_tuples(state["prompts"]))
-        self._learner.generator.set_state(state["sampler"])
-        set_rng_state(state["global"])
+        kept = state["global"]  # one per process; another number of processes goes on with the first one's
+        set_rng_state(kept[self.ranks.rank if len(kept) == self.ranks.size else 0])
 
     def _checkpoint(self, stage: int, stage_step: int) -> None:
         if self.directory is None:
@@ -307,14 +358,16 @@ class GRPOTrainer:
             "optimizer": self._optimizer.state_dict() if carries and self._optimizer is not None else None,
             "guard": None if self.guard is None else self.guard.state_dict(),
             "monitor": None if self.monitor is None else self.monitor.state_dict(),
+            "editor": None if self.editor is None else self.editor.state_dict(),
             "rewards": {
                 name: domain.reward.state_dict()
                 for name, domain in self.domains.items()
                 if hasattr(domain.reward, "state_dict")
             },
             "prompts": self._learner.rng.getstate(),
-            "sampler": self._learner.generator.get_state(),
-            "global": rng_state(),
+            "reference": self._reference_step,
+            "stage_start": self._stage_start_step,
+            "global": self.ranks.gather(rng_state()),
         }
         with self._clock("save"):
             self.directory.save_checkpoint(self._step, self.model, state, self.config.keep_checkpoints)
@@ -330,10 +383,16 @@ class GRPOTrainer:
             return
         model: Any = self.model
         if hasattr(model, "save_pretrained"):
-            with quiet_transformers():
-                model.save_pretrained(self.directory.path / "model")
-                self.tokenizer.save_pretrained(self.directory.path / "model")
-        if not self.config.plots:
+            weights = gather_whole(model_tensors(model), self.ranks)  # tied ones once, as transformers has it
+
+            def write() -> None:
+                with quiet_transformers():
+                    model.save_pretrained(folder, state_dict=weights)
+                    self.tokenizer.save_pretrained(folder)
+
+            folder = self.directory.path / "model"
+            self.ranks.on_first(write)
+        if not self.config.plots or not self.ranks.first:
             return
         ends = [sum(s.steps for s in stages[: i + 1]) for i in range(len(stages))]
         try:

@@ -52,8 +52,23 @@ class Editor(Protocol):
 
     def cost(self, domains: int) -> Cost: ...
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on exactly."""
 
-class GramEditor:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Stateless:
+    """An editor that remembers nothing between steps."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """See :class:`Editor`."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class GramEditor(Stateless):
     """Weighted sums of the domains' gradients, weights a function of their inner products.
 
     Args:
@@ -135,6 +150,15 @@ class PCGrad(GramEditor):
         super().__init__(self._project, per_module, names, shards)
         self._rng = random.Random(seed)
 
+    def state_dict(self) -> dict[str, Any]:
+        """See :class:`Editor`."""
+        return {"order": self._rng.getstate()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See :class:`Editor`."""
+        version, numbers, gauss = state["order"]
+        self._rng.setstate((version, tuple(numbers), gauss))
+
     def _project(self, gram: Tensor) -> Tensor:
         D = gram.shape[0]
         total = torch.zeros(D, dtype=torch.float64)
@@ -162,7 +186,7 @@ def torchjd_editor(weighting: Callable[[Any], Tensor], shards: Shards | None = N
     return GramEditor(lambda gram: weighting(gram).double(), shards=shards)
 
 
-class GPM:
+class GPM(Stateless):
     """Gradient projection memory (Saha et al. 2021, arXiv:2103.09762): what lies in the span of earlier stages' inputs is
     removed from the summed gradient.
 

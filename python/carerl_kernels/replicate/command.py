@@ -1,0 +1,130 @@
+"""``carerl replicate``: run a grid, or one of its cells, and report."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .cells import Record
+    from .grid import Grid
+
+
+def replicate(
+    preset: Annotated[str, typer.Option(help="small, full, or a YAML file with settings, methods and runs.")] = "small",
+    out: Annotated[Path, typer.Option(help="Directory that keeps raw lines, report and pictures.")] = Path(
+        "runs/replicate"
+    ),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with what OUT holds; cells that are there stay.")
+    ] = False,
+    cell: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this cell, SETTING/METHOD@LR/SEED; may be repeated. Compared with DATA."),
+    ] = None,
+    setting: Annotated[list[str] | None, typer.Option(help="Only this setting; may be repeated.")] = None,
+    report: Annotated[bool, typer.Option("--report", help="Run nothing: tables from DATA.")] = False,
+    data: Annotated[
+        Path | None, typer.Option(help="Raw lines to report on or compare with; by default those of OUT.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default the usable cores.")] = None,
+    list_cells: Annotated[bool, typer.Option("--list", help="Print the cells and which are done.")] = False,
+) -> None:
+    """Does it help? Guards, baselines and controls over tasks and seeds; every cell is recorded as it ends."""
+    from ..cli import _plain_errors
+
+    with _plain_errors("replicate", "train"):
+        from rich.console import Console
+
+        from .cells import RAW, read_records, recorded
+        from .grid import Grid, GridError
+        from .report import write_report
+
+        console, grid = Console(), Grid.load(preset)
+        source = data or out / RAW
+        if report:
+            records = read_records(source)
+            if not records:
+                raise GridError(
+                    f"expected raw lines of cells in {source}, found none; run cells first, or name a file by --data"
+                )
+            print(write_report(grid, _only(records, setting), out))
+            return
+        cells = [grid.cell(name) for name in cell] if cell else list(grid.cells(setting or ()))
+        if not cells:
+            raise GridError(f"{preset}: expected cells, found none in settings {', '.join(setting or grid.settings)}")
+        done = recorded(cells, read_records(out / RAW))
+        if list_cells:
+            for one in cells:
+                console.print(f"{'done' if one.name in done else '    '} {one.name}", highlight=False)
+            return
+        if done and not (resume or cell):
+            raise GridError(
+                f"{out} holds {len(done)} of these {len(cells)} cells: --resume goes on, or name another --out"
+            )
+        before = [r for r in read_records(source) if r.cell not in {c.name for c in cells} or data is not None]
+        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+        results = _run(cells, out, workers or usable, len(done), console)
+        if cell:
+            for record in results:
+                compare(grid, record, before, console)
+        else:
+            write_report(grid, read_records(out / RAW), out)
+            console.print(f"{len(results)} cells; report, table and pictures in [bold]{out}[/]")
+
+
+def _only(records: list[Record], settings: list[str] | None) -> list[Record]:
+    return [r for r in records if not settings or r.setting in settings]
+
+
+def _run(cells: list[Any], out: Path, workers: int, done: int, console: Console) -> list[Record]:
+    """Cells behind one bar; a line for each as it ends."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from .cells import run_cells
+
+    columns = (TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("cells", total=len(cells), completed=done)
+
+        def on_event(key: str, kind: str, payload: Any) -> None:
+            if kind == "done":
+                progress.advance(bar)
+                console.print(f"{key:<36} {measures(payload)}  {payload.seconds:.0f} s", highlight=False)
+
+        return run_cells(cells, out, workers=workers, on_event=on_event)
+
+
+def measures(record: Record) -> str:
+    """The three numbers of a cell."""
+    return f"average {record.average:.3f}  forget {record.forgetting:+.3f}  new {record.new:.3f}"
+
+
+def compare(grid: Grid, record: Record, others: list[Record], console: Console) -> None:
+    """Say where a cell lies among the recorded ones of its row: equal to its own record, or within the seeds' interval."""
+    from .stats import estimate
+
+    console.print(f"{record.cell}: {measures(record)}", highlight=False)
+    row = [r for r in others if (r.setting, r.variant) == (record.setting, record.variant)]
+    same = next((r for r in row if r.cell == record.cell), None)
+    if same is not None:
+        verdict = "equal" if same.scores == record.scores else f"recorded: {measures(same)}"
+        console.print(f"  against its own record: {verdict}", highlight=False)
+    rest = [r for r in row if r.seed != record.seed]
+    if len(rest) < 2:
+        console.print(f"  other recorded seeds: {len(rest)}, too few for an interval", highlight=False)
+        return
+    for measure in ("average", "forgetting", "new"):
+        e = estimate([getattr(r, measure) for r in rest])
+        value = getattr(record, measure)
+        where = "inside" if e.holds(value) else "OUTSIDE"
+        width = e.half * (e.n + 1) ** 0.5
+        console.print(
+            f"  {measure} {value:.3f} {where} {e.mean:.3f} ± {width:.3f}, where 95 % of single seeds lie by {e.n} others",
+            highlight=False,
+        )

@@ -1,0 +1,156 @@
+"""Cells of the demonstration's language model: its tasks in sequence, or mixed with shares and noisy rewards."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..demo import tasks
+from ..grpo import Domain, Example, GRPOConfig, GRPOTrainer, Stage
+from ..guard import CapabilityGuard
+from .grid import Cell
+from .methods import editor_of, guard_of
+
+Scores = list[float]
+
+
+def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any]:
+    """Train one cell.
+
+    Args:
+        cell: Of a setting of kind "lm".
+        cache: Keeps the warm-up checkpoint that all methods of a setting and seed start from.
+        report: Called with the number of steps done.
+
+    Returns:
+        scores (per stage end, the start first, a list over domains: exact success probability at temperature 1), touched,
+        displacement and guard_share, as `cells.Record` has them.
+    """
+    setting, method, seed = cell.setting, cell.method, cell.seed
+    tokenizer = tasks.character_tokenizer(setting.domains)
+    model = warm_model(cell, tokenizer, cache)
+    pools = Pools(setting.groups, setting.steps)
+    domains = [
+        pools.limit(noisy(domain, setting.noise.get(domain.name, 0.0), seed), method.stored)
+        for domain in tasks.demo_domains(seed, setting.domains)
+    ]
+    config = GRPOConfig(
+        **{
+            "max_new_tokens": tasks.MAX_NEW_TOKENS,
+            "lr": setting.lr * cell.lr,
+            "eval_batch_size": 512,
+            "seed": seed,
+            "progress": False,
+            "plots": False,
+            **setting.train,
+            **method.train,
+        }
+    )
+    guard = guard_of(method, model, seed, setting.k)
+    trainer = GRPOTrainer(
+        model,
+        tokenizer,
+        domains,
+        config,
+        guard=guard,
+        editor=editor_of(method, model, seed),
+        on_step=lambda line: report(pools.after(line)),
+    )
+    history = trainer.run([Stage(group, setting.steps, shares=shares_of(cell, group)) for group in setting.groups])
+    return {"scores": scores_of(history, setting.domains), **guard_figures(guard, trainer)}
+
+
+def scores_of(history: Sequence[dict[str, Any]], domains: Sequence[str]) -> list[Scores]:
+    """Accuracy per domain before everything and at the end of every stage, out of the trainer's lines."""
+    last: dict[str | None, dict[str, float]] = {}
+    for line in history:
+        if "eval" in line:
+            last[line["stage"]] = line["eval"]
+    return [[scores[d] for d in domains] for scores in last.values()]
+
+
+def guard_figures(guard: CapabilityGuard | None, trainer: GRPOTrainer) -> dict[str, Any]:
+    """What the guard did: nothing to say without one."""
+    if guard is None:
+        return {}
+    seconds = trainer.seconds
+    return {
+        "touched": guard.report()["touched_share"],
+        "guard_share": (seconds.get("guard", 0.0) + seconds.get("probe", 0.0)) / sum(seconds.values()),
+        "displacement": {
+            stage: {d: row["net_displacement"] for d, row in report["domains"].items() if d != stage}
+            for stage, report in trainer.guard_reports.items()
+        },
+    }
+
+
+def warm_model(cell: Cell, tokenizer: Any, cache: Path) -> Any:
+    """The model after supervised warm-up, trained once per setting and seed."""
+    from ..grpo.rundir import load_weights, save_weights
+
+    setting, seed = cell.setting, cell.seed
+    model = tasks.tiny_model(tokenizer, seed)
+    kinds = "-".join(sorted(setting.domains))  # whatever their order later: one checkpoint
+    path = cache / "warm-up" / f"{kinds}-{setting.warm_up}-{seed}.safetensors"
+    if path.exists():
+        load_weights(path, model)
+        return model
+    domains = tasks.demo_domains(seed, sorted(setting.domains, key=list(tasks.GENERATORS).index))
+    tasks.warm_up(model, tokenizer, domains, seed=seed, steps=setting.warm_up)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_weights(path, model)
+    return model
+
+
+def shares_of(cell: Cell, group: Sequence[str]) -> tuple[float, ...] | None:
+    """Shares of a mixed stage's batches, unless the method asks for equal ones."""
+    shares = cell.setting.shares
+    return None if shares is None or len(group) < len(shares) else tuple(shares[d] for d in group)
+
+
+def noisy(domain: Domain, spread: float, seed: int) -> Domain:
+    """A judged domain: what the verifier says plus normal noise; evaluation stays exact."""
+    if not spread:
+        return domain
+    verify, rng = domain.reward, random.Random(f"judge-{domain.name}-{seed}")
+    assert callable(verify)
+
+    def judge(example: Example, text: str) -> float:
+        return float(verify(example, text) or 0.0) + rng.gauss(0.0, spread)
+
+    domain.reward = judge
+    return domain
+
+
+class Pools:
+    """What of a domain's prompts there is to draw from: all in its own stage, what the method stores afterwards.
+
+    Args:
+        groups: Domains of each stage.
+        steps: Of a stage.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[str]], steps: int) -> None:
+        self._groups, self._steps, self._done = groups, steps, 0
+
+    def after(self, line: dict[str, Any]) -> int:
+        """Take note of a line of metrics; returns the number of steps done."""
+        self._done = int(line["step"])
+        return self._done
+
+    def limit(self, domain: Domain, stored: int | None) -> Domain:
+        """The domain, drawing from its first `stored` training examples outside of stages of its own."""
+        everything = domain.sample
+        if stored is None:
+            return domain
+        domain.probe_examples = list(domain.probe_examples)[:stored]
+        kept = domain.probe_examples
+
+        def sample(rng: random.Random, n: int) -> Sequence[Example]:
+            now = self._groups[min(self._done // self._steps, len(self._groups) - 1)]
+            return everything(rng, n) if domain.name in now else rng.choices(kept, k=n)
+
+        domain.sample = sample
+        return domain

@@ -1,0 +1,241 @@
+"""Tables, pictures and sentences out of records: what is significant and what is not."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from .._files import write_atomically, write_bytes_atomically
+from .cells import Record
+from .grid import Grid
+from .stats import Estimate, estimate, holm, pareto
+
+FRONT = "none"
+"""The method whose learning rates are the front that everything has to beat."""
+ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one learning rate over the seeds of a setting.
+
+    Attributes:
+        variant: METHOD@LR.
+        records: By seed.
+        average, forgetting, retention, new: Over seeds.
+        against: Paired difference of averages to the best learning rate of the front, and p after Holm over the table.
+    """
+
+    variant: str
+    records: dict[int, Record]
+    against: Estimate | None = None
+    corrected: float | None = None
+
+    @property
+    def method(self) -> str:
+        return self.variant.partition("@")[0]
+
+    def of(self, measure: str) -> Estimate:
+        """Over seeds: average, forgetting, retention or new."""
+        return estimate([getattr(r, measure) for r in self.records.values()])
+
+    def mean(self, field: str) -> float | None:
+        """Of touched or guard_share, where recorded."""
+        values = [v for r in self.records.values() if (v := getattr(r, field)) is not None]
+        return fmean(values) if values else None
+
+
+def paired(row: Row, other: Row, measure: str) -> Estimate | None:
+    """Difference over the seeds that both have; None with fewer than two."""
+    seeds = sorted(row.records.keys() & other.records.keys())
+    if len(seeds) < 2:
+        return None
+    return estimate([getattr(row.records[s], measure) - getattr(other.records[s], measure) for s in seeds])
+
+
+def rows_of(records: Iterable[Record], setting: str, confirming: bool = True) -> list[Row]:
+    """Rows of a setting's table, best average first, compared with the best learning rate of the front.
+
+    Args:
+        records: Of any settings.
+        setting: Which.
+        confirming: Seeds that nothing was chosen on, or those that were used for choosing.
+    """
+    groups: dict[str, dict[int, Record]] = {}
+    for record in records:
+        if record.setting == setting and record.confirms == confirming:
+            groups.setdefault(record.variant, {})[record.seed] = record
+    rows = [Row(variant, by_seed) for variant, by_seed in groups.items()]
+    front = [r for r in rows if r.method == FRONT]
+    if front:
+        best = max(front, key=lambda r: (len(r.records), r.of("average").mean))
+        compared = [(r, d) for r in rows if r is not best and (d := paired(r, best, "average")) is not None]
+        for (row, difference), p in zip(compared, holm([d.p for _, d in compared]), strict=True):
+            rows[rows.index(row)] = Row(row.variant, row.records, difference, p)
+    return sorted(rows, key=lambda r: -r.of("average").mean)
+
+
+def table(grid: Grid, setting: str, rows: Sequence[Row]) -> str:
+    """A Markdown table; behind every row the name of a cell to rerun."""
+    front = [r for r in rows if r.method == FRONT and r.against is None]
+    best = front[0].variant if front else "-"
+    lines = [
+        f"| method@lr | keeps | seeds | average | forget | new | touched | average - {best} | p (Holm) | one cell |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    optimal = {rows[i].variant for i in pareto([(r.of("retention").mean, r.of("new").mean) for r in rows])}
+    for row in rows:
+        method = grid.methods.get(row.method)
+        star = "\\*" if row.variant in optimal else ""
+        touched = row.mean("touched")
+        difference = "" if row.against is None else f"{signed(row.against.mean)} ± {short(row.against.half)}"
+        p = "" if row.corrected is None else (f"{row.corrected:.3f}" if row.corrected >= 0.001 else "<.001")
+        cells = [
+            f"{row.variant}{star}",
+            "?" if method is None else method.memory,
+            str(len(row.records)),
+            spread(row.of("average")),
+            spread(row.of("forgetting")),
+            spread(row.of("new")),
+            "" if touched is None else short(touched),
+            difference,
+            p.replace("0.", ".", 1),
+            f"`{setting}/{row.variant}/{min(row.records)}`",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def verdicts(rows: Sequence[Row]) -> list[str]:
+    """Who is better, who is worse than the best learning rate after correction, and what cannot be told."""
+    compared = [r for r in rows if r.against is not None and r.method != FRONT]
+    if not compared:
+        return ["Nothing to compare: too few seeds, or no plain learning rate."]
+
+    def names(chosen: Iterable[Row]) -> str:
+        return ", ".join(r.variant for r in chosen) or "none"
+
+    def significant(row: Row) -> bool:
+        return row.corrected is not None and row.corrected < ALPHA
+
+    better = [r for r in compared if significant(r) and r.against and r.against.mean > 0]
+    worse = [r for r in compared if significant(r) and r.against and r.against.mean < 0]
+    rest = [r for r in compared if not significant(r)]
+    return [
+        f"Better average than the best plain learning rate (p < .05 after Holm): {names(better)}.",
+        f"Worse: {names(worse)}.",
+        f"Not told apart: {names(rest)}.",
+    ]
+
+
+def versus(rows: Sequence[Row], candidates: Sequence[str]) -> str:
+    """A Markdown table: each candidate against every other row, paired, Holm over the candidate's comparisons."""
+    by_name = {r.variant: r for r in rows}
+    lines = [
+        "| candidate | against | seeds | average | forget | new | p (average, Holm) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in candidates:
+        if name not in by_name:
+            continue
+        others = [(o, d) for o in rows if o.variant != name and (d := paired(by_name[name], o, "average")) is not None]
+        for (other, d), p in zip(others, holm([d.p for _, d in others]), strict=True):
+            forget, new = (paired(by_name[name], other, m) for m in ("forgetting", "new"))
+            assert forget is not None and new is not None
+            cells = [name, other.variant, str(d.n), *(f"{signed(e.mean)} ± {short(e.half)}" for e in (d, forget, new))]
+            lines.append("| " + " | ".join([*cells, f"{p:.3f}".replace("0.", ".", 1)]) + " |")
+    return "\n".join(lines)
+
+
+def write_report(grid: Grid, records: Sequence[Record], out: Path) -> str:
+    """report.md, cells.csv and a picture per setting, beside the raw lines; returns the report's text."""
+    parts = ["# Replication study", "", LEGEND, ""]
+    for setting in dict.fromkeys(r.setting for r in records):
+        rows = rows_of(records, setting)
+        chosen = rows_of(records, setting, confirming=False)
+        text = grid.settings[setting].text if setting in grid.settings else "not in this grid"
+        parts += [f"## {setting}: {text}", ""]
+        if rows:
+            parts += [table(grid, setting, rows), "", *verdicts(rows), ""]
+        if chosen:
+            parts += [
+                f"Seeds used for choosing (no part of the verdicts), {setting}:",
+                "",
+                table(grid, setting, chosen),
+                "",
+            ]
+        try:
+            plot(out / f"{setting}.png", setting, rows or chosen)
+        except ImportError as e:
+            parts += [f"No picture: {e}", ""]
+    text = "\n".join(parts)
+    write_bytes_atomically(out / "report.md", (text + "\n").encode())
+    write_bytes_atomically(out / "cells.csv", as_csv(records).encode())
+    return text
+
+
+LEGEND = (
+    "Accuracy: exact probability of the right answer at temperature 1 on held-out examples. average: over all domains at the "
+    "end. forget: drop since the end of a domain's own stage, over the domains that the last stage did not bring. new: accuracy "
+    "at the end of a domain's own stage, over the domains after the first stage. touched: energy of the guard's corrections over "
+    "energy of all updates it saw. keeps: what is kept of earlier domains' data. ±: half of the 95 % interval over seeds "
+    "(Student's t; differences are paired). p: of the difference to the best plain learning rate, Holm over the table. \\*: not "
+    "dominated in retention and new learning. One cell: `carerl replicate --cell NAME`."
+)
+
+
+def as_csv(records: Iterable[Record]) -> str:
+    """One line per cell."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    measures = ("average", "forgetting", "retention", "new")
+    writer.writerow(["cell", "key", *measures, "touched", "guard_share", "seconds"])
+    for r in records:
+        numbers = [f"{getattr(r, m):.4f}" for m in measures]
+        writer.writerow([r.cell, r.key, *numbers, r.touched, r.guard_share, r.seconds])
+    return buffer.getvalue()
+
+
+def plot(path: Path, title: str, rows: Sequence[Row]) -> None:
+    """Retention against new learning, a point per row, the learning rates of the front joined.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    from ..grpo.plots import new_figure
+
+    figure = new_figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    front = sorted((r for r in rows if r.method == FRONT), key=lambda r: float(r.variant.partition("@")[2]))
+    axes.plot([r.of("new").mean for r in front], [r.of("retention").mean for r in front], "k.--", label="plain")
+    for row in rows:
+        x, y = row.of("new").mean, row.of("retention").mean
+        if row.method != FRONT:
+            axes.plot([x], [y], "o", markersize=4)
+        axes.annotate(row.variant, (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
+    axes.set_xlabel("new domains, right after their stage")
+    axes.set_ylabel("earlier domains at the end")
+    axes.set_title(title)
+    axes.legend()
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+
+
+def short(value: float) -> str:
+    """Three digits without the leading zero; "?" where a single seed says nothing."""
+    if value == float("inf"):
+        return "?"
+    text = f"{value:.3f}"
+    return text.replace("0.", ".", 1) if text.lstrip("-").startswith("0.") else text
+
+
+def signed(value: float) -> str:
+    return ("+" if value >= 0 else "") + short(value)
+
+
+def spread(value: Estimate) -> str:
+    """Mean and half interval."""
+    return short(value.mean) if value.n < 2 else f"{short(value.mean)} ± {short(value.half)}"

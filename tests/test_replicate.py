@@ -1,0 +1,239 @@
+"""The study: grid, cells that are never run twice, statistics against scipy, the report and the command."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from carerl_kernels.cli import app
+from carerl_kernels.replicate.cells import RAW, Record, append_record, read_records, run_cells
+from carerl_kernels.replicate.grid import PRESETS, Grid, GridError
+from carerl_kernels.replicate.report import rows_of, verdicts, versus
+from carerl_kernels.replicate.stats import estimate, holm, pareto, t_quantile, t_two_sided
+from typer.testing import CliRunner
+
+pytest.importorskip("yaml")
+
+TINY = """
+settings:
+  tiny: {text: very small, kind: bandit, stages: [a, b, c], steps: 3, lr: 0.01, k: 4}
+runs:
+  - {setting: tiny, methods: [none, remove, probed, rehearsal, surgery, interpolate, kl], seeds: [0, 1]}
+"""
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+def carerl(*arguments):
+    return CliRunner().invoke(app, ["replicate", *map(str, arguments)])
+
+
+# ------------------------------------------------------------------------------------------------------- statistics
+
+
+@pytest.mark.parametrize("df", [1, 2, 3, 7, 40])
+def test_students_t(df):
+    stats = pytest.importorskip("scipy.stats")
+    for t in (0.0, 0.3, 1.0, 2.5, 12.0, 200.0):
+        assert t_two_sided(t, df) == pytest.approx(2 * stats.t.sf(t, df), rel=1e-6, abs=1e-12)
+        assert t_two_sided(-t, df) == t_two_sided(t, df)
+    assert t_quantile(0.95, df) == pytest.approx(stats.t.ppf(0.975, df), rel=1e-6)
+
+
+def test_estimate_is_the_t_test_of_one_sample():
+    stats = pytest.importorskip("scipy.stats")
+    values = np.random.default_rng(0).normal(0.1, 0.2, size=6)
+    e = estimate(values.tolist())
+    expected = stats.ttest_1samp(values, 0.0)
+    assert (e.mean, e.p) == pytest.approx((values.mean(), expected.pvalue))
+    assert (e.low, e.high) == pytest.approx(tuple(expected.confidence_interval()))
+    assert not estimate([0.5]).holds(0.5)
+    with pytest.raises(ValueError, match="found none"):
+        estimate([])
+
+
+def test_an_interval_for_one_more_seed_holds_it_95_times_in_100():
+    draws = np.random.default_rng(1).normal(size=(1000, 6))
+    held = np.mean([estimate(row[:5].tolist()).holds(row[5]) for row in draws])
+    assert abs(held - 0.95) < 4 * (0.95 * 0.05 / 1000) ** 0.5
+
+
+def test_holm():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_pareto_keeps_ties_and_drops_what_is_dominated():
+    assert pareto([(0.0, 1.0), (1.0, 0.0), (0.5, 0.5), (0.4, 0.5), (0.5, 0.5)]) == [0, 1, 2, 4]
+
+
+# --------------------------------------------------------------------------------------------------- grid and records
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_whole(preset):
+    cells = list(Grid.load(preset).cells())
+    assert len({c.name for c in cells}) == len(cells) > 50
+
+
+def test_keys_change_with_what_decides_a_result_and_nothing_else(tiny):
+    grid, text = Grid.load(tiny), tiny.read_text()
+    cell = grid.cell("tiny/none@0.5/0")
+    tiny.write_text(text.replace("very small", "tiny"))
+    assert Grid.load(tiny).cell(cell.name).key == cell.key
+    tiny.write_text(text.replace("steps: 3", "steps: 4"))
+    assert Grid.load(tiny).cell(cell.name).key != cell.key
+    names = ("tiny/none@1/0", "tiny/none@0.5/1", "tiny/kl@0.5/0")
+    assert len({cell.key, *(grid.cell(n).key for n in names)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tiny/none", "expected a cell SETTING/METHOD@LR/SEED"),
+        ("tiny/none@x/0", "expected a cell SETTING/METHOD@LR/SEED"),
+        ("small/none@1/0", "expected a setting out of .*tiny"),
+        ("tiny/nothing@1/0", "expected a method out of none"),
+        ("tiny/none@-1/0", "positive learning rate"),
+    ],
+)
+def test_cells_that_do_not_exist(tiny, name, message):
+    with pytest.raises(GridError, match=message):
+        Grid.load(tiny).cell(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- 1", "expected a mapping with `runs`, found list"),
+        ("runs: [", "not YAML"),
+        ("runs: [{setting: nowhere, methods: [none], seeds: [0]}]", "found 'nowhere'"),
+        ("runs: [{setting: lm, methods: [nothing], seeds: [0]}]", "found 'nothing'"),
+        ("runs: [{setting: lm, methods: [none], seed: [0]}]", "seed"),
+        ("methods: {x: {text: x, lr: fast}}", "methods.x.lr"),
+    ],
+)
+def test_files_that_are_no_grid(tmp_path, text, message):
+    path = tmp_path / "grid.yaml"
+    path.write_text(text)
+    with pytest.raises(GridError, match=message):
+        Grid.load(path)
+    with pytest.raises(GridError, match="expected a preset"):
+        Grid.load(tmp_path / "missing.yaml")
+
+
+def record(cell, scores, **more):
+    return Record(cell, "k", [["a"], ["b"], ["c"]], scores, 1.0, **more)
+
+
+def test_measures_of_a_record():
+    r = record("s/m@1/0", [[0.1, 0.2, 0.3], [0.9, 0.2, 0.3], [0.6, 0.8, 0.3], [0.5, 0.6, 0.7]])
+    assert r.average == pytest.approx(0.6)
+    assert r.forgetting == pytest.approx((0.4 + 0.2) / 2)
+    assert r.retention == pytest.approx(0.55)
+    assert r.new == pytest.approx(0.75)
+    mixed = Record("s/m@1/0", "k", [["a", "b"], ["a", "b", "c"]], [[0, 0, 0], [0.8, 0.6, 0.1], [0.4, 0.7, 0.5]], 1.0)
+    assert mixed.forgetting == pytest.approx((0.4 - 0.1) / 2)
+    assert mixed.new == pytest.approx(0.5)
+
+
+def test_raw_lines_survive_a_kill(tmp_path):
+    path = tmp_path / RAW
+    first, second = (record(f"s/m@1/{i}", [[0.1] * 3] * 4, touched=0.5) for i in range(2))
+    append_record(path, first)
+    with path.open("a") as file:
+        file.write('{"cell": "s/m@1/9", "ke')
+    assert read_records(path) == [first]
+    append_record(path, second)
+    assert read_records(path) == [first, second]
+    path.write_text("nonsense\n" + path.read_text())
+    with pytest.raises(GridError, match="line 1: expected a record"):
+        read_records(path)
+
+
+# ------------------------------------------------------------------------------------------------------- runs, report
+
+
+def test_a_study_goes_on_where_it_stopped_and_repeats_itself(tiny, tmp_path):
+    grid, out = Grid.load(tiny), tmp_path / "out"
+    cells = list(grid.cells())
+    assert len(cells) == 2 * (4 + 5 + 2)  # none has four learning rates, interpolate two
+    ran = []
+
+    def note(key, kind, payload):
+        if kind == "done":
+            ran.append(key)
+
+    first = run_cells(cells[:7], out, on_event=note)
+    everything = run_cells(cells, out, on_event=note)
+    assert ran == [c.name for c in cells]
+    assert everything[:7] == first
+    again = run_cells(cells[-3:], tmp_path / "again")
+    assert [r.scores for r in again] == [r.scores for r in everything[-3:]]
+    for r in everything:
+        assert len(r.scores) == 4
+        assert np.isfinite(r.scores).all() and 0 < np.min(r.scores) <= np.max(r.scores) < 1
+        assert (r.touched is not None) == r.variant.startswith(("remove", "probed"))
+    same_start = {json.dumps(r.scores[0]) for r in everything if r.seed == 0}
+    assert len(same_start) == 1
+    firsts = {r.variant: r.scores[1] for r in everything if r.seed == 0}
+    assert firsts["remove@0.5"] == firsts["rehearsal@0.5"] == firsts["none@0.5"] != firsts["interpolate@0.5"]
+
+
+def test_command_runs_reports_compares(tiny, tmp_path):
+    out = tmp_path / "out"
+    chosen = ("--preset", tiny, "--out", out, "--workers", 1)
+    ran = carerl(*chosen)
+    assert ran.exit_code == 0, ran.output
+    assert (out / "tiny.png").read_bytes()[:4] == b"\x89PNG"
+    assert len((out / "cells.csv").read_text().splitlines()) == 23
+    refused = carerl(*chosen)
+    assert refused.exit_code == 1
+    assert "--resume" in refused.output
+    assert carerl(*chosen, "--resume").exit_code == 0
+    report = carerl("--preset", tiny, "--out", tmp_path / "report", "--report", "--data", out / RAW)
+    assert report.output == (out / "report.md").read_text()
+    assert "`tiny/remove@0.5/0`" in report.output
+    one = carerl("--preset", tiny, "--out", tmp_path / "one", "--cell", "tiny/remove@0.5/0", "--data", out / RAW)
+    assert "against its own record: equal" in one.output
+    listed = carerl(*chosen, "--list").output.splitlines()
+    assert len(listed) == 22
+    assert all(line.startswith("done") for line in listed)
+    nothing = carerl("--preset", tiny, "--out", tmp_path / "none", "--report")
+    assert nothing.exit_code == 1 and "found none" in nothing.output
+
+
+def test_verdicts_follow_the_numbers():
+    """A method that is better on every seed, one that is worse, one that is the same with noise."""
+    rng = np.random.default_rng(0)
+    records = []
+    for seed in range(6):
+        base = 0.5 + 0.1 * rng.random()
+        finals = {"none@1": base, "none@0.5": base - 0.2, "good@1": base + 0.1, "bad@1": base - 0.1, "same@1": base}
+        for name, value in finals.items():
+            score = value + 0.01 * rng.standard_normal()
+            records.append(record(f"s/{name}/{seed}", [[0.3] * 3, [0.6] * 3, [0.6] * 3, [score] * 3]))
+    records.append(record("s/good@1/100", [[0.0] * 3] * 4))  # of choosing: no part of it
+    rows = rows_of(records, "s")
+    assert rows[0].variant == "good@1"
+    assert all(len(r.records) == 6 for r in rows)
+    better, worse, rest = verdicts(rows)
+    assert better.endswith(": good@1.")
+    assert worse == "Worse: bad@1."
+    assert rest == "Not told apart: same@1."
+    assert versus(rows, ["good@1"]).count("\n") == 1 + 4
+    assert [r.variant for r in rows_of(records, "s", confirming=False)] == ["good@1"]

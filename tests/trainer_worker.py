@@ -1,0 +1,122 @@
+"""A training run of the tests, as one of several processes: ``python trainer_worker.py SCENARIOS RANK WORLD FOLDER``.
+
+A world of 1 means no process group: the plain single process that the others have to equal.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from carerl_kernels.demo.tasks import character_tokenizer, demo_domains, tiny_model
+from carerl_kernels.grpo import Domain, GRPOConfig, GRPOTrainer, Stage
+from carerl_kernels.grpo.parallel import shard
+from carerl_kernels.guard import CapabilityGuard
+
+STAGES = [Stage("code", 4), Stage(("chat", "code"), 3)]
+KILLED_AT = 6  # in the second stage: the guard acts, and records
+SETTINGS = {
+    "prompts_per_step": 5,  # uneven: three prompts here, two there
+    "group_size": 3,
+    "max_new_tokens": 4,
+    "lr": 0.02,
+    "warmup_steps": 2,
+    "eval_every": 2,
+    "checkpoint_every": 2,
+    "minibatches": 2,
+    "micro_batch_tokens": 45,
+    "kl_beta": 0.05,
+    "kl_reference": "stage",
+    "seed": 3,
+    "progress": False,
+    "plots": False,
+}
+
+
+class Running:
+    """A reward with a state, which only the process that judges may move."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def score_batch(self, examples, completions):
+        self.seen += len(completions)
+        return [sum(map(ord, text)) % 7 + 0.01 * self.seen for text in completions]
+
+    def evaluate_batch(self, examples, completions):
+        return [float(len(text)) for text in completions]
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.seen = state["seen"]
+
+
+def domains() -> list[Domain]:
+    out = demo_domains(0)
+    for domain in out:
+        domain.eval_examples, domain.reward = domain.eval_examples[:5], Running()
+    out[1].eval_mode = "sampled"
+    return out
+
+
+def trainer(
+    path: Path | None, world: int, on_step: Callable | None = None, guarded: bool = True, **changes
+) -> GRPOTrainer:
+    tokenizer = character_tokenizer()
+    model = tiny_model(tokenizer, 0).train()
+    precision = changes.pop("precision", "fp32")
+    if world > 1 or precision == "bf16":
+        shard(model, precision)
+    guard = CapabilityGuard(model, "bounded", k=3, basis="per_matrix") if guarded else None
+    return GRPOTrainer(
+        model,
+        tokenizer,
+        domains(),
+        GRPOConfig(**(SETTINGS | changes)),
+        guard=guard,
+        run_dir=path,
+        # Adam divides by the gradient's size, so that its first steps magnify rounding without bound
+        make_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0, momentum=0.9),
+        on_step=on_step,
+    )
+
+
+def killed(path: Path, world: int) -> None:
+    """No warning, no clean-up."""
+    trainer(path, world, lambda line: line["step"] == KILLED_AT and os.kill(os.getpid(), signal.SIGKILL)).run(STAGES)
+
+
+def bf16(path: Path, world: int) -> None:
+    run = trainer(path, world, precision="bf16", guarded=False)
+    run.run(STAGES[:1])
+    assert all(p.dtype == torch.float32 for p in run.model.parameters())
+
+
+SCENARIOS: dict[str, Callable[[Path, int], object]] = {
+    "whole": lambda path, world: trainer(path, world).run(STAGES),
+    "killed": killed,
+    "resumed": lambda path, world: trainer(path.with_name("killed"), world).run(STAGES, resume=True),
+    "bf16": bf16,
+}
+
+
+def main() -> None:
+    names, rank, world, folder = sys.argv[1].split(","), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+    torch.set_num_threads(1)
+    store = f"file://{folder}/rendezvous-{names[0]}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=300))
+    for name in names:
+        SCENARIOS[name](folder / name, world)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

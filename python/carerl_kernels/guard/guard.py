@@ -478,7 +478,7 @@ class CapabilityGuard:
         self.seconds["act"] += time.perf_counter() - started
 
     def _record(self, own: str | None, gradient: Sequence[Tensor], others: bool = True) -> float:
-        """Feeds the recordings of this gradient's domain, and says to the others that the step was not theirs; returns seconds."""
+        """Feeds the recordings of this gradient's domain, and tells the others that it was not theirs; returns seconds."""
         if self._recorder is None and not self._newcomers:
             return 0.0
         started = time.perf_counter()

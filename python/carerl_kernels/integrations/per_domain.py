@@ -41,9 +41,13 @@ class DomainLosses:
         args = trainer.args
         for option, off in (("fp16", not args.fp16), ("top_entropy_quantile", args.top_entropy_quantile == 1.0)):
             if not off:
-                raise ValueError(f"editor: expected {option} off, found {getattr(args, option)}; it does not split by domain")
+                raise ValueError(
+                    f"editor: expected {option} off, found {getattr(args, option)}; it does not split by domain"
+                )
         if getattr(trainer, "use_adaptive_entropy", False):
-            raise ValueError("editor: expected a fixed entropy_coef, found adaptive entropy; it does not split by domain")
+            raise ValueError(
+                "editor: expected a fixed entropy_coef, found adaptive entropy; it does not split by domain"
+            )
         self.trainer, self.editor = trainer, editor
         self.by_guard = editor == "guard"
         self._gradients: dict[int, list[Tensor | None]] = {}
@@ -57,8 +61,10 @@ class DomainLosses:
         if "pixel_values" in inputs:
             raise ValueError("editor: expected text alone, found images, whose rows are not those of the batch")
         trainer = self.trainer
-        if hasattr(model, "set_requires_gradient_sync"):  # FSDP2 keeps unsynchronised gradients where nobody can tell them apart
-            model.set_requires_gradient_sync(True)
+        # FSDP2 keeps unsynchronised gradients where nobody can tell the domains' apart
+        synchronise = getattr(model, "set_requires_gradient_sync", None)
+        if synchronise is not None:
+            synchronise(True)
         ids = inputs["domain_ids"]
         present = torch.zeros(len(trainer.domain_names), device=ids.device)
         present[ids] = 1.0
@@ -67,13 +73,14 @@ class DomainLosses:
             todo |= set(self._gradients)  # gradients gathered before have to be averaged over processes now
         metrics, self._other_losses = _Metrics(trainer), 0.0
         order = sorted(todo)
-        for domain in order:
+        for domain in order[:-1]:
             loss = self._loss(model, inputs, domain, metrics)
+            self._other_losses += loss.detach()
             self._take_in(domain)
-            if domain != order[-1]:
-                self._other_losses += loss.detach()
-                trainer.accelerator.backward(loss)
-                self._put_away()
+            trainer.accelerator.backward(loss)
+            self._put_away()
+        loss = self._loss(model, inputs, order[-1], metrics)
+        self._take_in(order[-1])
         metrics.merge()
         return loss
 

@@ -1,4 +1,4 @@
-"""A callback that guards any transformers ``Trainer``, TRL's included: attach, stage, domain of the step, probes, logs, resume."""
+"""A callback that guards any transformers ``Trainer``, TRL's included: stage, domain of the step, probes, logs, resume."""
 
 from __future__ import annotations
 

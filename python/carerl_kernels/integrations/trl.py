@@ -25,7 +25,7 @@ class CareMixin:
     """What :class:`CareGRPOTrainer` adds; put it before a subclass of TRL's ``GRPOTrainer`` of your own.
 
     Args:
-        guard: a guard, or ``make(model) -> CapabilityGuard``; see :class:`GuardCallback`. None: no guard, only metrics and editor.
+        guard: a guard, or ``make(model) -> CapabilityGuard``; see :class:`GuardCallback`. None: metrics and editor alone.
         stage: name of the domain this training is recorded as. All its steps are this domain's, also where the data set
             replays prompts of others.
         stage_path: where the stage's basis goes.
@@ -68,9 +68,13 @@ class CareMixin:
             )
             trainer.add_callback(self.guard_callback)
         elif stage is not None:
-            raise ValueError(f"stage={stage!r}: expected a guard to record it, found guard=None; pass guard=CapabilityGuard")
+            raise ValueError(
+                f"stage={stage!r}: expected a guard to record it, found guard=None; pass guard=CapabilityGuard"
+            )
         if isinstance(editor, str) and (editor != "guard" or guard is None):
-            raise ValueError(f"editor: expected an editor, or 'guard' with guard=, found {editor!r} with guard={guard!r}")
+            raise ValueError(
+                f"editor: expected an editor, or 'guard' with guard=, found {editor!r} with guard={guard!r}"
+            )
         self._losses = None if editor is None else DomainLosses(self, editor)
 
     @property
@@ -81,10 +85,11 @@ class CareMixin:
     # -------------------------------------------------------------------------------------------- from data to the loss
 
     def _set_signature_columns_if_needed(self) -> None:
-        trainer: Any = super()
-        trainer._set_signature_columns_if_needed()
-        if self.domain_column not in self._signature_columns:  # type: ignore[has-type]
-            self._signature_columns = [*self._signature_columns, self.domain_column]  # type: ignore[has-type]
+        parent: Any = super()
+        trainer: Any = self
+        parent._set_signature_columns_if_needed()
+        if self.domain_column not in trainer._signature_columns:
+            trainer._signature_columns = [*trainer._signature_columns, self.domain_column]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         parent: Any = super()
@@ -115,7 +120,7 @@ class CareMixin:
 
     # ------------------------------------------------------------------------------------------------------------ steps
 
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         parent: Any = super()
         trainer: Any = self
         loss = parent.training_step(model, inputs, num_items_in_batch)
@@ -167,9 +172,13 @@ class CareMixin:
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         parent: Any = super()
-        rewards = parent._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # [B, functions], all processes
+        rewards = parent._calculate_rewards(
+            inputs, prompts, completions, completion_ids_list
+        )  # [B, functions], all processes
         if self.domain_names:
-            lengths = torch.tensor([len(ids) for ids in completion_ids_list], device=rewards.device, dtype=torch.float32)
+            lengths = torch.tensor(
+                [len(ids) for ids in completion_ids_list], device=rewards.device, dtype=torch.float32
+            )
             self._log_rewards(rewards, self.accelerator.gather(lengths))  # type: ignore[attr-defined]
         return rewards
 
@@ -256,5 +265,7 @@ def _domain_names(dataset: Any, column: str, domains: Sequence[str] | None) -> l
     if column not in (getattr(dataset, "column_names", None) or []):
         return []
     if not hasattr(dataset, "unique"):
-        raise ValueError(f"expected domains=[...], all names in column {column!r}, with a data set that is a stream, found None")
+        raise ValueError(
+            f"expected domains=[...], all names in column {column!r}, with a data set that is a stream, found None"
+        )
     return sorted(dataset.unique(column))

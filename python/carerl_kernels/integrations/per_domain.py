@@ -66,46 +66,50 @@ class DomainLosses:
         if synchronise is not None:
             synchronise(True)
         ids = inputs["domain_ids"]
-        present = torch.zeros(len(trainer.domain_names), device=ids.device)
-        present[ids] = 1.0
-        todo = set(trainer.accelerator.reduce(present, "sum").nonzero().flatten().tolist())
+        counts = torch.bincount(ids, minlength=len(trainer.domain_names))
+        most = (
+            trainer.accelerator.gather(counts).view(-1, len(counts)).amax(0).tolist()
+        )  # rows per domain in any process
+        todo = {domain for domain, count in enumerate(most) if count}
         if trainer.accelerator.sync_gradients:
             todo |= set(self._gradients)  # gradients gathered before have to be averaged over processes now
         metrics, self._other_losses = _Metrics(trainer), 0.0
         order = sorted(todo)
         for domain in order[:-1]:
-            loss = self._loss(model, inputs, domain, metrics)
+            loss = self._loss(model, inputs, domain, max(most[domain], 1), metrics)
             self._other_losses += loss.detach()
             self._take_in(domain)
             trainer.accelerator.backward(loss)
             self._put_away()
-        loss = self._loss(model, inputs, order[-1], metrics)
+        loss = self._loss(model, inputs, order[-1], max(most[order[-1]], 1), metrics)
         self._take_in(order[-1])
         metrics.merge()
         return loss
 
-    def _loss(self, model: nn.Module, inputs: dict[str, Any], domain: int, metrics: _Metrics) -> Tensor:
-        """The domain's share of the micro-batch's loss."""
+    def _loss(self, model: nn.Module, inputs: dict[str, Any], domain: int, size: int, metrics: _Metrics) -> Tensor:
+        """The domain's share of the micro-batch's loss.
+
+        Every process computes as many passes of `size` rows, or collectives would wait for ever: rows that are missing here
+        are copies without a token.
+        """
         trainer, ids = self.trainer, inputs["domain_ids"]
         rows = (ids == domain).nonzero().flatten()
-        here = len(rows) > 0  # every process passes as often, or collectives would wait for ever
-        rows = rows if here else ids.new_zeros(1)
+        count = len(rows)
+        rows = torch.cat([rows, rows.new_zeros(size - count)])
         part = {
             key: value[rows] if isinstance(value, Tensor) and value.dim() and len(value) == len(ids) else value
             for key, value in inputs.items()
         }
         part["domain_ids"] = torch.full_like(rows, domain)
-        part["counted"] = float(here)
-        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-        tokens = float(mask[rows].sum() / mask.sum().clamp(min=1)) * here
-        sequences = len(rows) / len(ids) * here
+        part["completion_mask"][count:] = 0
+        part["advantages"][count:] = 0
+        tokens = float(_mask(part).sum() / _mask(inputs).sum().clamp(min=1))
+        sequences = size / len(ids)
         metrics.begin(tokens)
         loss = trainer._compute_loss(model, part)
-        if not here:
-            return loss.nan_to_num() * 0.0
         kind = trainer.loss_type
         share = sequences if kind in ROW_MEANS else tokens if kind == "bnpo" else 1.0
-        return share * loss + self._means(part, tokens - share, sequences - share)
+        return share * loss + self._means(part, tokens - share, count / len(ids) - share)
 
     def _means(self, part: dict[str, Any], entropy: float, router: float) -> Tensor | float:
         """What the entropy bonus and the router's loss lack beyond the policy's share."""
@@ -113,7 +117,7 @@ class DomainLosses:
         _, entropies, aux = trainer.last_forward
         steps = trainer.current_gradient_accumulation_steps
         if trainer._entropy_bonus_enabled:
-            mask = part["completion_mask"] * part.get("tool_mask", 1)
+            mask = _mask(part)
             mean = (entropies * mask).sum() / mask.sum().clamp(min=1.0)
             extra = extra - entropy * trainer.entropy_coef * mean / steps
         if trainer.aux_loss_enabled:
@@ -164,6 +168,11 @@ class DomainLosses:
                 torch._foreach_mul_(grads, float(len(gradients)))
             edited = self.editor.combine(gradients)  # type: ignore[union-attr]
         assign(trainer.model, edited)
+
+
+def _mask(inputs: dict[str, Any]) -> Tensor:
+    """Tokens that count, ``[B, L]``."""
+    return inputs["completion_mask"] * inputs.get("tool_mask", 1)
 
 
 class _Metrics:

@@ -217,7 +217,7 @@ class CareMixin:
             delta = (inputs["ref_per_token_logps"] - logps) * mask
             values.append(torch.expm1(delta) - delta)
         sums = torch.zeros(len(self.domain_names), len(values), device=mask.device)
-        sums.index_add_(0, inputs["domain_ids"], torch.stack([v.sum(1) for v in values], 1) * inputs.get("counted", 1))
+        sums.index_add_(0, inputs["domain_ids"], torch.stack([v.sum(1) for v in values], 1))
         sums = trainer.accelerator.reduce(sums, "sum").tolist()
         for name, (tokens, *totals) in zip(self.domain_names, sums, strict=True):
             if tokens:

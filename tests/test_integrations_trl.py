@@ -150,6 +150,7 @@ def test_domains_gradients_add_up_to_the_whole(idle, kind):
             return [torch.stack(parts).mean(0) for parts in zip(*gradients.values(), strict=True)]
 
     idle._losses.editor = Sum()
+    idle._losses.begin()
     last = idle._losses.backward_all_but_last(idle.model, inputs)
     last.backward()
     plain, total = plain.detach(), last.detach() + idle._losses.after_backward()

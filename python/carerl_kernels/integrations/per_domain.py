@@ -50,9 +50,15 @@ class DomainLosses:
             )
         self.trainer, self.editor = trainer, editor
         self.by_guard = editor == "guard"
+        self._named: list[tuple[str, nn.Parameter]] = []
         self._gradients: dict[int, list[Tensor | None]] = {}
         self._current: int | None = None
         self._other_losses: Tensor | float = 0.0
+
+    def begin(self) -> None:
+        """Training begins: what the optimizer moves is in the model now (during a pass, FSDP2 puts whole copies there)."""
+        self._named = trainable(self.trainer.model)
+        self._gradients.clear()
 
     # ------------------------------------------------------------------------------------------------------ micro-batches
 
@@ -126,21 +132,17 @@ class DomainLosses:
 
     # ---------------------------------------------------------------------------------------------------------- gradients
 
-    def _parameters(self) -> list[nn.Parameter]:
-        return [p for _, p in trainable(self.trainer.model)]
-
     def _take_in(self, domain: int) -> None:
         """Lets backward add to what this domain has gathered so far."""
-        parameters = self._parameters()
-        for p, grad in zip(parameters, self._gradients.get(domain, [None] * len(parameters)), strict=True):
+        kept = self._gradients.get(domain, [None] * len(self._named))
+        for (_, p), grad in zip(self._named, kept, strict=True):
             p.grad = grad
         self._current = domain
 
     def _put_away(self) -> None:
-        parameters = self._parameters()
         assert self._current is not None
-        self._gradients[self._current] = [p.grad for p in parameters]
-        for p in parameters:
+        self._gradients[self._current] = [p.grad for _, p in self._named]
+        for _, p in self._named:
             p.grad = None
 
     def after_backward(self) -> Tensor | float:
@@ -152,11 +154,11 @@ class DomainLosses:
     @torch.no_grad()
     def combine(self) -> None:
         """Makes the step's gradient out of the domains' and puts it where the optimizer looks."""
-        trainer, parameters = self.trainer, self._parameters()
-        names = trainer.domain_names
+        trainer, names = self.trainer, self.trainer.domain_names
         gradients = {
             names[domain]: [
-                torch.zeros_like(local(p)) if g is None else local(g) for p, g in zip(parameters, grads, strict=True)
+                torch.zeros_like(local(p)) if g is None else local(g)
+                for (_, p), g in zip(self._named, grads, strict=True)
             ]
             for domain, grads in sorted(self._gradients.items())
         }
@@ -167,7 +169,7 @@ class DomainLosses:
             for grads in gradients.values():
                 torch._foreach_mul_(grads, float(len(gradients)))
             edited = self.editor.combine(gradients)  # type: ignore[union-attr]
-        assign(trainer.model, edited)
+        assign(self._named, edited)
 
 
 def _mask(inputs: dict[str, Any]) -> Tensor:

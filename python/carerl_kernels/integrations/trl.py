@@ -156,6 +156,13 @@ class CareMixin:
             self.last_forward = None  # it would keep the graph
         return loss
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        parent: Any = super()
+        prepared = parent._prepare_for_training(*args, **kwargs)
+        if self._losses is not None:
+            self._losses.begin()
+        return prepared
+
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         parent: Any = super()
         try:

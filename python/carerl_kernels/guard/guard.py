@@ -873,8 +873,8 @@ class CapabilityGuard:
     def _finite(self, tensors: Sequence[Tensor]) -> bool:
         """One flag for all gradients of all processes: the only synchronisation of a guarded step.
 
-        Neither the largest magnitude nor the extremes overflow for finite numbers. (On a CPU, torch's maximum norm runs at a tenth
-        of the memory's speed, its extremes at all of it.)
+        Neither the largest magnitude nor the extremes overflow for finite numbers. (On a CPU, torch's maximum norm runs at a
+        tenth of the memory's speed, its extremes at all of it.)
         """
         tensors = [tensor for tensor in tensors if tensor.numel()]
         flag = torch.ones((), dtype=torch.bool, device=self.device)

@@ -51,7 +51,7 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: Any = get_peft_model(
-            base,  # type: ignore[arg-type]
+            base,
             LoraConfig(
                 r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
             ),

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from carerl_kernels import CapabilityGuard
+from carerl_kernels.monitor import DriftMonitor
 from carerl_kernels.subspace.shards import local
 from guard_helpers import make_model
 
@@ -264,6 +265,20 @@ def dying(run: Run) -> None:
         print(f"{name} recorded", flush=True)
 
 
+def monitor_gradients(run):
+    """Cosines of two domains' gradients, kept while training goes on with their sum."""
+    model = run.shard(make_model())
+    monitor = DriftMonitor(["a", "b"], model=model, gradients_every=1)
+    (x, y), (x2, y2) = run.batch(0)[0], run.batch(1)[0]
+    with monitor.gradients("a"):
+        (model(x) - y).square().mean().backward()
+    with monitor.gradients("b"):
+        (model(x2) + y2).square().mean().backward()
+    found = monitor.step(1)["gradients"]
+    summed = run.whole(p.grad for p in model.parameters())
+    run.save("monitor_gradients", cosine=found["cosine"]["a"]["b"], norm=found["norm"], parameters=summed)
+
+
 SCENARIOS = {
     "fsdp_flat": lambda run: fsdp(run, "flat", "integrated"),
     "fsdp_per_matrix": lambda run: fsdp(run, "per_matrix", "bounded"),
@@ -278,6 +293,7 @@ SCENARIOS = {
     "non_finite": non_finite,
     "full_disk": full_disk,
     "checkpoint": checkpoint,
+    "monitor_gradients": monitor_gradients,
 }
 
 

@@ -22,7 +22,6 @@ from carerl_kernels import _ops, linalg, reference
 ROOT = Path(__file__).parents[1]
 NAMESPACE = "carerl_emulated"
 KERNELS = sorted((ROOT / "csrc/kernels/cuda").glob("*.cu"))
-COMPOSITE = ("pca_update_", "pca_update_.list", "group_advantages")  # no kernels of their own
 EMULATOR = ROOT / "tests/cuda_emulator"
 FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", f"-I{EMULATOR}",
          '-DCARERL_CUDA_ARCHITECTURES="sm_80"',
@@ -89,10 +88,9 @@ def library() -> None:
     path = build("libcarerl_emulated.so", objects, link, headers())
 
     namespace = torch.library.Library(NAMESPACE, "DEF")
-    for name, schema in _ops.SCHEMAS.items():
-        if name not in COMPOSITE:
-            namespace.define(name + schema)
-            namespace.impl(name, _fake(name), "Meta")
+    for name in _ops.KERNEL_OVERLOADS:
+        namespace.define(name + _ops.SCHEMAS[name])
+        namespace.impl(name, _fake(name), "Meta")
     torch.ops.load_library(str(path))
     library.namespace = namespace  # type: ignore[attr-defined]  # lives as long as the ops are wanted
 
@@ -128,6 +126,6 @@ def kernel(overload: str) -> Callable:
     """The emulated kernel of an op overload; the composite ones over the emulated ops."""
     library()
     composite = {"pca_update_": pca_update_, "pca_update_.list": pca_update_list}
-    if overload in COMPOSITE:
+    if overload not in _ops.KERNEL_OVERLOADS:
         return composite.get(overload) or reference.KERNELS[overload]
     return _overload(NAMESPACE, overload)

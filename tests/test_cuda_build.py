@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -55,10 +54,10 @@ def cuobjdump(*arguments: str) -> str:
 
 def test_every_op_has_a_kernel_on_any_torch():
     """Also beside a torch without CUDA: the library needs its C ABI and nothing else."""
-    composite = {"pca_update_", "pca_update_.list", "group_advantages"}
-    missing = [op for op in _ops.SCHEMAS if op not in composite and not _load.has_kernel(op, "CUDA")]
-    assert missing == []
+    assert [op for op in _ops.KERNEL_OVERLOADS if not _load.has_kernel(op, "CUDA")] == []
     assert _load.BACKENDS["cuda"].available
+    if torch.version.cuda is not None:
+        assert "CARERL_BACKEND=triton" in _load.BACKENDS["triton"].remedy  # Triton is for gaps, and is not imported
 
 
 def test_it_needs_no_cuda_library_and_is_small():
@@ -70,18 +69,6 @@ def test_it_needs_no_cuda_library_and_is_small():
     libraries = re.findall(r"NEEDED.*\[(.*)\]", needed)
     assert "libtorch_cpu.so" in libraries
     assert not [name for name in libraries if re.search("cud|nv|c10|torch_cuda|torch_python", name)]
-
-
-def test_loading_it_does_not_slow_the_import():
-    script = f"""
-import time, torch
-from carerl_kernels import _ops
-start = time.perf_counter()
-torch.ops.load_library({str(LIBRARY)!r})
-print(time.perf_counter() - start)
-"""
-    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert float(child.stdout) < 0.2  # 0.2 ms were measured; the disk may be slow
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -200,3 +200,12 @@ def test_a_stage_goes_on_with_another_number_of_processes(folder, world):
     a, b = (DomainBasis.load(folder / f"resumed-{n}.safetensors") for n in (1, world))
     assert_close([a.directions, a.displacement], [b.directions, b.displacement], 1e-4)
     assert a.info.start_hash == b.info.start_hash and a.info.steps == b.info.steps == 8
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_gradient_cosines_of_shards_are_those_of_the_whole(folder, world):
+    (single,) = results(folder, "monitor_gradients", 1)
+    for one in results(folder, "monitor_gradients", world):
+        assert one["cosine"] == pytest.approx(single["cosine"], abs=1e-6)
+        assert one["norm"] == pytest.approx(single["norm"], rel=1e-6)
+        assert_close(one["parameters"], single["parameters"])

@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("transformers")
 from carerl_kernels.demo.tasks import character_tokenizer, demo_domains, tiny_model
 from carerl_kernels.grpo import GRPOConfig, GRPOTrainer, Stage, answer_loss, prompt_counts, special_tokens
+from carerl_kernels.guard import CapabilityGuard
 from carerl_kernels.guard.editors import GramEditor, PCGrad
 from carerl_kernels.replicate.lm import Pools
 
@@ -31,7 +32,9 @@ def noisy(judge, rng):
     return lambda example, text: judge(example, text) + rng.random()
 
 
-def train(stages, *, editor=None, run_dir=None, resume=False, on_step=None, domains=None, sgd=False, **changes):
+def train(
+    stages, *, editor=None, guarded=False, run_dir=None, resume=False, on_step=None, domains=None, sgd=False, **changes
+):
     tokenizer, rng = character_tokenizer(), random.Random(1)
     model = tiny_model(tokenizer, 0)
     if domains is None:
@@ -46,6 +49,7 @@ def train(stages, *, editor=None, run_dir=None, resume=False, on_step=None, doma
         domains,
         GRPOConfig(**(BASE | changes)),
         editor=editor,
+        guard=CapabilityGuard(model, k=4) if guarded else None,
         run_dir=run_dir,
         make_optimizer=make,
         on_step=on_step,
@@ -126,6 +130,19 @@ def test_interpolation_ends_a_stage_between_its_start_and_its_end():
     first = start()[1]
     torch.testing.assert_close(weights(half), first + 0.25 * (weights(whole) - first), rtol=0, atol=1e-6)
     assert half.history[-1]["eval"] != whole.history[-1]["eval"]
+
+
+def test_a_last_stage_that_is_not_recorded_trains_the_same(tmp_path):
+    stages = [Stage("code", 2), Stage("chat", 2)]
+    runs = {
+        record: train(stages, guarded=True, run_dir=tmp_path / str(record), record_last=record)
+        for record in (True, False)
+    }
+    assert torch.equal(weights(runs[True]), weights(runs[False]))
+    files = {record: {p.name for p in (tmp_path / str(record) / "bases").glob("*.safetensors")} for record in runs}
+    assert files == {True: {"code.safetensors", "chat.safetensors"}, False: {"code.safetensors"}}
+    again = train(stages, guarded=True, run_dir=tmp_path / "False", resume=True, record_last=False)
+    assert torch.equal(weights(again), weights(runs[False]))
 
 
 def test_shares_hold_over_many_steps_and_nearly_in_each():

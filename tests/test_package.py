@@ -56,7 +56,7 @@ print(time.process_time() - started, *[name for name in {HEAVY!r} if name in set
         run = python(code)
         assert run.returncode == 0, run.stderr
         first, *names = run.stdout.split()
-        assert not names
+        assert set(names) <= ({"triton"} if _load.BACKENDS["triton"].available else set())
         seconds = min(seconds, float(first))
         if seconds < 0.3:
             break
@@ -114,7 +114,8 @@ print(coefficients.tolist(), _load.BACKENDS["cpu"].available, _load.BACKENDS["re
 
 @pytest.mark.parametrize("name", ["triton", "cuda", "tpu"])
 def test_forcing_what_cannot_be_had_says_so(name):
-    if _load.BACKENDS.get(name, _load.Backend(name, reason="unknown")).available:
+    gpu_torch = torch.version.cuda is not None or torch.version.hip is not None
+    if (name == "triton" and gpu_torch) or (name == "cuda" and _load.BACKENDS["cuda"].available):
         pytest.skip(f"{name} can be had here")
     run = python("import carerl_kernels", CARERL_BACKEND=name)
     assert run.returncode != 0
@@ -230,7 +231,8 @@ print(json.dumps(info.collect()))
     report = json.loads(run.stdout)
     assert report["build"] is None
     assert "CARERL_SKIP_NATIVE" in report["backends"]["cpu"]["reason"]
-    assert all(op["backends"] == ["reference"] for op in report["ops"].values())
+    served = [set(op["backends"]) - {"triton"} for op in report["ops"].values()]  # Triton's kernels are no native part
+    assert all(names == {"reference"} for names in served)
 
 
 @pytest.mark.skipif(

@@ -20,6 +20,12 @@ std::string tuple(torch::headeronly::IntHeaderOnlyArrayRef values) {
 
 std::string list(torch::headeronly::IntHeaderOnlyArrayRef values) { return "[" + joined(values) + "]"; }
 
+std::string short_of(double value) {
+  char text[32];
+  std::snprintf(text, sizeof(text), "%g", value);
+  return text;
+}
+
 const char* name_of(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Float:
@@ -193,18 +199,18 @@ void check_list(const char* op, const List& grads, const Offsets& offsets, const
   const Device device(bases);
   int64_t end = 0;
   for (size_t t = 0; t < grads.size(); ++t) {
-    const std::string index = " at index " + std::to_string(t);
+    auto index = [t] { return " at index " + std::to_string(t); };
     const ScalarType own = grads[t].scalar_type();
     if (!is_grad(own) || own != dtype) {
-      fail(op, "grads of one dtype out of float32, bfloat16, float16", name_of(own) + index);
+      fail(op, "grads of one dtype out of float32, bfloat16, float16", name_of(own) + index());
     }
     if (!grads[t].is_contiguous()) {
-      fail(op, "contiguous grads", "strides " + tuple(grads[t].strides()) + index, "call .contiguous() first");
+      fail(op, "contiguous grads", "strides " + tuple(grads[t].strides()) + index(), "call .contiguous() first");
     }
     if (Device(grads[t]) != device) check_device(op, "grads[" + std::to_string(t) + "]", grads[t], bases);
     if (offsets[t] % kSegment != 0 || offsets[t] < end) {
       fail(op, "ascending offsets that are multiples of " + std::to_string(kSegment) + " without overlap",
-           std::to_string(offsets[t]) + index + " where the segment before it ends at " + std::to_string(end));
+           std::to_string(offsets[t]) + index() + " where the segment before it ends at " + std::to_string(end));
     }
     end = offsets[t] + grads[t].numel();
   }
@@ -244,10 +250,8 @@ void check_out_dtype(const char* op, ScalarType dtype) {
 }
 
 void check_weight(const char* name, double value, bool negative_allowed) {
-  char found[32];
-  std::snprintf(found, sizeof(found), "%g", value);
-  if (!std::isfinite(value)) fail("dacsp_", std::string("finite ") + name, found);
-  if (value < 0 && !negative_allowed) fail("dacsp_", std::string(name) + " of at least 0", found);
+  if (!std::isfinite(value)) fail("dacsp_", std::string("finite ") + name, short_of(value));
+  if (value < 0 && !negative_allowed) fail("dacsp_", std::string(name) + " of at least 0", short_of(value));
 }
 
 void check_weight(const char* name, const Tensor& value, int64_t rows, const Tensor& bases) {
@@ -290,11 +294,7 @@ void check_logits(const char* op, const Tensor& logits, const Tensor& ids, doubl
   }
   if (!ids.is_contiguous()) fail(op, "contiguous ids", "strides " + tuple(ids.strides()));
   check_device(op, "ids", ids, logits, "logits");
-  if (!(temperature > 0) || !std::isfinite(temperature)) {
-    char found[32];
-    std::snprintf(found, sizeof(found), "%g", temperature);
-    fail(op, "a positive temperature", found);
-  }
+  if (!(temperature > 0) || !std::isfinite(temperature)) fail(op, "a positive temperature", short_of(temperature));
   if (!ids.is_cpu()) return;  // looking would need a synchronisation: the kernels answer with NaN
   const int64_t* tokens = static_cast<const int64_t*>(ids.data_ptr());
   for (int64_t row = 0; row < rows; ++row) {

@@ -128,6 +128,8 @@ def _triton_gap() -> tuple[str, str]:
         return "this version has no Triton kernels", "the reference serves GPUs"
     if torch.version.cuda is None and getattr(torch.version, "hip", None) is None:
         return "this torch is a CPU build", "install a torch with CUDA or ROCm"
+    if all(has_kernel(name, "CUDA") for name in _ops.KERNEL_OVERLOADS):
+        return "the CUDA library serves every op", "set CARERL_BACKEND=triton to use Triton instead"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed", "pip install triton"
     return "", ""

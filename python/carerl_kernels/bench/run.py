@@ -44,7 +44,7 @@ def run_bench(
             guard on a training step of SmolLM2-135M).
         json_path: file for everything measured.
         png_path: file for the roofline picture (quick and full).
-        ops: only these ops; all by default.
+        ops: only these ops (of "llm": settings whose names contain one of these); all by default.
         own_cases: instead of the preset's.
         seconds: of timed rounds per case, instead of the preset's.
         probe_bytes: buffer of the bandwidth probe.
@@ -59,7 +59,12 @@ def run_bench(
     """
     if preset not in PRESETS:
         raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, found {preset!r}")
-    chosen = _chosen(list(own_cases) if own_cases is not None else cases(preset), ops)
+    settings = []
+    if preset == "llm":
+        from .llm import settings_named
+
+        settings = settings_named(ops)
+    chosen = [] if preset == "llm" else _chosen(list(own_cases) if own_cases is not None else cases(preset), ops)
     printer = printer or Printer()
     bandwidth = Bandwidth(probe_bytes)
     best = max(bandwidth.measure() for _ in range(5))
@@ -74,7 +79,7 @@ def run_bench(
         elif preset == "llm":
             from .llm import guard_overhead
 
-            report["llm"] = guard_overhead(printer)
+            report["llm"] = guard_overhead(printer, settings)
         else:
             results = _measure_all(preset, chosen, bandwidth, seconds or SECONDS[preset], printer, failures)
             report["cases"] = results

@@ -89,6 +89,9 @@ class GRPOConfig(BaseModel):
     stage_interpolation: float = Field(
         default=1.0, gt=0, le=1, description="a stage ends at start + this * (end - start): 1 keeps what was trained"
     )
+    record_last: bool = Field(
+        default=True, description="the guard records the last stage too, for a later run's history"
+    )
     seed: int = Field(default=0, ge=0, lt=2**31)
 
     # evaluation, records

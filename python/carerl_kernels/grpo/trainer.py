@@ -135,7 +135,9 @@ class GRPOTrainer:
         state = self._open(stages, resume)
         first, offset = (0, 0) if state is None else (state["stage"], state["stage_step"])
         if self.guard is not None:
-            for name in names[:first]:  # directions are files of the run, not part of the checkpoint
+            for name in names[
+                : first if self.config.record_last else min(first, len(names) - 1)
+            ]:  # directions are files of the run, not part of the checkpoint
                 self.guard.add(self._basis_path(name))
         if state is not None and first == len(stages):
             self._restore(state)
@@ -171,7 +173,8 @@ class GRPOTrainer:
         if state is not None and offset == 0:
             self._restore(state)
         earlier = [d for d in dict.fromkeys(d for s in stages[:index] for d in s.domains) if d not in stage.domains]
-        with self._guarded(stage.name, self._basis_path(name), optimizer):
+        recorded = config.record_last or index + 1 < len(stages)
+        with self._guarded(stage.name, self._basis_path(name), optimizer, recorded):
             if state is not None and offset > 0:
                 self._restore(state)  # inside the stage: the guard's recording in progress is part of it
             for done in range(offset, stage.steps):
@@ -210,8 +213,10 @@ class GRPOTrainer:
         self._checkpoint(index + 1, 0)
 
     @contextmanager
-    def _guarded(self, name: str, path: Path | None, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-        """Guard attached and recording for the length of a stage."""
+    def _guarded(
+        self, name: str, path: Path | None, optimizer: torch.optim.Optimizer, recorded: bool
+    ) -> Iterator[None]:
+        """Guard attached, and recording unless told otherwise, for the length of a stage."""
         if self.guard is None:
             yield
             return
@@ -219,7 +224,8 @@ class GRPOTrainer:
             with self._clock("guard"):
                 self.guard.attach(optimizer)
                 stack.callback(self.guard.detach)
-            stack.enter_context(self._clock.around("guard", self.guard.stage(name, path=path)))
+            inside = self.guard.stage(name, path=path) if recorded else self.guard.domain(name)
+            stack.enter_context(self._clock.around("guard", inside))
             yield
 
     def _basis_path(self, name: str) -> Path | None:

@@ -7,7 +7,7 @@ edited gradient is a weighted sum of the domains' gradients, so that two passes 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -231,8 +231,8 @@ def domain_gradients(model: nn.Module, losses: Mapping[str, Callable[[], Tensor]
     return out
 
 
-def assign(model: nn.Module, gradient: Sequence[Tensor]) -> None:
-    """Puts an edited gradient where the optimizer looks for it."""
+def assign(model: nn.Module | Iterable[tuple[str, nn.Parameter]], gradient: Sequence[Tensor]) -> None:
+    """Puts an edited gradient where the optimizer looks for it; the model, or pairs of name and parameter."""
     for (_, p), g in zip(trainable(model), gradient, strict=True):
         if is_sharded_type(p):
             p.grad = torch.zeros_like(p)

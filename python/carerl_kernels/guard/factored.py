@@ -103,7 +103,7 @@ class FactoredStack(Stack[MatrixLayout, FactoredBasis]):
         """Number of the group, the group, positions of matrices in it, their coefficient rows."""
         for number, group in enumerate(self.layout.groups):
             if group.m:
-                for at in group.chunks():
+                for at in group.chunks(self.device):
                     rows = slice(group.first + at.start * group.each, group.first + at.stop * group.each)
                     yield number, group, at, rows
 

@@ -26,7 +26,7 @@ class Span:
         self.rows = rows
 
     def apply(self, which: Which, coeffs: Tensor) -> Tensor:
-        """Maps coefficients ``[rows, A]`` of active columns."""
+        """Maps coefficients ``[..., rows, A]`` of active columns."""
         return coeffs
 
     def tensors(self) -> list[Tensor]:
@@ -51,7 +51,11 @@ class DenseSpan(Span):
     def apply(self, which: Which, coeffs: Tensor) -> Tensor:
         if not coeffs.numel():
             return coeffs
-        return (coeffs.unflatten(0, (-1, self.each)) @ getattr(self, which).mT).flatten(0, 1)
+        parts = coeffs.unflatten(-2, (-1, self.each)).movedim(
+            -3, 0
+        )  # [G, ..., each, A]: a map is read once for all of them
+        mapped = parts.flatten(1, -2) @ getattr(self, which).mT
+        return mapped.view(parts.shape).movedim(0, -3).flatten(-3, -2)
 
     def tensors(self) -> list[Tensor]:
         return [self.root, self.into, self.out]
@@ -96,12 +100,12 @@ class PairSpan(Span):
         if maps is None:
             return coeffs
         r = self._turns[0][0].shape[-1]
-        X = coeffs.reshape(-1, 2, r, r)
-        x, y = (U.mT @ X[:, domain] @ V for domain, (U, V) in enumerate(self._turns))
+        X = coeffs.unflatten(-1, (2, r, r))
+        x, y = (U.mT @ X[..., domain, :, :] @ V for domain, (U, V) in enumerate(self._turns))
         even, odd = maps
         turned = (even * x + odd * y, odd * x + even * y)
         out = [U @ z @ V.mT for (U, V), z in zip(self._turns, turned, strict=True)]
-        return torch.stack(out, dim=1).reshape(coeffs.shape)
+        return torch.stack(out, dim=-3).flatten(-3)
 
     def tensors(self) -> list[Tensor]:
         return [t for pair in (*self._turns, *(m for m in self._maps.values() if m is not None)) for t in pair]
@@ -114,7 +118,7 @@ def _even_odd(values: Tensor) -> tuple[Tensor, Tensor]:
 
 class Frame:
     """Of one set of active rows with overlap S: symmetric ``into = out = (S^+)^(1/2)``, sum ``into = out = I``, min_norm
-    ``into = I, out = S^+``. All maps take and give ``[T, K]`` float64; inactive rows count as zero and come out as zero.
+    ``into = I, out = S^+``. All maps take and give ``[..., T, K]`` float64; inactive rows count as zero and come out as zero.
 
     Args:
         active: ``[K]`` bool.
@@ -167,10 +171,10 @@ class Frame:
     def _apply(self, which: Which, coeffs: Tensor) -> Tensor:
         if self.sign is not None:
             coeffs = self.sign * coeffs
-        inner = coeffs[:, self._columns]
+        inner = coeffs[..., self._columns]
         mapped = torch.empty_like(inner)
         for span in self.spans:
-            mapped[span.rows] = span.apply(which, inner[span.rows])
+            mapped[..., span.rows, :] = span.apply(which, inner[..., span.rows, :])
         out = torch.zeros_like(coeffs)
-        out[:, self._columns] = mapped
+        out[..., self._columns] = mapped
         return out if self.sign is None else self.sign * out

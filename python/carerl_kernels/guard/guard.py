@@ -148,6 +148,7 @@ class CapabilityGuard:
         self._seen: dict[str, None] = dict.fromkeys(self.domains or ())
         self._snapshot: list[Tensor] | None = None
         self._dropped = False  # this optimizer step was dropped for a non-finite gradient
+        self._edited = False  # edit_domains made the gradient of the step to come: it is recorded and edited already
         self._restored = False  # state was loaded: the next attach or stage goes on instead of starting afresh
         self._probes = Probes(probe_every, probe_adaptive)
         self._newcomers: dict[str, Newcomer] = {}
@@ -467,42 +468,38 @@ class CapabilityGuard:
                 p.grad = None
             return
         own = self._own()
-        if (
-            self._recorder is not None and own == self._recorder.domain
-        ):  # before any edit: history is made of raw gradients
-            started_recording = time.perf_counter()
-            self._recorder.update(self._gradients())
-            self.seconds["record"] += time.perf_counter() - started_recording
-            started += time.perf_counter() - started_recording
-        elif self._recorder is not None:
-            self._recorder.discard()
-        started += self._record_newcomers(own)
-        self._settle_probes()
-        if len(self._stack) and self.apply_to == "grad":
-            self._edit_gradients(own)
+        if not self._edited:  # before any edit: history is made of raw gradients
+            started += self._record(own, self._gradients())
+            self._settle_probes()
+            if len(self._stack) and self.apply_to == "grad":
+                self._edit_gradients(own, self._gradients())
         if len(self._stack) and self.apply_to == "update" and self.track_energy:
             self._snapshot = [p.clone() for p in self._locals()]
         self.seconds["act"] += time.perf_counter() - started
 
-    def _record_newcomers(self, own: str | None) -> float:
-        """Feeds the recording of the batch's own domain; returns seconds."""
-        if not self._newcomers:
+    def _record(self, own: str | None, gradient: Sequence[Tensor], others: bool = True) -> float:
+        """Feeds the recordings of this gradient's domain, and tells the others that it was not theirs; returns seconds."""
+        if self._recorder is None and not self._newcomers:
             return 0.0
         started = time.perf_counter()
+        if self._recorder is not None and own == self._recorder.domain:
+            self._recorder.update(gradient)
+        elif self._recorder is not None and others:
+            self._recorder.discard()
         for name, newcomer in self._newcomers.items():
-            if name != own:
+            if name == own:
+                basis = newcomer.look(gradient, self._locals())
+                if basis is not None:
+                    self._adopt(basis)
+            elif others:
                 newcomer.recorder.discard()
-                continue
-            basis = newcomer.look(self._gradients(), self._locals())
-            if basis is not None:
-                self._adopt(basis)
         spent = time.perf_counter() - started
         self.seconds["record"] += spent
         return spent
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self._restored = False
+        self._restored = self._edited = False
         if self._dropped:
             return
         started = time.perf_counter()
@@ -535,18 +532,19 @@ class CapabilityGuard:
             self._snapshot = None
         x = self._decide(c, own, total)
         x = x * self._cap(x, c, own)
-        self._statistics.count(stack, c, x, total)
+        overlapped = stack.overlap_times(x)
+        self._statistics.count(stack, c, x, overlapped, total)
         stack.edit_(parameters, x)
-        after = q + stack.overlap_times(x)
+        after = q + overlapped
         finite = stack.all_finite(after)
         # The batch's own rows move freely: their baseline goes along instead of counting as displacement.
         moved = torch.where(stack.active(own), 0.0, after - self._q_prev)
         self._q_start = torch.where(finite, self._q_start + moved, self._q_start)
         self._q_prev = torch.where(finite, after, self._q_prev)
 
-    def _edit_gradients(self, own: str | None) -> None:
-        """Edits ``p.grad`` before the step; norm cap and clipping fold into the scale, known before the second pass."""
-        stack, grads = self._stack, self._gradients()
+    def _edit_gradients(self, own: str | None, grads: Sequence[Tensor]) -> None:
+        """Edits a gradient in place; norm cap and clipping fold into the scale, known before the second pass."""
+        stack = self._stack
         c = stack.project(grads)  # [T, K]
         total = None
         limited = self.norm_cap is not None or self.max_grad_norm is not None
@@ -555,8 +553,9 @@ class CapabilityGuard:
             total = self.layout.shards.sum_(squares.sum())
         x = self._decide(c, own, total)
         scale = torch.ones((), dtype=torch.float64, device=c.device)
+        overlapped = stack.overlap_times(x)
         if limited and total is not None:
-            change = stack.column_sums(x * (stack.overlap_times(x) - 2 * c)).sum()  # |g - A^T x|^2 - |g|^2
+            change = stack.column_sums(x * (overlapped - 2 * c)).sum()  # |g - A^T x|^2 - |g|^2
             edited = (total + change).clamp_min(0.0).sqrt()
             for limit in (
                 None if self.norm_cap is None else self.norm_cap * total.sqrt(),
@@ -564,7 +563,7 @@ class CapabilityGuard:
             ):
                 if limit is not None:
                     scale = torch.minimum(scale, limit / edited.clamp_min(1e-30))
-        self._statistics.count(stack, c, x, total if self.track_energy else None)
+        self._statistics.count(stack, c, x, overlapped, total if self.track_energy else None)
         # In place; a parameter without gradient took no part in the step and stays out of it.
         stack.edit_(grads, -x, scale)
 
@@ -602,6 +601,63 @@ class CapabilityGuard:
         inner = self._stack.frame(own).inside(c).square()
         inside, size = self._stack.column_sums(torch.stack([inner, x * self._stack.overlap_times(x)])).sum(-1)
         return (self.norm_cap * inside.sqrt() / size.clamp_min(0.0).sqrt().clamp_min(1e-30)).clamp_max(1.0)
+
+    @torch.no_grad()
+    def edit_domains(self, gradients: Mapping[str, Sequence[Tensor]]) -> list[Tensor]:
+        """Grad mode with one gradient per domain of the same step (B = D): the rows of all *other* domains act on each.
+
+        The step that follows leaves ``p.grad`` alone, so put the result there (:func:`carerl_kernels.guard.editors.assign`) and
+        clip as usual. Recordings in progress see their own domain's gradient, though the batch was mixed.
+
+        Args:
+            gradients: per domain a tensor per guarded parameter (of sharded ones the local parts), adding up to the step's
+                gradient; edited in place.
+
+        Returns:
+            The edited gradients' sum, a tensor per parameter; it shares memory with the first of them.
+
+        Raises:
+            ValueError: not in grad mode; a rule that counts steps, or a norm limit, which would see each gradient for a step;
+                no gradient.
+        """
+        if self.apply_to != "grad" or self.rule in ("ema", "significance"):
+            raise ValueError(
+                "edit_domains: expected apply_to='grad' and a rule without averages over steps (remove, integrated, instant, "
+                f"probed), found apply_to={self.apply_to!r} and rule={self.rule!r}"
+            )
+        if self.norm_cap is not None or self.max_grad_norm is not None:
+            raise ValueError(
+                "edit_domains: expected norm_cap=None and max_grad_norm=None, for the limits would act on each domain's gradient "
+                f"by itself, found {self.norm_cap} and {self.max_grad_norm}; clip the sum instead"
+            )
+        if not gradients:
+            raise ValueError("edit_domains: expected a gradient for at least one domain, found none")
+        recorders = [] if self._recorder is None else [self._recorder]
+        recorders += [newcomer.recorder for newcomer in self._newcomers.values()]
+        if recorders and self.layout.kind == "input":
+            raise ValueError(
+                "edit_domains: a recording of basis 'input' watches forward passes and cannot tell whose they are in a mixed "
+                "batch; record the stage by itself, or use a basis of gradients"
+            )
+        started = time.perf_counter()
+        for name in gradients:
+            self._known(name)
+        parts = {name: [local(g) for g in gradient] for name, gradient in gradients.items()}
+        if self._finite([g for part in parts.values() for g in part]):  # else the step to come is dropped
+            self._settle_probes()
+            for recorder in recorders:
+                if recorder.domain not in parts:
+                    recorder.discard()
+            for name, part in parts.items():
+                started += self._record(name, part, others=False)
+                if len(self._stack):
+                    self._edit_gradients(name, part)
+        first, *others = parts.values()
+        for other in others:
+            torch._foreach_add_(first, other)
+        self._edited = True
+        self.seconds["act"] += time.perf_counter() - started
+        return first
 
     @torch.no_grad()
     def remove_(self, gradient: Sequence[Tensor]) -> None:
@@ -817,11 +873,14 @@ class CapabilityGuard:
     def _finite(self, tensors: Sequence[Tensor]) -> bool:
         """One flag for all gradients of all processes: the only synchronisation of a guarded step.
 
-        The largest magnitude overflows for none.
+        Neither the largest magnitude nor the extremes overflow for finite numbers. (On a CPU, torch's maximum norm runs at a
+        tenth of the memory's speed, its extremes at all of it.)
         """
         tensors = [tensor for tensor in tensors if tensor.numel()]
         flag = torch.ones((), dtype=torch.bool, device=self.device)
-        if tensors:
+        if tensors and self.device.type == "cpu":
+            flag = torch.stack([end.float() for tensor in tensors for end in torch.aminmax(tensor)]).isfinite().all()
+        elif tensors:
             norms = torch._foreach_norm(tensors, float("inf"))
             flag = torch.stack([norm.to(self.device, torch.float32) for norm in norms]).isfinite().all()
         return bool(self.layout.shards.all(flag))

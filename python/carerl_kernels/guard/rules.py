@@ -132,8 +132,15 @@ def decide(
     """
     acting = active & (c.isfinite().all() if finite is None else finite)
     c = torch.where(active, c, 0.0)
-    if rule in ("integrated", "bounded", "remove"):
-        return frame.out(_by_displacement(rule, c, frame.into(c), acting, state, params, frame, displacement))
+    if "p" in MEMORY[rule]:
+        inside, before = frame.into(torch.stack([c, state.p]))  # both at once: the map may be large
+        bounded = _by_displacement(
+            "bounded" if rule == "probed" else rule, c, inside, before, acting, state, params, frame, displacement
+        )
+        if rule != "probed":
+            return frame.out(bounded)
+    else:
+        inside = frame.into(c)
     if rule == "instant":
         sign = torch.where(c.abs() > floor, c, 0.0)
     elif rule == "significance":
@@ -152,11 +159,9 @@ def decide(
             setattr(state, name, torch.where(acting, params.beta * old + (1 - params.beta) * value, old))
     if "count" in MEMORY[rule]:
         state.count = torch.where(acting, state.count + 1, state.count)
-    inside = frame.into(c)
     change = (1 - _by_sign(sign, params)) * inside
-    if rule == "probed":
-        bounded = _by_displacement("bounded", c, inside, acting, state, params, frame, displacement)
-        change = change if fallback is None else torch.where(fallback, bounded, change)
+    if rule == "probed" and fallback is not None:
+        change = torch.where(fallback, bounded, change)
     return frame.out(change)
 
 
@@ -164,14 +169,14 @@ def _by_displacement(
     rule: Rule,
     c: Tensor,
     inside: Tensor,
+    before: Tensor,
     acting: Tensor,
     state: RuleState,
     params: RuleParams,
     frame: Frame,
     displacement: Tensor,
 ) -> Tensor:
-    """Change of components by a displacement rule, ``inside`` being the components of c; moves p on."""
-    before = frame.into(state.p)
+    """Change of components by a displacement rule, given the components of c and of p; moves p on."""
     after = before + inside
     state.p = torch.where(acting, state.p + c, state.p)
     kept = _attained(rule, after, params, frame.reach, displacement)

@@ -26,13 +26,11 @@ class Statistics:
         self._energies: dict[str, Tensor] = {}  # domain -> [aligned, conflicting, total while it was history]
         self._touched: Tensor | None = None  # [energy of corrections, total energy]
 
-    def count(self, stack: Stack, c: Tensor, x: Tensor, total: Tensor | None) -> None:
-        """Adds one step: coefficients c and correction x ``[T, K]``, squared norm of the raw update if it is known."""
+    def count(self, stack: Stack, c: Tensor, x: Tensor, overlapped: Tensor, total: Tensor | None) -> None:
+        """Adds one step: coefficients c, correction x and S x ``[T, K]``, squared norm of the raw update if it is known."""
         known = torch.full((), torch.nan, dtype=c.dtype, device=c.device) if total is None else total.to(c.dtype)
         energy = c.square()
-        parts = torch.stack(
-            [torch.where(c > 0, energy, 0.0), torch.where(c < 0, energy, 0.0), x * stack.overlap_times(x)]
-        )
+        parts = torch.stack([torch.where(c > 0, energy, 0.0), torch.where(c < 0, energy, 0.0), x * overlapped])
         sums = stack.column_sums(parts)  # [3, K]
         for name in stack.names:
             add = torch.cat([sums[:2, stack.columns(name)].sum(1), known.unsqueeze(0)])

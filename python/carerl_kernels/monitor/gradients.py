@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -117,18 +118,24 @@ class GradientKeeper:
                 elif old is not None:
                     p.grad = old if p.grad is None else old.add_(p.grad)
 
-    def compare(self) -> dict[str, object]:
+    def compare(self) -> dict[str, Any]:
         """Cosines and norms of what was kept, which is dropped.
 
         Returns:
-            "names": D names; "cosine": ``[D][D]`` numbers, None where a gradient is zero or not finite; "norm": D norms.
+            "norm": per name; "cosine": per name and later name, None where a gradient is zero or not finite.
         """
         names, gradients = list(self.kept), list(self.kept.values())
         self.kept = {}
         gram = gradient_gram(gradients, self.shards).tolist()
         norms = [math.sqrt(gram[i][i]) if gram[i][i] >= 0 else math.nan for i in range(len(names))]
-        cosines = [[_ratio(gram[i][j], norms[i] * norms[j]) for j in range(len(names))] for i in range(len(names))]
-        return {"names": names, "cosine": cosines, "norm": [n if math.isfinite(n) else None for n in norms]}
+        cosine = {
+            a: {names[j]: _ratio(gram[i][j], norms[i] * norms[j]) for j in range(i + 1, len(names))}
+            for i, a in enumerate(names[:-1])
+        }
+        return {
+            "norm": {n: v if math.isfinite(v) else None for n, v in zip(names, norms, strict=True)},
+            "cosine": cosine,
+        }
 
     def _add(self, name: str, new: list[Tensor]) -> list[Tensor]:
         if name not in self.kept:

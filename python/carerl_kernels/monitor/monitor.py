@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from .._files import write_bytes_atomically
@@ -22,6 +23,7 @@ from .sequential import DropTest, Examples
 from .sinks import Sink
 
 Scores = Sequence[float | None]
+Numbers = NDArray[np.float64]
 Baseline = float | Scores
 _log = logging.getLogger(__name__)
 
@@ -147,8 +149,8 @@ class DriftMonitor:
         self._given = {} if baseline in ("start", "best") else self._read_baseline(baseline)
         self._tests = {d: DropTest(examples, planned, tolerance / span) for d in self.domains}
         # Scores that present ones are compared with, per domain: one list, or with "best" one per earlier evaluation.
-        self._baselines: dict[str, list[list[float]]] = {d: [] for d in self.domains}
-        self._latest: dict[str, list[float]] = {}
+        self._baselines: dict[str, list[Numbers]] = {d: [] for d in self.domains}
+        self._latest: dict[str, Numbers] = {}
         self._p = dict.fromkeys(self.domains, 1.0)
         self._alerted: set[str] = set()
         self._step: int | None = None
@@ -169,7 +171,7 @@ class DriftMonitor:
 
         Returns:
             What is new, as JSON can hold it: "domains" after an evaluation (per domain "score", "baseline", "drop", "error", "n",
-            "p", "fallen"), "gradients", "guard", "alerts"; empty on most steps.
+            "p", "fallen") and "alpha", "gradients", "guard", "alerts"; empty on most steps.
 
         Raises:
             ValueError: the step was seen already; scores of unknown domains, of another length, or out of range.
@@ -185,6 +187,7 @@ class DriftMonitor:
         if scores:
             with self._timed("test"):
                 record["domains"], alerts = self._judge(step, scores)
+            record["alpha"] = self.alpha
         if self._keeper is not None and self._keeper.kept:
             with self._timed("gradients"):
                 record["gradients"] = self._keeper.compare()
@@ -303,8 +306,8 @@ class DriftMonitor:
         return {
             "domains": list(self.domains),
             "step": self._step,
-            "baselines": self._baselines,
-            "latest": self._latest,
+            "baselines": {name: [_plain(v) for v in each] for name, each in self._baselines.items()},
+            "latest": {name: _plain(v) for name, v in self._latest.items()},
             "tests": {name: test.state_dict() for name, test in self._tests.items()},
             "p": dict(self._p),
             "alerted": sorted(self._alerted),
@@ -324,8 +327,8 @@ class DriftMonitor:
                 f"monitor state: expected the domains {', '.join(state['domains'])} as saved, found {', '.join(self.domains)}"
             )
         self._step = state["step"]
-        self._baselines = {n: [list(s) for s in lists] for n, lists in state["baselines"].items()}
-        self._latest = {n: list(s) for n, s in state["latest"].items()}
+        self._baselines = {n: [np.array(v, dtype=np.float64) for v in each] for n, each in state["baselines"].items()}
+        self._latest = {n: np.array(v, dtype=np.float64) for n, v in state["latest"].items()}
         for name, test in state["tests"].items():
             self._tests[name].load_state_dict(test)
         self._p, self._alerted = dict(state["p"]), set(state["alerted"])
@@ -347,7 +350,7 @@ class DriftMonitor:
         alerts = []
         for name, (present, against) in checked.items():
             self._latest[name] = present
-            out[name] = {"score": _mean(present), "n": len(present)}
+            out[name] = {"score": float(np.nanmean(present)), "n": int((~np.isnan(present)).sum())}
             if against and step >= self.test_from:
                 out[name] |= self._compare(name, present, against)
                 fallen = out[name]["fallen"]
@@ -360,7 +363,7 @@ class DriftMonitor:
                 self._baselines[name].append(present)
         return out, alerts
 
-    def _pairs(self, name: str, values: Any) -> tuple[list[float], list[list[float]]]:
+    def _pairs(self, name: str, values: Any) -> tuple[Numbers, list[Numbers]]:
         """Present scores (NaN: not judged), and those to compare with, each as long; none on a first evaluation."""
         baseline = None
         if self.examples == "fresh" and isinstance(values, tuple) and len(values) == 2:
@@ -370,7 +373,7 @@ class DriftMonitor:
             against = [self._checked(f"baseline of {name}", baseline)]
         elif name in self._given:
             given = self._given[name]
-            against = [[float(given)] * len(present) if isinstance(given, (int, float)) else self._checked(name, given)]
+            against = [np.full(len(present), given) if isinstance(given, (int, float)) else self._checked(name, given)]
         elif self.examples == "fresh":
             raise ValueError(
                 f"scores of {name!r}: with fresh examples expected a pair (scores, baseline's scores on the same examples), "
@@ -386,34 +389,34 @@ class DriftMonitor:
                 )
         return present, against
 
-    def _checked(self, name: str, values: Any) -> list[float]:
+    def _checked(self, name: str, values: Any) -> Numbers:
         low, high = self.score_range
-        numbers = [math.nan if v is None else float(v) for v in values]
-        wrong = [v for v in numbers if not (math.isnan(v) or low - 1e-6 <= v <= high + 1e-6)]
-        if wrong or all(math.isnan(v) for v in numbers):
+        numbers = np.array(values, dtype=np.float64)  # None becomes NaN
+        judged = numbers[~np.isnan(numbers)]
+        wrong = judged[(judged < low - 1e-6) | (judged > high + 1e-6)]
+        if numbers.ndim != 1 or not judged.size or wrong.size:
+            found = f"{wrong[0]:g}" if wrong.size else f"no judged example in an array of shape {numbers.shape}"
             raise ValueError(
-                f"scores of {name!r}: expected numbers from {low:g} to {high:g} (score_range), "
-                f"found {wrong[0] if wrong else 'no judged example'}"
+                f"scores of {name!r}: expected a number from {low:g} to {high:g} (score_range) per example, found {found}"
             )
-        return [min(high, max(low, v)) for v in numbers]
+        return numbers.clip(low, high)
 
-    def _compare(self, name: str, present: list[float], against: list[list[float]]) -> dict[str, Any]:
+    def _compare(self, name: str, present: Numbers, against: list[Numbers]) -> dict[str, Any]:
         low, high = self.score_range
-        now = np.array(present)
-        differences = [np.array(other) - now for other in against]
+        differences = [other - present for other in against]
         differences = [d[~np.isnan(d)] for d in differences]
         scaled = [d / (high - low) for d in differences]
         evidence = self._tests[name].update(scaled if self._best else scaled[0])
-        worst = max(
-            range(len(against)), key=lambda i: float(differences[i].mean()) if len(differences[i]) else -math.inf
-        )
-        kept = ~np.isnan(np.array(against[worst]) - now)
-        d, n = differences[worst], int(kept.sum())
         self._p[name] = min(self._p[name], math.exp(min(0.0, math.log(len(self.domains)) - evidence)))
+        worst = max(
+            range(len(against)), key=lambda i: float(differences[i].mean()) if differences[i].size else -math.inf
+        )
+        d = differences[worst]
+        n, pairs = d.size, ~np.isnan(against[worst] - present)
         drop = float(d.mean()) if n else 0.0
         return {
-            "baseline": float(np.array(against[worst])[kept].mean()) if n else math.nan,
-            "compared": float(now[kept].mean()) if n else math.nan,
+            "baseline": float(against[worst][pairs].mean()) if n else math.nan,
+            "compared": float(present[pairs].mean()) if n else math.nan,
             "drop": drop,
             "error": float(d.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan,
             "n": n,
@@ -467,10 +470,5 @@ class DriftMonitor:
         return dict(source)
 
 
-def _mean(values: Sequence[float]) -> float:
-    judged = [v for v in values if not math.isnan(v)]
-    return sum(judged) / len(judged)
-
-
-def _plain(values: Sequence[float]) -> list[float | None]:
-    return [None if math.isnan(v) else v for v in values]
+def _plain(values: Numbers) -> list[float | None]:
+    return [None if math.isnan(v) else v for v in values.tolist()]

@@ -8,7 +8,7 @@ advantages (GRPO without clipping).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,7 @@ class Learner:
         optimizer = torch.optim.Adam(parameters, lr=lr)
         if self.guard is not None:
             self.guard.attach(optimizer)
-        with nullcontext() if self.guard is None else self.guard.stage(domain):
+        with self._guarded(domain):
             for step in range(steps):
                 optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
                 self._gradient(domain, reference)
@@ -153,6 +153,13 @@ class Learner:
                     p.copy_(torch.lerp(p0, p, self.interpolation))
         if self.guard is not None:
             self.guard.detach()
+
+    def _guarded(self, domain: str) -> AbstractContextManager[Any]:
+        """The guard's stage; the last one is not recorded, for nothing follows."""
+        if self.guard is None:
+            return nullcontext()
+        last = domain == self.bandit.domains[-1]
+        return self.guard.domain(domain) if last else self.guard.stage(domain)
 
     def _gradient(self, domain: str, reference: nn.Module | None) -> None:
         counts = {domain: CONTEXTS - self.replayed}

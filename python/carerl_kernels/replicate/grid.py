@@ -124,10 +124,10 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Hash of everything that decides the result: a cell whose definition changed runs again."""
+        """Hash of everything that decides the result (what is left at its default apart): a cell that changed runs again."""
         content = {
-            "setting": self.setting.model_dump(mode="json", exclude={"text"}),
-            "method": self.method.model_dump(mode="json", exclude={"text", "lr"}),
+            "setting": self.setting.model_dump(mode="json", exclude={"text"}, exclude_defaults=True),
+            "method": self.method.model_dump(mode="json", exclude={"text", "lr"}, exclude_defaults=True),
             "lr": self.lr,
             "seed": self.seed,
         }

@@ -41,6 +41,7 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
             "max_new_tokens": tasks.MAX_NEW_TOKENS,
             "lr": setting.lr * cell.lr,
             "eval_batch_size": 512,
+            "record_last": False,
             "seed": seed,
             "progress": False,
             "plots": False,

@@ -72,7 +72,7 @@ class BlockRecorder:
         layout, r = self.layout, self.layout.k
         left, right, values, moved = {}, {}, {}, {}
         for group in layout.groups:
-            for at in group.chunks():
+            for at in group.chunks(parameters[group.indices[0]].device):
                 names = [layout.names[i] for i in group.indices[at]]
                 deltas = [self.start.delta(i, parameters[i]).view(group.m, group.n) for i in group.indices[at]]
                 with full_precision(deltas[0].device):

@@ -22,7 +22,14 @@ FactoredKind = Literal["block", "input"]
 Side = Literal["both", "right", "left"]
 
 WORKSPACE = 32 << 20
-"""Bytes of float32 copies at a time."""
+"""Bytes of float32 copies at a time, at most."""
+IN_CACHE = 1 << 20
+"""The same on a CPU: a copy that leaves the caches, for pages that the kernel has to clear first, costs more than the product."""
+
+
+def workspace(device: torch.device) -> int:
+    """Bytes of float32 copies at a time on this device."""
+    return IN_CACHE if device.type == "cpu" else WORKSPACE
 
 
 @dataclass(frozen=True)
@@ -49,9 +56,9 @@ class Group:
         """Coefficient rows of the group."""
         return slice(self.first, self.first + self.each * len(self.indices))
 
-    def chunks(self) -> Iterator[slice]:
-        """Positions to stack at a time."""
-        step = max(1, WORKSPACE // max(4 * self.m * self.n, 1))
+    def chunks(self, device: torch.device) -> Iterator[slice]:
+        """Positions to stack at a time, the same in every process."""
+        step = max(1, workspace(device) // max(4 * self.whole * self.n, 1))
         for start in range(0, len(self.indices), step):
             yield slice(start, min(start + step, len(self.indices)))
 
@@ -209,7 +216,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
 def _row_blocks(matrix: Tensor) -> Iterator[slice]:
     """All rows at once in float32, else as many as fit the workspace when converted."""
     m, n = matrix.shape
-    step = max(m, 1) if matrix.dtype == torch.float32 else max(1, WORKSPACE // max(4 * n, 1))
+    step = max(m, 1) if matrix.dtype == torch.float32 else max(1, workspace(matrix.device) // max(4 * n, 1))
     for start in range(0, m, step):
         yield slice(start, min(start + step, m))
 

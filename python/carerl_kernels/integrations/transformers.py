@@ -1,0 +1,197 @@
+"""A callback that guards any transformers ``Trainer``, TRL's included: stage, domain of the step, probes, logs, resume."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._files import write_atomically
+from ..guard import CapabilityGuard
+
+try:
+    from transformers import TrainerCallback
+except ImportError as e:
+    raise ImportError(
+        f"carerl_kernels.integrations.transformers needs transformers ({e}): pip install 'carerl-kernels[trl]'"
+    ) from e
+
+MakeGuard = Callable[[nn.Module], CapabilityGuard]
+
+
+class GuardCallback(TrainerCallback):
+    """Puts a guard behind the optimizer of a transformers ``Trainer`` for the length of ``train()``.
+
+    The guard is in every checkpoint (``checkpoint-N/guard*``), and a resumed run goes on with it. In grad mode the trainer's
+    clipping moves behind the edit: ``args.max_grad_norm`` becomes the guard's for the time of the training.
+
+    Args:
+        guard: ``make(model) -> CapabilityGuard``, called when training begins: the model is wrapped, sharded and has its
+            adapters by then. ``CapabilityGuard`` itself is such a function; a guard that exists already is taken as it is.
+        stage: name of the domain this training is recorded as; None records nothing.
+        path: where the stage's basis goes.
+        domain: whose steps these are, a name or a function that says it before every step. None: the stage's; without a
+            stage nobody's, so that all history acts.
+        probe_loss: ``probe_loss(model, name) -> loss`` of an earlier domain on stored prompts, for rule "probed".
+    """
+
+    def __init__(
+        self,
+        guard: CapabilityGuard | MakeGuard,
+        *,
+        stage: str | None = None,
+        path: Path | str | None = None,
+        domain: str | Callable[[], str | None] | None = None,
+        probe_loss: Callable[[nn.Module, str], Tensor] | None = None,
+    ):
+        if path is not None and stage is None:
+            raise ValueError(f"path: expected a stage to record into it, found stage=None and path={str(path)!r}")
+        self.guard: CapabilityGuard | None = guard if isinstance(guard, CapabilityGuard) else None
+        self._make: MakeGuard | None = None if isinstance(guard, CapabilityGuard) else guard
+        self.stage, self.path, self.probe_loss = stage, path, probe_loss
+        self._domain = domain
+        self._training = ExitStack()
+        self._step = ExitStack()
+
+    # ------------------------------------------------------------------------------------------------ for the trainer
+
+    def guarded_model(self, model: nn.Module) -> nn.Module:
+        """What the guard is built from; a trainer that knows DDP's wrapper gives that."""
+        return model
+
+    def clips(self) -> bool:
+        """Whether the trainer's clipping has to wait for the guard's edit."""
+        return self.guard is not None and self.guard.apply_to == "grad"
+
+    def owner(self) -> str | None:
+        """Whose step comes next."""
+        return self._domain() if callable(self._domain) else self._domain
+
+    def metrics(self) -> dict[str, float]:
+        """The guard's report as flat numbers for a log."""
+        return {} if self.guard is None else dict(_flat(self.guard.report()))
+
+    def abandon(self) -> None:
+        """Training ended by an exception: leaves the optimizer alone; a stage in progress does not become history."""
+        error = RuntimeError("training did not end")
+        for stack in (self._step, self._training):
+            stack.__exit__(RuntimeError, error, None)
+
+    # ---------------------------------------------------------------------------------------------------------- events
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Builds, attaches, opens the stage; a resumed run gets its state back."""
+        model, optimizer = self.guarded_model(kwargs["model"]), kwargs["optimizer"]
+        if self._make is not None:
+            self.guard = self._make(model)
+        guard = self.guard
+        if not isinstance(guard, CapabilityGuard):
+            raise TypeError(f"guard: expected a CapabilityGuard or a function that makes one, found {guard!r}")
+        _same_everywhere(guard)
+        if self.clips() and args.max_grad_norm and guard.max_grad_norm is None:
+            self._training.callback(setattr, args, "max_grad_norm", args.max_grad_norm)
+            self._training.callback(setattr, guard, "max_grad_norm", None)
+            guard.max_grad_norm, args.max_grad_norm = args.max_grad_norm, 0.0
+        guard.attach(optimizer)
+        self._training.callback(guard.detach)
+        if self.stage is not None:
+            self._training.enter_context(guard.stage(self.stage, path=self.path))
+        if state.global_step:
+            self._load(guard, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Probes that are due, then the step's domain."""
+        guard = self.guard
+        assert guard is not None
+        if guard.probes_due():
+            if self.probe_loss is None:
+                raise ValueError(
+                    "rule 'probed' reads the gradient of earlier domains on stored prompts: expected probe_loss="
+                    "function(model, name) -> loss, found None; give one, or choose a rule that needs no stored data"
+                )
+            for name in guard.history:
+                with guard.probe(name):
+                    self.probe_loss(kwargs["model"], name).backward()
+        if self._domain is not None:
+            self._step.enter_context(guard.domain(self.owner()))
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The step is over."""
+        self._step.close()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Adds the guard's numbers to the line just logged. Reporters that came before this callback have written theirs."""
+        if logs is not None and "loss" in logs:
+            numbers = self.metrics()
+            logs.update(numbers)
+            state.log_history[-1].update(numbers)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Writes the guard's state beside the model's."""
+        if self.guard is not None and not args.save_only_model:
+            self._save(self.guard, Path(args.output_dir) / f"checkpoint-{state.global_step}", args.should_save)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Closes the stage, which becomes history and a file, and detaches."""
+        self._training.close()
+
+    # ----------------------------------------------------------------------------------------------------------- state
+
+    @staticmethod
+    def _save(guard: CapabilityGuard, folder: Path, writes: bool) -> None:
+        state = guard.state_dict()
+        if guard.layout.shards.sharded:
+            import torch.distributed.checkpoint as dcp
+
+            dcp.save({"guard": state}, checkpoint_id=folder / "guard")
+        elif writes:
+            write_atomically(folder / "guard.pt", lambda path: torch.save(state, path))
+
+    @staticmethod
+    def _load(guard: CapabilityGuard, folder: Path) -> None:
+        sharded = guard.layout.shards.sharded
+        path = folder / ("guard" if sharded else "guard.pt")
+        if not path.exists():
+            raise FileNotFoundError(
+                f"resuming: expected the guard's state in {path}, found none; resume from a checkpoint of this output_dir that "
+                "was written with the guard, with save_only_model=False"
+            )
+        if sharded:
+            import torch.distributed.checkpoint as dcp
+
+            state = {"guard": guard.state_dict()}
+            dcp.load(state, checkpoint_id=path)
+            guard.load_state_dict(state["guard"])
+        else:
+            guard.load_state_dict(torch.load(path, map_location=guard.device, weights_only=False))
+
+
+def _same_everywhere(guard: CapabilityGuard) -> None:
+    """Refuses what would make replicated processes decide differently."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed or torch.distributed.get_world_size() == 1:
+        return
+    if guard.layout.kind == "input" and guard._data_group is None:
+        raise ValueError(
+            "basis 'input' averages what all processes feed forward: expected a guard built from the DDP-wrapped model, found "
+            "one built from the model inside; use carerl_kernels.integrations.trl.CareGRPOTrainer, or another basis"
+        )
+
+
+def _flat(report: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Numbers of :meth:`CapabilityGuard.report` under names for a log; what is not known is left out."""
+    numbers = {
+        "guard/touched_share": report["touched_share"],
+        "guard/dropped_steps": report["dropped_steps"],
+        "guard/open_windows": len(report["open_windows"]),
+        "guard/seconds": sum(report["seconds"].values()),
+    }
+    for name, domain in report["domains"].items():
+        numbers[f"guard/{name}/net_displacement"] = domain["net_displacement"]
+        for share, value in (domain["energy"] or {}).items():
+            numbers[f"guard/{name}/{share}"] = value
+    yield from ((name, float(value)) for name, value in numbers.items() if value is not None)

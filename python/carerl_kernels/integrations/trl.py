@@ -1,0 +1,278 @@
+"""TRL's GRPOTrainer behind a guard: domains from a data set column, per-domain metrics, per-domain gradients in one step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..guard import CapabilityGuard
+from ..guard.editors import Editor
+from .per_domain import DomainLosses
+from .transformers import GuardCallback, MakeGuard
+
+try:
+    from trl import GRPOTrainer
+except ImportError as e:
+    raise ImportError(f"carerl_kernels.integrations.trl needs TRL ({e}): pip install 'carerl-kernels[trl]'") from e
+
+
+class CareMixin:
+    """What :class:`CareGRPOTrainer` adds; put it before a subclass of TRL's ``GRPOTrainer`` of your own.
+
+    Args:
+        guard: a guard, or ``make(model) -> CapabilityGuard``; see :class:`GuardCallback`. None: metrics and editor alone.
+        stage: name of the domain this training is recorded as. All its steps are this domain's, also where the data set
+            replays prompts of others.
+        stage_path: where the stage's basis goes.
+        domain_column: column of the data set that names each prompt's domain. Without a stage a step belongs to the domain of its
+            prompts, in all accumulated micro-batches and processes; where they differ, to none, and all history acts.
+        domains: all names that the column holds; None looks them up (not possible in a stream).
+        editor: makes the step's gradient out of one per domain (:mod:`carerl_kernels.guard.editors`); "guard" means the
+            guard itself, in grad mode: each domain's gradient is edited by the rows of the others. TRL's clipping follows.
+        probe_loss: see :class:`GuardCallback`.
+
+    Raises:
+        ValueError: domains are needed and not there, or an option of TRL's that per-domain gradients cannot honour.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        guard: CapabilityGuard | MakeGuard | None = None,
+        stage: str | None = None,
+        stage_path: Path | str | None = None,
+        domain_column: str = "domain",
+        domains: Sequence[str] | None = None,
+        editor: Editor | str | None = None,
+        probe_loss: Callable[[nn.Module, str], Tensor] | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.domain_column = domain_column
+        trainer: Any = self
+        self.domain_names = _domain_names(trainer.train_dataset, domain_column, domains)
+        self._step_domains = torch.zeros(len(self.domain_names), dtype=torch.bool)
+        self._step_owner: str | None = None
+        self._batch_ids: Tensor | None = None  # domains of the generation batch, of all processes
+        self.last_forward: Any = None  # log-probabilities, entropies, router's loss of the loss just computed
+        self.guard_callback: GuardCallback | None = None
+        if guard is not None:
+            domain: Any = None if stage is not None or not self.domain_names else (lambda: self._step_owner)
+            self.guard_callback = _TRLCallback(
+                self, guard, stage=stage, path=stage_path, domain=domain, probe_loss=probe_loss
+            )
+            trainer.add_callback(self.guard_callback)
+        elif stage is not None:
+            raise ValueError(
+                f"stage={stage!r}: expected a guard to record it, found guard=None; pass guard=CapabilityGuard"
+            )
+        if isinstance(editor, str) and (editor != "guard" or guard is None):
+            raise ValueError(
+                f"editor: expected an editor, or 'guard' with guard=, found {editor!r} with guard={guard!r}"
+            )
+        self._losses = None if editor is None else DomainLosses(self, editor)
+
+    @property
+    def guard(self) -> CapabilityGuard | None:
+        """The guard; None before training where a function makes it."""
+        return None if self.guard_callback is None else self.guard_callback.guard
+
+    # -------------------------------------------------------------------------------------------- from data to the loss
+
+    def _set_signature_columns_if_needed(self) -> None:
+        parent: Any = super()
+        trainer: Any = self
+        parent._set_signature_columns_if_needed()
+        if self.domain_column not in trainer._signature_columns:
+            trainer._signature_columns = [*trainer._signature_columns, self.domain_column]
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        parent: Any = super()
+        if not self.domain_names:
+            return parent._generate_and_score_completions(inputs)
+        trainer: Any = self
+        ids = torch.tensor([self._domain_id(row) for row in inputs], device=trainer.accelerator.device)
+        self._batch_ids = trainer.accelerator.gather(ids)
+        output = parent._generate_and_score_completions(inputs)
+        output["domain_ids"] = ids  # shuffled and split with the batch by TRL
+        return output
+
+    def _domain_id(self, row: Mapping[str, Any]) -> int:
+        name = row.get(self.domain_column)
+        if name not in self.domain_names:
+            raise ValueError(
+                f"column {self.domain_column!r}: expected one of {', '.join(self.domain_names)}, found {name!r}; "
+                "name them all in domains="
+            )
+        return self.domain_names.index(name)
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        parent: Any = super()
+        out = parent._get_per_token_logps_and_entropies(*args, **kwargs)
+        if kwargs.get("compute_entropy"):
+            self.last_forward = out
+        return out
+
+    # ------------------------------------------------------------------------------------------------------------ steps
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        parent: Any = super()
+        trainer: Any = self
+        loss = parent.training_step(model, inputs, num_items_in_batch)
+        if self._losses is not None:
+            loss = loss + self._losses.after_backward()
+        if trainer.accelerator.sync_gradients:  # the optimizer steps next
+            present = self._step_domains.to(trainer.accelerator.device, torch.float32)
+            if len(present):
+                found = trainer.accelerator.reduce(present, "sum").nonzero().flatten().tolist()
+                self._step_owner = self.domain_names[found[0]] if len(found) == 1 else None
+                self._step_domains.zero_()
+            if self._losses is not None:
+                self._losses.combine()
+        return loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        parent: Any = super()
+        trainer: Any = self
+        if self.domain_names and trainer.model.training:
+            self._step_domains[inputs["domain_ids"].unique().cpu()] = True
+            if self._losses is not None:
+                return self._losses.backward_all_but_last(model, inputs)
+        return parent.compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _compute_loss(self, model: nn.Module, inputs: Any) -> Tensor:
+        parent: Any = super()
+        loss = parent._compute_loss(model, inputs)
+        if self.domain_names:
+            self._log_tokens(inputs)
+        if self._losses is None:
+            self.last_forward = None  # it would keep the graph
+        return loss
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        parent: Any = super()
+        prepared = parent._prepare_for_training(*args, **kwargs)
+        if self._losses is not None:
+            self._losses.begin()
+        return prepared
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        parent: Any = super()
+        try:
+            return parent._inner_training_loop(*args, **kwargs)
+        finally:
+            if self.guard_callback is not None:
+                self.guard_callback.abandon()
+
+    # ---------------------------------------------------------------------------------------------------------- metrics
+
+    def _mode_metrics(self) -> dict[str, list[float]]:
+        trainer: Any = self
+        return trainer._metrics["train" if trainer.model.training else "eval"]
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        parent: Any = super()
+        rewards = parent._calculate_rewards(
+            inputs, prompts, completions, completion_ids_list
+        )  # [B, functions], all processes
+        if self.domain_names:
+            lengths = torch.tensor(
+                [len(ids) for ids in completion_ids_list], device=rewards.device, dtype=torch.float32
+            )
+            self._log_rewards(rewards, self.accelerator.gather(lengths))  # type: ignore[attr-defined]
+        return rewards
+
+    def _log_rewards(self, rewards: Tensor, lengths: Tensor) -> None:
+        trainer: Any = self
+        size = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
+        total = (rewards * trainer.reward_weights.to(rewards.device)).nansum(1)  # [B]
+        total[rewards.isnan().all(1)] = torch.nan
+        ids, metrics = self._batch_ids, self._mode_metrics()
+        assert ids is not None
+        for i, name in enumerate(self.domain_names):
+            mine = ids == i
+            if not bool(mine.any()):
+                continue
+            groups = total.view(-1, size)[ids.view(-1, size)[:, 0] == i]
+            judged = [group[~group.isnan()] for group in groups]
+            flat = [float(bool((group == group[:1]).all())) for group in judged]
+            values = total[mine & ~total.isnan()]
+            for what, value in {
+                "reward": float(values.mean()) if len(values) else math.nan,
+                "reward_std": float(values.std()) if len(values) > 1 else math.nan,
+                "frac_reward_zero_std": sum(flat) / len(flat),
+                "completion_length": float(lengths[mine].mean()),
+                "share": float(mine.float().mean()),
+            }.items():
+                metrics[f"domain/{name}/{what}"].append(value)
+
+    @torch.no_grad()
+    def _log_tokens(self, inputs: Any) -> None:
+        """Entropy, and KL where there is a reference, per token of each domain in this micro-batch of all processes."""
+        trainer: Any = self
+        logps, entropies, _ = self.last_forward
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        values = [mask.float(), entropies.float() * mask]
+        if trainer.beta != 0.0:
+            delta = (inputs["ref_per_token_logps"] - logps) * mask
+            values.append(torch.expm1(delta) - delta)
+        sums = torch.zeros(len(self.domain_names), len(values), device=mask.device)
+        sums.index_add_(0, inputs["domain_ids"], torch.stack([v.sum(1) for v in values], 1))
+        sums = trainer.accelerator.reduce(sums, "sum").tolist()
+        for name, (tokens, *totals) in zip(self.domain_names, sums, strict=True):
+            if tokens:
+                for what, value in zip(("entropy", "kl"), totals, strict=False):
+                    self._mode_metrics()[f"domain/{name}/{what}"].append(value / tokens)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        parent: Any = super()
+        if self.guard_callback is not None and "loss" in logs:
+            logs.update(self.guard_callback.metrics())
+        parent.log(logs, start_time)
+
+
+class CareGRPOTrainer(CareMixin, GRPOTrainer):
+    """TRL's ``GRPOTrainer`` with a guard and domains: its arguments, and those of :class:`CareMixin` by name."""
+
+
+class _TRLCallback(GuardCallback):
+    """Knows the trainer it belongs to."""
+
+    def __init__(self, trainer: Any, guard: CapabilityGuard | MakeGuard, **options: Any):
+        super().__init__(guard, **options)
+        self._trainer = trainer
+
+    def guarded_model(self, model: nn.Module) -> nn.Module:
+        wrapped = self._trainer.model_wrapped
+        return wrapped if isinstance(wrapped, nn.parallel.DistributedDataParallel) else model
+
+    def clips(self) -> bool:
+        # the guard as editor has done its work before TRL clips
+        return super().clips() and not (self._trainer._losses is not None and self._trainer._losses.by_guard)
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        """The trainer's own log has the numbers already, where every reporter sees them."""
+
+
+def _domain_names(dataset: Any, column: str, domains: Sequence[str] | None) -> list[str]:
+    """Names in the column, the same in every process; none where there is no such column.
+
+    Raises:
+        ValueError: a stream, whose names nobody knows beforehand.
+    """
+    if domains is not None:
+        return list(domains)
+    if column not in (getattr(dataset, "column_names", None) or []):
+        return []
+    if not hasattr(dataset, "unique"):
+        raise ValueError(
+            f"expected domains=[...], all names in column {column!r}, with a data set that is a stream, found None"
+        )
+    return sorted(dataset.unique(column))

@@ -1,0 +1,171 @@
+"""What is on disk of a run: a directory with metrics.jsonl, of the trainer or of a `JsonLines` sink."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ...grpo.rundir import RunDirectory
+
+
+class RunError(ValueError):
+    """A directory holds no run, or a damaged one."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stage: its name, and the first and last step that were trained in it."""
+
+    name: str
+    first: int
+    last: int
+
+
+@dataclass
+class RunRecord:
+    """A run as recorded.
+
+    Attributes:
+        path: its directory.
+        lines: of metrics.jsonl, in the order of steps.
+        config: config.json; None if there is none.
+        guard_reports: `CapabilityGuard.report()` at the end of each stage, by stage.
+        notes: what a reader should know about the files.
+    """
+
+    path: Path
+    lines: list[dict[str, Any]]
+    config: dict[str, Any] | None = None
+    guard_reports: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, path: Path | str) -> RunRecord:
+        """Reads a run's directory.
+
+        Raises:
+            RunError: no run there, or a file that cannot be read; says which line and what to do.
+        """
+        directory = RunDirectory(path)
+        notes: list[str] = []
+        if not directory.metrics_path.is_file():
+            raise RunError(_no_run(directory.path))
+        lines = list(_metrics(directory.metrics_path, notes))
+        if not lines:
+            raise RunError(f"{directory.metrics_path} is empty: expected a line per step; nothing was trained yet")
+        config = None
+        if directory.config_path.is_file():
+            config = _json(directory.config_path)
+        else:
+            notes.append("config.json is missing: settings and stages that were not reached are unknown.")
+        suffix = ".report.json"
+        reports = {p.name.removesuffix(suffix): _json(p) for p in (directory.path / "bases").glob(f"*{suffix}")}
+        order = {span.name: i for i, span in enumerate(_spans(lines))}
+        reports = dict(sorted(reports.items(), key=lambda item: order.get(item[0], len(order))))
+        return cls(directory.path, lines, config, reports, notes)
+
+    @cached_property
+    def spans(self) -> list[Span]:
+        """Stages in order; none where lines name no stage."""
+        return _spans(self.lines)
+
+    @cached_property
+    def domains(self) -> list[str]:
+        """Names of all domains that were evaluated or rewarded, in order of configuration, else of appearance."""
+        seen: dict[str, None] = dict.fromkeys((self.config or {}).get("domains", ()))
+        for line in self.lines:
+            for key in ("eval", "rewards"):
+                seen.update(dict.fromkeys(line.get(key) or ()))
+        return list(seen)
+
+    @property
+    def last_step(self) -> int:
+        return int(self.lines[-1]["step"])
+
+    def series(self, *keys: str) -> list[tuple[int, float]]:
+        """(step, value) wherever ``line[keys[0]][keys[1]]...`` is a number."""
+        out = []
+        for line in self.lines:
+            value: Any = line
+            for key in keys:
+                value = value.get(key) if isinstance(value, Mapping) else None
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                out.append((int(line["step"]), float(value)))
+        return out
+
+    def found(self, *keys: str) -> list[tuple[int, Any]]:
+        """(step, object) wherever it is there."""
+        out = []
+        for line in self.lines:
+            value: Any = line
+            for key in keys:
+                value = value.get(key) if isinstance(value, Mapping) else None
+            if value is not None:
+                out.append((int(line["step"]), value))
+        return out
+
+
+def _spans(lines: list[dict[str, Any]]) -> list[Span]:
+    spans: list[Span] = []
+    for line in lines:
+        name, step = line.get("stage"), int(line["step"])
+        if not isinstance(name, str):
+            continue
+        if spans and spans[-1].name == name:
+            spans[-1] = Span(name, spans[-1].first, step)
+        else:
+            spans.append(Span(name, step, step))
+    return spans
+
+
+def _metrics(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
+    text = path.read_text(errors="replace")
+    last = -1
+    lines = text.split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+            if not isinstance(value, dict) or not isinstance(value.get("step"), int):
+                raise ValueError('expected an object with an integer "step"')
+        except ValueError as e:
+            if number == len(lines):  # no newline yet: being written, or cut short by a kill
+                notes.append(
+                    f"The last line of {path.name} is incomplete and was left out: the run is being written, or was killed."
+                )
+                return
+            raise RunError(
+                f"{path}, line {number}: expected a JSON object, found {line[:60]!r} ({e}); the file is damaged: restore it, or "
+                "remove the line if you know that nothing else is wrong"
+            ) from e
+        if value["step"] <= last:
+            raise RunError(
+                f"{path}, line {number}: expected a step after {last}, found {value['step']}; two runs wrote to this file"
+            )
+        last = value["step"]
+        yield value
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError) as e:
+        raise RunError(f"{path}: expected a JSON object, found something unreadable ({e}); restore or remove it") from e
+    return value
+
+
+def _no_run(path: Path) -> str:
+    if not path.exists():
+        return f"{path} does not exist; expected the directory of a run, with a file metrics.jsonl"
+    inside = sorted(str(p.parent) for p in path.glob("*/*/metrics.jsonl")) + sorted(
+        str(p.parent) for p in path.glob("*/metrics.jsonl")
+    )
+    more = f"; it holds {len(inside)} runs, choose one: {', '.join(inside[:4])}" if inside else ""
+    return f"expected the directory of a run, with a file metrics.jsonl, found {path} without{more}"

@@ -1,0 +1,96 @@
+"""TRL behind the guard in 2 processes (gloo): DDP and FSDP2 end at the single process's weights."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="trl is not installed: pip install 'carerl-kernels[trl]'")
+from carerl_kernels.subspace import DomainBasis
+
+WORKER = Path(__file__).with_name("trl_worker.py")
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Every scenario in one process and in two, both at once."""
+    path = tmp_path_factory.mktemp("trl")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for world in (1, 2):
+        for rank in range(world):
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+            environment |= {"WORLD_SIZE": str(world), "RANK": str(rank)}
+            if world > 1:
+                environment |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            with open(path / f"log-{world}-{rank}", "w") as log:
+                command = [sys.executable, str(WORKER), str(path)]
+                processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    try:
+        deadline = time.monotonic() + 600
+        while any(p.poll() is None for p in processes) and not any(
+            p.poll() for p in processes
+        ):  # one failed: no use waiting
+            assert time.monotonic() < deadline, "the scenarios did not end in 10 minutes"
+            time.sleep(0.2)
+    finally:
+        for process in processes:
+            process.kill()
+    codes = [process.wait() for process in processes]
+    assert codes == [0, 0, 0], "\n".join(log.read_text()[-2000:] for log in sorted(path.glob("log-*")))
+    return path
+
+
+def both(folder, name):
+    single = torch.load(folder / f"{name}-1-0.pt")
+    return single, [torch.load(folder / f"{name}-2-{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "stageFalse",
+        "stageTrue",
+        "updateFalse",
+        "updateTrue",
+        "updateTrue-resumed",
+        "domainsFalse",
+        "domainsTrue",
+        "surgeryFalse",
+    ],
+)
+def test_two_processes_equal_one(folder, name):
+    """Recording, acting, resuming (FSDP2), per-domain gradients accumulated and edited by guard and PCGrad; the logs too."""
+    single, (first, second) = both(folder, name)
+    assert not single["sharded"] and first["sharded"] == second["sharded"] == ("True" in name)
+    for a, b, c in zip(single["parameters"], first["parameters"], second["parameters"], strict=True):
+        assert float((a - b).abs().max()) <= 2e-6
+        assert torch.equal(b, c)
+    keys = [k for k in single["log"][-1] if k.startswith(("domain/", "guard/", "grad_norm", "reward", "entropy"))]
+    assert keys
+    for key in keys:
+        if key not in ("guard/seconds", "guard/math/net_displacement"):
+            assert first["log"][-1][key] == pytest.approx(single["log"][-1][key], rel=2e-3, abs=1e-5), key
+
+
+def test_resumed_is_uninterrupted(folder):
+    for world in (1, 2):
+        whole, resumed = (torch.load(folder / f"updateTrue{how}-{world}-0.pt") for how in ("", "-resumed"))
+        assert all(torch.equal(a, b) for a, b in zip(whole["parameters"], resumed["parameters"], strict=True))
+
+
+def test_recorded_files_are_alike(folder):
+    a, b = (DomainBasis.load(folder / f"stage-{world}.safetensors") for world in (1, 2))
+    assert a.info.names == b.info.names and a.info.start_hash == b.info.start_hash
+    torch.testing.assert_close(a.singular_values, b.singular_values, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(a.displacement, b.displacement, rtol=1e-3, atol=1e-6)

@@ -135,7 +135,7 @@ def altered(change):
     ("alter", "message"),
     [
         (altered(lambda c: c.pop("logprobs")), "returns no log-probabilities.*found 0"),
-        (altered(lambda c: c.pop("token_ids")), "returns no token ids.*vLLM from"),
+        (altered(lambda c: c.pop("token_ids")), "returns no token ids.*return_token_ids"),
         (
             altered(lambda c: c.update(finish_reason="stop", token_ids=[5], logprobs={"token_logprobs": [-1.0]})),
             "end tokens",

@@ -10,11 +10,12 @@ import pytest
 import torch
 import yaml
 from carerl_kernels.cli import app
-from carerl_kernels.grpo import Example
+from carerl_kernels.grpo import Example, answer_loss, special_tokens
 from carerl_kernels.train.domains import read_rows
-from carerl_kernels.train.models import byte_tokenizer
+from carerl_kernels.train.models import byte_tokenizer, load_model
 from carerl_kernels.train.plan import plan_run
-from carerl_kernels.train.recipe import Recipe, RecipeError, load_recipe
+from carerl_kernels.train.recipe import ModelSpec, Recipe, RecipeError, load_recipe
+from carerl_kernels.train.run import open_run
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -243,6 +244,40 @@ def test_domains_of_every_kind(tmp_path):
         build(kind="exact", train="a.jsonl", eval_size=9)
     with pytest.raises(ValueError, match="expected task code, chat, math"):
         build(kind="characters")
+
+
+def scratch(**changes):
+    data = yaml.safe_load((RECIPES / "small.yaml").read_text())["model"]
+    return ModelSpec.model_validate({"scratch": data["scratch"], **changes})
+
+
+def test_gradient_checkpointing_changes_memory_only():
+    gradients = []
+    for spec in (scratch(), scratch(gradient_checkpointing=True)):
+        model, tokenizer = load_model(spec, [])
+        assert model.training == spec.gradient_checkpointing
+        examples = [Example("max(1,2,3)=", "3"), Example("Shout abc!", "ABC")]
+        answer_loss(model, tokenizer, examples, special_tokens(tokenizer, model)).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*gradients, strict=True))
+
+
+def test_adapters_train_and_are_saved_alone(tmp_path):
+    """LoRA under the guard, with a KL term whose reference is the adapter as it was."""
+    pytest.importorskip("peft")
+    changes = [*FIRST, "model.lora.r=4", "model.warm_up=null", "train.kl_beta=0.1", f"run_dir={tmp_path / 'run'}"]
+    with open_run(load_recipe(RECIPES / "small.yaml", [*changes, "monitor={drop: 0.05, tensorboard: true}"])) as run:
+        frozen = {n: p.detach().clone() for n, p in run.trainer.model.named_parameters() if not p.requires_grad}
+        history = run.train()
+        assert len(history) == 5 and run.trainer.monitor.domains == ("largest", "instructions")
+        after = dict(run.trainer.model.named_parameters())
+        assert all(torch.equal(after[n], value) for n, value in frozen.items())
+    saved = load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")
+    assert saved and all("lora" in name for name in saved)
+    (basis,) = (tmp_path / "run" / "bases").glob("largest.safetensors")
+    assert basis.stat().st_size < 10 * sum(t.numel() * 4 for t in saved.values())
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    assert all("lora" in n for n in load_file(next((tmp_path / "run" / "references").iterdir())))
 
 
 def test_bytes_come_back_as_text():

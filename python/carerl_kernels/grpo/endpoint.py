@@ -184,8 +184,8 @@ class EndpointSampler:
         values = (choice.get("logprobs") or {}).get("token_logprobs")
         if not ids:
             raise SamplerError(
-                f"{self.url} returns no token ids: expected choices[].token_ids (vLLM from 0.10.2, SGLang from 0.5.6, asked for "
-                "by return_token_ids), found none; text cannot be trained on, it tokenises in several ways"
+                f"{self.url} returns no token ids: expected choices[].token_ids, which present releases of vLLM and SGLang give "
+                "for return_token_ids, found none; text cannot be trained on, it tokenises in several ways"
             )
         if not values or len(values) != len(ids) or any(v is None for v in values):
             raise SamplerError(

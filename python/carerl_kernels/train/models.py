@@ -68,6 +68,7 @@ def load_model(spec: ModelSpec, domains: Sequence[Domain]) -> tuple[nn.Module, A
         _warm_up(model, tokenizer, domains, spec)
     if spec.lora is not None:
         model = add_lora(model, spec.lora)
+    model.eval()
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()  # transformers checkpoints in this mode only; sampling and what is not differentiated runs in the other

@@ -84,31 +84,66 @@ class ModelSpec(Section):
         return self
 
 
-class GuardSpec(BaseModel):
+class Options(BaseModel):
+    """A section that takes the options of a class by their names besides its own fields."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    @classmethod
+    def known(cls) -> list[str]:
+        """Names of the options."""
+        raise NotImplementedError
+
+    @model_validator(mode="after")
+    def _known_options(self) -> Options:
+        known = self.known()
+        unknown = sorted(self.options.keys() - known)
+        if unknown:
+            names = ", ".join([*type(self).model_fields, *known])
+            raise ValueError(f"expected options out of {names}, found {', '.join(unknown)}")
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As in the file."""
+        return dict(self.model_extra or {})
+
+
+class GuardSpec(Options):
     """The guard; `{}` records with its defaults. Besides `history`, every option of `CapabilityGuard` by its name.
 
     Args:
         history: Basis files of earlier stages, or directories of runs whose stages count in their order.
     """
 
-    model_config = ConfigDict(extra="allow", frozen=True)
-
     history: tuple[Path, ...] = ()
 
-    @model_validator(mode="after")
-    def _known_options(self) -> GuardSpec:
+    @classmethod
+    def known(cls) -> list[str]:
         from ..guard import CapabilityGuard
 
-        known = [n for n in inspect.signature(CapabilityGuard).parameters if n not in ("model", "process_group")]
-        unknown = sorted(self.options.keys() - known)
-        if unknown:
-            raise ValueError(f"expected options out of history, {', '.join(known)}, found {', '.join(unknown)}")
-        return self
+        return [n for n in inspect.signature(CapabilityGuard).parameters if n not in ("model", "process_group")]
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """For `CapabilityGuard`, as in the file."""
-        return dict(self.model_extra or {})
+
+class MonitorSpec(Options):
+    """The drift monitor, fed by the trainer's evaluations. Besides these, the options of `DriftMonitor` by their names (baseline,
+    drop, alpha, gradients_every, ...).
+
+    Args:
+        tensorboard: Event files in the run's directory.
+        wandb, trackio: Settings of their `init`: project and others.
+    """
+
+    tensorboard: bool = False
+    wandb: dict[str, Any] | None = None
+    trackio: dict[str, Any] | None = None
+
+    @classmethod
+    def known(cls) -> list[str]:
+        from ..monitor import DriftMonitor
+
+        ours = ("domains", "evaluate", "every", "model", "guard", "sinks", "on_alert")
+        return [n for n in inspect.signature(DriftMonitor).parameters if n not in ours]
 
 
 class SamplerSpec(Section):
@@ -143,6 +178,7 @@ class Recipe(Section):
         stages: What to train, in order.
         train: Settings of the trainer (`GRPOConfig`).
         guard: None trains plainly and records nothing.
+        monitor: None watches nothing.
         sampler: None: the model samples itself.
     """
 
@@ -152,6 +188,7 @@ class Recipe(Section):
     stages: tuple[Stage, ...] = Field(min_length=1)
     train: GRPOConfig = Field(default_factory=GRPOConfig)
     guard: GuardSpec | None = None
+    monitor: MonitorSpec | None = None
     sampler: SamplerSpec | None = None
 
     _folder: Path = PrivateAttr(default=Path("."))
@@ -186,7 +223,7 @@ class Recipe(Section):
 
     def record(self) -> dict[str, Any]:
         """What decides the run besides trainer settings and stages, for comparison when it is resumed."""
-        data = self.model_dump(mode="json", exclude={"run_dir", "train", "stages"})
+        data = self.model_dump(mode="json", exclude={"run_dir", "train", "stages", "monitor"})  # it changes no number
         if self.guard is not None:
             data["guard"] = {"history": [str(p) for p in self.guard.history], **self.guard.options}
         return data

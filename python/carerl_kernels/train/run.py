@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from ..grpo.config import Stage, stage_names
+from ..grpo.domain import Domain
 from ..grpo.endpoint import EndpointSampler
-from ..grpo.parallel import process_group, shard
+from ..grpo.parallel import Ranks, process_group, shard
 from ..grpo.text import special_tokens
 from ..grpo.trainer import GRPOTrainer
 from .models import load_model
@@ -60,13 +61,15 @@ def open_run(recipe: Recipe, on_step: Callable[[dict[str, Any]], None] | None = 
             shard(model, recipe.model.precision, device)
         else:
             model.to(device)
+        guard = None if recipe.guard is None else build_guard(model, recipe.guard)
         yield Run(
             GRPOTrainer(
                 model,
                 tokenizer,
                 domains,
                 recipe.train,
-                guard=None if recipe.guard is None else build_guard(model, recipe.guard),
+                guard=guard,
+                monitor=_monitor(recipe, model, domains, guard),
                 run_dir=recipe.run_dir,
                 sampler=_sampler(recipe, model, tokenizer),
                 recipe=recipe.record(),
@@ -93,6 +96,24 @@ def _sampler(recipe: Recipe, model: nn.Module, tokenizer: Any) -> EndpointSample
         max_gap=spec.max_gap,
         dtype=None if spec.dtype is None else getattr(torch, spec.dtype),
     )
+
+
+def _monitor(recipe: Recipe, model: nn.Module, domains: Sequence[Domain], guard: Any) -> Any:
+    """The drift monitor over what is evaluated, with sinks in the first process."""
+    spec = recipe.monitor
+    if spec is None:
+        return None
+    from ..monitor import DriftMonitor, TensorBoard, Trackio, WandB
+
+    sinks: list[Any] = []
+    if Ranks.of(model).first:
+        sinks += [TensorBoard(recipe.run_dir / "tensorboard")] if spec.tensorboard else []
+        sinks += [WandB(**spec.wandb)] if spec.wandb is not None else []
+        sinks += [Trackio(**spec.trackio)] if spec.trackio is not None else []
+    every = recipe.train.eval_every
+    looks = 1 + sum(-(-s.steps // every) if every else 1 for s in recipe.stages)
+    names = [d.name for d in domains if d.eval_examples]
+    return DriftMonitor(names, model=model, guard=guard, sinks=sinks, **{"planned": looks, **spec.options})
 
 
 def build_guard(model: nn.Module, spec: GuardSpec) -> Any:
@@ -137,7 +158,8 @@ def history_files(history: Sequence[Path]) -> list[Path]:
             files.append(path)
             continue
         try:
-            stages = json.loads((path / "config.json").read_text())["stages"]
+            recorded = json.loads((path / "config.json").read_text())
+            stages = recorded["stages"]
             names = stage_names(
                 [Stage(tuple(s["domain"]) if isinstance(s["domain"], list) else s["domain"], 1) for s in stages]
             )
@@ -145,6 +167,8 @@ def history_files(history: Sequence[Path]) -> list[Path]:
             raise RecipeError(
                 f"guard.history: expected a basis file or a run's directory, found {path} ({error})"
             ) from error
+        if not recorded["config"].get("record_last", True):
+            names = names[:-1]
         own = [path / "bases" / f"{name}.safetensors" for name in names]
         missing = [str(p) for p in own if not p.is_file()]
         if missing:

@@ -43,14 +43,18 @@ def reward(example: Example, completion: str) -> float:
     return hashlib.sha256(completion.encode()).digest()[0] / 255
 
 
-def model_and_prompts(name: str) -> tuple[Any, Any, list[str]]:
+def model_and_prompts(name: str) -> tuple[Any, Any, list[Any]]:
     if name == "tiny":
         tokenizer = character_tokenizer()
         tokenizer.padding_side = "left"
         return tiny_model(tokenizer, 0), tokenizer, [e.prompt for d in DOMAINS for e in GENERATORS[d]()[:100]]  # type: ignore[misc]
     model, tokenizer = load_smollm2()
     tokenizer.padding_side = "left"
-    return model, tokenizer, [f"Tell me something about the number {n}." for n in range(40)]
+    return (
+        model,
+        tokenizer,
+        [[{"role": "user", "content": f"Tell me something about the number {n}."}] for n in range(40)],
+    )
 
 
 class Counting(trl.GRPOTrainer):
@@ -90,7 +94,7 @@ class InTurn(TrainerCallback):
         start = time.perf_counter()
         metrics = self.learner.step(self.optimizer, {"all": len(trainer.prompts)}, "all")
         ours = time.perf_counter() - start
-        assert metrics["informative"] > 0.9
+        assert metrics["informative"] == 1.0, "a group whose completions are all alike: the work would differ"
         sampling = self.learner.clock.totals["sample"] - before.get("sample", 0.0)
         row = {
             "theirs": trainer.tokens / theirs,

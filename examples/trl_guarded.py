@@ -30,10 +30,8 @@ def train(state, name, folder, **options):
     model.load_state_dict(state)
     examples = DOMAINS[name].draw(random.Random(0), 512)
     rows = [{"prompt": e.prompt, "answer": e.answer, "domain": name} for e in examples]
-    args = trl.GRPOConfig(
-        str(folder / "run"), per_device_train_batch_size=128, num_generations=8, max_completion_length=5
-    )
-    args.max_steps, args.learning_rate, args.bf16, args.report_to = 60, 1e-3, False, []
+    sizes = {"per_device_train_batch_size": 128, "num_generations": 8, "max_completion_length": 5, "max_steps": 60}
+    args = trl.GRPOConfig(str(folder / "run"), **sizes, learning_rate=1e-3, bf16=False, use_cpu=True, report_to=[])
     reward, data = [trl_reward(exact_match)], datasets.Dataset.from_list(rows)
     trainer = CareGRPOTrainer(model, reward, args, data, processing_class=TOKENIZER, **options)
     trainer.train()

@@ -11,6 +11,7 @@ from email.utils import formatdate
 import pytest
 
 pytest.importorskip("httpx")
+from carerl_kernels._http import retry_after
 from carerl_kernels.grpo import Domain, Example
 from carerl_kernels.rewards.pa_grm import (
     BackendError,
@@ -25,7 +26,6 @@ from carerl_kernels.rewards.pa_grm import (
     run_sync,
     swap_test,
 )
-from carerl_kernels.rewards.pa_grm.endpoint import _retry_after
 from judge_helpers import GOOD, PROMPT, THIN, ScriptedJudge, scorer
 
 TROUBLE = ("429", "500", "reset", "malformed", "truncated", "garbage", "lie", "wrong keys")
@@ -179,12 +179,12 @@ def test_retry_after_is_obeyed(server):
 def test_retry_after_reads_seconds_and_dates(header, low, high):
     if header == "in 100 s":
         header = formatdate(time.time() + 100, usegmt=True)
-    assert low <= _retry_after(header) <= high
+    assert low <= retry_after(header) <= high
 
 
 @pytest.mark.parametrize("header", [None, "soon", "nan", "inf"])
 def test_retry_after_ignores_nonsense(header):
-    assert _retry_after(header) is None
+    assert retry_after(header) is None
 
 
 def test_under_mixed_trouble_nothing_is_lost_and_the_order_is_kept(server):
@@ -403,7 +403,7 @@ def test_group_calibration_is_a_place_in_the_own_group(server):
 
 
 def test_a_scorer_is_a_domains_reward(server):
-    s = scorer(server)
+    s = scorer(server, endpoint={"attempts": 2})
     domain = Domain("chat", lambda rng, n: [Example(PROMPT)] * n, s)
     example = Example(PROMPT)
     server.latency = 0.05
@@ -411,7 +411,6 @@ def test_a_scorer_is_a_domains_reward(server):
     assert rewards[2] == 0 and rewards[0] > rewards[1] and server.peak >= 3
     assert domain.score(example, GOOD) == rewards[0] == s(example, GOOD)
     server.script = lambda n, body: "500"
-    s.judge.backend.attempts = 2
     assert domain.score_batch([example, example], [GOOD, "something new"]) == [rewards[0], None]
 
 

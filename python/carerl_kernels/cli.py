@@ -15,6 +15,7 @@ from .bench.command import bench
 from .replicate.command import replicate
 from .report_command import report
 from .rewards.command import score
+from .train.command import train
 
 app = typer.Typer(
     help="Capability-aware RL post-training: projection kernels, capability guard, GRPO trainer.",
@@ -76,6 +77,7 @@ def demo(
 
 app.command()(bench)  # these import what they need when they run, too
 app.command()(score)
+app.command()(train)
 app.command()(report)
 app.command()(replicate)
 app.add_typer(basis, name="basis")

@@ -147,6 +147,8 @@ class Stage:
         shares: Of the prompts of a mixed stage, one per domain, positive; None: equal.
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid")  # where a recipe says it
+
     domain: str | tuple[str, ...]
     steps: int
     lr: float | None = None

@@ -67,7 +67,7 @@ def example_scores(
         part = mine[i : i + per_batch]
         rollout = sampler(
             encode_prompts(tokenizer, [examples[j].prompt for j in part]),
-            [seed * 1_000_003 + j for j in part],
+            [(seed * 1_000_003 + j) % 2**31 for j in part],
             num_samples=num_samples,
             max_new_tokens=max_new_tokens,
             temperature=temperature,

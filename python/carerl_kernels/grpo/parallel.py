@@ -131,7 +131,7 @@ def process_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def shard(model: nn.Module, precision: Precision = "fp32") -> nn.Module:
+def shard(model: nn.Module, precision: Precision = "fp32", device: str | None = None) -> nn.Module:
     """Spreads a model over all processes with FSDP2, in place; build guard and optimizer afterwards.
 
     The optimizer updates the parameters in the dtype they have (float32 as a rule). With precision "bf16" forward and backward
@@ -140,11 +140,12 @@ def shard(model: nn.Module, precision: Precision = "fp32") -> nn.Module:
     Args:
         model: Each of its repeated blocks becomes a unit that is gathered on its own.
         precision: Of forward and backward.
+        device: "cuda" moves each block to this process's GPU as it is split; None: where the model is.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    kind = next(model.parameters()).device.type
+    kind = device or next(model.parameters()).device.type
     if not dist.is_initialized():
         backend = "nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -154,7 +154,7 @@ def rollout(
     for name, count in counts.items():
         examples += domains[name].draw(rng, count)
         names += [name] * count
-    seeds = [rng.getrandbits(62) for _ in examples]
+    seeds = [rng.getrandbits(31) for _ in examples]  # what engines take
     mine, size = ranks.share(len(examples)), config.group_size
     with _phase(phase, "sample"):
         sampled = sampler(

@@ -20,21 +20,20 @@ from .evaluate import example_scores, mean_score
 from .learner import Guard, Learner
 from .parallel import spread_optimizer, spread_state
 from .plots import plot_accuracy, plot_training
-from .progress import StageProgress, quiet_transformers
+from .progress import StageProgress
 from .reference import FrozenWeights
 from .rollout import prompt_counts
 from .rundir import (
     CheckpointError,
     RunDirectory,
-    gather_whole,
     load_tensors,
-    model_tensors,
     nested_tuples,
     rng_state,
     save_tensors,
     set_rng_state,
 )
 from .sampling import Sampler
+from .serving import Serving, write_model
 from .watch import Monitor, per_example
 
 
@@ -63,7 +62,7 @@ class GRPOTrainer:
         history: The lines of metrics.jsonl.
         guard_reports: `guard.report()` at the end of each stage run by this process, by stage name.
         seconds: Wall-clock seconds per phase of this process: sample, reward, loss, step, guard, probe, monitor, eval,
-            save.
+            push, save.
 
     Raises:
         ValueError: Domains without distinct names, nothing to train, or no end-of-sequence token.
@@ -96,6 +95,8 @@ class GRPOTrainer:
         self.directory = None if run_dir is None else RunDirectory(run_dir, self.ranks)
         self._recipe = recipe
         self._clock = self._learner.clock
+        keep = self.config.keep_checkpoints
+        self._serving = Serving(self._learner.sampler, model, tokenizer, self.ranks, keep, self._clock)
         self.seconds = self._clock.totals
         self._make_optimizer = make_optimizer or self._adamw
         self._on_step = on_step
@@ -185,7 +186,9 @@ class GRPOTrainer:
                 counts = prompt_counts(
                     stage.domains, earlier, config.prompts_per_step, config.replay_fraction, done, stage.shares
                 )
+                self._serving.refresh(self._step)
                 metrics = self._learner.step(optimizer, counts, stage.name, earlier)
+                self._serving.check(self._step, metrics)
                 self._step += 1
                 last = done + 1 == stage.steps
                 due = last or (config.eval_every > 0 and (done + 1) % config.eval_every == 0)
@@ -268,6 +271,8 @@ class GRPOTrainer:
         """The line with its evaluation, if one is due, and with what the monitor says."""
         if not evaluate and self.monitor is None:
             return line
+        if evaluate:
+            self._serving.refresh(self._step, fresh=True)
         kept = rng_state()  # verifiers may draw from the global generators: how often we look must change nothing
         scores = self._evaluate() if evaluate else None
         if scores is not None:
@@ -349,6 +354,7 @@ class GRPOTrainer:
         for name, rewards in state.get("rewards", {}).items():
             reward: Any = self.domains[name].reward
             reward.load_state_dict(rewards)
+        self._serving.load_state_dict(state["serving"])
         self._learner.rng.setstate(nested_tuples(state["prompts"]))
         kept = state["global"]  # one per process; another number of processes goes on with the first one's
         set_rng_state(kept[self.ranks.rank if len(kept) == self.ranks.size else 0])
@@ -373,6 +379,7 @@ class GRPOTrainer:
             "prompts": self._learner.rng.getstate(),
             "reference": self._reference_step,
             "stage_start": self._stage_start_step,
+            "serving": self._serving.state_dict(),
             "global": self.ranks.gather(rng_state()),
         }
         with self._clock("save"):
@@ -387,17 +394,8 @@ class GRPOTrainer:
         """The trained model in transformers' own format, and pictures."""
         if self.directory is None:
             return
-        model: Any = self.model
-        if hasattr(model, "save_pretrained"):
-            weights = gather_whole(model_tensors(model), self.ranks)  # tied ones once, as transformers has it
-
-            def write() -> None:
-                with quiet_transformers():
-                    model.save_pretrained(folder, state_dict=weights)
-                    self.tokenizer.save_pretrained(folder)
-
-            folder = self.directory.path / "model"
-            self.ranks.on_first(write)
+        if hasattr(self.model, "save_pretrained"):
+            write_model(self.model, self.tokenizer, self.directory.path / "model", self.ranks)
         if not self.config.plots or not self.ranks.first:
             return
         ends = [sum(s.steps for s in stages[: i + 1]) for i in range(len(stages))]

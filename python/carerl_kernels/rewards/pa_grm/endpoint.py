@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-import email.utils
-import math
 import os
-import random
-import time
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
+from ..._http import RetryingClient, TryAgainError, raise_if_transient, short
 from ..log import LOGGER
 from .backend import BackendError, BackendRefusedError, Meter, Reply, Request, Token
 
 _REFUSED = {401, 403, 404, 405}
-
-
-class _TryAgainError(Exception):
-    """A failure that may pass; `wait` is what the server asked for."""
-
-    def __init__(self, reason: str, wait: float | None = None) -> None:
-        super().__init__(reason)
-        self.wait = wait
 
 
 class Endpoint:
@@ -63,26 +50,25 @@ class Endpoint:
         top_logprobs: int = 20,
         price: tuple[float, float] = (0.0, 0.0),
     ) -> None:
+        key = os.environ.get("CARERL_JUDGE_API_KEY") if api_key is None else api_key
         try:
-            import httpx
-        except ImportError as error:
-            raise ImportError("a judge endpoint needs httpx: pip install 'carerl-kernels[judge]'") from error
-        if max_in_flight < 1 or attempts < 1 or timeout <= 0:
-            raise ValueError(
-                f"Endpoint: expected max_in_flight >= 1, attempts >= 1 and timeout > 0, "
-                f"found {max_in_flight}, {attempts}, {timeout}"
+            self._client = RetryingClient(
+                url,
+                key=key,
+                max_in_flight=max_in_flight,
+                timeout=timeout,
+                attempts=attempts,
+                backoff=backoff,
+                max_backoff=max_backoff,
+                log=LOGGER,
             )
-        self._httpx = httpx
-        self.url = url.rstrip("/")
-        self.max_in_flight, self.timeout, self.attempts = max_in_flight, timeout, attempts
-        self.backoff, self.max_backoff = backoff, max_backoff
+        except ModuleNotFoundError as error:
+            raise ImportError("a judge endpoint needs httpx: pip install 'carerl-kernels[judge]'") from error
+        self.url = self._client.url
         self._model = model
-        self._key = os.environ.get("CARERL_JUDGE_API_KEY") if api_key is None else api_key
         self._meter = Meter(price)
         self._guided = True
         self._top_logprobs = top_logprobs
-        # clients and semaphores belong to the event loop they were first used in
-        self._by_loop: weakref.WeakKeyDictionary[Any, tuple[Any, asyncio.Semaphore]] = weakref.WeakKeyDictionary()
 
     @property
     def model(self) -> str:
@@ -94,44 +80,17 @@ class Endpoint:
 
     async def complete(self, request: Request) -> Reply:
         """One reply. See `Backend.complete`."""
-        client, semaphore = self._here()
-        for attempt in range(1, self.attempts + 1):
-            try:
-                async with semaphore:
-                    return await self._attempt(client, request)
-            except _TryAgainError as error:
-                if attempt == self.attempts:
-                    self._meter.failures += 1
-                    raise BackendError(f"{self.url}: {error}, {attempt} times") from error
-                wait = self._wait(attempt, error.wait)
-                self._meter.retries += 1
-                LOGGER.info("judge %s: %s; again in %.2f s", self.url, error, wait)
-                await asyncio.sleep(wait)
-        raise AssertionError("unreachable")
-
-    def _here(self) -> tuple[Any, asyncio.Semaphore]:
-        loop = asyncio.get_running_loop()
-        if loop not in self._by_loop:
-            limits = self._httpx.Limits(
-                max_connections=self.max_in_flight, max_keepalive_connections=self.max_in_flight
-            )
-            headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-            # one limit for the whole attempt (below) instead of httpx's four for its parts: a server that sends a byte now
-            # and then would never hit those
-            client = self._httpx.AsyncClient(limits=limits, timeout=None, headers=headers)
-            self._by_loop[loop] = (client, asyncio.Semaphore(self.max_in_flight))
-        return self._by_loop[loop]
+        try:
+            return await self._client.call(lambda: self._attempt(request))
+        except TryAgainError as error:
+            self._meter.failures += 1
+            raise BackendError(f"{self.url}: {error}, {self._client.attempts} times") from error
+        finally:
+            self._meter.retries = self._client.retries
 
     async def aclose(self) -> None:
         """Closes the connections of the running event loop."""
-        client, _ = self._by_loop.pop(asyncio.get_running_loop(), (None, None))
-        if client is not None:
-            await client.aclose()
-
-    def _wait(self, attempt: int, asked: float | None) -> float:
-        if asked is not None:
-            return min(asked, 10 * self.max_backoff)
-        return min(self.max_backoff, self.backoff * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
+        await self._client.aclose()
 
     def _body(self, request: Request, guided: bool, top_logprobs: int) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -148,10 +107,10 @@ class Endpoint:
             body |= {"logprobs": True, "top_logprobs": top_logprobs}
         return body
 
-    async def _attempt(self, client: Any, request: Request) -> Reply:
+    async def _attempt(self, request: Request) -> Reply:
         guided, top_logprobs = self._guided, self._top_logprobs if request.choices else 0
         while True:
-            response = await self._post(client, self._body(request, guided, top_logprobs))
+            response = await self._client.post("/chat/completions", self._body(request, guided, top_logprobs))
             if response.status_code not in (400, 422) or not (guided or top_logprobs):
                 break
             if top_logprobs and (not guided or "logprob" in response.text.lower()):
@@ -168,27 +127,17 @@ class Endpoint:
             self._top_logprobs = 0
         return reply
 
-    async def _post(self, client: Any, body: Mapping[str, Any]) -> Any:
-        try:
-            async with asyncio.timeout(self.timeout):
-                return await client.post(f"{self.url}/chat/completions", json=body)
-        except TimeoutError:
-            raise _TryAgainError(f"no answer within {self.timeout:g} s") from None
-        except self._httpx.TransportError as error:
-            raise _TryAgainError(f"{type(error).__name__} {error}".strip()) from error
-
     def _reply(self, response: Any) -> Reply:
         status = response.status_code
         if status in _REFUSED:
             raise BackendRefusedError(
-                f"{self.url} refuses model {self._model!r}: status {status}, {_short(response.text)}; "
+                f"{self.url} refuses model {self._model!r}: status {status}, {short(response.text)}; "
                 f"check url, model and api_key"
             )
-        if status in (408, 409, 425, 429) or status >= 500:
-            raise _TryAgainError(f"status {status}", _retry_after(response.headers.get("retry-after")))
+        raise_if_transient(response)
         if status != 200:
             self._meter.failures += 1
-            raise BackendError(f"{self.url}: status {status}, {_short(response.text)}")
+            raise BackendError(f"{self.url}: status {status}, {short(response.text)}")
         try:
             data = response.json()
             choice = data["choices"][0]
@@ -197,28 +146,10 @@ class Endpoint:
                 raise TypeError("no text")
             tokens = _tokens(choice.get("logprobs"))
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise _TryAgainError(f"no chat completion in {_short(response.text)}") from error
+            raise TryAgainError(f"no chat completion in {short(response.text)}") from error
         usage = data.get("usage") or {}
         self._meter.paid(int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
         return Reply(text, complete=choice.get("finish_reason") != "length", tokens=tokens)
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 200 else text[:200] + "...")
-
-
-def _retry_after(value: str | None) -> float | None:
-    """Seconds, from a number or a date; None when there is neither."""
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, TypeError):
-            return None
-    return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
 def _tokens(logprobs: Any) -> tuple[Token, ...]:

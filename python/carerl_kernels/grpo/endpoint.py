@@ -1,0 +1,283 @@
+"""Sampling from an inference engine that serves a copy of the policy: vLLM or SGLang behind their OpenAI-compatible server.
+
+Prompts go out as token ids, token ids and their log-probabilities come back: nothing is tokenised twice. The engine gets new
+weights through the disk: the trainer writes the model in transformers' format and calls the engine's own reload,
+
+    vllm     POST /collective_rpc {"method": "reload_weights", "kwargs": {"weights_path": ...}}, POST /reset_prefix_cache
+             (started with VLLM_SERVER_DEV_MODE=1)
+    sglang   POST /update_weights_from_disk {"model_path": ..., "flush_cache": true}
+
+so both machines must see the folder. Between two pushes completions come from weights some steps old; the metric "staleness"
+counts them, and the loss compares with the engine's log-probabilities (`old_logprobs="sampler"`), which corrects for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from .._http import RetryingClient, TryAgainError, raise_if_transient, short
+from .sampling import Rollout
+from .text import SpecialTokens, left_pad, right_pad
+
+LOGGER = logging.getLogger("carerl_kernels.sampler")
+Engine = Literal["vllm", "sglang"]
+
+
+class SamplerError(RuntimeError):
+    """The engine cannot be reached, or does not give what training needs; says which and what to do."""
+
+
+class EndpointSampler:
+    """A `Sampler` that asks an engine.
+
+    Args:
+        url: Up to and including /v1.
+        model: As the engine names it.
+        tokens: Padding, end and banned ids of the policy.
+        engine: Whose calls reload weights.
+        folder: Where weights are written for the engine.
+        sync_every: Steps between two pushes of weights; 1: completions always come from the present ones.
+        device: Where the tokens go.
+        api_key: By default the environment's CARERL_SAMPLER_API_KEY, if any.
+        max_in_flight: Prompts under way at once.
+        timeout: Seconds for one attempt at a prompt's completions.
+        reload_timeout: Seconds for the engine to read weights.
+        max_gap: Largest mean |log-probability in training - from the engine| that is still believed, in nats per token, where
+            the engine has the present weights.
+        dtype: Of the weights written for it; None: as they are trained.
+        attempts: Tries of one request in all.
+        backoff, max_backoff: See `RetryingClient`.
+
+    Raises:
+        ImportError: httpx is missing; says what to install.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        tokens: SpecialTokens,
+        *,
+        engine: Engine = "vllm",
+        folder: Path | str,
+        sync_every: int = 1,
+        device: torch.device | None = None,
+        api_key: str | None = None,
+        max_in_flight: int = 64,
+        timeout: float = 600.0,
+        reload_timeout: float = 600.0,
+        max_gap: float = 0.3,
+        dtype: torch.dtype | None = None,
+        attempts: int = 5,
+        backoff: float = 0.5,
+        max_backoff: float = 30.0,
+    ) -> None:
+        try:
+            self._client = RetryingClient(
+                url,
+                key=os.environ.get("CARERL_SAMPLER_API_KEY") if api_key is None else api_key,
+                max_in_flight=max_in_flight,
+                timeout=timeout,
+                attempts=attempts,
+                backoff=backoff,
+                max_backoff=max_backoff,
+                log=LOGGER,
+            )
+        except ModuleNotFoundError as error:
+            raise ImportError("sampling from an endpoint needs httpx: pip install 'carerl-kernels[judge]'") from error
+        if engine not in ("vllm", "sglang"):
+            raise ValueError(f"engine: expected 'vllm' or 'sglang', found {engine!r}")
+        if sync_every < 1:
+            raise ValueError(f"sync_every: expected at least 1, found {sync_every}")
+        self.url, self.model, self.tokens, self.engine = self._client.url, model, tokens, engine
+        self.folder, self.sync_every, self.reload_timeout = Path(folder).resolve(), sync_every, reload_timeout
+        self.max_gap, self.dtype = max_gap, dtype
+        self.device = device or torch.device("cpu")
+        self.served: int | None = None  # the step whose weights the engine has
+
+    # ---- completions
+
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        *,
+        num_samples: int,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float = 1.0,
+    ) -> Rollout:
+        """See `Sampler`. The entropy of a token is estimated by its -log p, which has that mean.
+
+        Raises:
+            SamplerError: No usable answer.
+        """
+        from ..rewards.pa_grm.loop import run_sync
+
+        body: dict[str, Any] = {
+            "model": self.model,
+            "n": num_samples,
+            "max_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "logprobs": 1,
+            "return_token_ids": True,
+            "stop_token_ids": list(self.tokens.eos),
+            "skip_special_tokens": False,
+        }
+        if self.tokens.banned:
+            body["logit_bias"] = {str(token): -100 for token in self.tokens.banned}
+
+        async def ask_all() -> list[list[tuple[list[int], list[float]]]]:
+            return await asyncio.gather(
+                *(
+                    self._ask({**body, "prompt": list(prompt), "seed": int(seed)}, num_samples, max_new_tokens)
+                    for prompt, seed in zip(prompts, seeds, strict=True)
+                )
+            )
+
+        rows = [row for group in run_sync(ask_all()) for row in group]
+        repeated = [list(prompt) for prompt in prompts for _ in range(num_samples)]
+        prompt_ids, prompt_mask = left_pad(repeated, self.tokens.pad, self.device)
+        ids, mask = right_pad([ids for ids, _ in rows], self.tokens.pad, self.device)
+        logps = torch.zeros(ids.shape, device=self.device)
+        for i, (_, values) in enumerate(rows):
+            logps[i, : len(values)] = torch.tensor(values, device=self.device)
+        return Rollout(prompt_ids, prompt_mask, ids, mask, logps, -logps)
+
+    async def _ask(self, body: dict[str, Any], count: int, limit: int) -> list[tuple[list[int], list[float]]]:
+        """Ids and log-probabilities of one prompt's completions."""
+
+        async def attempt() -> list[tuple[list[int], list[float]]]:
+            response = await self._client.post("/completions", body)
+            raise_if_transient(response)
+            if response.status_code != 200:
+                raise SamplerError(
+                    f"{self.url} refuses completions of model {self.model!r}: status {response.status_code}, "
+                    f"{short(response.text)}; check url, model (GET {self.url}/models lists them) and CARERL_SAMPLER_API_KEY"
+                )
+            try:
+                choices = sorted(response.json()["choices"], key=lambda c: c["index"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise TryAgainError(f"no completions in {short(response.text)}") from error
+            if len(choices) != count:
+                raise SamplerError(f"{self.url}: expected n={count} completions of a prompt, found {len(choices)}")
+            return [self._completion(choice, limit) for choice in choices]
+
+        try:
+            return await self._client.call(attempt)
+        except TryAgainError as error:
+            raise SamplerError(
+                f"cannot sample from {self.url}: {error}, {self._client.attempts} times; start the engine, then resume the run"
+            ) from error
+
+    def _completion(self, choice: dict[str, Any], limit: int) -> tuple[list[int], list[float]]:
+        ids = choice.get("token_ids")
+        values = (choice.get("logprobs") or {}).get("token_logprobs")
+        if not ids:
+            raise SamplerError(
+                f"{self.url} returns no token ids: expected choices[].token_ids (vLLM from 0.10.2, SGLang from 0.5.6, asked for "
+                "by return_token_ids), found none; text cannot be trained on, it tokenises in several ways"
+            )
+        if not values or len(values) != len(ids) or any(v is None for v in values):
+            raise SamplerError(
+                f"{self.url} returns no log-probabilities: expected choices[].logprobs.token_logprobs for {len(ids)} tokens, "
+                f"found {0 if not values else len(values)}; start the engine with log-probabilities allowed"
+            )
+        if choice.get("finish_reason") == "stop" and ids[-1] not in self.tokens.eos:
+            raise SamplerError(
+                f"{self.url} ends a completion with token {ids[-1]}, expected one of the policy's end tokens "
+                f"{self.tokens.eos}: it serves another model, or leaves the end out"
+            )
+        return [int(i) for i in ids[:limit]], [float(v) for v in values[:limit]]
+
+    # ---- weights
+
+    def due(self, step: int) -> bool:
+        """Whether the engine should get the weights of this step before it samples."""
+        return self.served is None or step - self.served >= self.sync_every
+
+    def path(self, step: int) -> Path:
+        """Where the weights of a step are."""
+        return self.folder / f"step-{step:08d}"
+
+    def push(self, step: int, write: Callable[[Path], Any] | None) -> None:
+        """Has the engine load the weights of a step; older ones on the disk go, except those it had before.
+
+        Args:
+            step: Whose weights these are.
+            write: Writes a model folder; None: it is there.
+
+        Raises:
+            SamplerError: The engine does not load them.
+            OSError: They cannot be written.
+        """
+        from ..rewards.pa_grm.loop import run_sync
+
+        path = self.path(step)
+        if write is not None:
+            temporary = path.with_name(f".tmp-{path.name}")
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            write(temporary)
+            shutil.rmtree(path, ignore_errors=True)
+            temporary.rename(path)
+        run_sync(self._reload(path))
+        LOGGER.info("%s serves the weights of step %d", self.url, step)
+
+    def forget(self, keep: set[int]) -> None:
+        """Remove the weights of steps that are not to be kept."""
+        for path in self.folder.glob("*step-*"):
+            if path.name.startswith(".tmp-") or int(path.name.removeprefix("step-")) not in keep:
+                shutil.rmtree(path, ignore_errors=True)
+
+    async def _reload(self, path: Path) -> None:
+        root = self.url.removesuffix("/v1")
+        if self.engine == "sglang":
+            await self._control(root, "/update_weights_from_disk", {"model_path": str(path), "flush_cache": True})
+            return
+        await self._control(
+            root, "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(path)}}
+        )
+        await self._control(root, "/reset_prefix_cache", {})  # keys and values of the old weights
+
+    async def _control(self, root: str, call: str, body: dict[str, Any]) -> None:
+        client = RetryingClient(
+            root,
+            key=self._client.key,
+            max_in_flight=1,
+            timeout=self.reload_timeout,
+            attempts=self._client.attempts,
+            backoff=self._client.backoff,
+            max_backoff=self._client.max_backoff,
+            log=LOGGER,
+        )
+
+        async def attempt() -> None:
+            response = await client.post(call, body)
+            refused = response.status_code == 200 and '"success":false' in response.text.replace(" ", "")
+            if response.status_code != 200 or refused:
+                if not refused:
+                    raise_if_transient(response)
+                hint = "start it with VLLM_SERVER_DEV_MODE=1" if self.engine == "vllm" else "see its log"
+                raise SamplerError(
+                    f"{root}{call} does not load {body}: status {response.status_code}, {short(response.text)}; is this "
+                    f"{self.engine}, and does it see that folder? {hint}"
+                )
+
+        try:
+            await client.call(attempt)
+        except TryAgainError as error:
+            raise SamplerError(
+                f"cannot give new weights to {root}: {error}, {self._client.attempts} times; start the engine, then resume"
+            ) from error
+        finally:
+            await client.aclose()

@@ -1,0 +1,121 @@
+"""Keeping an engine that samples at the present weights, and knowing which ones it has, also after an interruption."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from .parallel import Ranks
+from .progress import PhaseClock, quiet_transformers
+from .rundir import gather_whole, model_tensors
+from .sampling import Sampler
+
+
+@runtime_checkable
+class ServedSampler(Sampler, Protocol):
+    """A sampler with a copy of the policy; `EndpointSampler` is one."""
+
+    served: int | None
+    max_gap: float
+    dtype: torch.dtype | None
+
+    def due(self, step: int) -> bool: ...
+    def path(self, step: int) -> Path: ...
+    def push(self, step: int, write: Any) -> None: ...
+    def forget(self, keep: set[int]) -> None: ...
+
+
+def write_model(
+    model: Any, tokenizer: Any, folder: Path, ranks: Ranks, dtype: torch.dtype | None = None, then: Any = None
+) -> None:
+    """Writes the model in transformers' own format, weights gathered; every process calls it.
+
+    Args:
+        model: transformers model.
+        tokenizer: Its tokenizer.
+        folder: Where.
+        ranks: Processes that share the model.
+        dtype: Of the floating-point weights; None: as they are.
+        then: Called in the first process instead, with a function that writes into a folder.
+    """
+    weights = gather_whole(model_tensors(model), ranks)  # tied ones once, as transformers has it
+    if dtype is not None:
+        weights = {n: t.to(dtype) if t.is_floating_point() else t for n, t in weights.items()}
+
+    def write(path: Path) -> None:
+        with quiet_transformers():
+            model.save_pretrained(path, state_dict=weights)
+            tokenizer.save_pretrained(path)
+
+    ranks.on_first(lambda: write(folder) if then is None else then(write))
+
+
+class Serving:
+    """The trainer's side of a sampler: pushes weights when they are due. Does nothing for a model that samples itself.
+
+    Args:
+        sampler: Of the run.
+        model: Policy.
+        tokenizer: Its tokenizer.
+        ranks: Processes that share the model; the first one talks to the engine.
+        keep: Checkpoints that are kept: their weights in the engine stay on the disk, to be served again.
+        clock: Counts the time as "push".
+    """
+
+    def __init__(
+        self, sampler: Sampler, model: nn.Module, tokenizer: Any, ranks: Ranks, keep: int, clock: PhaseClock
+    ) -> None:
+        self.sampler = sampler if isinstance(sampler, ServedSampler) else None
+        self.model, self.tokenizer, self.ranks, self.keep = model, tokenizer, ranks, keep
+        self.clock = clock
+        self._needed: list[int] = []
+
+    def refresh(self, step: int, *, fresh: bool = False) -> None:
+        """Before sampling at a step: new weights for the engine, where they are due or must be those of the step."""
+        sampler = self.sampler
+        if sampler is None or not (sampler.due(step) or (fresh and sampler.served != step)):
+            return
+        push = lambda write: sampler.push(step, write)  # noqa: E731
+        with self.clock("push"):
+            write_model(self.model, self.tokenizer, sampler.path(step), self.ranks, sampler.dtype, push)
+        sampler.served = step
+        if self.ranks.first:
+            sampler.forget({step, *self._needed})
+
+    def check(self, step: int, metrics: dict[str, Any]) -> None:
+        """Adds the staleness of a step's completions, and makes sure that fresh ones come from this policy.
+
+        Raises:
+            RuntimeError: The engine's log-probabilities are not those of the weights it was given.
+        """
+        sampler = self.sampler
+        if sampler is None or sampler.served is None:
+            return
+        metrics["staleness"] = step - sampler.served
+        if step == sampler.served and metrics["sampler_gap"] > sampler.max_gap:
+            raise RuntimeError(
+                f"expected log-probabilities of the present weights from the engine, found a mean difference of "
+                f"{metrics['sampler_gap']:.3f} nats per token (limit {sampler.max_gap}): it serves other weights, or reports "
+                "log-probabilities before temperature (vLLM: start it with --logprobs-mode processed_logprobs)"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the engine has at a checkpoint."""
+        if self.sampler is None:
+            return {}
+        if self.sampler.served is not None:
+            self._needed = [*self._needed, self.sampler.served][-self.keep :]
+        return {"served": self.sampler.served, "needed": list(self._needed)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Has the engine serve again what it had, if that is still on the disk; the next refresh pushes otherwise."""
+        sampler = self.sampler
+        if sampler is None or not state:
+            return
+        self._needed, step = list(state["needed"]), state["served"]
+        if step is not None and self.ranks.on_first(lambda: sampler.path(step).is_dir()):
+            self.ranks.on_first(lambda: sampler.push(step, None))
+            sampler.served = step

@@ -1,0 +1,336 @@
+"""Domains of a recipe: where prompts come from and what judges the completions, by kind."""
+
+from __future__ import annotations
+
+import json
+import random
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ..grpo.domain import BatchReward, Domain, Example
+
+Reward = Callable[[Example, str], float | None] | BatchReward
+
+
+class DomainSpec(BaseModel):
+    """What all kinds share.
+
+    Args:
+        chat: Prompts go through the tokenizer's chat template as a user's message.
+        system: System message before it; needs chat.
+        probes: Training examples with answers that are stored: for a guard's rule "probed", for rehearsal.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    chat: bool = False
+    system: str | None = None
+    probes: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _system_needs_chat(self) -> DomainSpec:
+        if self.system is not None and not self.chat:
+            raise ValueError("system: a system message needs chat: true")
+        return self
+
+    @abstractmethod
+    def plain(self, name: str, folder: Path, cache: Path) -> Domain:
+        """The domain with prompts as text."""
+
+    def build(self, name: str, folder: Path, cache: Path) -> Domain:
+        """The domain.
+
+        Args:
+            name: Of the domain.
+            folder: What relative paths of data are relative to: the recipe's.
+            cache: File for what a judge was paid for, where the recipe names none.
+
+        Raises:
+            ValueError: Data that cannot be used; names file and line.
+            OSError: A file cannot be read.
+            ImportError: A package is missing; says what to install.
+        """
+        domain = self.plain(name, folder, cache)
+        if self.chat:
+            draw = domain.sample
+            domain = replace(
+                domain,
+                sample=lambda rng, n: [self._as_chat(e) for e in draw(rng, n)],
+                eval_examples=[self._as_chat(e) for e in domain.eval_examples],
+            )
+        if self.probes:
+            drawn = domain.draw(random.Random(f"probes of {name}"), self.probes)
+            domain = replace(domain, probe_examples=drawn)
+        return domain
+
+    def _as_chat(self, example: Example) -> Example:
+        if not isinstance(example.prompt, str):
+            return example
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return replace(example, prompt=(*system, {"role": "user", "content": example.prompt}))
+
+
+class Gym(DomainSpec):
+    """Procedural tasks of reasoning-gym.
+
+    Args:
+        tasks: Names of its data sets; None: the ready mixture of the domain's name (arithmetic, algebra, logic, ...).
+        options: Settings per task.
+        ask: Turns a question into the prompt; contains {question} and asks for <answer> tags.
+        seed, train_size, eval_size: See `gym_domain`.
+    """
+
+    kind: Literal["gym"]
+    tasks: tuple[str, ...] | None = None
+    options: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    ask: str | None = None
+    seed: int = 0
+    train_size: int = Field(default=10_000, ge=1)
+    eval_size: int = Field(default=64, ge=1)
+
+    def plain(self, name: str, folder: Path, cache: Path) -> Domain:
+        from ..rewards.verifiers import gym_domain
+
+        ask = self.ask
+        return gym_domain(
+            name,
+            self.tasks,
+            seed=self.seed,
+            train_size=self.train_size,
+            eval_size=self.eval_size,
+            ask=None if ask is None else lambda question: ask.replace("{question}", question),
+            options=self.options,
+        )
+
+
+class Characters(DomainSpec):
+    """A one-line task of `carerl demo` (code, chat, math, ...), for models built from nothing.
+
+    Args:
+        task: Its name; None: the domain's.
+        seed: Splits examples into training and evaluation.
+    """
+
+    kind: Literal["characters"]
+    task: str | None = None
+    seed: int = 0
+
+    def plain(self, name: str, folder: Path, cache: Path) -> Domain:
+        from ..demo.tasks import GENERATORS
+        from ..rewards import exact_match
+
+        task = self.task or name
+        if task not in GENERATORS:
+            raise ValueError(f"domain {name!r}: expected task {', '.join(GENERATORS)}, found {task!r}")
+        return _split(name, GENERATORS[task](), exact_match, 128, self.seed, "exact")
+
+
+class Rows(DomainSpec):
+    """Prompts from a file of JSON lines: "prompt" (text or chat messages), "answer" where there is one, and what the verifier
+    reads besides.
+
+    Args:
+        train: The file.
+        eval: File of held-out examples; None: `eval_size` rows of the training file are kept out of training.
+        eval_size: How many of them.
+        seed: Splits a file that serves both.
+        ask: Turns the prompt of a row into the prompt of the policy; contains {prompt}.
+    """
+
+    train: Path
+    eval: Path | None = None
+    eval_size: int = Field(default=64, ge=0)
+    seed: int = 0
+    ask: str | None = None
+
+    @abstractmethod
+    def reward(self, cache: Path) -> Reward:
+        """What judges the completions."""
+
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def plain(self, name: str, folder: Path, cache: Path) -> Domain:
+        reward = self.reward(cache)
+        train = self._examples(folder / self.train)
+        if self.eval is None:
+            return _split(name, train, reward, self.eval_size, self.seed)
+        held = self._examples(folder / self.eval)
+        return Domain(name, lambda rng, n: rng.choices(train, k=n), reward, eval_examples=held)
+
+    def _examples(self, path: Path) -> list[Example]:
+        examples = [self._example(row) for row in read_rows(path, self.needs)]
+        if not examples:
+            raise ValueError(f"{path}: expected one row or more, found none")
+        return examples
+
+    def _example(self, row: Mapping[str, Any]) -> Example:
+        prompt, answer = row["prompt"], row.get("answer")
+        if self.ask is not None and isinstance(prompt, str):
+            prompt = self.ask.replace("{prompt}", prompt)
+        return Example(prompt, None if answer is None else str(answer), row)
+
+
+class Exact(Rows):
+    """The completion is the row's "answer"."""
+
+    kind: Literal["exact"]
+    needs: ClassVar[tuple[str, ...]] = ("answer",)
+
+    def reward(self, cache: Path) -> Reward:
+        from ..rewards import exact_match
+
+        return exact_match
+
+
+class Math(Rows):
+    """The completion's result equals the row's "answer" in value (math-verify)."""
+
+    kind: Literal["math"]
+    needs: ClassVar[tuple[str, ...]] = ("answer",)
+
+    def reward(self, cache: Path) -> Reward:
+        from ..rewards.verifiers import MathMatch
+
+        return MathMatch()
+
+
+class Instructions(Rows):
+    """The share of the row's "instructions" that the completion follows."""
+
+    kind: Literal["instructions"]
+    needs: ClassVar[tuple[str, ...]] = ("instructions",)
+
+    def reward(self, cache: Path) -> Reward:
+        from ..rewards.verifiers import instructions_followed
+
+        return instructions_followed
+
+
+class Code(Rows):
+    """The completion's program passes the row's "tests", in a sandbox.
+
+    Args:
+        partial: The share of tests passed instead of all or nothing.
+        allow_unisolated: Run programs where the machine offers no isolation: they read and reach what this user can.
+    """
+
+    kind: Literal["code"]
+    partial: bool = False
+    allow_unisolated: bool = False
+    needs: ClassVar[tuple[str, ...]] = ("tests",)
+
+    def reward(self, cache: Path) -> Reward:
+        from ..rewards.verifiers import CodeTests
+        from ..rewards.verifiers.sandbox import Sandbox
+
+        return CodeTests(Sandbox(allow_unisolated=self.allow_unisolated), partial=self.partial)
+
+
+class JudgeSpec(BaseModel):
+    """A language model behind an OpenAI-compatible endpoint; its key comes from CARERL_JUDGE_API_KEY.
+
+    Args:
+        url: Up to and including /v1.
+        model: As the server names it.
+        writer_model: Writes the protocols; None: the judge does.
+        max_in_flight, timeout, attempts: See `Endpoint`.
+        scale: Highest level of a criterion.
+        calibration, on_signs, rejudge: See `Scorer`.
+        cache: SQLite file of protocols and verdicts; None: one in the run's directory.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    url: str
+    model: str
+    writer_model: str | None = None
+    max_in_flight: int = Field(default=64, ge=1)
+    timeout: float = Field(default=120.0, gt=0)
+    attempts: int = Field(default=6, ge=1)
+    scale: int = Field(default=4, ge=1, le=9)
+    calibration: Literal["scale", "anchors", "group"] = "scale"
+    on_signs: Literal["lower", "zero", "note"] = "lower"
+    rejudge: float = Field(default=0.0, ge=0, le=1)
+    cache: Path | None = None
+
+
+class Judged(Rows):
+    """A language model judges the completion by a protocol of its own (PA-GRM)."""
+
+    kind: Literal["judged"]
+    judge: JudgeSpec
+
+    def reward(self, cache: Path) -> Reward:
+        from ..rewards.pa_grm import Endpoint, Limits, Scorer
+
+        spec = self.judge
+        settings: dict[str, Any] = {
+            "max_in_flight": spec.max_in_flight,
+            "timeout": spec.timeout,
+            "attempts": spec.attempts,
+        }
+        return Scorer(
+            Endpoint(spec.url, spec.model, **settings),
+            writer=None if spec.writer_model is None else Endpoint(spec.url, spec.writer_model, **settings),
+            cache=str(spec.cache or cache),
+            limits=Limits(scale=spec.scale),
+            calibration=spec.calibration,
+            on_signs=spec.on_signs,
+            rejudge=spec.rejudge,
+        )
+
+
+AnyDomain = Annotated[
+    Gym | Characters | Exact | Math | Instructions | Code | Judged, Field(discriminator="kind", description="by kind")
+]
+
+
+def read_rows(path: Path, needs: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """The rows of a file of JSON lines; blank lines are skipped.
+
+    Args:
+        path: The file.
+        needs: Fields that every row must have besides "prompt".
+
+    Raises:
+        ValueError: A line that is no such row; names it and what is missing.
+        OSError: The file cannot be read.
+    """
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: expected a JSON object, found {line[:60]!r} ({error})") from error
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), (str, list)) or not row["prompt"]:
+            raise ValueError(f'{path}, line {number}: expected "prompt" as text or chat messages, found {line[:60]!r}')
+        missing = [name for name in needs if row.get(name) in (None, "", [])]
+        if missing:
+            raise ValueError(f"{path}, line {number}: expected {' and '.join(missing)} in the row, found {sorted(row)}")
+        yield row
+
+
+def _split(
+    name: str,
+    examples: list[Example],
+    reward: Reward,
+    held_out: int,
+    seed: int,
+    mode: Literal["sampled", "exact"] = "sampled",
+) -> Domain:
+    """A domain that trains on some examples and is evaluated on the others."""
+    shuffled = list(examples)
+    random.Random(f"{name}-{seed}").shuffle(shuffled)
+    held, train = shuffled[:held_out], shuffled[held_out:]
+    if not train:
+        raise ValueError(
+            f"domain {name!r}: expected more than eval_size={held_out} examples, found {len(examples)}; lower eval_size, or "
+            "give evaluation a file of its own"
+        )
+    return Domain(name, lambda rng, n: rng.choices(train, k=n), reward, eval_examples=held, eval_mode=mode)

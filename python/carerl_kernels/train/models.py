@@ -1,0 +1,174 @@
+"""The policy of a recipe: loaded, or built from nothing; as shapes alone for plans."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..grpo.domain import Domain
+from .recipe import Lora, ModelSpec
+
+PAD, EOS = "<pad>", "<eos>"
+CHAT = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def byte_tokenizer() -> Any:
+    """A fast transformers tokenizer with one token per byte, a padding and an end token, and a plain chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    symbols = [PAD, EOS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE({s: i for i, s in enumerate(symbols)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token=PAD, eos_token=EOS, chat_template=CHAT, clean_up_tokenization_spaces=False
+    )
+
+
+def load_model(spec: ModelSpec, domains: Sequence[Domain]) -> tuple[nn.Module, Any]:
+    """Model and tokenizer, warmed up where the recipe says so.
+
+    Args:
+        spec: Of the recipe.
+        domains: Whose answers the warm-up learns.
+
+    Raises:
+        OSError: transformers finds no such model.
+        ImportError: A package is missing; says what to install.
+        ValueError: Sizes that do not fit together, or no domain with answers to warm up on.
+    """
+    _require("transformers", "the trainer")
+    dtype = getattr(torch, spec.dtype)
+    if spec.scratch is not None:
+        tokenizer = byte_tokenizer()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(spec.seed)
+            model = _from_config(scratch_config(spec, tokenizer), dtype)
+    elif spec.path == "smollm2":
+        from ..smollm2 import load_smollm2
+
+        model, tokenizer = load_smollm2()
+        _forget_gguf(model)
+    else:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        options = {} if spec.attention is None else {"attn_implementation": spec.attention}
+        model = AutoModelForCausalLM.from_pretrained(str(spec.path), dtype=dtype, **options)
+        tokenizer = AutoTokenizer.from_pretrained(str(spec.path))
+    model.to(dtype)
+    if spec.warm_up is not None:
+        _warm_up(model, tokenizer, domains, spec)
+    if spec.lora is not None:
+        model = add_lora(model, spec.lora)
+    if spec.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()  # transformers checkpoints in this mode only; sampling and what is not differentiated runs in the other
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    return model, tokenizer
+
+
+def shapes(spec: ModelSpec) -> nn.Module:
+    """The model without weights (meta device): seconds for any size.
+
+    Raises:
+        OSError: transformers finds no such config.
+    """
+    _require("transformers", "the trainer")
+    from transformers import AutoConfig
+
+    if spec.scratch is not None:
+        config = scratch_config(spec, byte_tokenizer())
+    elif spec.path == "smollm2":
+        from ..smollm2 import load_smollm2
+
+        config = load_smollm2()[0].config
+    else:
+        config = AutoConfig.from_pretrained(str(spec.path))
+    with torch.device("meta"):
+        model = _from_config(config, getattr(torch, spec.dtype))
+        return model if spec.lora is None else add_lora(model, spec.lora)
+
+
+def scratch_config(spec: ModelSpec, tokenizer: Any) -> Any:
+    """The transformers config of a model built from nothing.
+
+    Raises:
+        ValueError: transformers knows no such model type, or no such setting.
+    """
+    from transformers import AutoConfig
+
+    settings = dict(spec.scratch or {})
+    tokens = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
+    try:
+        return AutoConfig.for_model(**{"tie_word_embeddings": True, **settings, **tokens})
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"model.scratch: expected a transformers config, found {settings} ({error})") from error
+
+
+def add_lora(model: nn.Module, lora: Lora) -> nn.Module:
+    """The model with trainable adapters in float32; everything else frozen.
+
+    Raises:
+        ImportError: peft is missing.
+    """
+    _require("peft", "LoRA", "trl")
+    from peft import LoraConfig, get_peft_model
+
+    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+def _from_config(config: Any, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def _warm_up(model: nn.Module, tokenizer: Any, domains: Sequence[Domain], spec: ModelSpec) -> None:
+    from ..demo.tasks import warm_up
+
+    assert spec.warm_up is not None
+    with_answers = [d for d in domains if all(e.answer is not None for e in d.draw(random.Random(0), 8))]
+    if not with_answers:
+        raise ValueError("model.warm_up: expected a domain whose examples have answers, found none")
+    settings = spec.warm_up
+    warm_up(
+        model,
+        tokenizer,
+        with_answers,
+        seed=spec.seed,
+        steps=settings.steps,
+        batch_per_domain=settings.batch,
+        lr=settings.lr,
+    )
+
+
+def _forget_gguf(model: Any) -> None:
+    """Weights are plain float32 now; what remembers the file's quantisation would refuse to save them."""
+    model.hf_quantizer = None
+    for config in (model.config,):
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+
+
+def _require(package: str, what: str, extra: str = "train") -> None:
+    from importlib.util import find_spec
+
+    if find_spec(package) is None:
+        raise ImportError(f"{what} needs {package}: pip install 'carerl-kernels[{extra}]'")

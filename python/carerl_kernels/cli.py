@@ -12,8 +12,8 @@ import typer
 
 from .basis_command import basis
 from .bench.command import bench
-from .report_command import report
 from .replicate.command import replicate
+from .report_command import report
 from .rewards.command import score
 
 app = typer.Typer(

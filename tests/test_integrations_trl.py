@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -486,3 +488,20 @@ def test_streams_need_names_and_then_run(tmp_path):
     run.train()
     assert any(key.startswith("domain/") for key in run.state.log_history[0])
     assert isinstance(run.train_dataset, datasets.IterableDataset)
+
+
+# --------------------------------------------------------------------------------------------------------------- the docs
+
+PAGE = Path(__file__).parent.parent / "docs" / "integrations.md"
+
+
+def test_code_of_the_docs_runs(tmp_path, monkeypatch):
+    """Every Python block of docs/integrations.md but those marked no-run, as it stands."""
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    assert len(blocks) == 2
+    for number, block in enumerate(blocks):
+        namespace: dict = {}
+        exec(compile(block, f"integrations.md block {number}", "exec"), namespace)
+        assert namespace["guard" if number else "trainer"] is not None
+    assert {p.name for p in tmp_path.glob("*.safetensors")} == {"math.safetensors", "tanh.safetensors"}

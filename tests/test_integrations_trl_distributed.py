@@ -74,12 +74,13 @@ def test_two_processes_equal_one(folder, name):
     single, (first, second) = both(folder, name)
     assert not single["sharded"] and first["sharded"] == second["sharded"] == ("True" in name)
     for a, b, c in zip(single["parameters"], first["parameters"], second["parameters"], strict=True):
-        assert float((a - b).abs().max()) <= 2e-6
+        assert float((a - b).detach().abs().max()) <= 2e-6
         assert torch.equal(b, c)
-    keys = [k for k in single["log"][-1] if k.startswith(("domain/", "guard/", "grad_norm", "reward", "entropy"))]
+    # TRL averages entropy over micro-batches, and every process shuffles its own
+    keys = [k for k in single["log"][-1] if k.startswith(("domain/", "guard/", "grad_norm", "reward"))]
     assert keys
     for key in keys:
-        if key not in ("guard/seconds", "guard/math/net_displacement"):
+        if key != "guard/seconds" and not key.endswith("/entropy"):
             assert first["log"][-1][key] == pytest.approx(single["log"][-1][key], rel=2e-3, abs=1e-5), key
 
 

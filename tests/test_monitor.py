@@ -1,11 +1,17 @@
 """The drift monitor: a test that keeps its word however often one looks, gradients against dense oracles, sinks, the trainer."""
 
+import contextlib
 import copy
 import importlib
 import itertools
 import json
 import logging
 import math
+import os
+import sqlite3
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +111,7 @@ def test_order_of_examples_and_scale_of_scores_do_not_matter():
     ):
         monitor = DriftMonitor(["x"], baseline={"x": base}, **options)
         found.append(monitor.step(0, scores={"x": scores})["domains"]["x"]["p"])
-        assert monitor._tests["x"].log_evidence == pytest.approx(DropTest().update(b - a), abs=1e-9)
+        assert monitor._watched["x"].test.log_evidence == pytest.approx(DropTest().update(b - a), abs=1e-9)
     assert found[0] == pytest.approx(found[1])
     assert found[0] == pytest.approx(found[2])
 
@@ -202,7 +208,7 @@ def test_alert_once_per_baseline_and_what_it_says(tmp_path):
         monitor.step(step, scores={"math": scores_of(p)})
     assert [a.step for a in monitor.alerts] == [2, 6]
     assert monitor.alerts[1].baseline == pytest.approx(0.4)
-    assert monitor._tests["math"].looks == 6  # what was spent stays spent
+    assert monitor._watched["math"].test.looks == 6  # what was spent stays spent
 
 
 def test_a_significant_drop_smaller_than_asked_for_is_no_alert():
@@ -260,7 +266,7 @@ def test_baselines_from_a_file_and_missing_scores(tmp_path):
         ({"examples": "fresh", "baseline": "best"}, "expected examples='fixed'"),
         ({"gradients_every": 5}, "needs model="),
         ({"baseline": {"y": 0.5}}, "expected domains out of x, found y"),
-        ({"baseline": {"x": 1.5}}, "baseline of x.*found 1.5"),
+        ({"baseline": {"x": 1.5}}, "baseline of 'x'.*found 1.5"),
         ({"baseline": "nowhere.json"}, "save_scores.*nowhere.json"),
     ],
     ids=lambda value: str(value)[:40],
@@ -282,7 +288,7 @@ def test_bad_scores_are_named_and_nothing_is_counted():
     ):
         with pytest.raises(ValueError, match=message):
             monitor.step(1, scores=scores)
-    assert all(test.looks == 0 for test in monitor._tests.values())
+    assert all(w.test.looks == 0 for w in monitor._watched.values())
     monitor.step(1, scores={"x": [1.0, 1.0]})
     with pytest.raises(ValueError, match="expected a step after 1, found 1"):
         monitor.step(1)
@@ -460,15 +466,23 @@ def test_wandb_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     sink = WandB(project="carerl-test", mode="offline", dir=str(tmp_path))
     watch(sink)
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
-    assert sink.run.summary["eval/math"] == pytest.approx(0.3)
+    (written,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    wanted = {b"monitor/domains/math/drop", b"math fell by 60.0"}
+    deadline = time.monotonic() + 60
+    while not all(word in written.read_bytes() for word in wanted):  # another process of theirs writes
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
-def test_trackio_locally(tmp_path, monkeypatch):
+def test_trackio_locally(tmp_path):
     pytest.importorskip("trackio")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
-    watch(Trackio("carerl-test", name="one"))
-    assert list(tmp_path.glob("*.db"))
+    code = "from test_monitor import Trackio, watch; watch(Trackio('carerl-test', name='one'))"
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path)}  # read when trackio is imported
+    subprocess.run([sys.executable, "-c", code], env=environment, cwd=Path(__file__).parent, check=True, timeout=300)
+    with contextlib.closing(sqlite3.connect(tmp_path / "carerl-test.db")) as database:
+        rows = database.execute("select step, metrics from metrics order by step").fetchall()
+    assert [step for step, _ in rows] == [0, 1]
+    assert json.loads(rows[1][1])["eval/math"] == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize(

@@ -92,11 +92,11 @@ def test_trl_run_is_monitored_and_resumed(train):
     assert all("reward" in line and "rewards/reward/mean" in line for line in lines[1:])
     assert set(lines[2]["monitor"]["gradients"]["cosine"]["batch"]) == {"code", "chat"}
     saved = json.loads((folder / "trl" / "checkpoint-3" / "monitor.json").read_text())
-    assert saved["step"] == 3 and saved["tests"]["code"]["looks"] == 1
+    assert saved["step"] == 3 and saved["watched"]["code"]["test"]["looks"] == 1
 
     again, _ = run("whole", 6, resume=True)
-    assert again._tests["code"].looks == 3  # at steps 2, 4 and 6
-    assert again._baselines["code"][0] == pytest.approx(monitor._baselines["code"][0])
+    assert again._watched["code"].test.looks == 3  # at steps 2, 4 and 6
+    assert again._watched["code"].baselines[0] == pytest.approx(monitor._watched["code"].baselines[0])
     record = RunRecord.read(folder / "whole")
     assert [line["step"] for line in record.lines] == [0, 1, 2, 3, 4, 5, 6]
     page = build_page(record)

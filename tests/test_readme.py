@@ -18,6 +18,7 @@ def test_readme_code_runs(tmp_path, monkeypatch):
     for number, block in enumerate(BLOCKS):
         exec(compile(block, f"README.md block {number}", "exec"), namespace)
     assert (tmp_path / "math.safetensors").is_file()
+    assert (tmp_path / "run" / "metrics.jsonl").is_file()
     assert namespace["guard"].history == ["math"]
     assert namespace["classes"].shape == (2, 3, 8)
 

@@ -206,7 +206,7 @@ def test_command_runs_reports_compares(tiny, tmp_path):
     assert "--resume" in refused.output
     assert carerl(*chosen, "--resume").exit_code == 0
     report = carerl("--preset", tiny, "--out", tmp_path / "report", "--report", "--data", out / RAW)
-    assert report.output == (out / "report.md").read_text()
+    assert report.output == (out / "report.md").read_text() == (tmp_path / "report" / "report.md").read_text()
     assert "`tiny/remove@0.5/0`" in report.output
     one = carerl("--preset", tiny, "--out", tmp_path / "one", "--cell", "tiny/remove@0.5/0", "--data", out / RAW)
     assert "against its own record: equal" in one.output
@@ -235,5 +235,42 @@ def test_verdicts_follow_the_numbers():
     assert better.endswith(": good@1.")
     assert worse == "Worse: bad@1."
     assert rest == "Not told apart: same@1."
-    assert versus(rows, ["good@1"]).count("\n") == 1 + 4
+    assert versus(rows, "good@1").count("\n") == 1 + 4
     assert [r.variant for r in rows_of(records, "s", confirming=False)] == ["good@1"]
+
+
+def test_language_model_cells(tmp_path):
+    """Sequence and mixture, guarded and not, with everything that a record can hold; the same again."""
+    pytest.importorskip("transformers")
+    common = "kind: lm, steps: 2, lr: 0.003, warm_up: 80, k: 4, train: {prompts_per_step: 8, group_size: 4}"
+    path = tmp_path / "lm.yaml"
+    path.write_text(
+        f"""
+settings:
+  three: {{text: sequence, stages: [flip, code, merge], {common}}}
+  mix: {{text: mixture, stages: [[code, math], [code, math, chat]], shares: {{code: 1, math: 1, chat: 6}},
+    noise: {{chat: 0.5}}, {common}}}
+runs: []
+"""
+    )
+    grid = Grid.load(path)
+    names = [
+        "three/probed@1/0",
+        "three/none@1/0",
+        "three/remove-random@1/0",
+        "mix/surgery@1/0",
+        "mix/replay-stored@1/100",
+    ]
+    records = run_cells([grid.cell(name) for name in names], tmp_path / "out")
+    probed, plain, random, mixed, _ = records
+    assert probed.domains == ["flip", "code", "merge"] and mixed.domains == ["code", "math", "chat"]
+    assert [len(r.scores) for r in records] == [4, 4, 4, 3, 3]
+    assert probed.scores[:2] == plain.scores[:2] == random.scores[:2]  # nothing acts before there is history
+    assert probed.scores[-1] != plain.scores[-1]
+    assert probed.touched > 0 and 0 < probed.guard_share < 1
+    assert set(probed.displacement["merge"]) == set(probed.validity) == {"flip", "code"}
+    for share in probed.validity.values():
+        assert len(share) == 3 and all(0 < s < 1 for s in share)
+    assert random.touched > 0 and random.validity == {} and plain.touched is None
+    (again,) = run_cells([grid.cell(names[0])], tmp_path / "again")
+    assert (again.scores, again.validity) == (probed.scores, probed.validity)

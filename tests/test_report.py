@@ -123,7 +123,8 @@ def test_everything_that_was_recorded_is_shown(runs):
     for heading in (
         "What each stage did to each domain",
         "This batch's gradient against each domain's own",
-        "Gradient cosines, mean over the run",
+        "Gradient cosines",
+        "batch, chat",
         "Reward variance within prompts",
         "Conflicting share of updates",
         "Displacement along protected directions",
@@ -138,7 +139,7 @@ def test_everything_that_was_recorded_is_shown(runs):
     # numbers of the page are those of the file
     lines = [json.loads(t) for t in (runs / "set" / "full" / "metrics.jsonl").read_text().splitlines()]
     for name, score in lines[-1]["eval"].items():
-        assert f"{name} " in full and f"{score:.3f}" in full
+        assert f"{name} " in full and f"{100 * score:.1f} %" in full
     change = 100 * (lines[2]["eval"]["math"] - lines[0]["eval"]["math"])
     assert f"{change:+.1f}" in full
 

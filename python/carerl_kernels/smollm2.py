@@ -29,5 +29,9 @@ def load_smollm2() -> tuple[nn.Module, Any]:
     assert spec is not None and spec.origin is not None
     folder = Path(spec.origin).parent
     file = next(folder.glob("*.gguf")).name
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    # The weights are plain float32 by now; marks of their past keep Trainer from training and save_pretrained from saving.
+    model.hf_quantizer, model.is_quantized = None, False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
     return model, AutoTokenizer.from_pretrained(folder, gguf_file=file)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .parallel import gathered
-from .text import SpecialTokens, forward_accepts, left_pad, position_ids
+from .text import SpecialTokens, cache_name, forward_accepts, left_pad, position_ids
 
 
 @dataclass
@@ -113,7 +113,7 @@ def sample(
     falls within that of the border between two tokens).
 
     Args:
-        model: Causal LM whose output has `logits` and `past_key_values`.
+        model: Causal LM whose output has `logits` and a key-value cache.
         prompts: Token ids, lengths may differ.
         tokens: Padding, end and banned ids.
         num_samples: Completions per prompt; row i*num_samples+j is the j-th of prompt i.
@@ -214,11 +214,12 @@ def _decode(
     prompt_ids, prompt_mask = left_pad(prompts, tokens.pad, device)  # [P0, P]
     with_positions = forward_accepts(model, "position_ids")
     last_only = {"logits_to_keep": 1} if forward_accepts(model, "logits_to_keep") else {}
+    kept = cache_name(model)
 
     def step(ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
         kwargs = dict(last_only, position_ids=positions) if with_positions else dict(last_only)
-        out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **kwargs)
-        return out.logits[:, -1], out.past_key_values
+        out = model(input_ids=ids, attention_mask=mask, **{kept: cache}, use_cache=True, **kwargs)
+        return out.logits[:, -1], getattr(out, kept)
 
     positions = position_ids(prompt_mask)
     logits, cache = step(prompt_ids, prompt_mask, positions, None)

@@ -94,6 +94,11 @@ def forward_accepts(model: Any, name: str) -> bool:
     return name in inspect.signature(forward).parameters
 
 
+def cache_name(model: Any) -> str:
+    """What model.forward and its output call the key-value cache: `cache` from transformers 5.24 on."""
+    return "cache" if forward_accepts(model, "cache") else "past_key_values"
+
+
 def left_pad(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids [B, P] and mask [B, P] with the text at the right edge, so that every row continues in the same column."""
     width = max(len(r) for r in rows)

@@ -305,6 +305,17 @@ class CapabilityGuard:
         if path is not None:
             basis.save(path)
 
+    @torch.no_grad()
+    def recorded(self) -> StoredBasis:
+        """The stage in progress as it would become history now; it goes on. For trainers that do not say when they end.
+
+        Raises:
+            RuntimeError: no stage in progress, or no finite gradient arrived yet.
+        """
+        if self._recorder is None:
+            raise RuntimeError("recorded: expected a stage in progress, found none; enter guard.stage(name) first")
+        return self._recorder.finish(self._locals())
+
     def _new_recorder(self, name: str, start_checkpoint: Path | str | None = None) -> Recorder:
         common = {"start_checkpoint": start_checkpoint, "architecture": self.architecture}
         if isinstance(self.layout, Layout):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .._files import write_atomically
 from ..guard import CapabilityGuard
+from . import report_numbers
 
 try:
     from transformers import TrainerCallback
@@ -73,7 +74,7 @@ class GuardCallback(TrainerCallback):
 
     def metrics(self) -> dict[str, float]:
         """The guard's report as flat numbers for a log."""
-        return {} if self.guard is None else dict(_flat(self.guard.report()))
+        return {} if self.guard is None else report_numbers(self.guard.report())
 
     def abandon(self) -> None:
         """Training ended by an exception: leaves the optimizer alone; a stage in progress does not become history."""
@@ -180,18 +181,3 @@ def _same_everywhere(guard: CapabilityGuard) -> None:
             "basis 'input' averages what all processes feed forward: expected a guard built from the DDP-wrapped model, found "
             "one built from the model inside; use carerl_kernels.integrations.trl.CareGRPOTrainer, or another basis"
         )
-
-
-def _flat(report: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """Numbers of :meth:`CapabilityGuard.report` under names for a log; what is not known is left out."""
-    numbers = {
-        "guard/touched_share": report["touched_share"],
-        "guard/dropped_steps": report["dropped_steps"],
-        "guard/open_windows": len(report["open_windows"]),
-        "guard/seconds": sum(report["seconds"].values()),
-    }
-    for name, domain in report["domains"].items():
-        numbers[f"guard/{name}/net_displacement"] = domain["net_displacement"]
-        for share, value in (domain["energy"] or {}).items():
-            numbers[f"guard/{name}/{share}"] = value
-    yield from ((name, float(value)) for name, value in numbers.items() if value is not None)

@@ -1,7 +1,8 @@
 """Drift monitor and report: does one domain fall while others are trained, how sure is that, and who pulls where."""
 
 from ..grpo.statistics import reward_statistics
-from .monitor import Alert, DriftMonitor
+from .domain import Alert
+from .monitor import DriftMonitor
 from .sequential import DropTest, smallest_drop
 from .sinks import JsonLines, Sink, TensorBoard, Trackio, WandB
 

@@ -8,55 +8,20 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
 from .._files import write_bytes_atomically
+from .domain import Alert, Given, WatchedDomain, plain, read_baseline
 from .gradients import GradientKeeper
 from .guarded import guard_figures
 from .sequential import DropTest, Examples
 from .sinks import Sink
 
-Scores = Sequence[float | None]
-Numbers = NDArray[np.float64]
-Baseline = float | Scores
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Alert:
-    """A domain fell.
-
-    Attributes:
-        domain, step: which, and the evaluation that showed it.
-        drop, error: mean paired difference baseline - present, and its standard error, in units of the score.
-        baseline, score: means over the examples compared.
-        n: examples compared.
-        p: anytime-valid p-value, corrected for the number of domains.
-        alpha: bound on the probability of any false alarm in the run.
-    """
-
-    domain: str
-    step: int
-    drop: float
-    error: float
-    baseline: float
-    score: float
-    n: int
-    p: float
-    alpha: float
-
-    def __str__(self) -> str:
-        return (
-            f"{self.domain} fell by {100 * self.drop:.1f} ± {100 * self.error:.1f} points "
-            f"({self.baseline:.3f} -> {self.score:.3f}, {self.n} examples) at step {self.step}; "
-            f"p = {self.p:.2g}, chance of any false alarm in this run at most {self.alpha:.0%}"
-        )
 
 
 class DriftMonitor:
@@ -103,7 +68,7 @@ class DriftMonitor:
         evaluate: Callable[[], Mapping[str, Any]] | None = None,
         *,
         every: int = 50,
-        baseline: str | Path | Sequence[str | Path] | Mapping[str, Baseline] = "start",
+        baseline: str | Path | Sequence[str | Path] | Mapping[str, Given] = "start",
         test_from: int = 0,
         examples: Examples = "fixed",
         drop: float = 0.03,
@@ -140,19 +105,23 @@ class DriftMonitor:
         if examples == "fresh" and baseline == "best":
             raise ValueError("baseline 'best' compares evaluations on the same examples: expected examples='fixed'")
         self.evaluate, self.every, self.test_from = evaluate, every, test_from
-        self.examples, self.drop, self.alpha = examples, drop, alpha
-        self.score_range, self.gradients_every, self.guard = (float(low), float(high)), gradients_every, guard
+        self.drop, self.alpha = drop, alpha
+        self.gradients_every, self.guard = gradients_every, guard
         self.sinks, self.on_alert = tuple(sinks), on_alert
         self.alerts: list[Alert] = []
         self.seconds: dict[str, float] = {}
-        self._best = baseline == "best"
-        self._given = {} if baseline in ("start", "best") else self._read_baseline(baseline)
-        self._tests = {d: DropTest(examples, planned, tolerance / span) for d in self.domains}
-        # Scores that present ones are compared with, per domain: one list, or with "best" one per earlier evaluation.
-        self._baselines: dict[str, list[Numbers]] = {d: [] for d in self.domains}
-        self._latest: dict[str, Numbers] = {}
-        self._p = dict.fromkeys(self.domains, 1.0)
-        self._alerted: set[str] = set()
+        given = {} if baseline in ("start", "best") else read_baseline(baseline, self.domains)
+        self._watched = {
+            name: WatchedDomain(
+                name,
+                DropTest(examples, planned, tolerance / span),
+                len(self.domains),
+                (float(low), float(high)),
+                given.get(name),
+                baseline == "best",
+            )
+            for name in self.domains
+        }
         self._step: int | None = None
         self._keeper = None if model is None else GradientKeeper(model)
         self._started: float | None = None
@@ -214,12 +183,7 @@ class DriftMonitor:
         for name in self.domains if domains is None else domains:
             if name not in self.domains:
                 raise ValueError(f"rebase: expected a domain out of {', '.join(self.domains)}, found {name!r}")
-            if self._best or name in self._given or name not in self._latest:
-                continue
-            self._baselines[name] = [self._latest[name]]
-            self._tests[name].restart()
-            self._p[name] = 1.0
-            self._alerted.discard(name)
+            self._watched[name].rebase()
 
     def save_scores(self, path: Path | str) -> None:
         """Writes the latest scores of every domain: the baseline of another run on the same examples.
@@ -227,9 +191,10 @@ class DriftMonitor:
         Raises:
             RuntimeError: nothing was evaluated yet.
         """
-        if not self._latest:
+        scores = {name: plain(w.latest) for name, w in self._watched.items() if w.latest is not None}
+        if not scores:
             raise RuntimeError("expected an evaluation to save the scores of, found none yet")
-        document = {"step": self._step, "scores": {n: _plain(v) for n, v in self._latest.items()}}
+        document = {"step": self._step, "scores": scores}
         write_bytes_atomically(path, (json.dumps(document) + "\n").encode())
 
     def close(self) -> None:
@@ -306,11 +271,7 @@ class DriftMonitor:
         return {
             "domains": list(self.domains),
             "step": self._step,
-            "baselines": {name: [_plain(v) for v in each] for name, each in self._baselines.items()},
-            "latest": {name: _plain(v) for name, v in self._latest.items()},
-            "tests": {name: test.state_dict() for name, test in self._tests.items()},
-            "p": dict(self._p),
-            "alerted": sorted(self._alerted),
+            "watched": {name: w.state_dict() for name, w in self._watched.items()},
             "alerts": [asdict(a) for a in self.alerts],
             "seconds": dict(self.seconds),
             "wall": self.cost()["wall"],
@@ -327,11 +288,8 @@ class DriftMonitor:
                 f"monitor state: expected the domains {', '.join(state['domains'])} as saved, found {', '.join(self.domains)}"
             )
         self._step = state["step"]
-        self._baselines = {n: [np.array(v, dtype=np.float64) for v in each] for n, each in state["baselines"].items()}
-        self._latest = {n: np.array(v, dtype=np.float64) for n, v in state["latest"].items()}
-        for name, test in state["tests"].items():
-            self._tests[name].load_state_dict(test)
-        self._p, self._alerted = dict(state["p"]), set(state["alerted"])
+        for name, watched in self._watched.items():
+            watched.load_state_dict(state["watched"][name])
         self.alerts = [Alert(**a) for a in state["alerts"]]
         self.seconds, self._wall_before = dict(state["seconds"]), state["wall"]
         for sink in self.sinks:
@@ -343,86 +301,22 @@ class DriftMonitor:
         unknown = [name for name in scores if name not in self.domains]
         if unknown:
             raise ValueError(f"scores: expected domains out of {', '.join(self.domains)}, found {', '.join(unknown)}")
-        checked = {
-            name: self._pairs(name, values) for name, values in scores.items()
-        }  # all of them before any is counted
+        pairs = {
+            name: self._watched[name].pairs(values) for name, values in scores.items()
+        }  # all before any is counted
         out: dict[str, Any] = {}
         alerts = []
-        for name, (present, against) in checked.items():
-            self._latest[name] = present
-            out[name] = {"score": float(np.nanmean(present)), "n": int((~np.isnan(present)).sum())}
-            if against and step >= self.test_from:
-                out[name] |= self._compare(name, present, against)
-                fallen = out[name]["fallen"]
-                if fallen and name not in self._alerted:
-                    self._alerted.add(name)
-                    found = {key: out[name][key] for key in ("drop", "error", "baseline", "n", "p")}
-                    alerts.append(Alert(name, step, score=out[name]["compared"], alpha=self.alpha, **found))
-                del out[name]["compared"]
-            if self._best or not (self._baselines[name] or name in self._given or self.examples == "fresh"):
-                self._baselines[name].append(present)
+        for name, (present, against) in pairs.items():
+            watched = self._watched[name]
+            found = out[name] = watched.add(present, against, step >= self.test_from)
+            if "p" not in found:
+                continue
+            found["fallen"] = found["p"] <= self.alpha and found["drop"] >= self.drop
+            if found["fallen"] and not watched.alerted:
+                watched.alerted = True
+                told = {key: found[key] for key in ("drop", "error", "baseline", "n", "p")}
+                alerts.append(Alert(name, step, score=found["baseline"] - found["drop"], alpha=self.alpha, **told))
         return out, alerts
-
-    def _pairs(self, name: str, values: Any) -> tuple[Numbers, list[Numbers]]:
-        """Present scores (NaN: not judged), and those to compare with, each as long; none on a first evaluation."""
-        baseline = None
-        if self.examples == "fresh" and isinstance(values, tuple) and len(values) == 2:
-            values, baseline = values
-        present = self._checked(name, values)
-        if baseline is not None:
-            against = [self._checked(f"baseline of {name}", baseline)]
-        elif name in self._given:
-            given = self._given[name]
-            against = [np.full(len(present), given) if isinstance(given, (int, float)) else self._checked(name, given)]
-        elif self.examples == "fresh":
-            raise ValueError(
-                f"scores of {name!r}: with fresh examples expected a pair (scores, baseline's scores on the same examples), "
-                f"found scores alone; give them, or a known score as baseline={{{name!r}: ...}}"
-            )
-        else:
-            against = self._baselines[name]
-        for other in against:
-            if len(other) != len(present):
-                raise ValueError(
-                    f"scores of {name!r}: expected {len(other)}, one per example of the baseline in the same order, "
-                    f"found {len(present)}; evaluate the same examples every time"
-                )
-        return present, against
-
-    def _checked(self, name: str, values: Any) -> Numbers:
-        low, high = self.score_range
-        numbers = np.array(values, dtype=np.float64)  # None becomes NaN
-        judged = numbers[~np.isnan(numbers)]
-        wrong = judged[(judged < low - 1e-6) | (judged > high + 1e-6)]
-        if numbers.ndim != 1 or not judged.size or wrong.size:
-            found = f"{wrong[0]:g}" if wrong.size else f"no judged example in an array of shape {numbers.shape}"
-            raise ValueError(
-                f"scores of {name!r}: expected a number from {low:g} to {high:g} (score_range) per example, found {found}"
-            )
-        return numbers.clip(low, high)
-
-    def _compare(self, name: str, present: Numbers, against: list[Numbers]) -> dict[str, Any]:
-        low, high = self.score_range
-        differences = [other - present for other in against]
-        differences = [d[~np.isnan(d)] for d in differences]
-        scaled = [d / (high - low) for d in differences]
-        evidence = self._tests[name].update(scaled if self._best else scaled[0])
-        self._p[name] = min(self._p[name], math.exp(min(0.0, math.log(len(self.domains)) - evidence)))
-        worst = max(
-            range(len(against)), key=lambda i: float(differences[i].mean()) if differences[i].size else -math.inf
-        )
-        d = differences[worst]
-        n, pairs = d.size, ~np.isnan(against[worst] - present)
-        drop = float(d.mean()) if n else 0.0
-        return {
-            "baseline": float(against[worst][pairs].mean()) if n else math.nan,
-            "compared": float(present[pairs].mean()) if n else math.nan,
-            "drop": drop,
-            "error": float(d.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan,
-            "n": n,
-            "p": self._p[name],
-            "fallen": self._p[name] <= self.alpha and drop >= self.drop,
-        }
 
     def _tell(self, step: int, metrics: Mapping[str, Any], record: dict[str, Any], alerts: list[Alert]) -> None:
         for alert in alerts:
@@ -449,26 +343,3 @@ class DriftMonitor:
         wall, own = now - self._last_end, spent - self._spent_before
         self._last_end, self._spent_before = now, spent
         return {"other": max(0.0, wall - own), "monitor": own}
-
-    def _read_baseline(self, source: Any) -> dict[str, Baseline]:
-        if not isinstance(source, Mapping):
-            merged: dict[str, Baseline] = {}
-            for path in [source] if isinstance(source, (str, Path)) else source:
-                try:
-                    merged |= json.loads(Path(path).read_text())["scores"]
-                except (OSError, ValueError, KeyError, TypeError) as e:
-                    raise ValueError(
-                        f"baseline: expected 'start', 'best', scores per domain, or a file written by save_scores, "
-                        f"found {str(path)!r}: {e}"
-                    ) from e
-            source = {name: scores for name, scores in merged.items() if name in self.domains}
-        unknown = [name for name in source if name not in self.domains]
-        if unknown:
-            raise ValueError(f"baseline: expected domains out of {', '.join(self.domains)}, found {', '.join(unknown)}")
-        for name, value in source.items():
-            self._checked(f"baseline of {name}", [value] if isinstance(value, (int, float)) else value)
-        return dict(source)
-
-
-def _plain(values: Numbers) -> list[float | None]:
-    return [None if math.isnan(v) else v for v in values.tolist()]

@@ -19,7 +19,6 @@ With D domains each is tested at alpha / D: the probability of any false alarm i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,11 +26,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 Examples = Literal["fixed", "fresh"]
-Differences = NDArray[np.float64]
+Numbers = NDArray[np.float64]
 
 # Fractions b of the capital put on each example: drops of a few points on noisy scores want about drop / variance, quiet
 # (exact) scores as much as there is. Below 1, because a difference can be -1.
-BETS: NDArray[np.float64] = np.geomspace(0.02, 0.95, 14)
+BETS: Numbers = np.geomspace(0.02, 0.95, 14)
 
 
 def look_weight(look: int, planned: int) -> float:
@@ -42,14 +41,29 @@ def look_weight(look: int, planned: int) -> float:
     return 0.9 / planned if look <= planned else 0.1 * planned / (look * (look - 1))
 
 
-def log_capital(differences: NDArray[np.float64], tolerance: float = 0.0) -> NDArray[np.float64]:
-    """Log capital ``[bets]`` after betting on differences ``[n]`` in [-1, 1] that their mean exceeds the tolerance."""
-    gains = (differences - tolerance) / (1 + tolerance)  # in [-1, 1] again, mean at most 0 while the claim holds
-    values, counts = np.unique(gains, return_counts=True)  # of binary scores there are three
-    return np.asarray(np.log1p(np.outer(BETS, values)) @ counts)
+def log_capital(differences: Numbers, tolerance: float = 0.0) -> Numbers:
+    """Log capital after betting that the mean of the differences exceeds the tolerance.
+
+    Args:
+        differences: ``[..., n]`` in [-1, 1]; NaN: no bet on this one.
+        tolerance: of the claim.
+
+    Returns:
+        ``[bets, ...]``.
+    """
+    gains = np.nan_to_num(
+        (differences - tolerance) / (1 + tolerance)
+    )  # in [-1, 1], mean at most 0 while the claim holds
+    gains = np.concatenate([gains, np.zeros((*gains.shape[:-1], -gains.shape[-1] % 16))], axis=-1)
+    gains = gains.reshape(*gains.shape[:-1], 16, -1)
+    bets = BETS.reshape(-1, *[1] * (gains.ndim - 1))
+    product = np.ones(1)
+    for i in range(16):  # one logarithm for sixteen factors: .05^16 is far from underflow
+        product = product * (1.0 + bets * gains[..., i, :])
+    return np.asarray(np.log(product).sum(-1))
 
 
-def log_mean_exp(logs: NDArray[np.float64]) -> float:
+def log_mean_exp(logs: Numbers) -> float:
     """Logarithm of the mean of exp(logs), without overflow."""
     top = float(logs.max())
     return top + math.log(float(np.exp(logs - top).mean())) if math.isfinite(top) else top
@@ -73,29 +87,30 @@ class DropTest:
     planned: int = 100
     tolerance: float = 0.0
     looks: int = 0
-    _logs: NDArray[np.float64] = field(default_factory=lambda: np.full(len(BETS), -np.inf))
+    _logs: Numbers = field(default_factory=lambda: np.full(len(BETS), -np.inf))
 
-    def update(self, differences: Differences | Sequence[Differences]) -> float:
+    def update(self, differences: Numbers) -> float:
         """Takes one evaluation; returns the log evidence.
 
         Args:
-            differences: baseline - present ``[n]``, or a list of these, one per baseline in the order of their appearance.
+            differences: baseline - present ``[n]`` in [-1, 1], NaN where one is missing; or ``[R, n]``, for several baselines in
+                the order of their appearance.
 
         Raises:
             ValueError: several baselines for fresh examples: they cannot have been scored on them.
         """
-        several = isinstance(differences, list)
-        baselines = [np.asarray(d, dtype=np.float64) for d in (differences if several else [differences])]
         self.looks += 1
         weight = math.log(look_weight(self.looks, self.planned))
+        capital = log_capital(differences, self.tolerance)  # [bets] or [bets, R]
         if self.examples == "fresh":
-            if len(baselines) != 1:
-                raise ValueError(f"fresh examples: expected one baseline, found {len(baselines)}")
-            self._logs = np.logaddexp(self._logs, weight) + log_capital(baselines[0], self.tolerance)
-            return self.log_evidence
-        for number, each in enumerate(baselines, start=1):
-            share = math.log(look_weight(number, self.planned)) if several else 0.0
-            self._logs = np.logaddexp(self._logs, weight + share + log_capital(each, self.tolerance))
+            if capital.ndim > 1:
+                raise ValueError(f"fresh examples: expected one baseline, found an array {differences.shape}")
+            self._logs = np.logaddexp(self._logs, weight) + capital
+        elif capital.ndim == 1:
+            self._logs = np.logaddexp(self._logs, weight + capital)
+        else:
+            shares = np.log([look_weight(r, self.planned) for r in range(1, capital.shape[1] + 1)])
+            self._logs = np.logaddexp(self._logs, np.logaddexp.reduce(weight + shares + capital, axis=1))
         return self.log_evidence
 
     @property

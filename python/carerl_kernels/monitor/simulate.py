@@ -14,12 +14,10 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from numpy.typing import NDArray
 
 from .monitor import DriftMonitor
-from .sequential import Examples
+from .sequential import Examples, Numbers
 
-Numbers = NDArray[np.float64]
 DOMAINS = ("first", "second", "third")
 LOOKS, BEGIN, CHURN = 40, 10, 0.03
 ALPHA_BETA = (0.75, 0.5)  # mean .6, most examples easy or hard

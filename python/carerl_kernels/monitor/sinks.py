@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from .._files import json_line, write_bytes_atomically
 
 if TYPE_CHECKING:
-    from .monitor import Alert
+    from .domain import Alert
 
 
 class Sink(Protocol):

@@ -31,6 +31,8 @@ class Record:
         touched: Energy of the guard's corrections over energy of all raw updates it saw; None without guard.
         guard_share: Share of training time spent in the guard.
         displacement: Per stage and earlier domain: along its directions, relative to the recorded stage's own.
+        validity: Per recorded domain: share of its fresh gradients that its directions explain as the next stage begins, the
+            same at the end of the run, and what random directions explain then.
     """
 
     cell: str
@@ -41,6 +43,7 @@ class Record:
     touched: float | None = None
     guard_share: float | None = None
     displacement: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    validity: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def setting(self) -> str:

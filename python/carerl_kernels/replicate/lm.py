@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..demo import tasks
-from ..grpo import Domain, Example, GRPOConfig, GRPOTrainer, Stage
+from ..grpo import Domain, Example, GRPOConfig, GRPOTrainer, Stage, answer_loss, special_tokens
 from ..guard import CapabilityGuard
+from ..guard.validate import validate
+from .controls import RandomGuard
 from .grid import Cell
 from .methods import editor_of, guard_of
 
@@ -26,7 +31,7 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
 
     Returns:
         scores (per stage end, the start first, a list over domains: exact success probability at temperature 1), touched,
-        displacement and guard_share, as `cells.Record` has them.
+        displacement, validity and guard_share, as `cells.Record` has them.
     """
     setting, method, seed = cell.setting, cell.method, cell.seed
     tokenizer = tasks.character_tokenizer(setting.domains)
@@ -50,6 +55,13 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
         }
     )
     guard = guard_of(method, model, seed, setting.k)
+    validity = Validity(guard, model, tokenizer, domains)
+
+    def on_step(line: dict[str, Any]) -> None:
+        if line["stage_step"] == 1:
+            validity.look(again=False)
+        report(pools.after(line))
+
     trainer = GRPOTrainer(
         model,
         tokenizer,
@@ -57,10 +69,51 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
         config,
         guard=guard,
         editor=editor_of(method, model, seed),
-        on_step=lambda line: report(pools.after(line)),
+        on_step=on_step,
     )
     history = trainer.run([Stage(group, setting.steps, shares=shares_of(cell, group)) for group in setting.groups])
-    return {"scores": scores_of(history, setting.domains), **guard_figures(guard, trainer)}
+    validity.look(again=True)
+    return {"scores": scores_of(history, setting.domains), "validity": validity.shares, **guard_figures(guard, trainer)}
+
+
+VALIDATED = 64
+"""Held-out examples behind each look at validity, in four gradients."""
+
+
+class Validity:
+    """Whether recorded directions still explain their domain's gradients, on examples that were never trained on.
+
+    Args:
+        guard: Or None, which leaves `shares` empty; so does a control with random directions.
+        model, tokenizer, domains: Of the run.
+
+    Attributes:
+        shares: As `Record.validity`.
+    """
+
+    def __init__(self, guard: CapabilityGuard | None, model: Any, tokenizer: Any, domains: Sequence[Domain]) -> None:
+        self.guard = None if isinstance(guard, RandomGuard) else guard
+        self.model, self.tokenizer = model, tokenizer
+        self.examples = {d.name: list(d.eval_examples) for d in domains}
+        self.tokens = special_tokens(tokenizer, model)
+        self.shares: dict[str, list[float]] = {}
+
+    def look(self, again: bool) -> None:
+        """Measure the domains with history, those known already too where `again`."""
+        for name in [] if self.guard is None else self.guard.history:
+            if name not in self.examples or (name in self.shares and not again):
+                continue
+            assert self.guard is not None
+            found = validate(self.guard.basis(name), self.model, self._losses(name))
+            self.shares.setdefault(name, []).append(found.explained)
+            if again:
+                self.shares[name].append(found.random)
+
+    def _losses(self, name: str) -> Iterator[Callable[[], Tensor]]:
+        size = VALIDATED // 4
+        for start in range(0, VALIDATED, size):
+            part = self.examples[name][start : start + size]
+            yield partial(answer_loss, self.model, self.tokenizer, part, self.tokens)
 
 
 def scores_of(history: Sequence[dict[str, Any]], domains: Sequence[str]) -> list[Scores]:

@@ -16,6 +16,8 @@ from .stats import Estimate, estimate, holm, pareto
 
 FRONT = "none"
 """The method whose learning rates are the front that everything has to beat."""
+DEFAULT = "bounded@0.5"
+"""The guard as `CapabilityGuard(model)` builds it, at the learning rate that the demonstration gives it."""
 ALPHA = 0.05
 
 
@@ -93,7 +95,6 @@ def table(grid: Grid, setting: str, rows: Sequence[Row]) -> str:
         star = "\\*" if row.variant in optimal else ""
         touched = row.mean("touched")
         difference = "" if row.against is None else f"{signed(row.against.mean)} ± {short(row.against.half)}"
-        p = "" if row.corrected is None else (f"{row.corrected:.3f}" if row.corrected >= 0.001 else "<.001")
         cells = [
             f"{row.variant}{star}",
             "?" if method is None else method.memory,
@@ -103,7 +104,7 @@ def table(grid: Grid, setting: str, rows: Sequence[Row]) -> str:
             spread(row.of("new")),
             "" if touched is None else short(touched),
             difference,
-            p.replace("0.", ".", 1),
+            "" if row.corrected is None else probability(row.corrected),
             f"`{setting}/{row.variant}/{min(row.records)}`",
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -132,23 +133,36 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def versus(rows: Sequence[Row], candidates: Sequence[str]) -> str:
-    """A Markdown table: each candidate against every other row, paired, Holm over the candidate's comparisons."""
-    by_name = {r.variant: r for r in rows}
+def versus(rows: Sequence[Row], candidate: str) -> str:
+    """A Markdown table: one row minus every other, paired; Holm over these comparisons."""
+    own = next(r for r in rows if r.variant == candidate)
+    lines = ["| minus | seeds | average | forget | new | p (average, Holm) |", "|---|---|---|---|---|---|"]
+    others = [(o, d) for o in rows if o is not own and (d := paired(own, o, "average")) is not None]
+    for (other, d), p in zip(others, holm([d.p for _, d in others]), strict=True):
+        forget, new = (paired(own, other, m) for m in ("forgetting", "new"))
+        assert forget is not None and new is not None
+        cells = [other.variant, str(d.n), *(f"{signed(e.mean)} ± {short(e.half)}" for e in (d, forget, new))]
+        lines.append("| " + " | ".join([*cells, probability(p)]) + " |")
+    return "\n".join(lines)
+
+
+def guard_table(rows: Sequence[Row]) -> str:
+    """A Markdown table of what the guards did; empty without guards."""
     lines = [
-        "| candidate | against | seeds | average | forget | new | p (average, Holm) |",
+        "| guard | touched | time | displacement | explained at first | at the end | by random directions |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name in candidates:
-        if name not in by_name:
+    for row in rows:
+        records = row.records.values()
+        if row.mean("touched") is None:
             continue
-        others = [(o, d) for o in rows if o.variant != name and (d := paired(by_name[name], o, "average")) is not None]
-        for (other, d), p in zip(others, holm([d.p for _, d in others]), strict=True):
-            forget, new = (paired(by_name[name], other, m) for m in ("forgetting", "new"))
-            assert forget is not None and new is not None
-            cells = [name, other.variant, str(d.n), *(f"{signed(e.mean)} ± {short(e.half)}" for e in (d, forget, new))]
-            lines.append("| " + " | ".join([*cells, f"{p:.3f}".replace("0.", ".", 1)]) + " |")
-    return "\n".join(lines)
+        last = [stage for r in records for stage in list(r.displacement.values())[-1:]]
+        moved = [v for stage in last for v in stage.values() if v is not None]
+        looks = [look for r in records for look in r.validity.values() if len(look) == 3]
+        values = [row.mean("touched"), row.mean("guard_share"), fmean(moved) if moved else None]
+        values += [fmean(look[i] for look in looks) if looks else None for i in range(3)]
+        lines.append("| " + " | ".join([row.variant, *("" if v is None else short(v) for v in values)]) + " |")
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def write_report(grid: Grid, records: Sequence[Record], out: Path) -> str:
@@ -161,6 +175,9 @@ def write_report(grid: Grid, records: Sequence[Record], out: Path) -> str:
         parts += [f"## {setting}: {text}", ""]
         if rows:
             parts += [table(grid, setting, rows), "", *verdicts(rows), ""]
+            if any(r.variant == DEFAULT for r in rows) and len(rows) > 1:
+                parts += [f"The default guard, {DEFAULT}, minus each other row:", "", versus(rows, DEFAULT), ""]
+            parts += [guard_table(rows), ""] if guard_table(rows) else []
         if chosen:
             parts += [
                 f"Seeds used for choosing (no part of the verdicts), {setting}:",
@@ -184,7 +201,9 @@ LEGEND = (
     "at the end of a domain's own stage, over the domains after the first stage. touched: energy of the guard's corrections over "
     "energy of all updates it saw. keeps: what is kept of earlier domains' data. ±: half of the 95 % interval over seeds "
     "(Student's t; differences are paired). p: of the difference to the best plain learning rate, Holm over the table. \\*: not "
-    "dominated in retention and new learning. One cell: `carerl replicate --cell NAME`."
+    "dominated in retention and new learning. One cell: `carerl replicate --cell NAME`. Tables of guards: time, its share of "
+    "training time; displacement along earlier domains' directions over the last stage, relative to the recorded stages' own; "
+    "share of fresh gradients of earlier domains that their directions explain as the next stage begins and at the end."
 )
 
 
@@ -230,6 +249,10 @@ def short(value: float) -> str:
         return "?"
     text = f"{value:.3f}"
     return text.replace("0.", ".", 1) if text.lstrip("-").startswith("0.") else text
+
+
+def probability(p: float) -> str:
+    return "<.001" if p < 0.001 else short(p)
 
 
 def signed(value: float) -> str:

@@ -9,8 +9,8 @@ from html import escape
 
 from markupsafe import Markup
 
-WIDTH, HEIGHT = 420, 230
-LEFT, RIGHT, TOP, BOTTOM = 46, 14, 20, 36
+WIDTH, HEIGHT = 340, 210
+LEFT, RIGHT, TOP, BOTTOM = 44, 10, 20, 36
 COLOURS = 6  # classes c0 .. c5 of the page
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2", "1 2")
 POINTS = 240  # of a line; longer ones are averaged in buckets

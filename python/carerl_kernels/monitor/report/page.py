@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 
 from ..._files import write_bytes_atomically
 from .chart import Chart, Line, Points, line_chart, smooth
-from .record import RunRecord
+from .record import RunRecord, Span
 
 PHASES = {
     "sample": "sampling",
@@ -49,7 +50,10 @@ class Matrix:
         """Text, class and strength in percent of a cell's colour."""
         if value is None:
             return "–", "none", 0
-        return self.style.format(value), "plus" if value >= 0 else "minus", round(min(1.0, abs(value) / self.full) * 70)
+        strength = math.sqrt(min(1.0, abs(value) / self.full))  # so that small ones are seen, too
+        text = self.style.format(value)
+        text = text.replace("-", "+" if "+" in self.style else "") if float(text) == 0 else text
+        return text, "plus" if value >= 0 else "minus", round(70 * strength)
 
 
 @dataclass
@@ -62,8 +66,12 @@ class DomainCard:
     score: float | None = None
     start: float | None = None
     best: tuple[int, float] | None = None
-    test: Mapping[str, Any] | None = None
+    percent: bool = False
     chart: Chart | None = None
+
+    def show(self, score: float) -> str:
+        """A score as text: in percent where all are from 0 to 1."""
+        return f"{100 * score:.1f} %" if self.percent else f"{score:.3g}"
 
 
 @dataclass
@@ -177,14 +185,17 @@ def _card(record: RunRecord, name: str, stages: list[tuple[str, float, float]], 
     last = tested[-1][1] if tested else None
     if own:
         a = own[-1]
-        status, verdict = "fell", f"{_points(a['drop'])} below its baseline at step {a['step']}, p = {a['p']:.2g}"
+        status, verdict = (
+            "fell",
+            f"{_points(a['drop'])} below its baseline at step {a['step']}, p\u00a0=\u00a0{a['p']:.2g}",
+        )
         if last is not None and not last["fallen"]:
             status, verdict = "recovered", f"fell at step {a['step']}; {_points(last['drop'])} below at the end"
     elif last is not None:
-        status, verdict = "holds", f"no significant drop, p = {last['p']:.2g}"
+        status, verdict = "holds", f"no significant drop, p\u00a0=\u00a0{last['p']:.2g}"
     else:
         status, verdict = "untested", "not monitored"
-    card = DomainCard(name, status, verdict, test=last)
+    card = DomainCard(name, status, verdict)
     if not scores:
         card.verdict = "never evaluated"
         return card
@@ -192,7 +203,7 @@ def _card(record: RunRecord, name: str, stages: list[tuple[str, float, float]], 
     card.best = max(scores, key=lambda p: p[1])
     errors = {step: f["error"] for step, f in found if isinstance(f.get("error"), (int, float))}
     band = [(x, y - 2 * errors[x], y + 2 * errors[x]) for x, y in scores if x in errors]
-    unit = all(0 <= y <= 1 for _, y in scores)
+    card.percent = unit = all(0 <= y <= 1 for _, y in scores)
     card.chart = line_chart(
         name,
         [Line(name, scores, 0, marks=len(scores) <= 80, band=band)],
@@ -264,20 +275,20 @@ def _interference(record: RunRecord, stages: list[Any], missing: list[tuple[str,
                 caption="Above 0 the step also lowers that domain's loss on its stored examples; below 0 it raises it.",
             )
         )
-    rows = [
-        (a, [_mean([v for _, v in pairs.get((a, b), [])]) if a != b else None for b in order]) for a in names if order
-    ]
-    strongest = max((abs(v) for _, cells in rows for v in cells if v is not None), default=1.0)
     if len(order) > 1:
-        rows.sort(key=lambda row: row[0] == "batch")
+        rows = [(a, [_mean(v for _, v in pairs.get((a, b), [])) if a != b else None for b in order]) for a in order]
+        for span in record.spans or [Span("run", 0, record.last_step)]:
+            cells = [_mean(v for x, v in batch.get(n, []) if span.first <= x <= span.last) for n in order]
+            if any(c is not None for c in cells):
+                rows.append((f"batch, {span.name}", cells))
         out.append(
             Matrix(
-                "Gradient cosines, mean over the run",
-                f'Measured at {len(found)} steps. Negative: the two pull against each other. "batch" is what was trained.',
+                "Gradient cosines",
+                f"Means over {len(found)} measurements; of the batch, per stage. Negative: the two pull against each other.",
                 "gradient of",
                 order,
                 rows,
-                strongest or 1.0,
+                1.0,
             )
         )
     return out

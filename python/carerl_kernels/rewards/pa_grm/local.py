@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...grpo.text import encode_prompts, forward_accepts, left_pad, position_ids, special_tokens
+from ...grpo.text import cache_name, encode_prompts, forward_accepts, left_pad, position_ids, special_tokens
 from .backend import BackendError, Meter, Reply, Request, Token
 
 
@@ -115,13 +115,13 @@ class LocalModel:
         ids, mask = left_pad(prompts, self._tokens.pad, device)  # [B, P]
         positions = position_ids(mask)
         extra: dict[str, Any] = {"logits_to_keep": 1} if forward_accepts(self.lm, "logits_to_keep") else {}
-        with_positions = forward_accepts(self.lm, "position_ids")
+        with_positions, kept = forward_accepts(self.lm, "position_ids"), cache_name(self.lm)
         cache: Any = None
         while True:
             if with_positions:
                 extra["position_ids"] = positions
-            out = self.lm(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
-            logits, cache = out.logits[:, -1].float(), out.past_key_values  # [B, V]
+            out = self.lm(input_ids=ids, attention_mask=mask, **{kept: cache}, use_cache=True, **extra)
+            logits, cache = out.logits[:, -1].float(), getattr(out, kept)  # [B, V]
             chosen = [row.step(logits[i]) for i, row in enumerate(rows)]
             if all(row.done for row in rows):
                 break

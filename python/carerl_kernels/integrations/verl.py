@@ -1,0 +1,123 @@
+"""verl's FSDP2 engine behind a guard. Written against verl 0.7's sources (commit b178a3c) and not run inside verl yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..guard import CapabilityGuard
+from . import report_numbers
+
+MakeGuard = Callable[[nn.Module], CapabilityGuard]
+
+
+def install(
+    make_guard: MakeGuard,
+    *,
+    stage: str | None = None,
+    path: Path | str | None = None,
+    domain: Callable[[Any], str | None] | None = None,
+) -> type:
+    """Puts a guarded engine where verl's registry has its FSDP2 engine of language models; call it in every worker.
+
+    verl keeps the first engine registered for a key, so the entry is replaced. See :func:`guarded` for the arguments.
+
+    Returns:
+        The guarded engine.
+    """
+    try:
+        from verl.workers.engine import EngineRegistry
+    except ImportError as e:
+        raise ImportError(
+            f"carerl_kernels.integrations.verl needs verl ({e}): see verl's own installation guide"
+        ) from e
+    devices = EngineRegistry._engines["language_model"]["fsdp2"]
+    for device, base in list(devices.items()):
+        devices[device] = guarded(base, make_guard, stage=stage, path=path, domain=domain)
+    return devices[next(iter(devices))]
+
+
+def guarded(
+    base: type,
+    make_guard: MakeGuard,
+    *,
+    stage: str | None = None,
+    path: Path | str | None = None,
+    domain: Callable[[Any], str | None] | None = None,
+) -> type:
+    """A subclass of a verl engine whose optimizer steps go through a guard.
+
+    Args:
+        base: verl's engine; it has `module`, `optimizer` and the methods of `BaseEngine`.
+        make_guard: `make(model) -> CapabilityGuard` in update mode, called once the module is sharded. Engines without an
+            optimizer (reference models) have no guard.
+        stage: name of the domain that is recorded from now on.
+        path: file of the stage. verl does not say when training ends, so it is written with every checkpoint of verl's; the
+            last one is the stage.
+        domain: `domain(batch) -> name or None`, whose step a training batch is; None: the stage's.
+    """
+    if (stage is None) != (path is None):
+        raise ValueError(f"expected stage and path together, found stage={stage!r} and path={path!r}")
+
+    parent: Any = base
+
+    class GuardedEngine(parent):
+        guard: CapabilityGuard | None = None
+        _batch: Any = None
+
+        def initialize(self) -> None:
+            super().initialize()
+            if self.optimizer is None:
+                return
+            _check(self)
+            self.guard = make_guard(self.module)
+            if self.guard.apply_to != "update":
+                raise ValueError(
+                    "verl clips inside optimizer_step, before any edit: expected a guard with apply_to='update', found "
+                    f"{self.guard.apply_to!r}"
+                )
+            self.guard.attach(self.optimizer)
+            self._stage = ExitStack()  # held open: verl does not say when it ends
+            if stage is not None:
+                self._stage.enter_context(self.guard.stage(stage))
+
+        def train_batch(self, data: Any, loss_function: Any) -> Any:
+            self._batch = data
+            outputs = super().train_batch(data, loss_function)
+            self._batch = None
+            if self.guard is not None and self.is_mp_src_rank_with_outputs():
+                outputs["metrics"].update(report_numbers(self.guard.report()))
+            return outputs
+
+        def optimizer_step(self) -> Any:
+            named = self.guard is not None and domain is not None
+            with self.guard.domain(domain(self._batch)) if named else nullcontext():  # type: ignore[union-attr, misc]
+                return super().optimizer_step()
+
+        def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            super().save_checkpoint(*args, **kwargs)
+            if self.guard is not None and path is not None:
+                self.guard.recorded().save(path)
+
+        def load_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            super().load_checkpoint(*args, **kwargs)
+            if self.guard is not None:
+                self.guard.rebase()  # other weights than those it was attached to
+
+    GuardedEngine.__name__ = GuardedEngine.__qualname__ = f"Guarded{base.__name__}"
+    return GuardedEngine
+
+
+def _check(engine: Any) -> None:
+    """Refuses engines under which an edit would be lost or directions would be in the wrong place."""
+    if engine.is_param_offload_enabled or engine.is_optimizer_offload_enabled:
+        raise ValueError(
+            "expected parameters and optimizer that stay on their device, found offloading; set "
+            "fsdp_config.param_offload=False and optimizer_offload=False"
+        )
+    if any(c.__name__ == "FullyShardedDataParallel" for c in type(engine.module).__mro__):
+        raise ValueError("expected FSDP2, found FSDP1, which flattens parameters; set strategy=fsdp2")

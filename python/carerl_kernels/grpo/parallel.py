@@ -117,18 +117,20 @@ class Ranks:
 def process_group() -> Iterator[None]:
     """The process group that `torchrun` describes in the environment (NCCL on GPUs, gloo otherwise), for the length of a block.
 
-    Without torchrun nothing is set up here; `shard` makes a group of one process where it needs one.
+    Without torchrun none is set up; one that `shard` makes inside for a single process ends with the block, too.
     """
-    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+    if dist.is_initialized():
         yield
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if "WORLD_SIZE" in os.environ:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def shard(model: nn.Module, precision: Precision = "fp32", device: str | None = None) -> nn.Module:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..subspace.shards import local
+from .config import GRPOConfig
+from .rundir import RunDirectory, load_tensors, save_tensors
 
 
 class FrozenWeights:
@@ -63,3 +66,68 @@ class FrozenWeights:
             before = here.clone()
             here.copy_(kept)
             kept.copy_(before)
+
+
+class EarlierWeights:
+    """The frozen weights of a run, on the disk as long as a checkpoint needs them.
+
+    Args:
+        model: Policy.
+        config: Whether and with what the KL term compares, and where a stage ends.
+        directory: Of the run, or None.
+
+    Attributes:
+        reference: Of the KL term; None without one.
+    """
+
+    def __init__(self, model: nn.Module, config: GRPOConfig, directory: RunDirectory | None) -> None:
+        self.model, self.config, self.directory = model, config, directory
+        self.reference: FrozenWeights | None = None
+        self._start: FrozenWeights | None = None
+        self._reference_step: int | None = None
+        self._start_step: int | None = None
+
+    def begin(self, index: int, offset: int, step: int, state: dict[str, Any] | None) -> FrozenWeights | None:
+        """A stage begins, or goes on after an interruption: takes the present weights, or brings back those kept.
+
+        Args:
+            index, offset: Of the stage, and how many of its steps are done.
+            step: Of the run.
+            state: Of the checkpoint that the run goes on from; None in between.
+
+        Returns:
+            `reference`.
+        """
+        config = self.config
+        if config.kl_beta > 0:
+            here = offset == 0 and (index == 0 or config.kl_reference == "stage")
+            known = self.reference is not None
+            self.reference = self.reference or FrozenWeights(self.model)
+            if here or (state is not None and not known):
+                self._reference_step = self._keep(
+                    self.reference, step, None if here or state is None else state["reference"]
+                )
+        if config.stage_interpolation != 1:
+            self._start = self._start or FrozenWeights(self.model)
+            kept = None if state is None or offset == 0 else state["stage_start"]
+            self._start_step = self._keep(self._start, step, kept)
+        return self.reference
+
+    def interpolate(self) -> None:
+        """A stage is over: it ends part of the way from its start, where the configuration says so."""
+        if self._start is not None:
+            self._start.pull(self.config.stage_interpolation)
+
+    def state(self) -> dict[str, int | None]:
+        """The steps whose weights are kept, for a checkpoint."""
+        return {"reference": self._reference_step, "stage_start": self._start_step}
+
+    def _keep(self, weights: FrozenWeights, step: int, kept: int | None) -> int:
+        """Takes the present weights, or those kept at an earlier step; returns the step they are of."""
+        if kept is not None and self.directory is not None:
+            load_tensors(self.directory.reference(kept), weights.parameters, weights.put)
+            return kept
+        weights.take()
+        if self.directory is not None:
+            save_tensors(self.directory.reference(step), weights.parameters, self.directory.ranks)
+        return step

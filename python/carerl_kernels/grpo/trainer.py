@@ -21,15 +21,13 @@ from .learner import Guard, Learner
 from .parallel import spread_optimizer, spread_state
 from .plots import plot_accuracy, plot_training
 from .progress import StageProgress
-from .reference import FrozenWeights
+from .reference import EarlierWeights
 from .rollout import prompt_counts
 from .rundir import (
     CheckpointError,
     RunDirectory,
-    load_tensors,
     nested_tuples,
     rng_state,
-    save_tensors,
     set_rng_state,
 )
 from .sampling import Sampler
@@ -101,10 +99,8 @@ class GRPOTrainer:
         self._make_optimizer = make_optimizer or self._adamw
         self._on_step = on_step
         self._optimizer: torch.optim.Optimizer | None = None
-        self._stage_start: FrozenWeights | None = None  # where a stage ends between its start and what was trained
-        self._stage_start_step: int | None = None
+        self._earlier = EarlierWeights(model, self.config, self.directory)
         self._step = 0
-        self._reference_step: int | None = None
 
     def run(self, stages: Sequence[Stage], *, resume: bool = False) -> list[dict[str, Any]]:
         """Train the stages in order.
@@ -168,8 +164,7 @@ class GRPOTrainer:
         if self._optimizer is None or config.fresh_optimizer:
             self._optimizer = self._make_optimizer(self._learner.parameters)
         optimizer = self._optimizer
-        self._set_reference(index, offset, state)
-        self._keep_start(offset, state)
+        self._learner.reference = self._earlier.begin(index, offset, self._step, state)
         if state is not None and offset == 0:
             self._restore(state)
         earlier = [d for d in dict.fromkeys(d for s in stages[:index] for d in s.domains) if d not in stage.domains]
@@ -192,8 +187,8 @@ class GRPOTrainer:
                 self._step += 1
                 last = done + 1 == stage.steps
                 due = last or (config.eval_every > 0 and (done + 1) % config.eval_every == 0)
-                if last and self._stage_start is not None:
-                    self._stage_start.pull(config.stage_interpolation)
+                if last:
+                    self._earlier.interpolate()
                 position = {"step": self._step, "stage": name, "stage_step": done + 1, "lr": lr}
                 line = self._watched({**position, **metrics}, evaluate=due)
                 line["seconds"] = self._clock.drain()
@@ -234,38 +229,6 @@ class GRPOTrainer:
     def _adamw(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         config = self.config
         return torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
-
-    def _set_reference(self, index: int, offset: int, state: dict[str, Any] | None) -> None:
-        """Freeze the weights that the KL term compares with, or bring the frozen ones back after an interruption."""
-        if self.config.kl_beta == 0:
-            return
-        starts_here = offset == 0 and (index == 0 or self.config.kl_reference == "stage")
-        weights = self._learner.reference
-        if weights is None:
-            weights = self._learner.reference = FrozenWeights(self.model)
-            if state is not None and not starts_here:
-                self._reference_step = self._keep(weights, state["reference"])
-        if starts_here:
-            self._reference_step = self._keep(weights, None)
-
-    def _keep_start(self, offset: int, state: dict[str, Any] | None) -> None:
-        """Keep the parameters as a stage begins, where it will end between both, or bring those kept back."""
-        if self.config.stage_interpolation == 1:
-            return
-        self._stage_start = self._stage_start or FrozenWeights(self.model)
-        self._stage_start_step = self._keep(
-            self._stage_start, None if state is None or offset == 0 else state["stage_start"]
-        )
-
-    def _keep(self, weights: FrozenWeights, step: int | None) -> int:
-        """Takes the present weights, or with a step those kept then; returns the step they are of."""
-        if step is not None and self.directory is not None:
-            load_tensors(self.directory.reference(step), weights.parameters, weights.put)
-            return step
-        weights.take()
-        if self.directory is not None:
-            save_tensors(self.directory.reference(self._step), weights.parameters, self.ranks)
-        return self._step
 
     def _watched(self, line: dict[str, Any], *, evaluate: bool) -> dict[str, Any]:
         """The line with its evaluation, if one is due, and with what the monitor says."""
@@ -377,8 +340,7 @@ class GRPOTrainer:
                 if hasattr(domain.reward, "state_dict")
             },
             "prompts": self._learner.rng.getstate(),
-            "reference": self._reference_step,
-            "stage_start": self._stage_start_step,
+            **self._earlier.state(),
             "serving": self._serving.state_dict(),
             "global": self.ranks.gather(rng_state()),
         }

@@ -57,6 +57,8 @@ def interference(record: RunRecord, stages: Stages, missing: Missing) -> list[Ma
                     pairs.setdefault((b, a), []).append((step, value))
     order = [n for n in names if n != "batch"]
     batch = {b: points for (a, b), points in pairs.items() if a == "batch"}
+    if not order:
+        missing.append(("Gradients to compare the batch's with", "probe_examples in the domains"))
     if batch:
         lines = [Line(n, batch[n], order.index(n), marks=len(batch[n]) <= 60) for n in order if n in batch]
         out.append(

@@ -82,7 +82,8 @@ class Matrix:
             return "–", "none", 0
         strength = math.sqrt(min(1.0, abs(value) / self.full))  # so that small ones are seen, too
         text = self.style.format(value)
-        text = text.replace("-", "+" if "+" in self.style else "") if float(text) == 0 else text
+        if not text.strip("-+0.%"):  # no negative zero
+            text = text.replace("-", "+" if "+" in self.style else "")
         return text, "plus" if value >= 0 else "minus", round(70 * strength)
 
 

@@ -115,7 +115,7 @@ def build_page(record: RunRecord) -> Page:
     if record.config:
         facts.append(("guard", "yes" if record.config.get("guarded") else "none"))
     return Page(
-        name=record.path.resolve().name,
+        name="/".join(record.path.resolve().parts[-2:]),  # runs are often told apart by the folder above
         summary=_summary(cards, alerts, tests[0][1] if tests else None),
         facts=facts,
         cards=cards,

@@ -279,7 +279,22 @@ def guard_activity(record: RunRecord, stages: Stages, missing: Missing) -> list[
         cells = rows(get)
         if any(c is not None for _, row in cells for c in row):
             out.append(Matrix(title, caption, "after stage", columns, cells, full, style))
-    windows = list(reports.values())[-1].get("open_windows") or []
+    last = list(reports.values())[-1]
+    kinds = ("aligned", "conflicting", "orthogonal")
+    energies = [(n, [(d.get("energy") or {}).get(kind) for kind in kinds]) for n, d in last["domains"].items()]
+    if any(c is not None for _, cells in energies for c in cells):
+        out.append(
+            Matrix(
+                "Update energy by class",
+                "Of all updates that the guard saw: along and against what each domain's stage did, and neither.",
+                "domain",
+                list(kinds),
+                energies,
+                1.0,
+                "{:.1%}",
+            )
+        )
+    windows = last.get("open_windows") or []
     if windows:
         record.notes.append(f"Open windows at the end, protected by nothing: {', '.join(windows)}.")
     return out

@@ -8,10 +8,12 @@ import json
 import logging
 import math
 import os
+import re
 import sqlite3
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -568,3 +570,22 @@ def test_monitored_training_is_the_same_training_and_resumes_exactly(tmp_path, t
             make(path, on_step=kill_at(step)).run(stages)
         make(path).run(stages, resume=True)
         assert metrics(path) == lines
+
+
+def test_code_of_the_documentation_runs(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parent.parent / "docs" / "monitor.md").read_text()
+    loop, callback, gradients = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    batch = types.SimpleNamespace(domains=["math", "chat"], rewards=[1.0, 0.0], prompt_ids=[0, 1])
+    common = {"evaluate": lambda: {"math": [1.0, 0.0], "chat": [0.5]}, "loss": 1.0, "batches": [batch] * 2}
+    exec(loop, common)
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+    exec(callback, {"monitor": common["monitor"], "trainer": types.SimpleNamespace(add_callback=lambda callback: None)})
+    model, seeds = make_model(), [{"a": 2 * i, "b": 2 * i + 1} for i in range(50)]
+    space = {"domains": ["a", "b"], "evaluate": None, "model": model, "batches": seeds, "DriftMonitor": DriftMonitor}
+    recorded = []
+    monkeypatch.setattr(DriftMonitor, "_tell", lambda self, step, metrics, record, alerts: recorded.append(record))
+    exec(gradients, {**space, "loss": lambda seed: losses(model, seed)})
+    assert len(recorded) == 50 and set(recorded[-1]["gradients"]["norm"]) == {"a", "b"} and not any(recorded[:-1])

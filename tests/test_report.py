@@ -129,6 +129,7 @@ def test_everything_that_was_recorded_is_shown(runs):
         "Conflicting share of updates",
         "Displacement along protected directions",
         "Capture",
+        "Update energy by class",
         "forward and backward",
         "code → chat",
     ):

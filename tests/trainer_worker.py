@@ -18,6 +18,7 @@ from carerl_kernels.demo.tasks import character_tokenizer, demo_domains, tiny_mo
 from carerl_kernels.grpo import Domain, GRPOConfig, GRPOTrainer, Stage
 from carerl_kernels.grpo.parallel import shard
 from carerl_kernels.guard import CapabilityGuard
+from carerl_kernels.monitor import DriftMonitor
 
 STAGES = [Stage("code", 4), Stage(("chat", "code"), 3)]
 KILLED_AT = 6  # in the second stage: the guard acts, and records
@@ -76,12 +77,15 @@ def trainer(
     if world > 1 or precision == "bf16":
         shard(model, precision)
     guard = CapabilityGuard(model, "bounded", k=3, basis="per_matrix") if guarded else None
+    names = [d.name for d in domains()]
+    monitor = DriftMonitor(names, model=model, gradients_every=3, score_range=(0.0, 8.0), drop=0.0)
     return GRPOTrainer(
         model,
         tokenizer,
         domains(),
         GRPOConfig(**(SETTINGS | changes)),
         guard=guard,
+        monitor=monitor,
         run_dir=path,
         # Adam divides by the gradient's size, so that its first steps magnify rounding without bound
         make_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0, momentum=0.9),

@@ -58,6 +58,35 @@ class Chart:
     rows: list[list[str]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Matrix:
+    """Numbers in rows and columns, shown as a table with coloured cells.
+
+    Attributes:
+        title, caption: plain text; corner: what rows and columns are.
+        columns, rows: names; cells: per row, None where nothing was measured.
+        full: magnitude that gets the full colour; style: Python format of a cell.
+    """
+
+    title: str
+    caption: str
+    corner: str
+    columns: list[str]
+    rows: list[tuple[str, list[float | None]]]
+    full: float
+    style: str = "{:+.2f}"
+
+    def cell(self, value: float | None) -> tuple[str, str, int]:
+        """Text, class and strength in percent of a cell's colour."""
+        if value is None:
+            return "–", "none", 0
+        strength = math.sqrt(min(1.0, abs(value) / self.full))  # so that small ones are seen, too
+        text = self.style.format(value)
+        if not text.strip("-+0.%"):  # no negative zero
+            text = text.replace("-", "+" if "+" in self.style else "")
+        return text, "plus" if value >= 0 else "minus", round(70 * strength)
+
+
 def line_chart(
     title: str,
     lines: Sequence[Line],

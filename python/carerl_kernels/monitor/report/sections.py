@@ -1,0 +1,330 @@
+"""The parts of the page below the domains: interference, rewards and shares, guard, cost.
+
+Where a run recorded nothing, they add to ``missing`` what it would need.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from .chart import Chart, Line, Matrix, Points, line_chart, smooth
+from .record import RunRecord, Span
+
+Stages = list[tuple[str, float, float]]  # name, first and last step
+Missing = list[tuple[str, str]]  # what, and what would record it
+
+PHASES = {
+    "sample": "sampling",
+    "reward": "rewards",
+    "loss": "forward and backward",
+    "step": "optimizer",
+    "guard": "guard",
+    "probe": "guard's probes",
+    "eval": "evaluation",
+    "monitor": "monitor",
+    "save": "checkpoints",
+    "other": "training",
+}
+
+# -------------------------------------------------------------------------------------------------------------- interference
+
+
+def interference(record: RunRecord, stages: Stages, missing: Missing) -> list[Matrix | Chart]:
+    """What stages did to scores, and which gradients pull against which."""
+    out: list[Matrix | Chart] = []
+    changes = _stage_changes(record)
+    if changes is not None:
+        out.append(changes)
+    found = record.found("monitor", "gradients")
+    if not found:
+        missing.append(
+            (
+                "Gradient cosines between domains",
+                "DriftMonitor(..., model=model, gradients_every=n), see docs/monitor.md",
+            )
+        )
+        return out
+    names: dict[str, None] = {}
+    pairs: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for step, gradients in found:
+        names.update(dict.fromkeys(gradients["norm"]))
+        for a, row in gradients["cosine"].items():
+            for b, value in row.items():
+                if value is not None:
+                    pairs.setdefault((a, b), []).append((step, value))
+                    pairs.setdefault((b, a), []).append((step, value))
+    order = [n for n in names if n != "batch"]
+    batch = {b: points for (a, b), points in pairs.items() if a == "batch"}
+    if not order:
+        missing.append(("Gradients to compare the batch's with", "probe_examples in the domains"))
+    if batch:
+        lines = [Line(n, batch[n], order.index(n), marks=len(batch[n]) <= 60) for n in order if n in batch]
+        out.append(
+            line_chart(
+                "This batch's gradient against each domain's own",
+                lines,
+                y_label="cosine",
+                stages=stages,
+                level=(0.0, "orthogonal"),
+                caption="Above 0 the step also lowers that domain's loss on its stored examples; below 0 it raises it.",
+            )
+        )
+    if len(order) > 1:
+        rows = [(a, [_mean(v for _, v in pairs.get((a, b), [])) if a != b else None for b in order]) for a in order]
+        for span in record.spans or [Span("run", 0, record.last_step)]:
+            cells = [_mean(v for x, v in batch.get(n, []) if span.first <= x <= span.last) for n in order]
+            if any(c is not None for c in cells):
+                rows.append((f"batch, {span.name}", cells))
+        out.append(
+            Matrix(
+                "Gradient cosines",
+                f"Means over {len(found)} measurements; of the batch, per stage. Negative: the two pull against each other.",
+                "gradient of",
+                order,
+                rows,
+                1.0,
+            )
+        )
+    return out
+
+
+def _stage_changes(record: RunRecord) -> Matrix | None:
+    """What every stage did to every domain's score; for a single stage, from its first evaluation to its last."""
+    rows = []
+    for span in record.spans:
+        cells: list[float | None] = []
+        for name in record.domains:
+            scores = record.series("eval", name)
+            before = [y for x, y in scores if x < span.first]
+            after = [y for x, y in scores if span.first <= x <= span.last]
+            cells.append(100 * (after[-1] - before[-1]) if before and after else None)
+        rows.append((span.name, cells))
+    if not any(c is not None for _, cells in rows for c in cells):
+        return None
+    strongest = max(abs(c) for _, cells in rows for c in cells if c is not None)
+    return Matrix(
+        "What each stage did to each domain",
+        "Change of the score over the stage, in points. Off the diagonal: transfer if positive, interference if negative.",
+        "stage",
+        record.domains,
+        rows,
+        strongest or 1.0,
+        "{:+.1f}",
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------------- shares
+
+
+def reward_shares(record: RunRecord, stages: Stages, missing: Missing) -> list[Chart]:
+    """Rewards per domain, and who has the batch and the reward variance."""
+    charts = []
+    window = max(1, len(record.lines) // 30)
+
+    def curves(get: Callable[[str], Points]) -> list[Line]:
+        lines = []
+        for i, name in enumerate(record.domains):
+            points = get(name)
+            if points:
+                lines += [Line(name, smooth(points, window), i)]
+        return lines
+
+    rewards = curves(lambda name: record.series("rewards", name))
+    if rewards:
+        charts.append(
+            line_chart(
+                "Reward",
+                rewards,
+                y_label="mean reward",
+                stages=stages,
+                caption=f"Moving average over {window} steps." if window > 1 else "",
+            )
+        )
+    else:
+        missing.append(("Rewards per domain", 'metrics with "rewards", see reward_statistics'))
+    variance = record.found("reward_variance")
+    shares = record.found("batch_share")
+    if not (variance and shares):
+        missing.append(
+            (
+                "Shares of reward variance and batch",
+                'metrics with "reward_variance" and "batch_share", see reward_statistics',
+            )
+        )
+        return charts
+    if any(len(found) > 1 for _, found in shares):
+        by_variance = _variance_shares(record)
+        for title, source, caption in (
+            (
+                "Share of the batch",
+                {n: record.series("batch_share", n) for n in record.domains},
+                "Completions of each domain.",
+            ),
+            (
+                "Share of reward variance",
+                by_variance,
+                "Within prompts, which is all that group-relative advantages see: who has it decides where the update goes.",
+            ),
+        ):
+            lines = curves(lambda name, source=source: source.get(name, []))  # type: ignore[misc]
+            charts.append(line_chart(title, lines, stages=stages, y_range=(0.0, 1.0), percent=True, caption=caption))
+    else:
+        lines = curves(lambda name: record.series("reward_variance", name))
+        charts.append(
+            line_chart(
+                "Reward variance within prompts",
+                lines,
+                y_label="variance",
+                stages=stages,
+                caption="What group-relative advantages learn from; every batch is of one domain here.",
+            )
+        )
+    return charts
+
+
+def _variance_shares(record: RunRecord) -> dict[str, list[tuple[int, float]]]:
+    """Each domain's share of the squared distances of a batch's rewards to their prompts' means."""
+    out: dict[str, list[tuple[int, float]]] = {}
+    for line in record.lines:
+        variance, share = line.get("reward_variance") or {}, line.get("batch_share") or {}
+        weighed = {n: variance[n] * share[n] for n in variance if n in share}
+        total = sum(weighed.values())
+        for name, value in weighed.items():
+            if total > 0:
+                out.setdefault(name, []).append((int(line["step"]), value / total))
+    return out
+
+
+# --------------------------------------------------------------------------------------------------------------------- guard
+
+
+def guard_activity(record: RunRecord, stages: Stages, missing: Missing) -> list[Matrix | Chart]:
+    """What the guard saw and did over the run, and its reports at the ends of stages."""
+    if record.config is not None and record.config.get("guarded") is False:
+        return []
+    out: list[Matrix | Chart] = []
+    histories = list(dict.fromkeys(n for _, f in record.found("monitor", "guard", "domains") for n in f))
+    for key, title, caption in (
+        (
+            "conflicting",
+            "Conflicting share of updates",
+            "Share of update energy that undoes what a domain's stage did, since the run began.",
+        ),
+        (
+            "net_displacement",
+            "Displacement along protected directions",
+            "Net, since the stage began, relative to the recorded stage's own.",
+        ),
+    ):
+        lines = [Line(n, record.series("monitor", "guard", "domains", n, key), i) for i, n in enumerate(histories)]
+        if any(n.points for n in lines):
+            percent = key == "conflicting"
+            out.append(
+                line_chart(
+                    title,
+                    lines,
+                    y_label="" if percent else "ratio",
+                    stages=stages,
+                    percent=percent,
+                    caption=caption,
+                )
+            )
+    touched = record.series("monitor", "guard", "touched_share")
+    if touched:
+        out.append(
+            line_chart(
+                "Share of update energy that the guard took",
+                [Line("touched", touched, 0)],
+                stages=stages,
+                percent=True,
+                caption="Energy of all corrections over energy of all updates, since the run began.",
+            )
+        )
+    reports = {stage: report for stage, report in record.guard_reports.items() if report.get("domains")}
+    if not reports:
+        if not out:
+            missing.append(
+                (
+                    "Guard activity",
+                    "a guard's reports (bases/*.report.json of the trainer, or DriftMonitor(..., guard=guard))",
+                )
+            )
+        return out
+    columns = list(dict.fromkeys(n for r in reports.values() for n in r["domains"]))
+
+    def rows(get: Callable[[Mapping[str, Any]], Any]) -> list[tuple[str, list[float | None]]]:
+        return [
+            (stage, [get(r["domains"][n]) if n in r["domains"] else None for n in columns])
+            for stage, r in reports.items()
+        ]
+
+    for title, caption, get, full, style in (
+        (
+            "Displacement at the end of each stage",
+            "Along each protected domain's directions, relative to the recorded stage's own displacement.",
+            lambda d: d.get("net_displacement"),
+            1.0,
+            "{:.2f}",
+        ),
+        (
+            "Capture",
+            "Share of the recorded stage's squared displacement that its directions hold: what the guard can see of it.",
+            lambda d: (d.get("capture") or {}).get("displacement"),
+            1.0,
+            "{:.2f}",
+        ),
+    ):
+        cells = rows(get)
+        if any(c is not None for _, row in cells for c in row):
+            out.append(Matrix(title, caption, "after stage", columns, cells, full, style))
+    last = list(reports.values())[-1]
+    kinds = ("aligned", "conflicting", "orthogonal")
+    energies = [(n, [(d.get("energy") or {}).get(kind) for kind in kinds]) for n, d in last["domains"].items()]
+    if any(c is not None for _, cells in energies for c in cells):
+        out.append(
+            Matrix(
+                "Update energy by class",
+                "Of all updates that the guard saw: along and against what each domain's stage did, and neither.",
+                "domain",
+                list(kinds),
+                energies,
+                1.0,
+                "{:.1%}",
+            )
+        )
+    windows = last.get("open_windows") or []
+    if windows:
+        record.notes.append(f"Open windows at the end, protected by nothing: {', '.join(windows)}.")
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------- cost
+
+
+def run_cost(record: RunRecord) -> tuple[list[tuple[str, float, float, int]], str]:
+    """Per phase its name, seconds, share and number; and a sentence."""
+    seconds: dict[str, float] = {}
+    for _, phases in record.found("seconds"):
+        for phase, value in phases.items() if isinstance(phases, Mapping) else ():
+            if isinstance(value, (int, float)):
+                seconds[phase] = seconds.get(phase, 0.0) + value
+    total = sum(seconds.values())
+    if total <= 0:
+        return [], ""
+    order = sorted(seconds, key=lambda p: list(PHASES).index(p) if p in PHASES else len(PHASES))
+    bars = [(PHASES.get(p, p), seconds[p], seconds[p] / total, i) for i, p in enumerate(order)]
+
+    def share(*names: str) -> float:
+        return sum(seconds.get(n, 0.0) for n in names) / total
+
+    text = f"{total:,.0f} s in all; evaluation and monitor {share('eval', 'monitor'):.1%} of it"
+    if "guard" in seconds:
+        text += f", guard {share('guard', 'probe'):.1%}"
+    return bars, text + "."
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    listed = list(values)
+    return statistics.fmean(listed) if listed else None

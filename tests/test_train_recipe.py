@@ -75,12 +75,12 @@ def test_two_recipes_in_sequence(tmp_path, monkeypatch):
     code, out = carerl(RECIPES / "small.yaml", *FIRST, "--resume")
     assert code == 0 and "4 steps" in out
 
-    second = [*QUICK, "stages.0.steps=1", "domains.backward.eval_size=1", "domains.largest.eval_size=2"]
+    second = [*QUICK, "stages.0.steps=1", "domains.once.eval_size=1", "domains.largest.eval_size=2"]
     second += ["domains.instructions.eval_size=2"]
     code, out = carerl(RECIPES / "small_next.yaml", *second)
     assert code == 0, out
-    report = json.loads((tmp_path / "runs" / "small_next" / "bases" / "backward.report.json").read_text())
-    assert list(report["domains"]) == ["largest", "instructions", "backward"]
+    report = json.loads((tmp_path / "runs" / "small_next" / "bases" / "once.report.json").read_text())
+    assert list(report["domains"]) == ["largest", "instructions", "once"]
     start = load_file(tmp_path / "runs" / "small_next" / "checkpoints" / "step-00000000" / "model.safetensors")
     trained = load_file(run / "model" / "model.safetensors")
     assert all(torch.equal(start[name], trained[name]) for name in trained)

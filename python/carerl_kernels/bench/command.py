@@ -13,7 +13,9 @@ from .._files import write_bytes_atomically
 
 def bench(
     preset: Annotated[str, typer.Option(help="quick, full, sweep or llm.")] = "quick",
-    op: Annotated[list[str] | None, typer.Option(help="Only this op, or llm settings of this name; may be repeated.")] = None,
+    op: Annotated[
+        list[str] | None, typer.Option(help="Only this op, or llm settings of this name; may be repeated.")
+    ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="File for everything measured.")] = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="Time the ops on this machine's GPU instead of a preset.")] = False,
     device: Annotated[

@@ -51,7 +51,9 @@ class DenseSpan(Span):
     def apply(self, which: Which, coeffs: Tensor) -> Tensor:
         if not coeffs.numel():
             return coeffs
-        parts = coeffs.unflatten(-2, (-1, self.each)).movedim(-3, 0)  # [G, ..., each, A]: a map is read once for all of them
+        parts = coeffs.unflatten(-2, (-1, self.each)).movedim(
+            -3, 0
+        )  # [G, ..., each, A]: a map is read once for all of them
         mapped = parts.flatten(1, -2) @ getattr(self, which).mT
         return mapped.view(parts.shape).movedim(0, -3).flatten(-3, -2)
 

@@ -30,9 +30,7 @@ class Statistics:
         """Adds one step: coefficients c, correction x and S x ``[T, K]``, squared norm of the raw update if it is known."""
         known = torch.full((), torch.nan, dtype=c.dtype, device=c.device) if total is None else total.to(c.dtype)
         energy = c.square()
-        parts = torch.stack(
-            [torch.where(c > 0, energy, 0.0), torch.where(c < 0, energy, 0.0), x * overlapped]
-        )
+        parts = torch.stack([torch.where(c > 0, energy, 0.0), torch.where(c < 0, energy, 0.0), x * overlapped])
         sums = stack.column_sums(parts)  # [3, K]
         for name in stack.names:
             add = torch.cat([sums[:2, stack.columns(name)].sum(1), known.unsqueeze(0)])

@@ -144,7 +144,7 @@ def main(
     settings = GRPOConfig(prompts_per_step=prompts, group_size=group, max_new_tokens=tokens, lr=LR, progress=False)
     learner = Learner(copy.deepcopy(policy), tokenizer, {"all": domain}, settings, None)
     learner.tokens = replace(learner.tokens, banned=())  # TRL lets the policy write padding
-    turn = InTurn(learner, warm_up=2)
+    turn = InTurn(learner, warm_up=2 if model == "tiny" else 1)
     turn.queue = queue
     with tempfile.TemporaryDirectory() as folder:
         args = trl.GRPOConfig(
@@ -152,7 +152,7 @@ def main(
             per_device_train_batch_size=prompts * group,
             num_generations=group,
             max_completion_length=tokens,
-            max_steps=steps + 2,
+            max_steps=steps + turn.warm_up,
             learning_rate=LR,
             loss_type="grpo",
             bf16=False,

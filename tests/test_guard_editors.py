@@ -145,3 +145,106 @@ def test_a_step_with_any_editor_and_the_table(capsys):
         PCGrad().combine({})
     with pytest.raises(ValueError, match="names of the parameters"):
         GramEditor(lambda gram: gram[0], per_module=True)
+
+
+def history(model, path, k=4):
+    """A guard with a recorded domain "math", and its file."""
+    guard = CapabilityGuard(model, "remove", k=k)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    guard.attach(optimizer)
+    with guard.stage("math", path=path):
+        for step in range(6):
+            for p, g in zip(model.parameters(), gradients(model, 1, step)["d0"], strict=True):
+                p.grad = g
+            optimizer.step()
+    guard.detach()
+    return path
+
+
+def test_one_gradient_per_domain_is_edited_by_the_others_rows(tmp_path):
+    """B = D in grad mode: math's rows act on chat's gradient and not on math's; the step leaves the sum alone."""
+    model = make_model()
+    guard = CapabilityGuard.load(
+        history(model, tmp_path / "m.safetensors"), model=model, rule="remove", apply_to="grad", track_energy=True
+    )
+    grads = gradients(model, 2)
+    grads = {"math": grads["d0"], "chat": grads["d1"]}
+    removed = [g.clone() for g in grads["chat"]]
+    guard.remove_(removed)
+    want = [a + b for a, b in zip(grads["math"], removed, strict=True)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    guard.attach(optimizer)
+    before = [p.detach().clone() for p in model.parameters()]
+    edited = guard.edit_domains({name: [g.clone() for g in part] for name, part in grads.items()})
+    np.testing.assert_allclose(flat(edited), flat(want), atol=1e-6)
+    assign(model, edited)
+    optimizer.step()
+    moved = [b - p.detach() for b, p in zip(before, model.parameters(), strict=True)]
+    np.testing.assert_allclose(flat(moved), flat(want), atol=1e-5)
+    assert guard.report()["steps"] == 1 and guard.report()["touched_share"] > 0
+    assign(model, [torch.ones_like(p) for p in model.parameters()])
+    optimizer.step()  # the next step is edited as usual
+    assert guard.report()["steps"] == 2
+
+
+def test_recordings_see_their_own_domain_s_gradient_of_a_mixed_batch():
+    """A stage fed by per-domain gradients is the stage of that domain alone."""
+    bases = []
+    for mixed in (False, True):
+        model = make_model()
+        guard = CapabilityGuard(model, "remove", k=4, apply_to="grad")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        guard.attach(optimizer)
+        with guard.stage("code"):
+            for step in range(5):
+                mine, other = gradients(model, 2, step).values()
+                if mixed:
+                    with guard.domain(None):
+                        assign(model, guard.edit_domains({"code": [g.clone() for g in mine], "chat": other}))
+                        optimizer.step()
+                else:
+                    assign(model, mine)
+                    optimizer.step()
+            if mixed:
+                assert guard.recorded().info.steps == 5  # the stage goes on
+        bases.append(guard.basis("code"))
+    assert bases[0].info.steps == bases[1].info.steps == 5
+    torch.testing.assert_close(bases[0].singular_values, bases[1].singular_values, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(bases[0].directions.abs(), bases[1].directions.abs(), rtol=1e-3, atol=1e-4)
+
+
+def test_one_gradient_that_is_not_finite_drops_the_step():
+    model = make_model()
+    guard = CapabilityGuard(model, "remove", k=4, apply_to="grad")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    guard.attach(optimizer)
+    before = [p.detach().clone() for p in model.parameters()]
+    with guard.stage("code"):
+        for bad in (True, False):
+            grads = gradients(model, 2)
+            if bad:
+                grads["d1"][0].view(-1)[0] = torch.nan
+            assign(model, guard.edit_domains({"code": grads["d0"], "chat": grads["d1"]}))
+            optimizer.step()
+            if bad:
+                assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert guard.report()["dropped_steps"] == 1 and guard.basis("code").info.steps == 1
+
+
+def test_what_per_domain_gradients_cannot_do_is_refused(tmp_path):
+    model = make_model()
+    grads = gradients(model, 2)
+    for options in (
+        {"rule": "remove"},
+        {"rule": "ema", "apply_to": "grad"},
+        {"rule": "remove", "apply_to": "grad", "norm_cap": 1.0},
+    ):
+        with pytest.raises(ValueError, match="edit_domains: expected"):
+            CapabilityGuard(model, k=4, **options).edit_domains(grads)
+    with pytest.raises(ValueError, match="found none"):
+        CapabilityGuard(model, "remove", k=4, apply_to="grad").edit_domains({})
+    guard = CapabilityGuard(model, "remove", basis="input", r=3, apply_to="grad")
+    with pytest.raises(ValueError, match="cannot tell whose"), guard.stage("code"):
+        guard.edit_domains(grads)
+    with pytest.raises(RuntimeError, match="expected a stage in progress"):
+        guard.recorded()

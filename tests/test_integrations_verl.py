@@ -1,8 +1,12 @@
-"""The guarded engine over a stand-in with the methods of verl's engine (its sources need CUDA and ray to import)."""
+"""The guarded engine over a stand-in with the methods of verl's, and over verl's own where verl is installed."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -138,3 +142,13 @@ def test_install_replaces_the_registered_engine(monkeypatch):
     engine = install(CapabilityGuard)
     assert registry._engines["language_model"]["fsdp2"]["cuda"] is engine and issubclass(engine, Engine)
     assert registry._engines["language_model"]["fsdp"]["cuda"] is Engine and engine.__name__ == "GuardedEngine"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("verl") is None, reason="verl is not installed: pip install verl")
+def test_verl_s_own_engine():
+    """FSDP2 on a CPU: the guarded engine ends where a guard attached by hand does."""
+    script = Path(__file__).parent.parent / "examples" / "verl_engine.py"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "MASTER_PORT": "29613"}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "largest difference: 0.0" in done.stdout and "4 steps recorded" in done.stdout

@@ -7,18 +7,10 @@ namespace carerl::cpu::CARERL_ISA {
 
 CARERL_INLINE bool is_finite(float x) { return x - x == 0.0f; }
 
-// y[c] += sum_r mix[r][c] u[r] over n columns
+// y[c] += sum_r factor[r][c] u[r] over columns [i, end)
 template <class E, int R, int C>
-static void axpy_tile(const Basis& basis, const int64_t* rows, int64_t column, const float* mix, int64_t mixes,
-                      float* y, int64_t pitch, int64_t n) {
-  const typename E::Type* u[R];
-  Float factor[R][C];
-  CARERL_UNROLL
-  for (int r = 0; r < R; ++r) {
-    u[r] = element<E>(basis, rows[r], column);
-    CARERL_UNROLL
-    for (int c = 0; c < C; ++c) factor[r][c] = splat(mix[r * mixes + c]);
-  }
+CARERL_INLINE void axpy_run(const typename E::Type* const (&u)[R], const Float (&factor)[R][C], float* y, int64_t pitch,
+                            int64_t i, int64_t end) {
   constexpr int V = kVectors<E>;
   auto group = [&](int64_t i, auto load_rows_at) {
     Float value[C][V];
@@ -43,11 +35,54 @@ static void axpy_tile(const Basis& basis, const int64_t* rows, int64_t column, c
       for (int v = 0; v < V; ++v) store(y + c * pitch + i + v * kWidth, value[c][v]);
     }
   };
-  int64_t i = 0;
-  for (; i + kGroup<E> <= n; i += kGroup<E>) {
+  for (; i + kGroup<E> <= end; i += kGroup<E>) {
     group(i, [](const typename E::Type* p, Float* x) { Group<E>::load(p, x); });
   }
-  if (i < n) group(i, [&](const typename E::Type* p, Float* x) { load_group<E>(p, n - i, x); });
+  if (i < end) group(i, [&](const typename E::Type* p, Float* x) { load_group<E>(p, end - i, x); });
+}
+
+// y[c] += sum_r mix[r][c] u[r] over n columns
+template <class E, int R, int C>
+static void axpy_tile(const Basis& basis, const int64_t* rows, int64_t column, const float* mix, int64_t mixes,
+                      float* y, int64_t pitch, int64_t n) {
+  const typename E::Type* u[R];
+  Float factor[R][C];
+  CARERL_UNROLL
+  for (int r = 0; r < R; ++r) {
+    u[r] = element<E>(basis, rows[r], column);
+    CARERL_UNROLL
+    for (int c = 0; c < C; ++c) factor[r][c] = splat(mix[r * mixes + c]);
+  }
+  axpy_run<E, R, C>(u, factor, y, pitch, 0, n);
+}
+
+// One run per block, with the scale folded into the factors.
+template <class E, int R, int C>
+static void axpy_tile_scaled(const Basis& basis, const int64_t* rows, int64_t column, const float* mix, int64_t mixes,
+                             float* y, int64_t pitch, int64_t n) {
+  const typename E::Type* u[R];
+  const float* scales[R];
+  CARERL_UNROLL
+  for (int r = 0; r < R; ++r) {
+    u[r] = element<E>(basis, rows[r], column);
+    scales[r] = scale_row(basis, rows[r]);
+  }
+  for (int64_t i = 0; i < n;) {
+    const int64_t block = (column + i) >> basis.block_shift;
+    const int64_t end = run_end(basis, column + i, column + n) - column;
+    Float factor[R][C];
+    CARERL_UNROLL
+    for (int r = 0; r < R; ++r) {
+      CARERL_UNROLL
+      for (int c = 0; c < C; ++c) factor[r][c] = splat(mix[r * mixes + c] * Group<E>::kUnit * scales[r][block]);
+    }
+    if (end - i == kUsualBlock) {
+      axpy_run<E, R, C>(u, factor, y, pitch, i, i + kUsualBlock);
+    } else {
+      axpy_run<E, R, C>(u, factor, y, pitch, i, end);
+    }
+    i = end;
+  }
 }
 
 template <class E>
@@ -58,24 +93,12 @@ struct Axpy {
     axpy_tile<E, R, C>(basis, rows, column, mix, mixes, y, pitch, n);
   }
 };
-// One run per block, with the scale folded into the factors.
 template <class E>
 struct ScaledAxpy {
   template <int R, int C>
   CARERL_INLINE void run(const Basis& basis, const int64_t* rows, int64_t column, const float* mix, int64_t mixes,
                          float* y, int64_t pitch, int64_t n) {
-    for (int64_t i = 0; i < n;) {
-      const int64_t end = run_end(basis, column + i, column + n) - column;
-      float scaled[R * C];
-      CARERL_UNROLL
-      for (int r = 0; r < R; ++r) {
-        const float scale = scale_row(basis, rows[r])[(column + i) >> basis.block_shift];
-        CARERL_UNROLL
-        for (int c = 0; c < C; ++c) scaled[r * C + c] = mix[r * mixes + c] * Group<E>::kUnit * scale;
-      }
-      axpy_tile<E, R, C>(basis, rows, column + i, scaled, C, y + i, pitch, end - i);
-      i = end;
-    }
+    axpy_tile_scaled<E, R, C>(basis, rows, column, mix, mixes, y, pitch, n);
   }
 };
 template <>

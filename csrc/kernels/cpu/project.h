@@ -5,15 +5,21 @@
 
 namespace carerl::cpu::CARERL_ISA {
 
+template <bool kValue>
+struct Flag {
+  static constexpr bool value = kValue;
+};
+
 // sums[r][c] = u[r] . g[c] over columns [i, end) in fp32 lanes, divided by the group's unit; a group may be cut only at
-// the tile's end.
-template <class E, int R, int C>
+// the tile's end. kWhole: there are only whole turns of the main loop, and no code behind it that costs it registers.
+template <class E, int R, int C, bool kWhole>
 CARERL_INLINE void accumulate(const typename E::Type* const (&u)[R], const float* g, int64_t pitch, int64_t i,
                               int64_t end, Float (&sums)[R][C]) {
   constexpr int V = kVectors<E>;
   constexpr int kChains = C == 1 ? 2 : 1;     // at least eight independent sums hide the latency of the multiply-add
   constexpr int kSteps = C == 1 ? 4 / V : 1;  // groups per turn of the loop; a block of 32 codes is one turn
   constexpr int64_t kTurn = kSteps * kGroup<E>;
+  static_assert(kFold % kTurn == 0 && kUsualBlock % kTurn == 0);
   Float chains[kChains][R][C] = {};
   for (; i + kTurn <= end; i += kTurn) {
     CARERL_UNROLL
@@ -37,7 +43,7 @@ CARERL_INLINE void accumulate(const typename E::Type* const (&u)[R], const float
       }
     }
   }
-  for (; i < end; i += kGroup<E>) {
+  for (; !kWhole && i < end; i += kGroup<E>) {
     CARERL_UNROLL
     for (int r = 0; r < R; ++r) {
       Float direction[V];
@@ -75,13 +81,16 @@ static void dot_tile(const Basis& basis, int64_t row, int64_t column, const floa
   CARERL_UNROLL
   for (int r = 0; r < R; ++r) u[r] = element<E>(basis, row + r, column);
   for (int64_t i = 0; i < n; i += kFold) {
-    Float sums[R][C];
-    accumulate<E, R, C>(u, g, pitch, i, min64(i + kFold, n), sums);
-    CARERL_UNROLL
-    for (int r = 0; r < R; ++r) {
+    auto run = [&](auto whole, int64_t end) {
+      Float sums[R][C];
+      accumulate<E, R, C, whole.value>(u, g, pitch, i, end, sums);
       CARERL_UNROLL
-      for (int c = 0; c < C; ++c) fold(lanes[r][c], sums[r][c]);
-    }
+      for (int r = 0; r < R; ++r) {
+        CARERL_UNROLL
+        for (int c = 0; c < C; ++c) fold(lanes[r][c], sums[r][c]);
+      }
+    };
+    i + kFold <= n ? run(Flag<true>{}, i + kFold) : run(Flag<false>{}, n);
   }
   add_lanes(lanes, totals, row, rows);
 }
@@ -100,14 +109,17 @@ static void dot_tile_scaled(const Basis& basis, int64_t row, int64_t column, con
     while (i < fold_end) {
       const int64_t block = (column + i) >> basis.block_shift;
       const int64_t end = run_end(basis, column + i, column + fold_end) - column;
-      Float sums[R][C];
-      accumulate<E, R, C>(u, g, pitch, i, end, sums);
-      CARERL_UNROLL
-      for (int r = 0; r < R; ++r) {
-        const Float scale = splat(scale_row(basis, row + r)[block]);
+      auto run = [&](auto whole) {
+        Float sums[R][C];
+        accumulate<E, R, C, whole.value>(u, g, pitch, i, whole.value ? i + kUsualBlock : end, sums);
         CARERL_UNROLL
-        for (int c = 0; c < C; ++c) scaled[r][c] += sums[r][c] * splat(Group<E>::kUnit) * scale;
-      }
+        for (int r = 0; r < R; ++r) {
+          const Float scale = splat(scale_row(basis, row + r)[block] * Group<E>::kUnit);
+          CARERL_UNROLL
+          for (int c = 0; c < C; ++c) scaled[r][c] += sums[r][c] * scale;
+        }
+      };
+      end - i == kUsualBlock ? run(Flag<true>{}) : run(Flag<false>{});
       i = end;
     }
     CARERL_UNROLL

@@ -38,7 +38,8 @@ CARERL_INLINE void combine(const float* q, int64_t depth, const float* packed, i
   }
 }
 
-// save(r, column, vectors of one group) for R rows of q times the packed rows
+// save(r, column, vectors of one group, elements left of the row) for R rows of q times the packed rows. Whole groups
+// say so by a constant: a look at the end of the row in the main loop would keep all sums in memory.
 template <class E, int R, class Save>
 CARERL_INLINE void combine_rows(const float* q, int64_t depth, const float* packed, int64_t pitch, int64_t n,
                                 const Save& save) {
@@ -50,14 +51,14 @@ CARERL_INLINE void combine_rows(const float* q, int64_t depth, const float* pack
     CARERL_UNROLL
     for (int r = 0; r < R; ++r) {
       CARERL_UNROLL
-      for (int v = 0; v < V; v += kVectors<E>) save(r, i + v * kWidth, &sums[r][v]);
+      for (int v = 0; v < V; v += kVectors<E>) save(r, i + v * kWidth, &sums[r][v], kGroup<E>);
     }
   }
   for (; i < n; i += kGroup<E>) {
     Float sums[R][kVectors<E>];
     combine<R, kVectors<E>>(q, depth, packed + i, pitch, sums);
     CARERL_UNROLL
-    for (int r = 0; r < R; ++r) save(r, i, sums[r]);
+    for (int r = 0; r < R; ++r) save(r, i, sums[r], n - i);
   }
 }
 
@@ -89,14 +90,17 @@ static void rotate_group(const Basis& basis, const Rotation& rotation, const Rot
                          int64_t column, int64_t n) {
   const float* q = rotation.q + row * tile.depth;
   typename E::Type* dst = element<E>(basis, row, column);
+  const int64_t stride = basis.stride, pitch = tile.columns;  // stores could change what a reference names
   if (rotation.seed == 0 || __is_same(E, F32)) {
-    combine_rows<E, R>(q, tile.depth, tile.packed, tile.columns, n,
-                       [&](int r, int64_t i, const Float* x) { store_group<E>(dst + r * basis.stride + i, x, n - i); });
+    combine_rows<E, R>(q, tile.depth, tile.packed, pitch, n, [=](int r, int64_t i, const Float* x, int64_t left) {
+      store_group<E>(dst + r * stride + i, x, left);
+    });
     return;
   }
-  combine_rows<E, R>(q, tile.depth, tile.packed, tile.columns, n, [&](int r, int64_t i, const Float* x) {
+  float* out = tile.out;
+  combine_rows<E, R>(q, tile.depth, tile.packed, pitch, n, [=](int r, int64_t i, const Float* x, int64_t) {
     CARERL_UNROLL
-    for (int v = 0; v < kVectors<E>; ++v) store(tile.out + r * tile.columns + i + v * kWidth, x[v]);
+    for (int v = 0; v < kVectors<E>; ++v) store(out + r * pitch + i + v * kWidth, x[v]);
   });
   constexpr int kDropped = __is_same(E, BF16) ? 16 : 13;
   for (int r = 0; r < R; ++r) {

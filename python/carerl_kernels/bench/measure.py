@@ -14,6 +14,8 @@ from .probe import Bandwidth, cache_bytes, peak_extra_memory
 from .variants import OURS, Variant
 
 ROUNDS = (5, 41)  # at least, at most
+SLOW = 2.0
+"""Seconds a call: a competitor that takes longer is timed once, and without its memory."""
 
 
 class ImpossibleResult(RuntimeError):
@@ -58,7 +60,8 @@ class VariantResult:
         gbps: GB/s of the bytes counted for the op (what a competitor moves beyond them shows as a lower figure).
         percent: of the streaming-read bandwidth, against the probe of the same round.
         ratio: its time over ours in the same round; above 1 means that ours was faster.
-        peak_extra_bytes: growth of the resident set during one call; None where the system does not say.
+        peak_extra_bytes: growth of the resident set during one call; None where the system does not say, or a call is slow.
+        rounds: in which it took part.
         errors: largest relative error of each output over all calls.
         note: for example which way of writing it was the fastest.
     """
@@ -68,6 +71,7 @@ class VariantResult:
     percent: Spread
     ratio: Spread
     peak_extra_bytes: int | None
+    rounds: int
     errors: dict[str, float]
     note: str
 
@@ -98,12 +102,15 @@ def measure(
 ) -> CaseResult:
     """Times all competitors of a case for about ``seconds``; every call starts from the same inputs and is checked.
 
+    The time is shared evenly: a slow competitor takes part in fewer rounds, at least three of them (a very slow one in one),
+    which are spread over the whole.
+
     Raises:
         WrongResult: a competitor computed something else.
         ImpossibleResult: see :func:`check_possible`.
     """
     case = x.case
-    times: dict[str, list[float]] = {name: [] for name in found}
+    times: dict[str, list[tuple[int, float]]] = {name: [] for name in found}  # round and seconds
     errors: dict[str, dict[str, float]] = {name: {} for name in found}
 
     def once(name: str, call: Callable[[], dict[str, Any]]) -> float:
@@ -118,31 +125,34 @@ def measure(
             errors[name][output] = max(error, errors[name].get(output, 0.0))
         return elapsed
 
-    peaks, rough = {}, 0.0
+    peaks, wanted = {}, {}
     for name, variant in found.items():
-        rough += once(name, variant.call)
+        rough = once(name, variant.call)
+        slow = rough > SLOW and name != OURS
         x.reset()
         variant.reset()
-        peaks[name] = peak_extra_memory(variant.call)
-    probe = bandwidth.measure()
-    rough += bandwidth.bytes / probe / 1e9
-    rounds = min(max(int(seconds / rough), ROUNDS[0]), ROUNDS[1])
-    probes = []
-    for _ in range(rounds):
+        peaks[name] = None if slow else peak_extra_memory(variant.call)
+        fewest = ROUNDS[0] if name == OURS else 1 if slow else 3
+        wanted[name] = min(max(int(seconds / len(found) / rough), fewest), ROUNDS[1])
+    rounds = wanted[OURS]
+    probes: list[float] = []
+    for number in range(rounds):
         probes.append(bandwidth.measure())
         for name, variant in found.items():
-            times[name].append(once(name, variant.call))
+            share = min(wanted[name], rounds)
+            if (number + 1) * share // rounds > number * share // rounds:
+                times[name].append((number, once(name, variant.call)))
 
     results = {}
     for name, variant in found.items():
         counted = case.bytes if variant.expectation is None else variant.expectation.x.case.bytes
-        rates = [counted / t / 1e9 for t in times[name]]
         results[name] = VariantResult(
-            seconds=Spread.of(times[name]),
-            gbps=Spread.of(rates).median,
-            percent=Spread.of([100 * rate / probe for rate, probe in zip(rates, probes, strict=True)]),
-            ratio=Spread.of([t / own for t, own in zip(times[name], times[OURS], strict=True)]),
+            seconds=Spread.of([t for _, t in times[name]]),
+            gbps=Spread.of([counted / t / 1e9 for _, t in times[name]]).median,
+            percent=Spread.of([100 * counted / t / 1e9 / probes[number] for number, t in times[name]]),
+            ratio=Spread.of([t / times[OURS][number][1] for number, t in times[name]]),  # ours is in every round
             peak_extra_bytes=peaks[name],
+            rounds=len(times[name]),
             errors=errors[name],
             note=variant.note,
         )

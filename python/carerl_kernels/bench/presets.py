@@ -18,7 +18,7 @@ def cases(preset: str) -> list[Case]:
 
 def compiling(preset: str, case: Case) -> bool:
     """Whether torch.compile takes part: it needs seconds per case, so ``quick`` compiles the main op only."""
-    return preset == "full" or case.op == "dacsp_"
+    return case.op == "dacsp_" or (preset == "full" and case.op in ("edit_rotate_", "token_logprobs"))
 
 
 def _quick() -> list[Case]:
@@ -36,15 +36,17 @@ def _logits(tokens: int) -> list[Case]:
 
 
 def _full() -> list[Case]:
-    ops = ("dacsp_", "edit_rotate_", "project", "edit_")
-    out = [Case(op, grad=t, basis=t) for op in ops for t in (F32, BF16)]
-    out += [Case("dacsp_", grad=F16, basis=F16)]
-    out += [Case(op, grad=t, basis=I8) for op in ("dacsp_", "project", "edit_") for t in (BF16, F32)]
-    out += [Case(op, D=1, grad=t, basis=t) for op in ("gram", "rotate_", "pca_update_") for t in (F32, BF16)]
-    out += [Case("dacsp_", B=4), Case("gram", D=1, B=4), Case("pca_update_", D=1, B=4, N=1_000_000)]
-    out += [Case(op, D=2, k=64, N=2_000_000, grad=t, basis=t) for op in ops for t in (F32, BF16)]
+    main, parts, half = ("dacsp_", "edit_rotate_"), ("project", "edit_"), 4_000_000
+    out = [Case(op, grad=t, basis=t) for op in main for t in (F32, BF16)]
+    out += [Case("dacsp_", grad=t, basis=u) for t, u in ((F16, F16), (BF16, I8), (F32, I8))]
+    out += [Case(op, N=half, grad=t, basis=t) for op in parts for t in (F32, BF16)]
+    out += [Case(op, N=half, grad=BF16, basis=I8) for op in parts]
+    out += [Case("pca_update_", D=1, grad=t, basis=t) for t in (F32, BF16)]
+    out += [Case(op, D=1, N=half, grad=t, basis=t) for op in ("gram", "rotate_") for t in (F32, BF16)]
+    out += [Case("dacsp_", B=4), Case("gram", D=1, B=4, N=half), Case("pca_update_", D=1, B=4, N=1_000_000)]
+    out += [Case(op, D=2, k=64, N=2_000_000, grad=t, basis=t) for op in main for t in (F32, BF16)]
     out += [Case("dacsp_", D=2, k=64, N=2_000_000, grad=BF16, basis=I8)]
     out += [Case("pca_update_", D=1, k=68, N=2_000_000)]
     lists = ((F32, F32), (BF16, BF16), (BF16, I8))
-    out += [Case(op, grad=g, basis=u, tensors=300) for op in ("dacsp_.list", "project.list") for g, u in lists]
+    out += [Case("dacsp_.list", grad=g, basis=u, tensors=300) for g, u in lists] + [Case("project.list", tensors=300)]
     return [*out, *_logits(2048)]

@@ -1,4 +1,5 @@
-"""verl's FSDP2 engine behind a guard. Written against verl 0.7's sources (commit b178a3c) and not run inside verl yet."""
+"""verl's FSDP2 engine behind a guard. The engine of verl 0.9.1 was run by itself on a CPU (examples/verl_engine.py); verl as a
+whole, with ray, rollouts and GPUs, was not."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def interference(record: RunRecord, stages: Stages, missing: Missing) -> list[Ma
         for span in record.spans or [Span("run", 0, record.last_step)]:
             cells = [_mean(v for x, v in batch.get(n, []) if span.first <= x <= span.last) for n in order]
             if any(c is not None for c in cells):
-                rows.append((f"batch, {span.name}", cells))
+                rows.append((f"batch, {span.name}" if len(record.spans) > 1 else "batch", cells))
         out.append(
             Matrix(
                 "Gradient cosines",

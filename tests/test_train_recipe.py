@@ -23,8 +23,8 @@ pytest.importorskip("transformers")
 
 RECIPES = Path(__file__).parent.parent / "examples" / "recipes"
 QUICK = [
-    "train.prompts_per_step=3",
-    "train.group_size=2",
+    "train.prompts_per_step=4",
+    "train.group_size=4",
     "train.max_new_tokens=6",
     "train.checkpoint_every=1",
     "train.eval_every=0",
@@ -35,8 +35,8 @@ QUICK = [
 ]
 FIRST = [
     *QUICK,
-    "model.warm_up.steps=2",
-    "model.warm_up.batch=4",
+    "model.warm_up.steps=25",  # enough to be right now and then: without it there is nothing to record
+    "model.warm_up.batch=8",
     "domains.largest.eval_size=2",
     "domains.instructions.eval_size=2",
     "stages.0.steps=2",

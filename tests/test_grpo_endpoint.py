@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 from carerl_kernels.grpo import GRPOConfig, GRPOTrainer, Stage
-from carerl_kernels.grpo.endpoint import EndpointSampler, SamplerError
+from carerl_kernels.grpo.endpoint import EndpointSampler
+from carerl_kernels.grpo.sampling import SamplerError
 
 pytest.importorskip("transformers")
 pytest.importorskip("httpx")
@@ -154,7 +155,7 @@ def altered(change):
     ],
 )
 def test_what_training_cannot_use_is_named(tokenizer, tmp_path, alter, message):
-    with server_of(tokenizer, alter=alter) as server, pytest.raises(RuntimeError, match=message):
+    with server_of(tokenizer, alter=alter) as server, pytest.raises(SamplerError, match=message):
         trainer(tokenizer, tmp_path, server.url).run([Stage("code", 1)])
 
 

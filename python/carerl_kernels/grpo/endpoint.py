@@ -24,15 +24,11 @@ from typing import Any, Literal
 import torch
 
 from .._http import RetryingClient, TryAgainError, raise_if_transient, short
-from .sampling import Rollout
+from .sampling import Rollout, SamplerError
 from .text import SpecialTokens, left_pad, right_pad
 
 LOGGER = logging.getLogger("carerl_kernels.sampler")
 Engine = Literal["vllm", "sglang"]
-
-
-class SamplerError(RuntimeError):
-    """The engine cannot be reached, or does not give what training needs; says which and what to do."""
 
 
 class EndpointSampler:

@@ -154,6 +154,10 @@ def sample(
         model.train(was_training)
 
 
+class SamplerError(RuntimeError):
+    """An engine cannot be reached, or does not give what training needs; says which and what to do."""
+
+
 class Sampler(Protocol):
     """Where completions come from: the model itself (`ModelSampler`), or an engine that serves a copy of it."""
 

@@ -11,7 +11,7 @@ from torch import nn
 from .parallel import Ranks
 from .progress import PhaseClock, quiet_transformers
 from .rundir import gather_whole, model_tensors
-from .sampling import Sampler
+from .sampling import Sampler, SamplerError
 
 
 @runtime_checkable
@@ -89,14 +89,14 @@ class Serving:
         """Adds the staleness of a step's completions, and makes sure that fresh ones come from this policy.
 
         Raises:
-            RuntimeError: The engine's log-probabilities are not those of the weights it was given.
+            SamplerError: The engine's log-probabilities are not those of the weights it was given.
         """
         sampler = self.sampler
         if sampler is None or sampler.served is None:
             return
         metrics["staleness"] = step - sampler.served
         if step == sampler.served and metrics["sampler_gap"] > sampler.max_gap:
-            raise RuntimeError(
+            raise SamplerError(
                 f"expected log-probabilities of the present weights from the engine, found a mean difference of "
                 f"{metrics['sampler_gap']:.3f} nats per token (limit {sampler.max_gap}): it serves other weights, or reports "
                 "log-probabilities before temperature (vLLM: start it with --logprobs-mode processed_logprobs)"

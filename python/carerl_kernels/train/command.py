@@ -44,12 +44,11 @@ def train(
         with open_run(loaded) as run:
             history = run.train(resume=resume)
             first = run.trainer.ranks.first
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] == __package__.split(".")[0]:
-            raise  # a module of this package is missing: a bug
-        message = f"{error.name} is not installed: pip install 'carerl-kernels[train]'"
-    except (ImportError, ValueError, OSError, RuntimeError) as error:
-        message = f"{error}"
+    except Exception as error:
+        plain = _plain(error)
+        if plain is None:
+            raise
+        message = plain
     except KeyboardInterrupt:
         message = "stopped; the same command with --resume goes on from the last checkpoint"
     else:
@@ -61,3 +60,18 @@ def train(
         return
     typer.secho(f"carerl train: {message}", err=True, fg=typer.colors.RED)
     raise typer.Exit(1)
+
+
+def _plain(error: Exception) -> str | None:
+    """What a user is told of an error that says what to do; None for a bug, whose traceback is wanted."""
+    if isinstance(error, ModuleNotFoundError):
+        ours = error.name is None or error.name.split(".")[0] == __package__.split(".")[0]
+        return None if ours else f"{error.name} is not installed: pip install 'carerl-kernels[train]'"
+    if isinstance(error, (ImportError, ValueError, OSError, FloatingPointError)):
+        return str(error)
+    from ..grpo.parallel import PeerError
+    from ..grpo.rundir import CheckpointError
+    from ..grpo.sampling import SamplerError
+    from ..rewards.pa_grm.backend import BackendError
+
+    return str(error) if isinstance(error, (CheckpointError, SamplerError, PeerError, BackendError)) else None

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..grpo.domain import Domain
+from ..grpo.progress import quiet_transformers
 from .recipe import Lora, ModelSpec
 
 PAD, EOS = "<pad>", "<eos>"
@@ -46,6 +47,23 @@ def load_model(spec: ModelSpec, domains: Sequence[Domain]) -> tuple[nn.Module, A
         ValueError: Sizes that do not fit together, or no domain with answers to warm up on.
     """
     _require("transformers", "the trainer")
+    with quiet_transformers():
+        model, tokenizer = _load(spec)
+    if spec.warm_up is not None:
+        _warm_up(model, tokenizer, domains, spec)
+    if spec.lora is not None:
+        model = add_lora(model, spec.lora)
+    model.eval()
+    if spec.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()  # transformers checkpoints in this mode only; sampling and what is not differentiated runs in the other
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    return model, tokenizer
+
+
+def _load(spec: ModelSpec) -> tuple[Any, Any]:
     dtype = getattr(torch, spec.dtype)
     if spec.scratch is not None:
         tokenizer = byte_tokenizer()
@@ -63,19 +81,7 @@ def load_model(spec: ModelSpec, domains: Sequence[Domain]) -> tuple[nn.Module, A
         options = {} if spec.attention is None else {"attn_implementation": spec.attention}
         model = AutoModelForCausalLM.from_pretrained(str(spec.path), dtype=dtype, **options)
         tokenizer = AutoTokenizer.from_pretrained(str(spec.path))
-    model.to(dtype)
-    if spec.warm_up is not None:
-        _warm_up(model, tokenizer, domains, spec)
-    if spec.lora is not None:
-        model = add_lora(model, spec.lora)
-    model.eval()
-    if spec.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()  # transformers checkpoints in this mode only; sampling and what is not differentiated runs in the other
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-    return model, tokenizer
+    return model.to(dtype), tokenizer
 
 
 def shapes(spec: ModelSpec) -> nn.Module:

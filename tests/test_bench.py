@@ -212,7 +212,7 @@ def test_a_wrong_kernel_fails_the_run_after_writing_the_rest(tmp_path, quiet, mo
 
 def result_at(case: Case, seconds: float) -> CaseResult:
     spread = Spread(seconds, seconds, seconds)
-    own = VariantResult(spread, case.bytes / seconds / 1e9, spread, spread, None, {}, "")
+    own = VariantResult(spread, case.bytes / seconds / 1e9, spread, spread, None, 5, {}, "")
     return CaseResult(case, Spread(10.0, 10.0, 10.0), 5, {OURS: own}, {})
 
 

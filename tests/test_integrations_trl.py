@@ -365,6 +365,29 @@ def test_what_does_not_fit_is_refused(tmp_path, math_file):
         GuardCallback(CapabilityGuard, path="x")
 
 
+def test_evaluation_and_reused_batches(math_file, tmp_path):
+    """Domains in evaluation's log too; several optimizer steps on one batch of completions, with an editor."""
+    run = trainer(
+        tmp_path,
+        changes={
+            "steps_per_generation": 2,
+            "num_iterations": 2,
+            "max_steps": 4,
+            "eval_strategy": "steps",
+            "eval_steps": 4,
+            "per_device_eval_batch_size": 8,
+        },
+        eval_dataset=rows(each=2),
+        guard=lambda m: CapabilityGuard.load(math_file, model=m),
+        editor=PCGrad(),
+    )
+    run.train()
+    (line,) = [entry for entry in run.state.log_history if "eval_loss" in entry]
+    for name in ("chat", "code", "math"):
+        assert math.isfinite(line[f"eval_domain/{name}/reward"]) and line[f"eval_domain/{name}/entropy"] > 0
+    assert run.guard.report()["steps"] == 4
+
+
 # ----------------------------------------------------------------------------------------------------- stages and resume
 
 
@@ -376,6 +399,33 @@ def test_callback_alone_records_the_same_stage(math_file, tmp_path):
     a, b = DomainBasis.load(math_file), DomainBasis.load(tmp_path / "math.safetensors")
     assert torch.equal(a.directions, b.directions) and a.info == b.info
     assert run.state.log_history[0]["guard/dropped_steps"] == 0 and a.info.steps == 6
+
+
+def test_callback_behind_any_trainer(tmp_path):
+    """transformers' own Trainer, supervised: a stage is recorded and the next training is held along its directions."""
+    import transformers
+
+    ids = TOKENIZER([row["prompt"] + row["answer"][0] for row in rows(["math"])])["input_ids"]
+    data = [{"input_ids": row, "labels": row} for row in ids]
+
+    def train(model, callback):
+        args = transformers.TrainingArguments(
+            str(tmp_path),
+            max_steps=5,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            logging_steps=5,
+        )
+        transformers.Trainer(model, args, train_dataset=data, callbacks=[callback]).train()
+        return callback.guard.report()
+
+    model, path = tiny_model(TOKENIZER, 0), tmp_path / "math.safetensors"
+    report = train(model, GuardCallback(lambda m: CapabilityGuard(m, k=4), stage="math", path=path))
+    assert report["steps"] == 5 and DomainBasis.load(path).info.steps == 5
+    report = train(model, GuardCallback(lambda m: CapabilityGuard.load(path, model=m, rule="remove"), domain="chat"))
+    assert report["domains"]["math"]["net_displacement"] < 1e-3
 
 
 def test_resumed_run_is_the_uninterrupted_one(math_file, tmp_path):

@@ -572,6 +572,35 @@ def test_monitored_training_is_the_same_training_and_resumes_exactly(tmp_path, t
         assert metrics(path) == lines
 
 
+def test_a_real_model_wrecked_by_its_learning_rate_is_caught_and_a_gentle_one_is_not():
+    pytest.importorskip("transformers")
+    from carerl_kernels.demo.tasks import character_tokenizer, demo_domains, tiny_model, warm_up
+    from carerl_kernels.grpo import answer_loss, special_tokens, success_probability
+
+    tokenizer = character_tokenizer()
+    model, domains = tiny_model(tokenizer, 0), demo_domains(0)
+    tokens = special_tokens(tokenizer, model)
+    warm_up(model, tokenizer, domains, seed=0, steps=60)
+    start = copy.deepcopy(model.state_dict())
+    code, _, math_domain = domains
+    for lr, fell in ((1e-2, ["code", "math"]), (1e-5, [])):
+        model.load_state_dict(start)
+        optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+
+        def evaluate():
+            shown = {d.name: d.eval_examples for d in (code, math_domain)}
+            return {n: success_probability(model, tokenizer, e, tokens).tolist() for n, e in shown.items()}
+
+        monitor = DriftMonitor(["code", "math"], evaluate, every=4, planned=10)
+        monitor.step(0)
+        for step in range(1, 9):
+            optimizer.zero_grad()
+            answer_loss(model, tokenizer, code.probe_examples, tokens).backward()
+            optimizer.step()
+            monitor.step(step)
+        assert [a.domain for a in monitor.alerts] == fell
+
+
 def test_code_of_the_documentation_runs(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     pytest.importorskip("transformers")

@@ -7,7 +7,7 @@ import torch
 import trl
 from carerl_kernels.demo.tasks import DOMAINS, GENERATORS, character_tokenizer, tiny_model
 from carerl_kernels.grpo import GRPOConfig, Rollout, SpecialTokens
-from carerl_kernels.grpo.rollout import Batch
+from carerl_kernels.grpo.rollout import Batch, Judged
 from carerl_kernels.grpo.update import accumulate_gradients
 from carerl_kernels.integrations.trl import CareGRPOTrainer
 from carerl_kernels.rewards.adapters import trl_reward
@@ -86,14 +86,9 @@ def as_batch(parts) -> Batch:
     nothing = torch.zeros(completion[0].shape)
     advantages = torch.cat([p["advantages"] for p in parts])
     count = len(advantages)
-    return Batch(
-        Rollout(*prompt, *completion, nothing, nothing),
-        [""] * count,
-        nothing[:, 0],
-        nothing[:, 0],
-        advantages,
-        [""] * count,
-    )
+    judged = Judged([""] * count, nothing[:, 0], nothing[:, 0], advantages, [""] * count)
+    rollout = Rollout(*prompt, *completion, nothing, nothing)
+    return Batch(**vars(judged), rollout=rollout, rows=list(range(count)), whole=judged)
 
 
 def reference_gradients(model, parts, kind="grpo", **changes):

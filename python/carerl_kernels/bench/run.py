@@ -19,7 +19,7 @@ from .probe import PROBE_BYTES, Bandwidth, environment
 from .show import Printer, roofline
 from .variants import variants
 
-SECONDS = {"quick": 0.7, "full": 4.0}  # of timed rounds per case, at least five rounds
+SECONDS = {"quick": 0.7, "full": 3.0}  # of timed rounds per case, at least five rounds
 
 
 class BenchError(RuntimeError):
@@ -145,7 +145,7 @@ def _extras(report: dict[str, Any], bandwidth: Bandwidth, printer: Printer, fail
         printer.line("scikit-learn is not installed: no comparison with IncrementalPCA")
         return
     try:
-        result = measure(stream, stream.variants(), {}, stream, bandwidth, 3 * SECONDS["full"])
+        result = measure(stream, stream.variants(), {}, stream, bandwidth, 4 * SECONDS["full"])
     except (WrongResult, ImpossibleResult) as error:
         failures.append(str(error))
         return

@@ -95,3 +95,14 @@ def test_recorded_files_are_alike(folder):
     assert a.info.names == b.info.names and a.info.start_hash == b.info.start_hash
     torch.testing.assert_close(a.singular_values, b.singular_values, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(a.displacement, b.displacement, rtol=1e-3, atol=1e-6)
+
+
+def test_lora_and_sampling_under_ddp_and_fsdp2(folder):
+    """Real completions: the same adapters and the same recording, sharded or not."""
+    ddp, fsdp = (torch.load(folder / f"sampled{sharded}-2-0.pt") for sharded in (False, True))
+    assert fsdp["sharded"] and not ddp["sharded"]
+    for a, b in zip(ddp["parameters"], fsdp["parameters"], strict=True):
+        assert float((a - b).detach().abs().max()) <= 2e-6
+    a, b = (DomainBasis.load(folder / f"sampled{sharded}.safetensors") for sharded in (False, True))
+    assert a.info.names == b.info.names and all("lora" in name for name in a.info.names)
+    torch.testing.assert_close(a.singular_values, b.singular_values, rtol=1e-4, atol=1e-6)

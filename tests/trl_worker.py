@@ -15,6 +15,7 @@ import torch
 from carerl_kernels import CapabilityGuard
 from carerl_kernels.guard.editors import PCGrad
 from carerl_kernels.integrations.trl import CareGRPOTrainer
+from peft import LoraConfig
 from trl_helpers import TOKENIZER, rows, trainer
 
 WORLD = int(os.environ["WORLD_SIZE"])
@@ -56,7 +57,7 @@ class Scripted(CareGRPOTrainer):
         return completions, None
 
 
-def run(folder: Path, name: str, sharded: bool, domains, changes=None, resume=None, **options) -> None:
+def run(folder: Path, name: str, sharded: bool, domains, changes=None, resume=None, kind=Scripted, **options) -> None:
     changes = {
         "per_device_train_batch_size": 8 // WORLD,
         "learning_rate": 1e-4,
@@ -65,7 +66,7 @@ def run(folder: Path, name: str, sharded: bool, domains, changes=None, resume=No
         **(FSDP if sharded and WORLD > 1 else {}),
         **(changes or {}),
     }
-    it = trainer(folder / f"{name}-{WORLD}", rows(domains), kind=Scripted, changes=changes, **options)
+    it = trainer(folder / f"{name}-{WORLD}", rows(domains), kind=kind, changes=changes, **options)
     it.train(resume_from_checkpoint=resume and str(folder / f"{name}-{WORLD}" / resume))
     whole = [p.full_tensor() if hasattr(p, "full_tensor") else p.detach() for p in it.model.parameters()]
     log = [line for line in it.state.log_history if "loss" in line]
@@ -118,11 +119,21 @@ def surgery(folder, sharded):
     run(folder, f"surgery{sharded}", sharded, ["chat", "code", "math"], changes, editor=PCGrad())
 
 
+def sampled(folder, sharded):
+    """The model's own completions and adapters; what is sampled depends on the number of processes, not on how they share it."""
+    if WORLD == 1:
+        return
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    options = {"guard": lambda m: CapabilityGuard(m, k=4), "stage": "chat", "peft_config": config}
+    path = folder / f"sampled{sharded}.safetensors"
+    run(folder, f"sampled{sharded}", sharded, ["chat"], kind=CareGRPOTrainer, stage_path=path, **options)
+
+
 # FSDP last: a process does not go back to DDP
 SCENARIOS = {
     f"{f.__name__}{sharded}": (lambda folder, f=f, sharded=sharded: f(folder, sharded))
     for sharded in (False, True)
-    for f in (stage, update, domains, surgery)
+    for f in (stage, update, domains, surgery, sampled)
     if not (sharded and f is surgery)
 }
 

@@ -1,6 +1,7 @@
 """The study: grid, cells that are never run twice, statistics against scipy, the report and the command."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from carerl_kernels.cli import app
 from carerl_kernels.replicate.cells import RAW, Record, append_record, read_records, run_cells
 from carerl_kernels.replicate.grid import PRESETS, Grid, GridError
-from carerl_kernels.replicate.report import rows_of, verdicts, versus
+from carerl_kernels.replicate.report import rows_of, verdicts, versus, write_report
 from carerl_kernels.replicate.stats import estimate, holm, pareto, t_quantile, t_two_sided
 from typer.testing import CliRunner
 
@@ -274,3 +275,10 @@ runs: []
     assert random.touched > 0 and random.validity == {} and plain.touched is None
     (again,) = run_cells([grid.cell(names[0])], tmp_path / "again")
     assert (again.scores, again.validity) == (probed.scores, probed.validity)
+
+
+def test_the_tables_in_the_documentation_are_those_of_the_raw_lines(tmp_path):
+    evidence = Path(__file__).parent.parent / "docs" / "evidence"
+    text = write_report(Grid.load("small"), read_records(evidence / RAW), tmp_path)
+    assert text + "\n" == (evidence / "report.md").read_text()
+    assert (tmp_path / "cells.csv").read_text() == (evidence / "cells.csv").read_text()

@@ -37,7 +37,7 @@ class CapabilityGuard:
         model: the module whose trainable parameters are guarded, or pairs of name and parameter.
         rule: what passes; see :mod:`carerl_kernels.guard.rules`. The default, "bounded" with r = .1, is level
             with "remove" and ahead of the literal "instant", and learns new domains faster than input directions, which forget
-            less (docs/evidence.md: three seeds; where answers may be stored, rehearsing them did better than any guard).
+            less (docs/evidence.md: five seeds; where answers may be stored, rehearsing them did better than any guard).
         basis: "per_matrix" (k directions for every weight matrix) or "flat" (k over all parameters), both from gradients;
             "block" (two-sided, r x r per weight matrix, from the stage's parameter change) or "input" (one-sided, r per weight
             matrix, from what forward passes feed into it), whose memory is small enough for full fine-tuning.

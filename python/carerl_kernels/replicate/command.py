@@ -115,7 +115,7 @@ def compare(grid: Grid, record: Record, others: list[Record], console: Console) 
     if same is not None:
         verdict = "equal" if same.scores == record.scores else f"recorded: {measures(same)}"
         console.print(f"  against its own record: {verdict}", highlight=False)
-    rest = [r for r in row if r.seed != record.seed]
+    rest = [r for r in row if r.seed != record.seed and r.confirms == record.confirms]
     if len(rest) < 2:
         console.print(f"  other recorded seeds: {len(rest)}, too few for an interval", highlight=False)
         return

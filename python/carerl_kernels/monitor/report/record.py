@@ -145,7 +145,8 @@ def _metrics(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
             ) from e
         if value["step"] <= last:
             raise RunError(
-                f"{path}, line {number}: expected a step after {last}, found {value['step']}; two runs wrote to this file"
+                f"{path}, line {number}: expected a step after {last}, found {value['step']}; two runs wrote to "
+                "this file: give every run a directory of its own, and split the file before this line to read the two"
             )
         last = value["step"]
         yield value

@@ -213,6 +213,13 @@ def test_alert_once_per_baseline_and_what_it_says(tmp_path):
     assert monitor._watched["math"].test.looks == 6  # what was spent stays spent
 
 
+def test_an_alert_speaks_of_points_only_where_the_range_has_size_one():
+    monitor = DriftMonitor(["x"], baseline={"x": [8.0] * 400}, score_range=(0.0, 10.0))
+    monitor.step(0, scores={"x": [5.0] * 200 + [5.5] * 200})
+    (alert,) = monitor.alerts
+    assert str(alert).startswith("x fell by 2.75 ± 0.013 (8.000 -> 5.250, 400 examples)") and "points" not in str(alert)
+
+
 def test_a_significant_drop_smaller_than_asked_for_is_no_alert():
     monitor = DriftMonitor(["x"], drop=0.05, baseline={"x": scores_of(0.80, 4000)})
     record = monitor.step(0, scores={"x": scores_of(0.77, 4000)})["domains"]["x"]

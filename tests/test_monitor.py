@@ -467,6 +467,21 @@ def test_training_gradients_are_bitwise_those_without_a_monitor():
     assert monitor.step(3) == {}
 
 
+def test_several_backward_passes_in_a_block_are_summed_before_they_are_added():
+    """What is promised bitwise is one pass per block; of several, this order of additions."""
+    watched, alone, earlier = make_model(), make_model(), make_model()
+    monitor = DriftMonitor(["a"], model=watched)
+    losses(watched, 1).backward()
+    with monitor.gradients("a"):
+        losses(watched, 2).backward()
+        losses(watched, 3).backward()
+    losses(earlier, 1).backward()
+    losses(alone, 2).backward()
+    losses(alone, 3).backward()
+    for p, q, old in zip(watched.parameters(), alone.parameters(), earlier.parameters(), strict=True):
+        assert torch.equal(p.grad, old.grad + q.grad)
+
+
 def test_a_zero_gradient_has_no_cosine_and_a_missing_one_is_an_error():
     model = make_model()
     monitor = DriftMonitor(["a"], model=model)

@@ -241,7 +241,8 @@ class DriftMonitor:
 
         Args:
             name: a domain's, or another's under which the cosines shall appear.
-            training: False: the gradient is only looked at, and what ``p.grad`` held is put back.
+            training: False: the gradient is only looked at, and what ``p.grad`` held is put back. Else ``p.grad`` holds the sum,
+                bitwise as without the monitor if the block holds one backward pass.
 
         Raises:
             ValueError: the monitor was built without a model.

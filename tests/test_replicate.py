@@ -282,3 +282,48 @@ def test_the_tables_in_the_documentation_are_those_of_the_raw_lines(tmp_path):
     text = write_report(Grid.load("small"), read_records(evidence / RAW), tmp_path)
     assert text + "\n" == (evidence / "report.md").read_text()
     assert (tmp_path / "cells.csv").read_text() == (evidence / "cells.csv").read_text()
+
+
+# ------------------------------------------------------------------------------- what a grid defines otherwise by now
+
+
+def test_what_the_grid_defines_otherwise_is_named_and_left_out(tiny, tmp_path):
+    grid, out = Grid.load(tiny), tmp_path / "out"
+    run_cells([grid.cell(f"tiny/{name}/{seed}") for name in ("none@1", "remove@0.5") for seed in (0, 1)], out)
+    tiny.write_text(TINY.replace("lr: 0.01", "lr: 0.02"))
+    changed = ("--preset", tiny, "--out", out)
+    nothing = carerl(*changed, "--report")
+    assert nothing.exit_code == 1 and "found none" in nothing.output and "none@1 (seeds 0, 1)" in nothing.output
+    assert not (out / "report.md").exists() and not (out / "cells.csv").exists()
+    one = carerl(*changed, "--cell", "tiny/none@1/0")
+    assert "Left out" in one.output and "other recorded seeds: 0" in one.output
+    report = carerl(*changed, "--report").output
+    assert "tiny/none@1 (seed 1); tiny/remove@0.5 (seeds 0, 1)." in report
+    assert "`tiny/none@1/0`" in report and "`tiny/remove@0.5" not in report
+    assert len((out / "cells.csv").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("what", [("--report",), ("--list",), ()])
+def test_a_setting_that_does_not_exist_is_refused(tiny, tmp_path, what):
+    out = tmp_path / "out"
+    run_cells([Grid.load(tiny).cell("tiny/none@1/0")], out)
+    refused = carerl("--preset", tiny, "--out", out, "--setting", "tiny", "--setting", "tini", *what)
+    assert refused.exit_code == 1 and "found tini" in refused.output
+    assert not (out / "report.md").exists()
+    empty = carerl("--preset", tiny, "--out", out, "--setting", "lm", "--report")
+    assert empty.exit_code == 1 and "found none" in empty.output
+    assert not (out / "report.md").exists()
+
+
+def test_a_cell_runs_whatever_is_recorded_unless_resumed(tiny, tmp_path):
+    out, name = tmp_path / "out", "tiny/none@1/0"
+    cell = ("--preset", tiny, "--out", out, "--workers", 1, "--cell", name)
+    lines = []
+    for more in ((), (), ("--resume",)):
+        output = carerl(*cell, *more).output
+        lines.append(len((out / RAW).read_text().splitlines()))
+        assert ("not run again" in output) == bool(more)
+        assert ("against its own record: equal" in output) == (len(lines) == 2)
+    assert lines == [1, 2, 2]
+    (only,) = read_records(out / RAW)
+    assert only.cell == name

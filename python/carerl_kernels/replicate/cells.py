@@ -13,6 +13,7 @@ from typing import Any
 
 from ..demo.pool import Job, run_jobs
 from .grid import CHOOSING, Cell, Grid, GridError
+from .honoured import refuse_ignored
 
 RAW = "cells.jsonl"
 DIGITS = 4
@@ -170,9 +171,12 @@ def run_cells(
         Records of all these cells, in order.
 
     Raises:
+        GridError: A cell asks for something that its kind of setting would ignore; nothing was run.
         WorkerError: A cell failed; what was done before is recorded.
     """
     cells = list(cells)
+    for cell in cells:
+        refuse_ignored(cell)
     done = {} if again else recorded(cells, read_records(out / RAW))
 
     def event(key: str, kind: str, payload: Any) -> None:

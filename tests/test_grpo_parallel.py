@@ -19,7 +19,7 @@ from carerl_kernels.grpo.update import micro_batches
 from safetensors.torch import load_file
 
 pytest.importorskip("transformers")
-from trainer_worker import KILLED_AT, STAGES, trainer
+from trainer_worker import KILLED_AT, STAGES, trainer, uneven
 
 WORKER = Path(__file__).with_name("trainer_worker.py")
 WORLD = 2
@@ -50,7 +50,7 @@ def folder(tmp_path_factory) -> Path:
     """An uninterrupted run of two processes, one that is killed, and its copy before it goes on."""
     torch.set_num_threads(1)
     path = tmp_path_factory.mktemp("parallel")
-    first = "whole,bf16,killed"
+    first = "whole,bf16,uneven,killed"
     assert -signal.SIGKILL in launch(first, path), log(path, first)
     shutil.copytree(path / "killed", path / "elsewhere")
     codes = launch("resumed", path)
@@ -99,6 +99,12 @@ def test_two_processes_equal_one(folder, tmp_path):
     assert all(torch.equal(final(folder / "whole")[n], reloaded[n]) for n in reloaded)
     settings = json.loads((folder / "whole" / "model" / "config.json").read_text())
     assert settings["architectures"] == ["Qwen3ForCausalLM"]
+
+
+def test_uneven_shares_and_edited_gradients_equal_one_process(folder, tmp_path):
+    """PCGrad's inner products are of the whole gradients; minibatches and evaluations leave a process without rows."""
+    uneven(tmp_path / "single", 1)
+    assert_same_run(folder / "uneven", tmp_path / "single")
 
 
 def test_killed_processes_go_on_bit_by_bit(folder):

@@ -67,6 +67,7 @@ def both(folder, name):
         "domainsFalse",
         "domainsTrue",
         "surgeryFalse",
+        "surgeryTrue",
     ],
 )
 def test_two_processes_equal_one(folder, name):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -18,9 +19,11 @@ from carerl_kernels.demo.tasks import character_tokenizer, demo_domains, tiny_mo
 from carerl_kernels.grpo import Domain, GRPOConfig, GRPOTrainer, Stage
 from carerl_kernels.grpo.parallel import shard
 from carerl_kernels.guard import CapabilityGuard
+from carerl_kernels.guard.editors import PCGrad
 from carerl_kernels.monitor import DriftMonitor
 
 STAGES = [Stage("code", 4), Stage(("chat", "code"), 3)]
+UNEVEN = [Stage(("chat", "code", "math"), 2)]
 KILLED_AT = 6  # in the second stage: the guard acts, and records
 SETTINGS = {
     "prompts_per_step": 5,  # uneven: three prompts here, two there
@@ -73,7 +76,7 @@ def trainer(
 ) -> GRPOTrainer:
     tokenizer = character_tokenizer()
     model = tiny_model(tokenizer, 0).train()
-    precision = changes.pop("precision", "fp32")
+    precision, editor = changes.pop("precision", "fp32"), changes.pop("editor", None)
     if world > 1 or precision == "bf16":
         shard(model, precision)
     guard = CapabilityGuard(model, "bounded", k=3, basis="per_matrix") if guarded else None
@@ -86,6 +89,7 @@ def trainer(
         GRPOConfig(**(SETTINGS | changes)),
         guard=guard,
         monitor=monitor,
+        editor=editor,
         run_dir=path,
         # Adam divides by the gradient's size, so that its first steps magnify rounding without bound
         make_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0, momentum=0.9),
@@ -104,11 +108,24 @@ def bf16(path: Path, world: int) -> None:
     assert all(p.dtype == torch.float32 for p in run.model.parameters())
 
 
+def uneven(path: Path | None, world: int) -> GRPOTrainer:
+    """Processes that have nothing of a minibatch or of a batch of examples; one that is late; gradients that are edited."""
+    run = trainer(path, world, guarded=False, editor=PCGrad(), minibatches=8, eval_batch_size=2)
+    run.domains["chat"].eval_mode = run.domains["code"].eval_mode = "sampled"
+    run.domains["chat"].eval_examples = run.domains["chat"].eval_examples[:1]
+    assert run.directory is not None
+    sweep = run.directory.sweep
+    run.directory.sweep = lambda: (sweep(), time.sleep(1.0 if run.ranks.rank else 0.0))  # type: ignore[method-assign]
+    run.run(UNEVEN, resume=True)
+    return run
+
+
 SCENARIOS: dict[str, Callable[[Path, int], object]] = {
     "whole": lambda path, world: trainer(path, world).run(STAGES),
     "killed": killed,
     "resumed": lambda path, world: trainer(path.with_name("killed"), world).run(STAGES, resume=True),
     "bf16": bf16,
+    "uneven": uneven,
 }
 
 

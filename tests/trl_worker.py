@@ -134,7 +134,6 @@ SCENARIOS = {
     f"{f.__name__}{sharded}": (lambda folder, f=f, sharded=sharded: f(folder, sharded))
     for sharded in (False, True)
     for f in (stage, update, domains, surgery, sampled)
-    if not (sharded and f is surgery)
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from .domain import Domain, RewardError
@@ -63,17 +64,18 @@ def example_scores(
         return [(p, 1) for p in ranks.merge(found, len(examples))]
     per_batch = max(1, batch_size // num_samples)
     texts: list[list[str]] = []
-    for i in range(0, len(mine), per_batch):
-        part = mine[i : i + per_batch]
-        rollout = sampler(
-            encode_prompts(tokenizer, [examples[j].prompt for j in part]),
-            [(seed * 1_000_003 + j) % 2**31 for j in part],
-            num_samples=num_samples,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-        )
-        rows = decode(tokenizer, rollout.completions())
-        texts += [rows[j * num_samples : (j + 1) * num_samples] for j in range(len(part))]
+    with sampler.held() if isinstance(sampler, ModelSampler) else nullcontext(sampler) as draw:
+        for i in range(0, len(mine), per_batch):
+            part = mine[i : i + per_batch]
+            rollout = draw(
+                encode_prompts(tokenizer, [examples[j].prompt for j in part]),
+                [(seed * 1_000_003 + j) % 2**31 for j in part],
+                num_samples=num_samples,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+            )
+            rows = decode(tokenizer, rollout.completions())
+            texts += [rows[j * num_samples : (j + 1) * num_samples] for j in range(len(part))]
     written = ranks.merge(texts, len(examples))
 
     def judge() -> list[float | None]:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..guard.editors import Editor, assign
+from ..guard.editors import Editor, assign, spread_editor
 from ..subspace.shards import local
 from .advantages import informative_fraction
 from .config import GRPOConfig
@@ -84,6 +84,8 @@ class Learner:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("expected a model with parameters to train, found every requires_grad False")
+        if editor is not None:
+            spread_editor(editor, model)
         self.device = self.parameters[0].device
         self.ranks = Ranks.of(model)
         if self.ranks.size > config.prompts_per_step:
@@ -166,7 +168,7 @@ class Learner:
         gradients: dict[str, list[Tensor]] = {}
         present = {name for part in self.ranks.gather(sorted(set(names))) for name in part}
         for name in [n for n in dict.fromkeys(batch.whole.domains) if n in present]:  # alike in every process
-            own = rows[torch.tensor([n == name for n in names], device=rows.device)]
+            own = rows[torch.tensor([n == name for n in names], dtype=torch.bool, device=rows.device)]
             for p in self.parameters:
                 p.grad = None
             part_loss, part, part_gap = accumulate_gradients(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -187,8 +188,18 @@ class ModelSampler:
         self.model, self.tokens = model, tokens
 
     def __call__(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], **settings: Any) -> Rollout:
-        with gathered(self.model):
+        with self.held() as draw:
+            return draw(prompts, seeds, **settings)
+
+    @contextmanager
+    def held(self) -> Iterator[Sampler]:
+        """A sampler for the length of a block, of whose calls every process may make a different number."""
+
+        def draw(prompts: Sequence[Sequence[int]], seeds: Sequence[int], **settings: Any) -> Rollout:
             return sample(self.model, prompts, self.tokens, seeds=seeds, **settings)
+
+        with gathered(self.model):
+            yield draw
 
 
 def choose(logp: Tensor, uniform: Tensor) -> Tensor:

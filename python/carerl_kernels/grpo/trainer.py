@@ -285,7 +285,9 @@ class GRPOTrainer:
             "processes": self.ranks.size,
         }
         self.directory.sweep()
-        if not resume or not self.directory.config_path.exists():
+        if not resume or not self.ranks.on_first(
+            self.directory.config_path.exists
+        ):  # it is there as soon as one starts
             self.directory.start(settings)
             return None
         self.directory.check(settings, COSMETIC_FIELDS)

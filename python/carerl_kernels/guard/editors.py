@@ -75,7 +75,7 @@ class GramEditor(Stateless):
         weigh: gives weights ``[D]`` float64 from the Gram matrix ``[D, D]`` float64 (on the CPU).
         per_module: one Gram matrix per module instead of one for all parameters: conflicts are looked for where they are.
         names: of the parameters, needed per module: those that share everything before the last dot belong together.
-        shards: of sharded parameters.
+        shards: of sharded parameters; None: :func:`spread_editor` sets them.
     """
 
     def __init__(
@@ -215,6 +215,19 @@ class GPM(Stateless):
         """See :class:`Editor`."""
         report = self.guard.report()
         return Cost(1, 1, f"{report['memory']:,} bytes of directions", 4, self.guard.layout.T * self.guard.layout.width)
+
+
+def spread_editor(editor: Editor, model: nn.Module | Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Lets an editor that was built without ``shards`` sum its inner products over the processes that hold the model's parts.
+
+    Without that every process would weigh its own part by itself, and no sum of the domains' gradients would come out.
+
+    Args:
+        editor: any; changed if its weights come from inner products.
+        model: as it is trained, sharded already; or pairs of name and parameter.
+    """
+    if isinstance(editor, GramEditor) and (editor.shards is None or not editor.shards.sharded):
+        editor.shards = Shards.of(trainable(model))
 
 
 def domain_gradients(model: nn.Module, losses: Mapping[str, Callable[[], Tensor]]) -> dict[str, list[Tensor]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..guard.build import trainable
-from ..guard.editors import Editor, assign
+from ..guard.editors import Editor, assign, spread_editor
 from ..subspace.shards import local
 
 ROW_MEANS = ("grpo", "sapo", "dr_grpo", "luspo")
@@ -59,6 +59,8 @@ class DomainLosses:
         """Training begins: what the optimizer moves is in the model now (during a pass, FSDP2 puts whole copies there)."""
         self._named = trainable(self.trainer.model)
         self._gradients.clear()
+        if not isinstance(self.editor, str):
+            spread_editor(self.editor, self._named)
 
     # ------------------------------------------------------------------------------------------------------ micro-batches
 

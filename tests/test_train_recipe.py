@@ -71,7 +71,7 @@ def test_two_recipes_in_sequence(tmp_path, monkeypatch):
     code, out = carerl(RECIPES / "small.yaml", *FIRST)
     assert code == 1 and "already holds a run" in out
     code, out = carerl(RECIPES / "small.yaml", *FIRST, "--resume", "model.seed=1")
-    assert code == 1 and "recipe: expected" in out
+    assert code == 1 and "recipe.model.seed: expected 0, found 1; restore" in out.replace("\n", "")
     code, out = carerl(RECIPES / "small.yaml", *FIRST, "--resume")
     assert code == 0 and "4 steps" in out
 
@@ -171,6 +171,22 @@ def test_the_plan_of_a_large_model_adds_up(tmp_path):
 def test_what_a_recipe_may_not_say(changes, message):
     with pytest.raises(RecipeError, match=message):
         load_recipe(RECIPES / "small.yaml", changes)
+
+
+def test_what_decides_a_run_is_not_where_its_servers_are():
+    def record(*changes):
+        return load_recipe(RECIPES / "judged_endpoint.yaml", changes).record()
+
+    sampler = "sampler={url: %s, model: m, timeout: %d, max_in_flight: 3, folder: %s, sync_every: %d}"
+    judge = "domains.answers.judge."
+    one = record("train.old_logprobs=sampler", sampler % ("a", 1, "f", 2))
+    moved = record(
+        *("train.old_logprobs=sampler", sampler % ("b", 2, "g", 2), judge + "url=c", judge + "timeout=9"),
+        *(judge + "attempts=2", judge + "max_in_flight=1", judge + "cache=d"),
+    )
+    assert one == moved and one["sampler"]["model"] == "m" and one["domains"]["answers"]["judge"]["model"]
+    assert record("train.old_logprobs=sampler", sampler % ("a", 1, "f", 3)) != one
+    assert record("train.old_logprobs=sampler", sampler % ("a", 1, "f", 2), judge + "model=x") != one
 
 
 def test_errors_are_one_line_with_a_place(tmp_path, monkeypatch):

@@ -14,6 +14,8 @@ from ..grpo.endpoint import Engine
 from ..grpo.parallel import Precision
 from .domains import AnyDomain
 
+OPERATIONAL = ("url", "timeout", "attempts", "max_in_flight", "folder", "cache")  # of servers: they change no number
+
 
 class RecipeError(ValueError):
     """A recipe says something that cannot be; names the place, what was expected and found."""
@@ -222,8 +224,13 @@ class Recipe(Section):
         return self
 
     def record(self) -> dict[str, Any]:
-        """What decides the run besides trainer settings and stages, for comparison when it is resumed."""
-        data = self.model_dump(mode="json", exclude={"run_dir", "train", "stages", "monitor"})  # it changes no number
+        """What decides the run besides trainer settings and stages, for comparison when it is resumed: not the monitor, and not
+        where servers are, how long they are waited for and where files are kept."""
+        data = self.model_dump(mode="json", exclude={"run_dir", "train", "stages", "monitor"})
+        servers = [data["sampler"], *(domain.get("judge") for domain in data["domains"].values())]
+        for server in filter(None, servers):
+            for name in OPERATIONAL:
+                server.pop(name, None)
         if self.guard is not None:
             data["guard"] = {"history": [str(p) for p in self.guard.history], **self.guard.options}
         return data

@@ -11,7 +11,8 @@ import torch
 import yaml
 from carerl_kernels.cli import app
 from carerl_kernels.grpo import Example, answer_loss, special_tokens
-from carerl_kernels.train.domains import read_rows
+from carerl_kernels.rewards.verifiers.sandbox import SandboxError
+from carerl_kernels.train.domains import Exact, read_rows
 from carerl_kernels.train.models import byte_tokenizer, load_model
 from carerl_kernels.train.plan import plan_run
 from carerl_kernels.train.recipe import ModelSpec, Recipe, RecipeError, load_recipe
@@ -166,6 +167,12 @@ def test_the_plan_of_a_large_model_adds_up(tmp_path):
         (["train.lr"], "expected PLACE=VALUE"),
         (["stages.7.steps=1"], "no such place"),
         (["domains.largest.system=x"], "needs chat: true"),
+        (
+            ["domains.largest.ask=Think first."],
+            r"largest\.math\.ask: .*expected \{prompt\} in it.*found 'Think first\.'",
+        ),
+        (["domains.g={kind: gym, ask: Think}"], r"g\.gym\.ask: .*expected \{question\} in it"),
+        (["train.lr=[1"], r"override 'train.lr=\[1': expected YAML"),
     ],
 )
 def test_what_a_recipe_may_not_say(changes, message):
@@ -200,9 +207,20 @@ def test_errors_are_one_line_with_a_place(tmp_path, monkeypatch):
             "expected a basis file or a run's directory, found nowhere",
         ),
         ([RECIPES / "small.yaml", "domains.largest.train=nowhere.jsonl"], "nowhere.jsonl"),
+        ([RECIPES / "small.yaml", "--dry-run", "guard.basis_dtype=bf16"], "expected a torch dtype such as bfloat16"),
     ):
         code, out = carerl(*arguments)
         assert code == 1 and message in out.replace("\n", ""), out
+    for option in (["--processes", "8"], ["--json"]):
+        code, out = carerl(RECIPES / "small.yaml", *option)
+        assert code == 2 and "belongs to --dry-run" in out and not list(tmp_path.glob("runs")), out
+
+    def no_isolation(*_):
+        raise SandboxError("no isolation here")
+
+    monkeypatch.setattr("carerl_kernels.train.recipe.load_recipe", no_isolation)
+    code, out = carerl("a.yaml")
+    assert code == 1 and "no isolation here" in out
 
 
 def test_rows_that_are_none(tmp_path):
@@ -215,6 +233,40 @@ def test_rows_that_are_none(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             list(read_rows(path, ("answer",)))
+
+
+def test_chat_messages_meet_no_option_that_is_for_text(tmp_path):
+    row = {"prompt": [{"role": "user", "content": "q"}], "answer": "a"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    for option in ({"ask": "Say {prompt}"}, {"chat": True, "system": "Be brief."}):
+        spec = Exact(kind="exact", train="a.jsonl", eval_size=0, **option)
+        with pytest.raises(ValueError, match=r"a\.jsonl, line 1: expected a prompt as text, which (ask|system) would"):
+            spec.build("d", tmp_path, tmp_path)
+    (example,) = (
+        Exact(kind="exact", train="a.jsonl", eval_size=0, chat=True)
+        .build("d", tmp_path, tmp_path)
+        .draw(random.Random(0), 1)
+    )
+    assert [dict(m) for m in example.prompt] == row["prompt"]
+
+
+def test_numbers_are_those_of_yaml_1_2(tmp_path):
+    text = (RECIPES / "small.yaml").read_text()
+    changes = ["guard={z: 1e-3, beta: -2E+1, history: [1e5x]}", "monitor.alpha=5e-2"]
+    recipe = load_recipe(RECIPES / "small.yaml", changes)
+    assert recipe.guard.options == {"z": 0.001, "beta": -20.0} and recipe.guard.history == (Path("1e5x"),)
+    assert recipe.monitor.options["alpha"] == 0.05
+    (tmp_path / "a.yaml").write_text(text + "\nmonitor: {alpha: 1e-2}\n")
+    assert load_recipe(tmp_path / "a.yaml").monitor.options["alpha"] == 0.01
+
+
+def test_sinks_are_closed_with_the_run(tmp_path, monkeypatch):
+    closed = []
+    monkeypatch.setattr("carerl_kernels.monitor.DriftMonitor.close", lambda self: closed.append(self))
+    changes = [*FIRST, "model.warm_up=null", "monitor={drop: 0.05}", f"run_dir={tmp_path}"]
+    with open_run(load_recipe(RECIPES / "small.yaml", changes)) as run:
+        assert not closed
+    assert closed == [run.trainer.monitor]
 
 
 def test_domains_of_every_kind(tmp_path):

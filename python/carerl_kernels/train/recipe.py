@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -247,13 +248,8 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: Not YAML, an unknown name, a value out of range; every problem with its place.
         OSError: The file cannot be read.
     """
-    import yaml
-
     path = Path(path)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: expected YAML ({error})") from error
+    data = _yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(data, dict):
         raise RecipeError(
             f"{path}: expected a mapping with run_dir, model, domains and stages, found {type(data).__name__}"
@@ -262,7 +258,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         place, equals, value = override.partition("=")
         if not equals:
             raise RecipeError(f"override {override!r}: expected PLACE=VALUE, such as train.lr=1e-5")
-        _set(data, place.split("."), yaml.safe_load(value), override)
+        _set(data, place.split("."), _yaml(value, f"override {override!r}"), override)
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
@@ -270,6 +266,21 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}:\n{problems}") from error
     recipe._folder = path.resolve().parent
     return recipe
+
+
+def _yaml(text: str, source: str) -> Any:
+    """YAML with the floats of its version 1.2: PyYAML takes 1e-3 for text."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    pattern = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", pattern, list("-+.0123456789"))
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{source}: expected YAML ({error})") from error
 
 
 def _set(data: Any, place: list[str], value: Any, override: str) -> None:

@@ -16,7 +16,7 @@ from carerl_kernels.train.domains import Exact, read_rows
 from carerl_kernels.train.models import byte_tokenizer, load_model
 from carerl_kernels.train.plan import plan_run
 from carerl_kernels.train.recipe import ModelSpec, Recipe, RecipeError, load_recipe
-from carerl_kernels.train.run import open_run
+from carerl_kernels.train.run import _sampler, open_run
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -164,6 +164,10 @@ def test_the_plan_of_a_large_model_adds_up(tmp_path):
         (["guard.kk=3"], "expected options out of history, rule, basis.*found kk"),
         (["guard.rule=probed", "domains.largest.probes=0"], "expected probes in every domain, none in largest"),
         (["sampler={url: u, model: m}"], r"old_logprobs: expected sampler"),
+        (
+            ["sampler={url: u, model: m}", "train.old_logprobs=sampler", "train.top_p=0.9", "train.temperature=0.7"],
+            r"train\.top_p: expected 1 where an engine.*found top_p=0\.9 at temperature=0\.7",
+        ),
         (["train.lr"], "expected PLACE=VALUE"),
         (["stages.7.steps=1"], "no such place"),
         (["domains.largest.system=x"], "needs chat: true"),
@@ -194,6 +198,17 @@ def test_what_decides_a_run_is_not_where_its_servers_are():
     assert one == moved and one["sampler"]["model"] == "m" and one["domains"]["answers"]["judge"]["model"]
     assert record("train.old_logprobs=sampler", sampler % ("a", 1, "f", 3)) != one
     assert record("train.old_logprobs=sampler", sampler % ("a", 1, "f", 2), judge + "model=x") != one
+
+
+def test_runs_that_share_a_folder_for_the_engine_write_apart(tmp_path):
+    pytest.importorskip("httpx")
+    folders = []
+    for run_dir in (tmp_path / "a" / "run", tmp_path / "b" / "run"):
+        changes = [f"sampler={{url: u, model: m, folder: {tmp_path / 'shared'}}}", "train.old_logprobs=sampler"]
+        recipe = load_recipe(RECIPES / "small.yaml", [*changes, f"run_dir={run_dir}"])
+        model, tokenizer = load_model(scratch(), [])
+        folders.append(_sampler(recipe, model, tokenizer).path(1).parent)
+    assert len({*folders}) == 2 and all(tmp_path / "shared" in f.parents for f in folders)
 
 
 def test_errors_are_one_line_with_a_place(tmp_path, monkeypatch):

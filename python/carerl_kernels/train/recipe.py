@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from ..grpo.config import GRPOConfig, Stage
-from ..grpo.endpoint import Engine
+from ..grpo.endpoint import TRUNCATED, Engine
 from ..grpo.parallel import Precision
 from .domains import AnyDomain
 
@@ -155,7 +155,7 @@ class SamplerSpec(Section):
     Args:
         url, model, engine, sync_every, max_in_flight, timeout, max_gap: See there.
         dtype: Of the weights written for the engine.
-        folder: Where they are written; None: "served" in the run's directory. The engine must see it.
+        folder: Where they are written, under the run's own name; None: in the run's directory. The engine must see it.
     """
 
     url: str
@@ -218,6 +218,9 @@ class Recipe(Section):
                 "train.old_logprobs: expected sampler with an engine that samples (its weights and rounding differ from the "
                 f"trainer's, and the ratio corrects for it), found {self.train.old_logprobs}"
             )
+        top_p, temperature = self.train.top_p, self.train.temperature
+        if self.sampler is not None and top_p < 1 and temperature != 1:
+            raise ValueError("train." + TRUNCATED.format(top_p=top_p, temperature=temperature))
         if self.sampler is not None and self.model.lora is not None:
             raise ValueError(
                 "sampler: engines are given whole models, which adapters are not; leave out lora or sampler"

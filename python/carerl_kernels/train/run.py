@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import warnings
@@ -93,7 +94,7 @@ def _sampler(recipe: Recipe, model: nn.Module, tokenizer: Any) -> EndpointSample
         spec.model,
         special_tokens(tokenizer, model),
         engine=spec.engine,
-        folder=spec.folder or recipe.run_dir / "served",
+        folder=recipe.run_dir if spec.folder is None else spec.folder / _own_name(recipe.run_dir),
         sync_every=spec.sync_every,
         device=next(model.parameters()).device,
         max_in_flight=spec.max_in_flight,
@@ -101,6 +102,11 @@ def _sampler(recipe: Recipe, model: nn.Module, tokenizer: Any) -> EndpointSample
         max_gap=spec.max_gap,
         dtype=None if spec.dtype is None else getattr(torch, spec.dtype),
     )
+
+
+def _own_name(run_dir: Path) -> str:
+    """Of a run's part of a folder that several share."""
+    return f"{run_dir.name}-{hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]}"
 
 
 def _monitor(recipe: Recipe, model: nn.Module, domains: Sequence[Domain], guard: Any) -> Any:

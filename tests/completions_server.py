@@ -1,6 +1,6 @@
 """An OpenAI-compatible completions server over a tiny transformers model, in a thread: vLLM or SGLang as seen from a client.
 
-It samples by the model it has loaded (SGLang: as in its deterministic mode), gives token ids and log-probabilities, and loads other
+It samples by the model it has loaded (SGLang: as in its deterministic mode), gives token ids and log-probabilities, loads other
 weights from the disk by the calls of either engine. It shares no weights with the trainer.
 """
 

@@ -81,11 +81,11 @@ def replicate(
         rows = {(r.setting, r.variant) for r in results}
         stale = [r for r in stale if not cell or (r.setting, r.variant) in rows]
         if stale:
-            console.print(left_out(stale), highlight=False, style="yellow")
+            console.print(left_out(stale), highlight=False, style="yellow", soft_wrap=True)
         if cell:
             for record in results:
                 if resume and record.cell in done:
-                    console.print(f"{record.cell}: recorded in {out}, not run again", highlight=False)
+                    console.print(f"{record.cell}: recorded in {out}, not run again", highlight=False, soft_wrap=True)
                     if source.resolve() == (out / RAW).resolve():  # nothing to compare with itself
                         before = [r for r in before if r.cell != record.cell]
                 compare(record, before, console)

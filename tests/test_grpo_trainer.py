@@ -30,7 +30,9 @@ pytest.importorskip("transformers")
 import itertools
 
 from carerl_kernels.demo.tasks import character_tokenizer, demo_domains, tiny_model
+from carerl_kernels.grpo.rundir import rng_state, set_rng_state
 from carerl_kernels.guard import CapabilityGuard
+from carerl_kernels.monitor import DriftMonitor
 
 BASE = {
     "prompts_per_step": 4,
@@ -266,6 +268,31 @@ def test_evaluating_more_often_changes_no_training_step():
     for a, b in zip(often, never, strict=True):
         a.pop("eval"), b.pop("eval", None)
         assert a == b
+
+
+def test_a_monitored_stage_of_a_domain_that_is_not_evaluated():
+    domains = small_domains()
+    domains[0].eval_examples = []
+    monitor = DriftMonitor(["chat", "math"], drop=0.0)
+    tokenizer = character_tokenizer()
+    run = GRPOTrainer(tiny_model(tokenizer, 0), tokenizer, domains, GRPOConfig(**BASE), monitor=monitor)
+    history = run.run([Stage((domains[0].name, "chat"), 1), Stage(domains[0].name, 1)])
+    assert [sorted(line["eval"]) for line in history] == [["chat", "math"]] * 3
+
+
+@pytest.mark.parametrize("here", [1, 3])
+def test_random_states_of_more_or_fewer_devices(monkeypatch, here):
+    """Those of the devices that are here come back, whatever the machine had that saved them."""
+    put = {}
+    for name, value in {
+        "is_available": lambda: True,
+        "device_count": lambda: here,
+        "set_rng_state": lambda state, device: put.update({device: int(state)}),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [torch.tensor(7), torch.tensor(8)])
+    set_rng_state(rng_state())
+    assert put == dict(list({0: 7, 1: 8}.items())[:here])
 
 
 def test_micro_batches_change_rounding_only():

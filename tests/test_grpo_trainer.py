@@ -30,7 +30,9 @@ pytest.importorskip("transformers")
 import itertools
 
 from carerl_kernels.demo.tasks import character_tokenizer, demo_domains, tiny_model
+from carerl_kernels.grpo.rundir import rng_state, set_rng_state
 from carerl_kernels.guard import CapabilityGuard
+from carerl_kernels.monitor import DriftMonitor
 
 BASE = {
     "prompts_per_step": 4,
@@ -268,6 +270,31 @@ def test_evaluating_more_often_changes_no_training_step():
         assert a == b
 
 
+def test_a_monitored_stage_of_a_domain_that_is_not_evaluated():
+    domains = small_domains()
+    domains[0].eval_examples = []
+    monitor = DriftMonitor(["chat", "math"], drop=0.0)
+    tokenizer = character_tokenizer()
+    run = GRPOTrainer(tiny_model(tokenizer, 0), tokenizer, domains, GRPOConfig(**BASE), monitor=monitor)
+    history = run.run([Stage((domains[0].name, "chat"), 1), Stage(domains[0].name, 1)])
+    assert [sorted(line["eval"]) for line in history] == [["chat", "math"]] * 3
+
+
+@pytest.mark.parametrize("here", [1, 3])
+def test_random_states_of_more_or_fewer_devices(monkeypatch, here):
+    """Those of the devices that are here come back, whatever the machine had that saved them."""
+    put = {}
+    for name, value in {
+        "is_available": lambda: True,
+        "device_count": lambda: here,
+        "set_rng_state": lambda state, device: put.update({device: int(state)}),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [torch.tensor(7), torch.tensor(8)])
+    set_rng_state(rng_state())
+    assert put == dict(list({0: 7, 1: 8}.items())[:here])
+
+
 def test_micro_batches_change_rounding_only():
     whole, parts = (
         trainer(None, micro_batch_size=size, loss="dr_grpo", kl_beta=0.1).run([Stage("chat", 2)]) for size in (0, 5)
@@ -401,6 +428,27 @@ def test_resume_with_a_guard_is_bitwise_exact(tmp_path, options):
             report.pop("seconds")
             report.get("probes", {}).pop("seconds", None)
         assert ours == theirs
+
+
+def test_a_stage_without_any_gradient_ends_with_a_warning(tmp_path):
+    """No group ever differs in reward, so that no forward pass has gradients: an empty basis that holds nothing back."""
+
+    def build(guard, folder=None, on_step=None):
+        run = trainer(folder, guard=guard, on_step=on_step, record_last=False)
+        run.domains["code"].reward = lambda example, text: 0.5
+        return run
+
+    stages, make = [Stage("code", 2), Stage("chat", 3)], lambda m: CapabilityGuard(m, "remove", basis="input", r=2)
+    run = build(make, tmp_path)
+    with pytest.warns(UserWarning, match="'code': expected gradients to record, found zeros alone in its 2 steps"):
+        run.run(stages)
+    assert run.guard.history == ["code"] and "code" in run.guard.report()["open_windows"]
+    plain = build(None)
+    plain.run(stages)
+    for mine, theirs in zip(run.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    loaded = CapabilityGuard.load(tmp_path / "bases" / "code.safetensors", model=run.model, basis="input", r=2)
+    assert "code" in loaded.report()["open_windows"]
 
 
 def test_probes_read_the_earlier_domain_and_leave_training_alone():

@@ -428,6 +428,33 @@ def test_callback_behind_any_trainer(tmp_path):
     assert report["domains"]["math"]["net_displacement"] < 1e-3
 
 
+def test_a_training_goes_on_after_an_interruption(tmp_path):
+    """Ctrl-C tells no callback anything: the next train() clips as the first did and has one guard."""
+    import transformers
+
+    ids = TOKENIZER([row["prompt"] + row["answer"][0] for row in rows(["math"])])["input_ids"]
+    seen = []
+
+    class Interrupting(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append((guard.guard, args.max_grad_norm, guard.guard.max_grad_norm, guard.guard.report()["steps"]))
+            if len(seen) == 1:
+                raise KeyboardInterrupt
+
+    guard = GuardCallback(lambda m: CapabilityGuard(m, k=4, rule="remove", apply_to="grad"), stage="math")
+    args = transformers.TrainingArguments(
+        str(tmp_path), max_steps=2, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, max_grad_norm=0.5
+    )
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    run = transformers.Trainer(tiny_model(TOKENIZER, 0), args, train_dataset=data, callbacks=[guard, Interrupting()])
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    run.train()
+    assert [line[1:] for line in seen] == [(0.0, 0.5, 1), (0.0, 0.5, 1), (0.0, 0.5, 2)]
+    assert seen[0][0] is not seen[1][0] and seen[0][0].report()["steps"] == 1
+    assert args.max_grad_norm == 0.5 and guard.guard.history == ["math"] and seen[0][0].history == []
+
+
 def test_resumed_run_is_the_uninterrupted_one(math_file, tmp_path):
     """A stage interrupted in the middle goes on from TRL's checkpoint: same weights, same recorded directions."""
 

@@ -11,6 +11,7 @@ import torch
 import yaml
 from carerl_kernels.cli import app
 from carerl_kernels.grpo import Example, answer_loss, special_tokens
+from carerl_kernels.grpo.parallel import blocks
 from carerl_kernels.rewards.verifiers.sandbox import SandboxError
 from carerl_kernels.train.domains import Exact, read_rows
 from carerl_kernels.train.models import byte_tokenizer, load_model
@@ -335,13 +336,17 @@ def scratch(**changes):
 
 
 def test_gradient_checkpointing_changes_memory_only():
-    gradients = []
+    gradients, calls = [], []
     for spec in (scratch(), scratch(gradient_checkpointing=True)):
         model, tokenizer = load_model(spec, [])
         assert model.training == spec.gradient_checkpointing
+        passes: list[int] = []
+        blocks(model)[0].self_attn.register_forward_pre_hook(lambda module, args, passes=passes: passes.append(1))
         examples = [Example("max(1,2,3)=", "3"), Example("Shout abc!", "ABC")]
         answer_loss(model, tokenizer, examples, special_tokens(tokenizer, model)).backward()
         gradients.append([p.grad for p in model.parameters()])
+        calls.append(len(passes))
+    assert calls == [1, 2]  # again in the backward pass
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*gradients, strict=True))
 
 

@@ -104,7 +104,11 @@ def killed(path: Path, world: int) -> None:
 
 def bf16(path: Path, world: int) -> None:
     run = trainer(path, world, precision="bf16", guarded=False)
+    seen = set()
+    inside = run.model.model.layers[0].mlp
+    inside.register_forward_hook(lambda module, args, output: seen.update((args[0].dtype, output.dtype)))
     run.run(STAGES[:1])
+    assert seen == {torch.bfloat16}
     assert all(p.dtype == torch.float32 for p in run.model.parameters())
 
 

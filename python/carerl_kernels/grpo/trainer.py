@@ -46,7 +46,7 @@ class GRPOTrainer:
         config: Settings; defaults if None.
         guard: Edits what the optimizer does to protect earlier domains; None trains plainly.
         monitor: Sees every line of metrics and the scores behind every evaluation; what it says of them is the line's
-            "monitor". At the end of a stage its domains are measured from where they are then.
+            "monitor". At the end of a stage those of its domains that are evaluated are measured from where they are then.
         editor: Combines one gradient per domain of a batch (PCGrad and others, `carerl_kernels.guard.editors`); None: their
             sum. A backward pass per domain.
         run_dir: Where records go; None keeps them in `history` only, without resume.
@@ -204,7 +204,7 @@ class GRPOTrainer:
                 text = json.dumps(self.guard_reports[name], indent=2, default=str) + "\n"
                 write_bytes_atomically(self.directory.path / "bases" / f"{name}.report.json", text.encode())
         if self.monitor is not None:
-            self.monitor.rebase(stage.domains)
+            self.monitor.rebase([name for name in stage.domains if self.domains[name].eval_examples])
         self._checkpoint(index + 1, 0)
 
     @contextmanager

@@ -86,6 +86,7 @@ class GuardCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Builds, attaches, opens the stage; a resumed run gets its state back."""
+        self.abandon()  # an interrupted training before this one has not said that it ended
         model, optimizer = self.guarded_model(kwargs["model"]), kwargs["optimizer"]
         if self._make is not None:
             self.guard = self._make(model)

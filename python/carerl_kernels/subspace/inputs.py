@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,6 +89,7 @@ class InputRecorder:
         self._buffer: dict[str, Tensor] = {}
         self._handles: list[Any] = []
         self._observing = False
+        self._missed = torch.zeros((), device=device)  # steps whose gradients came from no forward pass
 
     def _counts_tokens(self, name: str) -> bool:
         return isinstance(self.sites[name][0], nn.Embedding)
@@ -150,6 +152,8 @@ class InputRecorder:
 
     def update(self, grads: Sequence[Tensor]) -> None:
         """Takes in the inputs of one optimizer step."""
+        if not self._buffer and self.steps % self.every == 0:
+            self._missed += torch.stack([g.any() for g in grads]).any()
         self._absorb()
         self.steps += 1
 
@@ -208,13 +212,20 @@ class InputRecorder:
         """Truncates the sketches and measures how far the stage moved along them.
 
         Raises:
-            RuntimeError: no step was taken, or no forward pass seen.
+            RuntimeError: no step was taken, or gradients came but no forward pass was seen. Without either (no group of
+                answers ever differed in reward) it warns, and the basis is empty: the domain stays an open window.
         """
         check_steps(self.domain, self.steps)
         if all(float(total) == 0 for total in self._total.values()):
-            raise RuntimeError(
-                f"stage {self.domain!r}: expected forward passes with gradients inside the stage, found none; run the domain's "
-                "prompts through the model inside the stage, or inside recorder.observing()"
+            if float(self.layout.shards.sum_(self._missed.clone())) > 0:
+                raise RuntimeError(
+                    f"stage {self.domain!r}: expected forward passes with gradients inside the stage, found none; run the "
+                    "domain's prompts through the model inside the stage, or inside recorder.observing()"
+                )
+            warnings.warn(
+                f"stage {self.domain!r}: expected gradients to record, found zeros alone in its {self.steps} steps; its basis "
+                "is empty and nothing will protect the domain. A reward that differs within groups makes gradients",
+                stacklevel=2,
             )
         layout, pieces = self.layout, self.layout.shards.pieces
         left, right, values, moved = {}, {}, {}, {}
@@ -283,6 +294,7 @@ class InputRecorder:
             "sketches": dict(self._sketches),
             "values": dict(self._values),
             "total": {name: t.clone() for name, t in self._total.items()},
+            "missed": self._missed.clone(),
             "start": self.start.state(),
         }
 
@@ -295,4 +307,6 @@ class InputRecorder:
         ):
             for name, value in theirs.items():
                 mine[name] = value.to(mine[name].device, copy=True)
+        if "missed" in state:
+            self._missed.copy_(state["missed"])
         self.start.load(state["start"])

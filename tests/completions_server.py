@@ -1,7 +1,7 @@
 """An OpenAI-compatible completions server over a tiny transformers model, in a thread: vLLM or SGLang as seen from a client.
 
-It samples by the model it has loaded, gives token ids and log-probabilities, and loads other weights from the disk by the calls
-of either engine. It shares no weights with the trainer.
+It samples by the model it has loaded (SGLang: as in its deterministic mode), gives token ids and log-probabilities, loads other
+weights from the disk by the calls of either engine. It shares no weights with the trainer.
 """
 
 from __future__ import annotations
@@ -95,15 +95,16 @@ class CompletionsServer:
     def complete(self, body: dict[str, Any]) -> tuple[int, Any]:
         if body["model"] != "tiny":
             return 404, {"error": {"message": f"The model `{body['model']}` does not exist.", "code": 404}}
+        same = self.engine == "sglang"  # in deterministic mode: every completion of a request has its seed
         rollout = sample(
             self.model,
-            [body["prompt"]],
+            [body["prompt"]] * (body["n"] if same else 1),
             self.tokens,
-            num_samples=body["n"],
+            num_samples=1 if same else body["n"],
             max_new_tokens=body["max_tokens"],
             temperature=body["temperature"],
             top_p=body["top_p"],
-            seeds=[body["seed"]],
+            seeds=[body["seed"]] * (body["n"] if same else 1),
         )
         choices = []
         for i, ids in enumerate(rollout.completions()):

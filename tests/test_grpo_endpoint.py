@@ -7,13 +7,13 @@ import json
 import pytest
 import torch
 from carerl_kernels.grpo import GRPOConfig, GRPOTrainer, Stage
-from carerl_kernels.grpo.endpoint import EndpointSampler
+from carerl_kernels.grpo.endpoint import EndpointSampler, completion_seeds
 from carerl_kernels.grpo.sampling import SamplerError
 
 pytest.importorskip("transformers")
 pytest.importorskip("httpx")
 from carerl_kernels.demo.tasks import character_tokenizer, demo_domains, tiny_model
-from carerl_kernels.grpo import special_tokens
+from carerl_kernels.grpo import sample, special_tokens
 from completions_server import CompletionsServer
 
 SETTINGS = {
@@ -44,13 +44,14 @@ def reward(example, text):
     return sum(map(ord, text)) % 7
 
 
-def trainer(tokenizer, path, url=None, on_step=None, engine="vllm", sync_every=1, options=None, **changes):
+def trainer(
+    tokenizer, path, url=None, on_step=None, engine="vllm", sync_every=1, options=None, sampler=None, **changes
+):
     model = tiny_model(tokenizer, 0)
     domain = demo_domains(0)[0]
     domain.eval_examples, domain.eval_mode, domain.reward = domain.eval_examples[:3], "sampled", reward
-    sampler = None
     if url is not None:
-        settings = {"folder": path / "served", "attempts": 2, "backoff": 0.01} | (options or {})
+        settings = {"folder": path, "attempts": 2, "backoff": 0.01} | (options or {})
         tokens = special_tokens(tokenizer, model)
         sampler = EndpointSampler(url, "tiny", tokens, engine=engine, sync_every=sync_every, **settings)
     config = GRPOConfig(**(SETTINGS | changes))
@@ -70,7 +71,17 @@ def metrics(path):
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_training_from_an_engine_equals_training_from_the_model(tokenizer, tmp_path, engine):
     """The engine's weights come through the disk, its completions and log-probabilities over HTTP."""
-    trainer(tokenizer, tmp_path / "model").run([Stage("code", 3)])
+    by_itself = trainer(tokenizer, tmp_path / "model")
+    if engine == "sglang":  # every completion has a seed of its own
+
+        def singly(prompts, seeds, *, num_samples, **settings):
+            asked = [prompt for prompt in prompts for _ in range(num_samples)]
+            own = [s for seed in seeds for s in completion_seeds(seed, num_samples)]
+            tokens = special_tokens(tokenizer, by_itself.model)
+            return sample(by_itself.model, asked, tokens, num_samples=1, seeds=own, **settings)
+
+        by_itself = trainer(tokenizer, tmp_path / "model", sampler=singly)
+    by_itself.run([Stage("code", 3)])
     with server_of(tokenizer, engine=engine) as server:
         trainer(tokenizer, tmp_path / "engine", server.url, engine=engine).run([Stage("code", 3)])
     ours, theirs = metrics(tmp_path / "engine"), metrics(tmp_path / "model")
@@ -98,6 +109,33 @@ def test_stale_weights_are_counted_and_corrected_for(tokenizer, tmp_path):
     bodies = [body for path, body in server.requests if path == "/v1/completions"]
     assert all(b["return_token_ids"] and b["logprobs"] and isinstance(b["prompt"][0], int) for b in bodies)
     assert all(b["logit_bias"] == {"0": -100} and b["stop_token_ids"] == [1] for b in bodies)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_completions_of_a_prompt_differ(tokenizer, tmp_path, engine):
+    """Also where a server gives one seed to all of a request."""
+    model = tiny_model(tokenizer, 0)
+    with server_of(tokenizer, engine=engine) as server:
+        sampler = EndpointSampler(server.url, "tiny", special_tokens(tokenizer, model), engine=engine, folder=tmp_path)
+        settings = {"num_samples": 4, "max_new_tokens": 6, "temperature": 1.0}
+        rollout = sampler([[5, 6], [7]], [1, 2], **settings)
+        rows = [tuple(ids) for ids in rollout.completions()]
+        assert len(set(rows)) == len(rows) == 8
+        assert [tuple(ids) for ids in sampler([[5, 6], [7]], [1, 2], **settings).completions()] == rows
+        with pytest.raises(ValueError, match=r"top_p: expected 1 .* found top_p=0\.9 at temperature=0\.5"):
+            sampler([[5]], [1], **(settings | {"top_p": 0.9, "temperature": 0.5}))
+
+
+def test_forgetting_removes_what_was_written_alone(tokenizer, tmp_path):
+    tokens = special_tokens(tokenizer, tiny_model(tokenizer, 0))
+    sampler = EndpointSampler("http://127.0.0.1:9/v1", "tiny", tokens, folder=tmp_path)
+    sampler.forget({3})  # nothing there
+    kept = [tmp_path / "step-00000001", sampler.path(3), sampler.folder / "last-step-3", sampler.folder / "step-2"]
+    gone = [sampler.path(1), sampler.folder / ".tmp-step-00000002"]
+    for path in (*kept, *gone):
+        path.mkdir(parents=True)
+    sampler.forget({3})
+    assert all(p.is_dir() for p in kept) and not any(p.exists() for p in gone)
 
 
 class Killed(Exception):

@@ -14,6 +14,7 @@ import torch
 from carerl_kernels import CapabilityGuard, DomainBasis
 from carerl_kernels.integrations.verl import guarded, install
 from guard_helpers import make_model
+from safetensors.torch import load_file
 
 
 class Engine:
@@ -42,13 +43,15 @@ class Engine:
         self.optimizer.step()
         return norm.item()
 
-    def save_checkpoint(self, local_path):
-        self.saved.append(local_path)
+    def save_checkpoint(self, local_path, hdfs_path=None, global_step=0, max_ckpt_to_keep=None):
+        self.saved.append(local_path.name)
+        local_path.mkdir()
+        torch.save((self.module.state_dict(), self.optimizer.state_dict()), local_path / "engine.pt")
 
-    def load_checkpoint(self, local_path):
-        with torch.no_grad():
-            for p in self.module.parameters():
-                p.add_(1.0)
+    def load_checkpoint(self, local_path, hdfs_path=None, del_local_after_load=False):
+        weights, optimizer = torch.load(local_path / "engine.pt")
+        self.module.load_state_dict(weights)
+        self.optimizer.load_state_dict(optimizer)
 
 
 def loss(model, data):
@@ -61,16 +64,54 @@ def run(engine, seeds, target=0.0):
     return [engine.train_batch({"seed": s, "target": target, "domain": "chat"}, loss) for s in seeds]
 
 
+def other(path):
+    """A checkpoint of other weights, without a guard."""
+    engine = Engine()
+    engine.initialize()
+    run(engine, [7])
+    with torch.no_grad():
+        for p in engine.module.parameters():
+            p.add_(1.0)
+    engine.save_checkpoint(path)
+    return path
+
+
+def test_a_resumed_stage_goes_on(tmp_path):
+    """Interrupted and begun anew from verl's checkpoint: the file is that of the whole stage."""
+
+    def build(name):
+        path = tmp_path / f"{name}.safetensors"
+        engine = guarded(Engine, lambda m: CapabilityGuard(m, k=4), stage="math", path=path)()
+        engine.initialize()
+        return engine, path
+
+    whole, expected = build("whole")
+    run(whole, range(4))
+    whole.save_checkpoint(tmp_path / "middle")
+    run(whole, range(4, 8))
+    whole.save_checkpoint(tmp_path / "end")
+
+    resumed, found = build("resumed")
+    resumed.load_checkpoint(tmp_path / "middle")
+    run(resumed, range(4, 8))
+    resumed.save_checkpoint(tmp_path / "again")
+    assert DomainBasis.load(found).info.steps == 8
+    ours, theirs = load_file(found), load_file(expected)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in theirs)
+    with pytest.raises(FileNotFoundError, match=r"recording stage 'math': expected the guard's state in .*guard\.pt"):
+        resumed.load_checkpoint(other(tmp_path / "other"))
+
+
 @pytest.mark.filterwarnings("ignore:basis of domain 'math' ends at weights")
 def test_stage_is_written_with_checkpoints_and_protects(tmp_path):
     path = tmp_path / "math.safetensors"
     engine = guarded(Engine, lambda m: CapabilityGuard(m, k=4), stage="math", path=path)()
     engine.initialize()
     run(engine, range(4))
-    engine.save_checkpoint("first")
+    engine.save_checkpoint(tmp_path / "first")
     assert DomainBasis.load(path).info.steps == 4
     outputs = run(engine, range(4, 8))
-    engine.save_checkpoint("last")
+    engine.save_checkpoint(tmp_path / "last")
     assert engine.saved == ["first", "last"] and DomainBasis.load(path).info.steps == 8  # the recording went on
     assert outputs[-1]["metrics"]["guard/dropped_steps"] == 0 and outputs[-1]["metrics"]["grad_norm"] > 0
 
@@ -92,7 +133,7 @@ def test_stage_is_written_with_checkpoints_and_protects(tmp_path):
         run(plain, range(100, 104), 1.0)
     assert all(torch.equal(a, b) for a, b in zip(plain.module.parameters(), behind.module.parameters(), strict=True))
     moved = behind.guard.report()["domains"]["math"]["net_displacement"]
-    behind.load_checkpoint("x")  # rebased: loading is no step
+    behind.load_checkpoint(other(tmp_path / "other"))  # rebased: loading is no step
     before = [p.detach().clone() for p in behind.module.parameters()]
     for group in behind.optimizer.param_groups:
         group["lr"] = 0.0

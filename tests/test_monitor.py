@@ -213,6 +213,13 @@ def test_alert_once_per_baseline_and_what_it_says(tmp_path):
     assert monitor._watched["math"].test.looks == 6  # what was spent stays spent
 
 
+def test_an_alert_speaks_of_points_only_where_the_range_has_size_one():
+    monitor = DriftMonitor(["x"], baseline={"x": [8.0] * 400}, score_range=(0.0, 10.0))
+    monitor.step(0, scores={"x": [5.0] * 200 + [5.5] * 200})
+    (alert,) = monitor.alerts
+    assert str(alert).startswith("x fell by 2.75 ± 0.013 (8.000 -> 5.250, 400 examples)") and "points" not in str(alert)
+
+
 def test_a_significant_drop_smaller_than_asked_for_is_no_alert():
     monitor = DriftMonitor(["x"], drop=0.05, baseline={"x": scores_of(0.80, 4000)})
     record = monitor.step(0, scores={"x": scores_of(0.77, 4000)})["domains"]["x"]
@@ -270,6 +277,7 @@ def test_baselines_from_a_file_and_missing_scores(tmp_path):
         ({"baseline": {"y": 0.5}}, "expected domains out of x, found y"),
         ({"baseline": {"x": 1.5}}, "baseline of 'x'.*found 1.5"),
         ({"baseline": "nowhere.json"}, "save_scores.*nowhere.json"),
+        ({"examples": "fresh", "baseline": {"x": [1.0, 0.0]}}, "fresh examples expected a known score.*'fixed'"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -298,6 +306,8 @@ def test_bad_scores_are_named_and_nothing_is_counted():
         monitor.rebase(["z"])
     with pytest.raises(ValueError, match="expected a pair"):
         DriftMonitor(["x"], examples="fresh").step(0, scores={"x": [1.0]})
+    with pytest.raises(ValueError, match=r"known score 0.9, found a pair"):
+        DriftMonitor(["x"], examples="fresh", baseline={"x": 0.9}).step(0, scores={"x": ([1.0], [0.5])})
     with pytest.raises(RuntimeError, match="none yet"):
         DriftMonitor(["x"]).save_scores("never.json")
     with pytest.raises(ValueError, match="built with model="):
@@ -329,6 +339,56 @@ def test_going_on_from_a_saved_state_is_exact(tmp_path, baseline):
         assert [line["step"] for line in lines] == list(range(8)) and not any("void" in line for line in lines)
     with pytest.raises(ValueError, match="expected the domains x, y as saved, found z"):
         DriftMonitor(["z"]).load_state_dict(state)
+
+
+def test_fresh_examples_refuse_a_file_of_other_examples_and_take_a_number(tmp_path):
+    single = DriftMonitor(["x"])
+    single.step(0, scores={"x": [1.0, 0.0]})
+    single.save_scores(tmp_path / "x.json")
+    with pytest.raises(ValueError, match="baseline of 'x': with fresh examples expected a known score"):
+        DriftMonitor(["x"], examples="fresh", baseline=tmp_path / "x.json")
+    known = DriftMonitor(["x"], examples="fresh", baseline={"x": np.float32(0.5)})
+    assert known.step(0, scores={"x": (0.0, 0.5)})["domains"]["x"]["drop"] == pytest.approx(0.25)  # two scores, no pair
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"planned": 20},
+            "expected planned 100 as saved, found 20; build the monitor with the planned of the saved run",
+        ),
+        ({"examples": "fresh"}, "expected examples 'fixed' as saved, found 'fresh'"),
+        ({"tolerance": 0.01}, "expected tolerance 0.0 as saved, found 0.01"),
+        ({"alpha": 0.1}, "expected alpha 0.05 as saved, found 0.1"),
+        ({"score_range": (0.0, 2.0)}, "expected score_range"),
+        ({"baseline": "best"}, "expected baseline x: start as saved, found x: best"),
+        ({"baseline": {"x": 0.5}}, "found x: the known score 0.5"),
+        ({"baseline": {"x": [0.5, 0.5]}}, "found x: given scores"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_state_does_not_go_on_under_other_settings(changed, message):
+    first = DriftMonitor(["x"])
+    first.step(0, scores={"x": [0.5, 0.5]})
+    state = json.loads(json.dumps(first.state_dict()))
+    other = DriftMonitor(["x"], **changed)
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(state)
+    assert other.state_dict()["step"] is None  # nothing was taken over
+    DriftMonitor(["x"], drop=0.1, every=7).load_state_dict(state)  # may change
+
+
+def test_seconds_of_the_run_before_are_not_told_again(tmp_path):
+    first = DriftMonitor(["x"])
+    first.step(0, scores={"x": [0.5]})
+    state = first.state_dict()
+    state["seconds"]["evaluate"] = 1000.0
+    second = DriftMonitor(["x"], sinks=[JsonLines(tmp_path / "metrics.jsonl")])
+    second.load_state_dict(state)
+    second.step(1, scores={"x": [0.5]})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["seconds"]["monitor"] < 500
+    assert second.cost()["seconds"]["evaluate"] == 1000.0
 
 
 # ------------------------------------------------------------------------------------------------------------- gradients
@@ -407,6 +467,21 @@ def test_training_gradients_are_bitwise_those_without_a_monitor():
     assert monitor.step(3) == {}
 
 
+def test_several_backward_passes_in_a_block_are_summed_before_they_are_added():
+    """What is promised bitwise is one pass per block; of several, this order of additions."""
+    watched, alone, earlier = make_model(), make_model(), make_model()
+    monitor = DriftMonitor(["a"], model=watched)
+    losses(watched, 1).backward()
+    with monitor.gradients("a"):
+        losses(watched, 2).backward()
+        losses(watched, 3).backward()
+    losses(earlier, 1).backward()
+    losses(alone, 2).backward()
+    losses(alone, 3).backward()
+    for p, q, old in zip(watched.parameters(), alone.parameters(), earlier.parameters(), strict=True):
+        assert torch.equal(p.grad, old.grad + q.grad)
+
+
 def test_a_zero_gradient_has_no_cosine_and_a_missing_one_is_an_error():
     model = make_model()
     monitor = DriftMonitor(["a"], model=model)
@@ -431,6 +506,44 @@ def watch(sink):
         monitor.step(step, {"loss": 0.5 + step, "note": "text", "bad": math.nan}, scores={"math": scores_of(p)})
     monitor.close()
     return monitor
+
+
+def test_numbers_of_torch_and_numpy_reach_the_sinks(tmp_path):
+    class Memory(JsonLines):
+        def log(self, step, line):
+            super().log(step, line)
+            told.append(sinks.scalars(line))
+
+    told = []
+    monitor = DriftMonitor(["x"], sinks=[Memory(tmp_path / "metrics.jsonl")])
+    metrics = {
+        "a": torch.tensor(0.5, requires_grad=True),
+        "b": {"c": np.float32(0.25), "d": [np.int64(3)]},
+        "e": np.bool_(True),
+    }
+    monitor.step(0, metrics)
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert (line["a"], line["b"], line["e"]) == (0.5, {"c": 0.25, "d": [3]}, True)
+    assert (told[0]["a"], told[0]["b/c"], told[0]["e"]) == (0.5, 0.25, 1.0)
+
+
+def test_a_second_run_is_not_written_into_the_first_ones_file(tmp_path):
+    evaluated = []
+
+    def run():
+        monitor = DriftMonitor(
+            ["x"], lambda: evaluated.append(1) or {"x": [1.0]}, sinks=[JsonLines(tmp_path / "m.jsonl")]
+        )
+        for step in range(2):
+            monitor.step(step)
+
+    run()
+    before = (tmp_path / "m.jsonl").read_text()
+    with pytest.raises(FileExistsError, match=r"m.jsonl: expected no file.*directory of its own"):
+        run()
+    assert (tmp_path / "m.jsonl").read_text() == before and len(evaluated) == 1  # refused before anything was spent
+    (tmp_path / "m.jsonl").write_text("")
+    run()
 
 
 def test_tensorboard_reads_back(tmp_path):
@@ -608,9 +721,14 @@ def test_code_of_the_documentation_runs(tmp_path, monkeypatch):
     text = (Path(__file__).parent.parent / "docs" / "monitor.md").read_text()
     loop, callback, gradients = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     batch = types.SimpleNamespace(domains=["math", "chat"], rewards=[1.0, 0.0], prompt_ids=[0, 1])
-    common = {"evaluate": lambda: {"math": [1.0, 0.0], "chat": [0.5]}, "loss": 1.0, "batches": [batch] * 2}
+    common = {
+        "evaluate": lambda: {"math": [1.0, 0.0], "chat": [0.5]},
+        "loss": torch.tensor(1.0),
+        "batches": [batch] * 2,
+    }
     exec(loop, common)
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+    lines = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("loss") for line in lines] == [None, 1.0, 1.0]
     exec(callback, {"monitor": common["monitor"], "trainer": types.SimpleNamespace(add_callback=lambda callback: None)})
     model, seeds = make_model(), [{"a": 2 * i, "b": 2 * i + 1} for i in range(50)]
     space = {"domains": ["a", "b"], "evaluate": None, "model": model, "batches": seeds, "DriftMonitor": DriftMonitor}

@@ -1,6 +1,9 @@
 """The monitor in TRL's GRPOTrainer: steps, gradients, the trainer's logs, checkpoints."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -102,3 +105,124 @@ def test_trl_run_is_monitored_and_resumed(train):
     page = build_page(record)
     assert {c.name for c in page.cards} == {"code", "chat"} and page.monitored
     assert torch.isfinite(next(model.parameters())).all()
+
+
+@pytest.fixture
+def plain(tmp_path):
+    """transformers' own Trainer on a linear model, which costs next to nothing."""
+    from carerl_kernels.monitor.callback import MonitorCallback
+    from transformers import Trainer, TrainingArguments
+
+    class Model(torch.nn.Linear):
+        def forward(self, x, labels):
+            return {"loss": (super().forward(x) - labels).square().mean()}
+
+    def make(name, steps=2, **options):
+        monitor = DriftMonitor(["x"], lambda: {"x": [0.5, 1.0]}, every=1, sinks=[JsonLines(tmp_path / "metrics.jsonl")])
+        settings = TrainingArguments(
+            output_dir=str(tmp_path / name),
+            max_steps=steps,
+            save_steps=2,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        data = [{"x": torch.ones(2), "labels": torch.ones(1)}] * 16
+        trainer = Trainer(model=Model(2, 1), args=settings, train_dataset=data)
+        trainer.add_callback(MonitorCallback(monitor, **options))
+        return trainer, monitor
+
+    return make, tmp_path
+
+
+def steps_of(folder):
+    return [line["step"] for line in RunRecord.read(folder).lines]
+
+
+def test_a_second_training_with_the_same_callback_is_refused(plain):
+    make, folder = plain
+    trainer, monitor = make("one")
+    trainer.train()
+    before = monitor.state_dict()
+    with pytest.raises(RuntimeError, match=r"begin after step 2.*found step 0.*new DriftMonitor"):
+        trainer.train()
+    assert monitor.state_dict()["step"] == before["step"] == 2
+    trainer.args.max_steps = 3
+    trainer.train(resume_from_checkpoint=True)  # goes on: nothing is counted twice
+    assert monitor._watched["x"].test.looks == 3 and steps_of(folder) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("told", ["callback", "arguments", "nobody"])
+def test_the_state_is_found_in_a_checkpoint_elsewhere(plain, told):
+    make, folder = plain
+    make("one")[0].train()
+    checkpoint = str(folder / "one" / "checkpoint-2")
+    trainer, monitor = make("two", 3, **({"resume_from_checkpoint": checkpoint} if told == "callback" else {}))
+    if told == "arguments":
+        trainer.args.resume_from_checkpoint = checkpoint
+    if told == "nobody":
+        with pytest.warns(
+            UserWarning, match=r"no monitor.json of step 2.*MonitorCallback\(..., resume_from_checkpoint=...\)"
+        ):
+            trainer.train(resume_from_checkpoint=checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    assert monitor._watched["x"].test.looks == (1 if told == "nobody" else 3)
+    assert steps_of(folder) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("saved", "error", "message"),
+    [(None, FileNotFoundError, "expected the state of a monitor"), (5, ValueError, "state of step 2.*found 5")],
+)
+def test_a_named_checkpoint_without_the_state_is_an_error(plain, saved, error, message):
+    make, folder = plain
+    make("one")[0].train()
+    path = folder / "one" / "checkpoint-2" / "monitor.json"
+    if saved is None:
+        path.unlink()
+    else:
+        path.write_text(json.dumps({**json.loads(path.read_text()), "step": saved}))
+    trainer, _ = make("two", 3, resume_from_checkpoint=path.parent)
+    with pytest.raises(error, match=message):
+        trainer.train(resume_from_checkpoint=str(path.parent))
+
+
+WORKER = """
+import json, sys, types, warnings
+import torch.distributed as dist
+from carerl_kernels.monitor import DriftMonitor
+from carerl_kernels.monitor.callback import MonitorCallback
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+warnings.simplefilter("error")  # the state must be found
+monitor = DriftMonitor(["x"], lambda: {"x": [0.5, 1.0]}, every=1)
+args = types.SimpleNamespace(output_dir=f"{folder}/disk-{rank}")
+state = types.SimpleNamespace(global_step=2, is_world_process_zero=rank == 0)
+MonitorCallback(monitor).on_train_begin(args, state, None)
+print(json.dumps([monitor.state_dict()[key] for key in ("step", "watched")]))
+dist.destroy_process_group()
+"""
+
+
+def test_processes_without_a_shared_disk_go_on_with_the_first_ones_state(tmp_path):
+    first = DriftMonitor(["x"], lambda: {"x": [0.5, 1.0]}, every=1)
+    for step in range(3):
+        first.step(step)
+    checkpoint = tmp_path / "disk-0" / "checkpoint-2"  # and nothing on disk-1
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "monitor.json").write_text(json.dumps(first.state_dict()))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(rank), str(tmp_path)], env=environment, stdout=subprocess.PIPE
+        )
+        for rank in range(2)
+    ]
+    try:
+        told = [json.loads(process.communicate(timeout=240)[0].splitlines()[-1]) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert told[0] == told[1] == [2, first.state_dict()["watched"]]

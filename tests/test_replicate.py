@@ -1,6 +1,7 @@
 """The study: grid, cells that are never run twice, statistics against scipy, the report and the command."""
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from carerl_kernels.cli import app
 from carerl_kernels.replicate.cells import RAW, Record, append_record, read_records, run_cells
 from carerl_kernels.replicate.grid import PRESETS, Grid, GridError
+from carerl_kernels.replicate.honoured import refuse_ignored
 from carerl_kernels.replicate.report import rows_of, verdicts, versus, write_report
 from carerl_kernels.replicate.stats import estimate, holm, pareto, t_quantile, t_two_sided
 from typer.testing import CliRunner
@@ -89,6 +91,8 @@ def test_pareto_keeps_ties_and_drops_what_is_dominated():
 def test_presets_are_whole(preset):
     cells = list(Grid.load(preset).cells())
     assert len({c.name for c in cells}) == len(cells) > 50
+    for cell in cells:
+        refuse_ignored(cell)
 
 
 def test_keys_change_with_what_decides_a_result_and_nothing_else(tiny):
@@ -282,3 +286,107 @@ def test_the_tables_in_the_documentation_are_those_of_the_raw_lines(tmp_path):
     text = write_report(Grid.load("small"), read_records(evidence / RAW), tmp_path)
     assert text + "\n" == (evidence / "report.md").read_text()
     assert (tmp_path / "cells.csv").read_text() == (evidence / "cells.csv").read_text()
+
+
+# ------------------------------------------------------------------------------- what a grid defines otherwise by now
+
+
+def test_what_the_grid_defines_otherwise_is_named_and_left_out(tiny, tmp_path):
+    grid, out = Grid.load(tiny), tmp_path / "out"
+    run_cells([grid.cell(f"tiny/{name}/{seed}") for name in ("none@1", "remove@0.5") for seed in (0, 1)], out)
+    tiny.write_text(TINY.replace("lr: 0.01", "lr: 0.02"))
+    changed = ("--preset", tiny, "--out", out)
+    nothing = carerl(*changed, "--report")
+    assert nothing.exit_code == 1 and "found none" in nothing.output and "none@1 (seeds 0, 1)" in nothing.output
+    assert not (out / "report.md").exists() and not (out / "cells.csv").exists()
+    one = carerl(*changed, "--cell", "tiny/none@1/0")
+    assert "Left out" in one.output and "other recorded seeds: 0" in one.output
+    report = carerl(*changed, "--report").output
+    assert "tiny/none@1 (seed 1); tiny/remove@0.5 (seeds 0, 1)." in report
+    assert "`tiny/none@1/0`" in report and "`tiny/remove@0.5" not in report
+    assert len((out / "cells.csv").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("what", [("--report",), ("--list",), ()])
+def test_a_setting_that_does_not_exist_is_refused(tiny, tmp_path, what):
+    out = tmp_path / "out"
+    run_cells([Grid.load(tiny).cell("tiny/none@1/0")], out)
+    refused = carerl("--preset", tiny, "--out", out, "--setting", "tiny", "--setting", "tini", *what)
+    assert refused.exit_code == 1 and "found tini" in refused.output
+    assert not (out / "report.md").exists()
+    empty = carerl("--preset", tiny, "--out", out, "--setting", "lm", "--report")
+    assert empty.exit_code == 1 and "found none" in empty.output
+    assert not (out / "report.md").exists()
+
+
+def test_a_cell_runs_whatever_is_recorded_unless_resumed(tiny, tmp_path):
+    out, name = tmp_path / "out", "tiny/none@1/0"
+    cell = ("--preset", tiny, "--out", out, "--workers", 1, "--cell", name)
+    lines = []
+    for more in ((), (), ("--resume",)):
+        output = carerl(*cell, *more).output
+        lines.append(len((out / RAW).read_text().splitlines()))
+        assert ("not run again" in output) == bool(more)
+        assert ("against its own record: equal" in output) == (len(lines) == 2)
+    assert lines == [1, 2, 2]
+    (only,) = read_records(out / RAW)
+    assert only.cell == name
+
+
+# ------------------------------------------------------------------------------------------ nothing is ignored silently
+
+
+@pytest.mark.parametrize(
+    ("setting", "method", "message"),
+    [
+        ("kind: bandit, stages: [a, b, a]", "", "none twice"),
+        ("kind: bandit, stages: [[a, b], c]", "", "one domain each"),
+        ("kind: bandit, stages: [a, b], noise: {a: 1.0}", "", "found noise"),
+        ("kind: bandit, stages: [a, b], shares: {a: 1, b: 2}", "", "found shares"),
+        ("kind: bandit, stages: [a, b], warm_up: 5", "", "found warm_up"),
+        ("kind: bandit, stages: [a, b], train: {clip_low: 0.1}", "", "found clip_low"),
+        ("kind: bandit, stages: [a, b]", "train: {kl_beta: 0.1, kl_reference: start}", "found start"),
+        ("kind: bandit, stages: [a, b]", "train: {replay_fraction: 0.25}, stored: 0", "found stored: 0"),
+        ("kind: bandit, stages: [a, b]", "guard: {rule: probed}, stored: null", "stored: null"),
+        ("kind: smollm2, stages: [capitals, last], noise: {last: 1.0}", "", "found noise"),
+        ("kind: smollm2, stages: [[capitals, last]], shares: {capitals: 1, last: 2}", "", "found shares"),
+        ("kind: lm, stages: [code, math], noise: {chat: 1.0}", "", "found chat"),
+        ("kind: lm, stages: [code, math], shares: {code: 1, math: 2}", "", "mixed stage"),
+        ("kind: lm, stages: [[code, math, chat]], shares: {code: 1, math: 2}", "", "mixed stage"),
+        ("kind: lm, stages: [code, math]", "train: {lr: 0.1}", "lr and seed from the cell"),
+        ("kind: lm, stages: [code, math]", "random: rank", "a guard to go with random"),
+    ],
+)
+def test_what_a_kind_would_ignore_is_refused_before_anything_runs(tmp_path, setting, method, message):
+    path = tmp_path / "grid.yaml"
+    more = f", {method}" if method else ""
+    path.write_text(
+        f"settings: {{s: {{text: s, steps: 1, lr: 0.01, {setting}}}}}\nmethods: {{m: {{text: m{more}}}}}\nruns: []\n"
+    )
+    with pytest.raises(GridError, match=message):
+        run_cells([Grid.load(path).cell("s/m@1/0")], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_replay_of_words_draws_from_what_is_stored():
+    pytest.importorskip("transformers")
+    from types import SimpleNamespace
+
+    from carerl_kernels.replicate.lm import Pools
+    from carerl_kernels.replicate.smollm2 import word_domain
+
+    trainer = SimpleNamespace(history=[])
+    pools = Pools([("capitals",), ("last",)], steps=3)
+    pools.follow(trainer)
+    free, few = (pools.limit(word_domain("capitals", 0), stored) for stored in (None, 4))
+    assert len(few.probe_examples) == 4 < len(free.probe_examples)
+
+    def drawn(domain):
+        return {example.prompt for example in domain.sample(random.Random(0), 200)}
+
+    stored = {example.prompt for example in few.probe_examples}
+    assert drawn(few) == drawn(free) > stored  # its own stage
+    trainer.history = [{"step": 3}]  # the next one, as a run that goes on finds it
+    assert drawn(few) == stored < drawn(free)
+    with pytest.raises(GridError, match="at most"):
+        pools.limit(word_domain("last", 0), 1000)

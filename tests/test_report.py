@@ -16,6 +16,7 @@ from carerl_kernels.guard import CapabilityGuard
 from carerl_kernels.monitor import DriftMonitor, JsonLines, reward_statistics
 from carerl_kernels.monitor.report import RunError, RunRecord, build_page, render, write_report
 from carerl_kernels.monitor.report.chart import Line, line_chart, smooth, thin, ticks
+from carerl_kernels.monitor.report.page import Page
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -168,13 +169,93 @@ def test_alerts_are_told_and_names_are_escaped(runs):
     assert text.count('class="alert"') == len(page.alerts) == 1
 
 
+def watched(path: Path, scores, rebase_after=(), n=400, **options) -> Page:
+    """The page of a run whose one domain has these mean scores, and its monitor."""
+    monitor = DriftMonitor(["x"], sinks=[JsonLines(path / "metrics.jsonl")], **options)
+    low, high = options.get("score_range", (0.0, 1.0))
+    for step, p in enumerate(scores):
+        ones = round(n * (p - low) / (high - low))
+        monitor.step(step, {"stage": "s"} if step else {}, scores={"x": [high] * ones + [low] * (n - ones)})
+        if step in rebase_after:
+            monitor.rebase()
+    return build_page(RunRecord.read(path))
+
+
+@pytest.mark.parametrize(
+    ("scores", "rebase_after", "alerts", "status", "verdict"),
+    [
+        ((0.8, 0.4, 0.4, 0.4), (2,), 1, "fell", "40.0 points below its baseline at step 1"),  # the new baseline holds
+        (
+            (0.8, 0.4, 0.4, 0.1, 0.4),
+            (2,),
+            2,
+            "fell",
+            "40.0 points below its baseline at step 1",
+        ),  # back to the lower one
+        ((0.8, 0.4, 0.4, 0.78), (2,), 1, "recovered", "fell at step 1; 2.0 points below that baseline at the end"),
+        ((0.8, 0.4, 0.85), (), 1, "recovered", "fell at step 1; 5.0 points above that baseline at the end"),
+        ((0.8, 0.4, 0.8, 0.4), (2,), 2, "fell", "40.0 points below its baseline at step 3"),
+    ],
+)
+def test_recovered_means_back_at_the_baseline_that_the_alert_was_about(
+    tmp_path, scores, rebase_after, alerts, status, verdict
+):
+    page = watched(tmp_path, scores, rebase_after)
+    assert len(page.alerts) == alerts
+    assert page.cards[0].status == status and page.cards[0].verdict.startswith(verdict)
+    assert ("came back" in page.summary) == (status == "recovered")
+
+
+def test_a_significant_drop_smaller_than_asked_for_has_its_own_verdict(tmp_path):
+    page = watched(tmp_path / "a", (0.80, 0.77), drop=0.05, n=4000)
+    (card,) = page.cards
+    assert card.status == "slipped" and not page.alerts
+    assert (
+        card.verdict.startswith("a significant drop, p") and "of 3.0 points, less than the 5.0 points" in card.verdict
+    )
+    assert page.summary.startswith("No alert; x slipped") and "slipped" in Structure(render(page)).text
+    page = watched(tmp_path / "b", (0.80, 0.77, 0.81), drop=0.05, n=4000)
+    assert page.cards[0].status == "holds" and "not below its baseline at the end" in page.cards[0].verdict
+
+
+def test_points_are_for_score_ranges_of_size_one(tmp_path):
+    page = watched(tmp_path / "a", (8.0, 5.0), score_range=(0.0, 10.0))
+    text = Structure(render(page)).text
+    assert page.cards[0].verdict.startswith("3 below its baseline at step 1")
+    assert not re.search(r"\bpoints\b", text) and "-3" in text
+    assert "3 ± 0.23" in text
+    small = watched(tmp_path / "b", (0.8, 0.3), score_range=(0.0, 10.0))  # scores look like shares, the range is not 1
+    assert not small.points and not small.cards[0].percent
+    assert "points" in Structure(render(watched(tmp_path / "c", (0.8, 0.5)))).text
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"rewards": 0.5, "eval": 0.7, "batch_share": 1.0, "reward_variance": 0.1},
+        {"rewards": 0.5, "reward_variance": {"x": 0.1}, "batch_share": 3},
+        {"reward_variance": {"x": 0.0, "y": 0.0}, "batch_share": {"x": 0.5, "y": 0.5}},
+        {"eval": {"x": 0.5, "y": 0.5}, "reward_variance": {"x": 0.0, "y": 0.0}, "batch_share": {"x": 0.5, "y": 0.5}},
+        {"eval": {"x": 0.5}, "reward_variance": {"x": None}, "batch_share": {"x": None}},
+        {"eval": [0.5], "rewards": "none", "monitor": 0.3, "seconds": 2.0},
+        {"eval": {"x": 0.5}, "monitor": {"domains": 1.0, "gradients": 2.0, "guard": 1, "alerts": 3, "alpha": 0.05}},
+    ],
+    ids=lambda line: str(line)[:60],
+)
+def test_foreign_lines_are_read_as_far_as_they_go(tmp_path, line):
+    lines = [json.dumps({"step": step, **line}) + "\n" for step in range(3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    path, _ = write_report(tmp_path)
+    assert "not recorded" in Structure(path.read_text()).text
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ('{"step": 0}\n{"step": 1, "ev\n{"step": 2}\n', r"metrics.jsonl, line 2: expected a JSON object.*damaged"),
         ("[1]\n\n", "line 1: expected a JSON object"),
         ('{"loss": 1}\n\n', 'integer "step"'),
-        ('{"step": 0}\n{"step": 0}\n', "line 2: expected a step after 0, found 0; two runs"),
+        ('{"step": 0}\n{"step": 0}\n', "line 2: expected a step after 0, found 0; two runs.*directory of its own"),
         ("", "is empty"),
     ],
 )

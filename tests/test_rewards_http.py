@@ -26,7 +26,7 @@ from carerl_kernels.rewards.pa_grm import (
     run_sync,
     swap_test,
 )
-from judge_helpers import GOOD, PROMPT, THIN, ScriptedJudge, scorer
+from judge_helpers import GOOD, PROMPT, THIN, Scorer, ScriptedJudge, scorer
 
 TROUBLE = ("429", "500", "reset", "malformed", "truncated", "garbage", "lie", "wrong keys")
 
@@ -161,9 +161,7 @@ def test_a_wrong_key_stops_everything(server):
 
 
 def test_nobody_listens():
-    s = scorer(ScriptedJudge(), endpoint={"attempts": 2})
-    s.judge.backend.url = "http://127.0.0.1:9/v1"
-    got = score(s)
+    got = score(Scorer(Endpoint("http://127.0.0.1:9/v1", "nobody", attempts=2, backoff=0.01)))
     assert got.reward is None and "ConnectError" in got.reason and "2 times" in got.reason
 
 

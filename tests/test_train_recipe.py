@@ -12,11 +12,12 @@ import yaml
 from carerl_kernels.cli import app
 from carerl_kernels.grpo import Example, answer_loss, special_tokens
 from carerl_kernels.grpo.parallel import blocks
-from carerl_kernels.train.domains import read_rows
+from carerl_kernels.rewards.verifiers.sandbox import SandboxError
+from carerl_kernels.train.domains import Exact, read_rows
 from carerl_kernels.train.models import byte_tokenizer, load_model
 from carerl_kernels.train.plan import plan_run
 from carerl_kernels.train.recipe import ModelSpec, Recipe, RecipeError, load_recipe
-from carerl_kernels.train.run import open_run
+from carerl_kernels.train.run import _sampler, open_run
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -72,7 +73,7 @@ def test_two_recipes_in_sequence(tmp_path, monkeypatch):
     code, out = carerl(RECIPES / "small.yaml", *FIRST)
     assert code == 1 and "already holds a run" in out
     code, out = carerl(RECIPES / "small.yaml", *FIRST, "--resume", "model.seed=1")
-    assert code == 1 and "recipe: expected" in out
+    assert code == 1 and "recipe.model.seed: expected 0, found 1; restore" in out.replace("\n", "")
     code, out = carerl(RECIPES / "small.yaml", *FIRST, "--resume")
     assert code == 0 and "4 steps" in out
 
@@ -164,14 +165,51 @@ def test_the_plan_of_a_large_model_adds_up(tmp_path):
         (["guard.kk=3"], "expected options out of history, rule, basis.*found kk"),
         (["guard.rule=probed", "domains.largest.probes=0"], "expected probes in every domain, none in largest"),
         (["sampler={url: u, model: m}"], r"old_logprobs: expected sampler"),
+        (
+            ["sampler={url: u, model: m}", "train.old_logprobs=sampler", "train.top_p=0.9", "train.temperature=0.7"],
+            r"train\.top_p: expected 1 where an engine.*found top_p=0\.9 at temperature=0\.7",
+        ),
         (["train.lr"], "expected PLACE=VALUE"),
         (["stages.7.steps=1"], "no such place"),
         (["domains.largest.system=x"], "needs chat: true"),
+        (
+            ["domains.largest.ask=Think first."],
+            r"largest\.math\.ask: .*expected \{prompt\} in it.*found 'Think first\.'",
+        ),
+        (["domains.g={kind: gym, ask: Think}"], r"g\.gym\.ask: .*expected \{question\} in it"),
+        (["train.lr=[1"], r"override 'train.lr=\[1': expected YAML"),
     ],
 )
 def test_what_a_recipe_may_not_say(changes, message):
     with pytest.raises(RecipeError, match=message):
         load_recipe(RECIPES / "small.yaml", changes)
+
+
+def test_what_decides_a_run_is_not_where_its_servers_are():
+    def record(*changes):
+        return load_recipe(RECIPES / "judged_endpoint.yaml", changes).record()
+
+    sampler = "sampler={url: %s, model: m, timeout: %d, max_in_flight: 3, folder: %s, sync_every: %d}"
+    judge = "domains.answers.judge."
+    one = record("train.old_logprobs=sampler", sampler % ("a", 1, "f", 2))
+    moved = record(
+        *("train.old_logprobs=sampler", sampler % ("b", 2, "g", 2), judge + "url=c", judge + "timeout=9"),
+        *(judge + "attempts=2", judge + "max_in_flight=1", judge + "cache=d"),
+    )
+    assert one == moved and one["sampler"]["model"] == "m" and one["domains"]["answers"]["judge"]["model"]
+    assert record("train.old_logprobs=sampler", sampler % ("a", 1, "f", 3)) != one
+    assert record("train.old_logprobs=sampler", sampler % ("a", 1, "f", 2), judge + "model=x") != one
+
+
+def test_runs_that_share_a_folder_for_the_engine_write_apart(tmp_path):
+    pytest.importorskip("httpx")
+    folders = []
+    for run_dir in (tmp_path / "a" / "run", tmp_path / "b" / "run"):
+        changes = [f"sampler={{url: u, model: m, folder: {tmp_path / 'shared'}}}", "train.old_logprobs=sampler"]
+        recipe = load_recipe(RECIPES / "small.yaml", [*changes, f"run_dir={run_dir}"])
+        model, tokenizer = load_model(scratch(), [])
+        folders.append(_sampler(recipe, model, tokenizer).path(1).parent)
+    assert len({*folders}) == 2 and all(tmp_path / "shared" in f.parents for f in folders)
 
 
 def test_errors_are_one_line_with_a_place(tmp_path, monkeypatch):
@@ -185,9 +223,20 @@ def test_errors_are_one_line_with_a_place(tmp_path, monkeypatch):
             "expected a basis file or a run's directory, found nowhere",
         ),
         ([RECIPES / "small.yaml", "domains.largest.train=nowhere.jsonl"], "nowhere.jsonl"),
+        ([RECIPES / "small.yaml", "--dry-run", "guard.basis_dtype=bf16"], "expected a torch dtype such as bfloat16"),
     ):
         code, out = carerl(*arguments)
         assert code == 1 and message in out.replace("\n", ""), out
+    for option in (["--processes", "8"], ["--json"]):
+        code, out = carerl(RECIPES / "small.yaml", *option)
+        assert code == 2 and "belongs to --dry-run" in out and not list(tmp_path.glob("runs")), out
+
+    def no_isolation(*_):
+        raise SandboxError("no isolation here")
+
+    monkeypatch.setattr("carerl_kernels.train.recipe.load_recipe", no_isolation)
+    code, out = carerl("a.yaml")
+    assert code == 1 and "no isolation here" in out
 
 
 def test_rows_that_are_none(tmp_path):
@@ -200,6 +249,40 @@ def test_rows_that_are_none(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             list(read_rows(path, ("answer",)))
+
+
+def test_chat_messages_meet_no_option_that_is_for_text(tmp_path):
+    row = {"prompt": [{"role": "user", "content": "q"}], "answer": "a"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    for option in ({"ask": "Say {prompt}"}, {"chat": True, "system": "Be brief."}):
+        spec = Exact(kind="exact", train="a.jsonl", eval_size=0, **option)
+        with pytest.raises(ValueError, match=r"a\.jsonl, line 1: expected a prompt as text, which (ask|system) would"):
+            spec.build("d", tmp_path, tmp_path)
+    (example,) = (
+        Exact(kind="exact", train="a.jsonl", eval_size=0, chat=True)
+        .build("d", tmp_path, tmp_path)
+        .draw(random.Random(0), 1)
+    )
+    assert [dict(m) for m in example.prompt] == row["prompt"]
+
+
+def test_numbers_are_those_of_yaml_1_2(tmp_path):
+    text = (RECIPES / "small.yaml").read_text()
+    changes = ["guard={z: 1e-3, beta: -2E+1, history: [1e5x]}", "monitor.alpha=5e-2"]
+    recipe = load_recipe(RECIPES / "small.yaml", changes)
+    assert recipe.guard.options == {"z": 0.001, "beta": -20.0} and recipe.guard.history == (Path("1e5x"),)
+    assert recipe.monitor.options["alpha"] == 0.05
+    (tmp_path / "a.yaml").write_text(text + "\nmonitor: {alpha: 1e-2}\n")
+    assert load_recipe(tmp_path / "a.yaml").monitor.options["alpha"] == 0.01
+
+
+def test_sinks_are_closed_with_the_run(tmp_path, monkeypatch):
+    closed = []
+    monkeypatch.setattr("carerl_kernels.monitor.DriftMonitor.close", lambda self: closed.append(self))
+    changes = [*FIRST, "model.warm_up=null", "monitor={drop: 0.05}", f"run_dir={tmp_path}"]
+    with open_run(load_recipe(RECIPES / "small.yaml", changes)) as run:
+        assert not closed
+    assert closed == [run.trainer.monitor]
 
 
 def test_domains_of_every_kind(tmp_path):

@@ -116,7 +116,7 @@ class Summary:
         }
 
     def verdicts(self) -> list[str]:
-        """One sentence per guard: seed by seed against the best plain learning rate and the best replay."""
+        """One sentence per guard: seed by seed against the best plain learning rate, the best replay and rehearsal."""
         sentences = []
         for guard in (self.variants[n] for n in ("guarded", "probed", "instant") if n in self.variants):
             parts = []
@@ -134,6 +134,7 @@ class Summary:
 BASELINES = {
     "the best plain learning rate": ("naive", "lower_lr", "lowest_lr"),
     "the best replay": ("replay", "replay_low"),
+    "rehearsal": ("rehearse",),
 }
 
 

@@ -1,4 +1,4 @@
-"""What the demonstration compares: plain learning rates, replay, and guards, from the same warm-up checkpoint."""
+"""What the demonstration compares: plain learning rates, replay, rehearsal, and guards, from the same warm-up checkpoint."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ class Variant:
         text: What it is, for captions.
         lr_scale: Times the base learning rate.
         replay: Share of prompts from earlier domains.
+        rehearsal: Weight of the cross-entropy on stored answers of earlier domains.
         guard: Options of `CapabilityGuard`, or None.
         memory: What it keeps of earlier domains' data, for captions.
     """
@@ -30,11 +31,12 @@ class Variant:
     text: str
     lr_scale: float = 1.0
     replay: float = 0.0
+    rehearsal: float = 0.0
     guard: Mapping[str, Any] | None = None
     memory: str = "none"
 
 
-# Guards run at half the learning rate: they are to be compared with lower_lr and replay_low, not with naive.
+# Guards run at half the learning rate: they are to be compared with lower_lr, replay_low and rehearse, not with naive.
 VARIANTS: dict[str, Variant] = {
     v.name: v
     for v in (
@@ -48,6 +50,13 @@ VARIANTS: dict[str, Variant] = {
             lr_scale=0.5,
             replay=0.25,
             memory="all prompts",
+        ),
+        Variant(
+            "rehearse",
+            "cross-entropy on stored answers, learning rate x0.5",
+            lr_scale=0.5,
+            rehearsal=1.0,
+            memory=f"{tasks.PROBE_EXAMPLES} answers a domain",
         ),
         Variant(
             "guarded",
@@ -167,6 +176,7 @@ def run_variant(
             "max_new_tokens": tasks.MAX_NEW_TOKENS,
             "lr": BASE_LR * variant.lr_scale,
             "replay_fraction": variant.replay,
+            "rehearsal_weight": variant.rehearsal,
             "eval_every": scale.eval_every,
             "eval_batch_size": 512,
             "checkpoint_every": max(1, scale.steps // 2),

@@ -16,6 +16,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import random
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +31,17 @@ from .text import SpecialTokens, left_pad, right_pad
 
 LOGGER = logging.getLogger("carerl_kernels.sampler")
 Engine = Literal["vllm", "sglang"]
+WRITTEN = re.compile(r"(?P<temporary>\.tmp-)?step-(?P<step>\d{8})")  # folders of weights
+TRUNCATED = (
+    "top_p: expected 1 where an engine samples at another temperature than 1, found top_p={top_p} at temperature={temperature}: "
+    "the log-probabilities it then reports are those after truncation, which the loss cannot compare with; set one of them to 1"
+)
+
+
+def completion_seeds(seed: int, count: int) -> list[int]:
+    """Seeds of a prompt's single completions, from that of the prompt."""
+    rng = random.Random(int(seed))
+    return [rng.getrandbits(31) for _ in range(count)]
 
 
 class EndpointSampler:
@@ -39,12 +52,12 @@ class EndpointSampler:
         model: As the engine names it.
         tokens: Padding, end and banned ids of the policy.
         engine: Whose calls reload weights.
-        folder: Where weights are written for the engine.
+        folder: Weights for the engine are written to "served" in it, and older ones there removed: a folder of this run alone.
         sync_every: Steps between two pushes of weights; 1: completions always come from the present ones.
         device: Where the tokens go.
         api_key: By default the environment's CARERL_SAMPLER_API_KEY, if any.
-        max_in_flight: Prompts under way at once.
-        timeout: Seconds for one attempt at a prompt's completions.
+        max_in_flight: Requests under way at once: prompts for vLLM, single completions for SGLang.
+        timeout: Seconds for one attempt at a request.
         reload_timeout: Seconds for the engine to read weights.
         max_gap: Largest mean |log-probability in training - from the engine| that is still believed, in nats per token, where
             the engine has the present weights.
@@ -94,7 +107,11 @@ class EndpointSampler:
         if sync_every < 1:
             raise ValueError(f"sync_every: expected at least 1, found {sync_every}")
         self.url, self.model, self.tokens, self.engine = self._client.url, model, tokens, engine
-        self.folder, self.sync_every, self.reload_timeout = Path(folder).resolve(), sync_every, reload_timeout
+        self.folder, self.sync_every, self.reload_timeout = (
+            Path(folder).resolve() / "served",
+            sync_every,
+            reload_timeout,
+        )
         self.max_gap, self.dtype = max_gap, dtype
         self.device = device or torch.device("cpu")
         self.served: int | None = None  # the step whose weights the engine has
@@ -115,12 +132,20 @@ class EndpointSampler:
 
         Raises:
             SamplerError: No usable answer.
+            ValueError: top_p below 1 away from temperature 1.
         """
         from ..rewards.pa_grm.loop import run_sync
 
+        if top_p < 1 and temperature != 1:
+            raise ValueError(TRUNCATED.format(top_p=top_p, temperature=temperature))
+        # SGLang's deterministic mode gives all n completions of a request the same seed, and so makes them equal
+        single = self.engine == "sglang"
+        seeds = [s for seed in seeds for s in (completion_seeds(seed, num_samples) if single else [int(seed)])]
+        asked = [list(prompt) for prompt in prompts for _ in range(num_samples if single else 1)]
+        n = 1 if single else num_samples
         body: dict[str, Any] = {
             "model": self.model,
-            "n": num_samples,
+            "n": n,
             "max_tokens": max_new_tokens,
             "temperature": temperature,
             "top_p": top_p,
@@ -135,8 +160,8 @@ class EndpointSampler:
         async def ask_all() -> list[list[tuple[list[int], list[float]]]]:
             return await asyncio.gather(
                 *(
-                    self._ask({**body, "prompt": list(prompt), "seed": int(seed)}, num_samples, max_new_tokens)
-                    for prompt, seed in zip(prompts, seeds, strict=True)
+                    self._ask({**body, "prompt": prompt, "seed": seed}, n, max_new_tokens)
+                    for prompt, seed in zip(asked, seeds, strict=True)
                 )
             )
 
@@ -231,8 +256,9 @@ class EndpointSampler:
 
     def forget(self, keep: set[int]) -> None:
         """Remove the weights of steps that are not to be kept."""
-        for path in self.folder.glob("*step-*"):
-            if path.name.startswith(".tmp-") or int(path.name.removeprefix("step-")) not in keep:
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+            ours = WRITTEN.fullmatch(path.name)
+            if ours is not None and (ours["temporary"] or int(ours["step"]) not in keep):
                 shutil.rmtree(path, ignore_errors=True)
 
     async def _reload(self, path: Path) -> None:

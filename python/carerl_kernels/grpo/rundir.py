@@ -18,7 +18,7 @@ import os
 import random
 import shutil
 import uuid
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -150,6 +150,16 @@ def nested_tuples(value: Any) -> Any:
     return tuple(nested_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
+def _differences(expected: Any, found: Any, place: str = "") -> Iterator[str]:
+    """Where two settings differ, each by its dotted place."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        for name in sorted(expected.keys() | found.keys()):
+            inside = f"{place}.{name}" if place else name
+            yield from _differences(expected.get(name), found.get(name), inside)
+    elif expected != found:
+        yield f"{place}: expected {expected!r}, found {found!r}"
+
+
 class RunDirectory:
     """Files of one run. See the module's text for the layout."""
 
@@ -195,9 +205,9 @@ class RunDirectory:
             raise CheckpointError(f"{self.config_path} is unreadable ({e}); cannot resume {self.path}") from e
         ours = json.loads(json.dumps(settings))  # tuples become lists, as they are when read back
         ours = {**ours.pop("config"), **ours}
-        names = [n for n in sorted(ours.keys() | theirs.keys()) if n not in cosmetic and ours.get(n) != theirs.get(n)]
-        if names:
-            listed = "; ".join(f"{n}: expected {theirs.get(n)!r}, found {ours.get(n)!r}" for n in names)
+        for name in cosmetic:
+            ours.pop(name, None), theirs.pop(name, None)
+        if listed := "; ".join(_differences(theirs, ours)):
             raise CheckpointError(
                 f"cannot resume {self.path} exactly with other settings: {listed}; restore them, or start anew in "
                 "another directory"

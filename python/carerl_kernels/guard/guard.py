@@ -36,8 +36,9 @@ class CapabilityGuard:
     Args:
         model: the module whose trainable parameters are guarded, or pairs of name and parameter.
         rule: what passes; see :mod:`carerl_kernels.guard.rules`. The default, "bounded" with r = .1, is level
-            with "remove" and ahead of the literal "instant", and learns new domains faster than input directions, which forget
-            less (docs/evidence.md: five seeds; where answers may be stored, rehearsing them did better than any guard).
+            with "remove", ended above the literal "instant" without being told apart from it (three seeds), and learns new
+            domains faster than input directions, which forget less and end level (docs/evidence.md: five seeds; where answers
+            may be stored, rehearsing them did better than any guard).
         basis: "per_matrix" (k directions for every weight matrix) or "flat" (k over all parameters), both from gradients;
             "block" (two-sided, r x r per weight matrix, from the stage's parameter change) or "input" (one-sided, r per weight
             matrix, from what forward passes feed into it), whose memory is small enough for full fine-tuning.
@@ -618,7 +619,9 @@ class CapabilityGuard:
         """Grad mode with one gradient per domain of the same step (B = D): the rows of all *other* domains act on each.
 
         The step that follows leaves ``p.grad`` alone, so put the result there (:func:`carerl_kernels.guard.editors.assign`) and
-        clip as usual. Recordings in progress see their own domain's gradient, though the batch was mixed.
+        clip as usual. Recordings in progress see their own domain's gradient, though the batch was mixed. The ``touched_share``
+        of :meth:`report` is then over the sum of the domains' energies, each gradient by itself, not over the energy of their
+        sum: where domains agree or cancel, the share of the step's gradient that was changed is another.
 
         Args:
             gradients: per domain a tensor per guarded parameter (of sharded ones the local parts), adding up to the step's

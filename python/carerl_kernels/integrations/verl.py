@@ -8,6 +8,7 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..guard import CapabilityGuard
@@ -58,7 +59,8 @@ def guarded(
             optimizer (reference models) have no guard.
         stage: name of the domain that is recorded from now on.
         path: file of the stage. verl does not say when training ends, so it is written with every checkpoint of verl's; the
-            last one is the stage.
+            last one is the stage. The guard's own state lies beside them ("guard" or "guard.pt" in verl's folder), and a
+            resumed run goes on with it; a stage without it is refused (FileNotFoundError).
         domain: `domain(batch) -> name or None`, whose step a training batch is; None: the stage's.
     """
     if (stage is None) != (path is None):
@@ -99,18 +101,49 @@ def guarded(
             with self.guard.domain(domain(self._batch)) if named else nullcontext():  # type: ignore[union-attr, misc]
                 return super().optimizer_step()
 
-        def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-            super().save_checkpoint(*args, **kwargs)
-            if self.guard is not None and path is not None:
+        def save_checkpoint(self, local_path: Any, *args: Any, **kwargs: Any) -> None:
+            super().save_checkpoint(local_path, *args, **kwargs)
+            if self.guard is None:
+                return
+            from .transformers import GuardCallback  # verl brings transformers
+
+            GuardCallback._save(self.guard, Path(local_path), _first())
+            if path is not None:
                 self.guard.recorded().save(path)
 
-        def load_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-            super().load_checkpoint(*args, **kwargs)
-            if self.guard is not None:
-                self.guard.rebase()  # other weights than those it was attached to
+        def load_checkpoint(self, local_path: Any, *args: Any, **kwargs: Any) -> None:
+            guard = self.guard
+            folder = None if guard is None or local_path is None else _state_folder(guard, Path(local_path), stage)
+            super().load_checkpoint(local_path, *args, **kwargs)
+            if guard is None or local_path is None:
+                return
+            guard.rebase()  # other weights than those it was attached to
+            if folder is not None:
+                from .transformers import GuardCallback
+
+                GuardCallback._load(guard, folder)
 
     GuardedEngine.__name__ = GuardedEngine.__qualname__ = f"Guarded{base.__name__}"
     return GuardedEngine
+
+
+def _first() -> bool:
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
+def _state_folder(guard: CapabilityGuard, folder: Path, stage: str | None) -> Path | None:
+    """The folder if the guard's state is in it; a stage does not go on without what was recorded of it."""
+    name = "guard" if guard.layout.shards.sharded else "guard.pt"
+    if (folder / name).exists():
+        return folder
+    if stage is not None:
+        raise FileNotFoundError(
+            f"recording stage {stage!r}: expected the guard's state in {folder / name}, which save_checkpoint of this engine "
+            "writes, found none: the stage's file would hold the later steps only. Load a checkpoint of this stage, or "
+            "start a stage from weights with model.path and without resuming"
+        )
+    return None
 
 
 def _check(engine: Any) -> None:

@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 from transformers import TrainerCallback
 
 from .._files import write_bytes_atomically
+from ..grpo.parallel import Ranks
 from .monitor import DriftMonitor
 
 STATE = "monitor.json"
@@ -22,29 +24,54 @@ class MonitorCallback(TrainerCallback):
 
     The monitor evaluates before the first step and then every ``monitor.every`` optimizer steps, with the weights after that
     step; what the trainer logged at a step goes to the sinks with it. Checkpoints of the trainer hold the monitor's state, and a
-    resumed run goes on with it.
+    resumed run goes on with it: the first process reads it, for all. One callback watches one run.
 
     Args:
         monitor: with ``evaluate``, which every process has to call alike; give sinks to rank 0 only.
         losses: per domain, its loss on stored examples; where ``monitor.gradients_due()``, their gradients are compared with
             the batch's own.
+        resume_from_checkpoint: what ``trainer.train`` is given under this name, where that lies outside of ``args.output_dir``: a
+            callback is not told. ``args.resume_from_checkpoint`` is looked at, too.
+
+    Raises:
+        RuntimeError: when training begins anew, at a step that the monitor has seen.
+        FileNotFoundError: when it goes on, the checkpoint named here holds no monitor's state.
+        ValueError: the checkpoint named here is of another step; or see :meth:`DriftMonitor.load_state_dict`.
+        PeerError: one of these, in the first process.
     """
 
-    def __init__(self, monitor: DriftMonitor, losses: Mapping[str, Callable[[], Tensor]] | None = None) -> None:
+    def __init__(
+        self,
+        monitor: DriftMonitor,
+        losses: Mapping[str, Callable[[], Tensor]] | None = None,
+        resume_from_checkpoint: Path | str | None = None,
+    ) -> None:
         self.monitor, self.losses = monitor, dict(losses or {})
+        self.resume_from_checkpoint = resume_from_checkpoint
         self._logs: dict[str, Any] = {}
         self._next = 0  # first step that the monitor has not seen
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step:
-            path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE
-            if path.is_file():
-                self.monitor.load_state_dict(json.loads(path.read_text()))
-                self._next = state.global_step + 1
-            else:
-                warnings.warn(f"{path} is missing: the monitor starts here, with a new baseline", stacklevel=2)
-                self._next = state.global_step
-        self._observe(state.global_step)
+        step = state.global_step
+        saved = _processes().on_first(lambda: self._saved(args, step)) if step else None
+        if saved is not None:
+            self.monitor.load_state_dict(saved)
+            self._logs, self._next = {}, step + 1
+        elif step < self._next:
+            raise RuntimeError(
+                f"MonitorCallback: expected training to begin after step {self._next - 1}, which the monitor has seen, found "
+                f"step {step}; steps count over one run: for another one add a new callback with a new DriftMonitor "
+                "(trainer.remove_callback takes this one out), or go on from a checkpoint"
+            )
+        elif step:
+            warnings.warn(
+                f"no {STATE} of step {step} under {args.output_dir}: the monitor starts here, with a new baseline; for a "
+                "checkpoint elsewhere give MonitorCallback(..., resume_from_checkpoint=...)",
+                stacklevel=2,
+            )
+            self.monitor.resume_sinks(step - 1)
+            self._next = step
+        self._observe(step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         self._logs |= dict(logs or {})
@@ -68,8 +95,34 @@ class MonitorCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._observe(state.global_step)
 
+    def _saved(self, args: Any, step: int) -> dict[str, Any] | None:
+        """The state that a checkpoint of this step holds, if there is one."""
+        own = Path(args.output_dir) / f"checkpoint-{step}"
+        told = self.resume_from_checkpoint or getattr(args, "resume_from_checkpoint", None)
+        for folder in [Path(told), own] if isinstance(told, (str, Path)) else [own]:
+            named, path = folder == Path(self.resume_from_checkpoint or ""), folder / STATE
+            if not path.is_file():
+                if named:
+                    raise FileNotFoundError(
+                        f"{path}: expected the state of a monitor in the checkpoint, found no such file"
+                    )
+                continue
+            saved: dict[str, Any] = json.loads(path.read_text())
+            if saved["step"] == step:
+                return saved
+            if named:
+                raise ValueError(
+                    f"{path}: expected the state of step {step}, where training goes on, found {saved['step']}"
+                )
+        return None
+
     def _observe(self, step: int) -> None:
         if step >= self._next:
             logs, self._logs = self._logs, {}
             self.monitor.step(step, logs)
             self._next = step + 1
+
+
+def _processes() -> Ranks:
+    """All that train together, whatever spreads the model over them."""
+    return Ranks(dist.group.WORLD if dist.is_available() and dist.is_initialized() else None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ class Alert:
         n: examples compared.
         p: anytime-valid p-value, corrected for the number of domains.
         alpha: bound on the probability of any false alarm in the run.
+        span: size of the score range; the text speaks of points, hundredths of the range, only where it is 1.
     """
 
     domain: str
@@ -38,10 +40,11 @@ class Alert:
     n: int
     p: float
     alpha: float
+    span: float = 1.0
 
     def __str__(self) -> str:
         return (
-            f"{self.domain} fell by {100 * self.drop:.1f} ± {100 * self.error:.1f} points "
+            f"{self.domain} fell by {_difference(self.drop, self.error, self.span)} "
             f"({self.baseline:.3f} -> {self.score:.3f}, {self.n} examples) at step {self.step}; "
             f"p = {self.p:.2g}, chance of any false alarm in this run at most {self.alpha:.0%}"
         )
@@ -73,12 +76,19 @@ class WatchedDomain:
         best: bool,
     ) -> None:
         self.name, self.test, self.domains, self.score_range, self.best = name, test, domains, score_range, best
-        self.given = None if given is None else self.checked([given] if _is_number(given) else given, "baseline")
-        self.given_number = _is_number(given)
+        self.given = None if given is None else self.checked([given] if is_number(given) else given, "baseline")
+        self.given_number = is_number(given)
         self.baselines: list[Numbers] = []
         self.latest: Numbers | None = None
         self.p = 1.0
         self.alerted = False
+
+    @property
+    def baseline_kind(self) -> str:
+        """What the domain is compared with, in words."""
+        if self.given is not None:
+            return f"the known score {self.given[0]:g}" if self.given_number else "given scores"
+        return "best" if self.best else "start"
 
     def pairs(self, values: Any) -> tuple[Numbers, list[Numbers]]:
         """Present scores ``[n]``, and those to compare with, each ``[n]``; none on a first evaluation. Changes nothing.
@@ -87,11 +97,16 @@ class WatchedDomain:
             values: scores, or with fresh examples (scores, baseline's scores).
 
         Raises:
-            ValueError: out of range, of another length than the baseline, or without one that fresh examples need.
+            ValueError: out of range, of another length than the baseline, without one that fresh examples need, or with two.
         """
         fresh, pair = self.test.examples == "fresh", None
-        if fresh and isinstance(values, tuple) and len(values) == 2:
+        if fresh and isinstance(values, tuple) and len(values) == 2 and all(np.ndim(v) for v in values):
             values, pair = values
+            if self.given is not None:
+                raise ValueError(
+                    f"scores of {self.name!r}: expected scores alone, to be compared with the known score "
+                    f"{self.given[0]:g}, found a pair (scores, baseline's scores); give one of the two baselines"
+                )
         present = self.checked(values, "scores")
         if pair is not None:
             against = [self.checked(pair, "baseline")]
@@ -119,15 +134,15 @@ class WatchedDomain:
             ValueError: a value out of range, or none that is judged.
         """
         low, high = self.score_range
-        numbers = np.array(values, dtype=np.float64)  # None becomes NaN
-        judged = numbers[~np.isnan(numbers)]
+        scores = np.array(values, dtype=np.float64)  # None becomes NaN
+        judged = scores[~np.isnan(scores)]
         wrong = judged[(judged < low - 1e-6) | (judged > high + 1e-6)]
-        if numbers.ndim != 1 or not judged.size or wrong.size:
-            found = f"{wrong[0]:g}" if wrong.size else f"no judged example in an array of shape {numbers.shape}"
+        if scores.ndim != 1 or not judged.size or wrong.size:
+            found = f"{wrong[0]:g}" if wrong.size else f"no judged example in an array of shape {scores.shape}"
             raise ValueError(
                 f"{what} of {self.name!r}: expected a number from {low:g} to {high:g} (score_range) per example, found {found}"
             )
-        return numbers.clip(low, high)
+        return scores.clip(low, high)
 
     def add(self, present: Numbers, against: list[Numbers], tested: bool) -> dict[str, Any]:
         """One evaluation, as `pairs` gave it: what is recorded of it.
@@ -219,5 +234,12 @@ def read_baseline(source: Any, domains: Sequence[str]) -> dict[str, Given]:
     return dict(source)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float))
+def is_number(value: Any) -> bool:
+    """A known score, not the scores of examples."""
+    return isinstance(value, numbers.Real)
+
+
+def _difference(drop: float, error: float, span: float) -> str:
+    if span == 1:
+        return f"{100 * drop:.1f} ± {100 * error:.1f} points"
+    return f"{drop:.3g} ± {error:.2g}"

@@ -94,8 +94,9 @@ class GradientKeeper:
 
         Args:
             name: under which it is kept.
-            training: afterwards ``p.grad`` holds what it held before plus the new gradient, as if this had not been here;
-                else what it held before.
+            training: afterwards ``p.grad`` holds what it held before plus the new gradient; else what it held before. With one
+                backward pass per block the sum is bitwise that without this. Those of several in one block are summed first
+                and then added to what was there: another order, which may round differently.
 
         Raises:
             RuntimeError: no gradient arrived.

@@ -15,11 +15,11 @@ from typing import Any, get_args
 from torch import nn
 
 from .._files import write_bytes_atomically
-from .domain import Alert, Given, WatchedDomain, plain, read_baseline
+from .domain import Alert, Given, WatchedDomain, is_number, plain, read_baseline
 from .gradients import GradientKeeper
 from .guarded import guard_figures
 from .sequential import DropTest, Examples
-from .sinks import Sink
+from .sinks import Sink, plain_values
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class DriftMonitor:
         test_from: evaluations at earlier steps are recorded, not tested: a baseline of another run has to be reached first.
         examples: "fixed": the same held-out examples at every evaluation. "fresh": others each time, which adds up evidence over
             evaluations; ``evaluate`` then gives (scores, baseline's scores on the same examples) per domain, unless the baseline
-            is a known score.
+            is a known score. Scores given beforehand belong to other examples and are refused.
         drop: alerts are for drops of at least this (0.03: three points of an accuracy).
         alpha: probability of any false alarm, over all domains and the whole run, at most.
         tolerance: true drops up to this count as none.
@@ -105,12 +105,20 @@ class DriftMonitor:
         if examples == "fresh" and baseline == "best":
             raise ValueError("baseline 'best' compares evaluations on the same examples: expected examples='fixed'")
         self.evaluate, self.every, self.test_from = evaluate, every, test_from
-        self.drop, self.alpha = drop, alpha
+        self.drop, self.alpha, self.span = drop, alpha, float(span)
         self.gradients_every, self.guard = gradients_every, guard
         self.sinks, self.on_alert = tuple(sinks), on_alert
         self.alerts: list[Alert] = []
         self.seconds: dict[str, float] = {}
         given = {} if baseline in ("start", "best") else read_baseline(baseline, self.domains)
+        if examples == "fresh":
+            for name, value in given.items():
+                if not is_number(value):
+                    raise ValueError(
+                        f"baseline of {name!r}: with fresh examples expected a known score (a number), found the scores of "
+                        "other examples, which cannot be paired; let evaluate return (scores, baseline's scores on the same "
+                        "examples), or use examples='fixed'"
+                    )
         self._watched = {
             name: WatchedDomain(
                 name,
@@ -122,7 +130,16 @@ class DriftMonitor:
             )
             for name in self.domains
         }
+        self._settings = {  # what evidence means, as JSON gives it back: a state cannot go on under others
+            "examples": examples,
+            "planned": planned,
+            "tolerance": tolerance,
+            "alpha": alpha,
+            "score_range": [float(low), float(high)],
+            "baseline": {name: w.baseline_kind for name, w in self._watched.items()},
+        }
         self._step: int | None = None
+        self._begun = False  # sinks know whether this run is new or goes on
         self._keeper = None if model is None else GradientKeeper(model)
         self._started: float | None = None
         self._wall_before = 0.0
@@ -140,13 +157,19 @@ class DriftMonitor:
 
         Returns:
             What is new, as JSON can hold it: "domains" after an evaluation (per domain "score", "baseline", "drop", "error", "n",
-            "p", "fallen") and "alpha", "gradients", "guard", "alerts"; empty on most steps.
+            "p", "fallen") and "alpha", "drop", "span" (size of the score range); "gradients", "guard", "alerts"; empty on most
+            steps.
 
         Raises:
             ValueError: the step was seen already; scores of unknown domains, of another length, or out of range.
+            FileExistsError: on a first step without a loaded state, a sink's file holds another run.
         """
         if self._step is not None and step <= self._step:
             raise ValueError(f"expected a step after {self._step}, found {step}; steps count over the whole run")
+        if not self._begun:
+            for sink in self.sinks:
+                sink.begin()
+            self._begun = True
         self._started = self._started or time.perf_counter()
         if scores is None and self.evaluate is not None and (self._step is None or step % self.every == 0):
             with self._timed("evaluate"):
@@ -156,7 +179,7 @@ class DriftMonitor:
         if scores:
             with self._timed("test"):
                 record["domains"], alerts = self._judge(step, scores)
-            record["alpha"] = self.alpha
+            record |= {"alpha": self.alpha, "drop": self.drop, "span": self.span}
         if self._keeper is not None and self._keeper.kept:
             with self._timed("gradients"):
                 record["gradients"] = self._keeper.compare()
@@ -218,7 +241,8 @@ class DriftMonitor:
 
         Args:
             name: a domain's, or another's under which the cosines shall appear.
-            training: False: the gradient is only looked at, and what ``p.grad`` held is put back.
+            training: False: the gradient is only looked at, and what ``p.grad`` held is put back. Else ``p.grad`` holds the sum,
+                bitwise as without the monitor if the block holds one backward pass.
 
         Raises:
             ValueError: the monitor was built without a model.
@@ -270,6 +294,7 @@ class DriftMonitor:
         """What is needed to go on exactly: baselines, evidence, alerts, costs. Plain Python values."""
         return {
             "domains": list(self.domains),
+            "settings": dict(self._settings),
             "step": self._step,
             "watched": {name: w.state_dict() for name, w in self._watched.items()},
             "alerts": [asdict(a) for a in self.alerts],
@@ -281,19 +306,32 @@ class DriftMonitor:
         """Goes on from :meth:`state_dict`; sinks forget what was logged after it.
 
         Raises:
-            ValueError: the state belongs to a monitor of other domains.
+            ValueError: the state belongs to a monitor of other domains, or of other settings of the test: evidence gathered
+                under both would keep the promise of neither.
         """
         if tuple(state["domains"]) != self.domains:
             raise ValueError(
                 f"monitor state: expected the domains {', '.join(state['domains'])} as saved, found {', '.join(self.domains)}"
             )
+        for key, saved in state.get("settings", {}).items():
+            if self._settings[key] != saved:
+                raise ValueError(
+                    f"monitor state: expected {key} {_told(saved)} as saved, found {_told(self._settings[key])}; "
+                    f"build the monitor with the {key} of the saved run, or start a new run without its state"
+                )
         self._step = state["step"]
         for name, watched in self._watched.items():
             watched.load_state_dict(state["watched"][name])
         self.alerts = [Alert(**a) for a in state["alerts"]]
         self.seconds, self._wall_before = dict(state["seconds"]), state["wall"]
+        self._spent_before = sum(self.seconds.values())  # told in lines of the run before
+        self.resume_sinks(-1 if self._step is None else self._step)
+
+    def resume_sinks(self, step: int) -> None:
+        """Goes on in the sinks' record of a run, which forget what was logged after the step; for runs whose state is lost."""
         for sink in self.sinks:
-            sink.resume(-1 if self._step is None else self._step)
+            sink.resume(step)
+        self._begun = True
 
     # ----------------------------------------------------------------------------------------------------------- internals
 
@@ -315,16 +353,18 @@ class DriftMonitor:
             if found["fallen"] and not watched.alerted:
                 watched.alerted = True
                 told = {key: found[key] for key in ("drop", "error", "baseline", "n", "p")}
-                alerts.append(Alert(name, step, score=found["baseline"] - found["drop"], alpha=self.alpha, **told))
+                alerts.append(
+                    Alert(name, step, score=found["baseline"] - found["drop"], alpha=self.alpha, span=self.span, **told)
+                )
         return out, alerts
 
     def _tell(self, step: int, metrics: Mapping[str, Any], record: dict[str, Any], alerts: list[Alert]) -> None:
         for alert in alerts:
             _log.warning("%s", alert)
         if self.sinks:
-            line = dict(metrics)
+            line = plain_values(metrics)
             if record:
-                line["monitor"] = record
+                line["monitor"] = plain_values(record)
             if "domains" in record and "eval" not in line:
                 line["eval"] = {name: found["score"] for name, found in record["domains"].items()}
             if "seconds" not in line:
@@ -343,3 +383,9 @@ class DriftMonitor:
         wall, own = now - self._last_end, spent - self._spent_before
         self._last_end, self._spent_before = now, spent
         return {"other": max(0.0, wall - own), "monitor": own}
+
+
+def _told(setting: Any) -> str:
+    if isinstance(setting, Mapping):
+        return ", ".join(f"{name}: {value}" for name, value in setting.items())
+    return repr(setting)

@@ -21,8 +21,15 @@ if TYPE_CHECKING:
 class Sink(Protocol):
     """Takes what a monitor says. Give sinks to one process only (rank 0)."""
 
+    def begin(self) -> None:
+        """A new run begins: not called where `resume` is.
+
+        Raises:
+            FileExistsError: another run is there, which the new one would make unreadable.
+        """
+
     def log(self, step: int, line: Mapping[str, Any]) -> None:
-        """One step: metrics as they were given, "eval" and "monitor" added."""
+        """One step: metrics as they were given (tensors of one number as that number), "eval" and "monitor" added."""
 
     def alert(self, alert: Alert) -> None:
         """A domain fell."""
@@ -38,12 +45,20 @@ class JsonLines:
     """One JSON object per step, in the format of the trainer's metrics.jsonl: ``carerl report`` reads its directory.
 
     Args:
-        path: file, appended to; conventionally metrics.jsonl in a directory of the run's own.
+        path: file, appended to; conventionally metrics.jsonl in a directory of the run's own. It must be new or empty, unless the
+            monitor goes on from a saved state.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def begin(self) -> None:
+        if self.path.exists() and self.path.stat().st_size:
+            raise FileExistsError(
+                f"{self.path}: expected no file or an empty one for a new run, found an earlier run's; give every run a "
+                "directory of its own, move the file away, or go on with that run (monitor.load_state_dict before the first step)"
+            )
 
     def log(self, step: int, line: Mapping[str, Any]) -> None:
         with open(self.path, "a") as file:
@@ -87,6 +102,9 @@ class TensorBoard:
 
         self._writer: Any = SummaryWriter(self.directory, purge_step=purge_step)
 
+    def begin(self) -> None:
+        """Runs in one directory are told apart by their event files; nothing to do."""
+
     def log(self, step: int, line: Mapping[str, Any]) -> None:
         for name, value in scalars(line).items():
             self._writer.add_scalar(name, value, step)
@@ -120,6 +138,9 @@ class WandB:
         self._own = self._wandb.run is None
         self.run: Any = self._wandb.init(**settings) if self._own else self._wandb.run
 
+    def begin(self) -> None:
+        """Their run is new already; nothing to do."""
+
     def log(self, step: int, line: Mapping[str, Any]) -> None:
         self.run.log(scalars(line), step=step)
 
@@ -149,6 +170,9 @@ class Trackio:
         self._trackio = _require("trackio", "trackio")
         self.run: Any = self._trackio.init(project=project, **settings)
 
+    def begin(self) -> None:
+        """Their run is new already; nothing to do."""
+
     def log(self, step: int, line: Mapping[str, Any]) -> None:
         self.run.log(scalars(line), step=step)
 
@@ -172,6 +196,15 @@ def scalars(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
         elif isinstance(value, (bool, int, float)) and math.isfinite(value) and name != "step":
             out[name] = float(value)
     return out
+
+
+def plain_values(value: Any) -> Any:
+    """Nested dictionaries with plain numbers in them: tensors and numpy scalars without a dimension become Python's own."""
+    if isinstance(value, Mapping):
+        return {key: plain_values(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_values(v) for v in value]
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
 def _require(module: str, package: str) -> Any:

@@ -12,7 +12,8 @@ from statistics import fmean
 from typing import Any
 
 from ..demo.pool import Job, run_jobs
-from .grid import CHOOSING, Cell, GridError
+from .grid import CHOOSING, Cell, Grid, GridError
+from .honoured import refuse_ignored
 
 RAW = "cells.jsonl"
 DIGITS = 4
@@ -154,24 +155,29 @@ def run_cells(
     out: Path,
     *,
     workers: int = 1,
+    again: bool = False,
     on_event: Callable[[str, str, Any], None] | None = None,
 ) -> list[Record]:
-    """Run the cells that `out` has no record of yet, a line in its cells.jsonl for each as it ends.
+    """Run the cells that `out` has no record of yet, or all; a line in its cells.jsonl for each as it ends.
 
     Args:
         cells: What to run.
         out: Directory of the study; its cache keeps warm-up checkpoints.
         workers: Processes.
+        again: Run what is recorded, too; the later record counts.
         on_event: As for `run_jobs`.
 
     Returns:
         Records of all these cells, in order.
 
     Raises:
+        GridError: A cell asks for something that its kind of setting would ignore; nothing was run.
         WorkerError: A cell failed; what was done before is recorded.
     """
     cells = list(cells)
-    done = recorded(cells, read_records(out / RAW))
+    for cell in cells:
+        refuse_ignored(cell)
+    done = {} if again else recorded(cells, read_records(out / RAW))
 
     def event(key: str, kind: str, payload: Any) -> None:
         if kind == "done":
@@ -182,6 +188,19 @@ def run_cells(
     jobs = [Job(cell.name, run_cell, (cell, out / "cache")) for cell in cells if cell.name not in done]
     results = run_jobs(jobs, workers, event, _preload) if jobs else {}
     return [done.get(cell.name) or results[cell.name] for cell in cells]
+
+
+def current(grid: Grid, records: Iterable[Record]) -> tuple[list[Record], list[Record]]:
+    """Records of cells as the grid defines them now, and the others: of cells that it defines otherwise, or not at all."""
+    kept: list[Record] = []
+    left: list[Record] = []
+    for record in records:
+        try:
+            same = grid.cell(record.cell).key == record.key
+        except GridError:
+            same = False
+        (kept if same else left).append(record)
+    return kept, left
 
 
 def recorded(cells: Sequence[Cell], records: Iterable[Record]) -> dict[str, Record]:

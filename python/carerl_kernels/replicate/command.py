@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from .cells import Record
-    from .grid import Grid
 
 
 def replicate(
@@ -25,7 +24,10 @@ def replicate(
     ] = False,
     cell: Annotated[
         list[str] | None,
-        typer.Option(help="Only this cell, SETTING/METHOD@LR/SEED; may be repeated. Compared with DATA."),
+        typer.Option(
+            help="Only this cell, SETTING/METHOD@LR/SEED; may be repeated. Runs whatever OUT holds, unless --resume; compared "
+            "with DATA."
+        ),
     ] = None,
     setting: Annotated[list[str] | None, typer.Option(help="Only this setting; may be repeated.")] = None,
     report: Annotated[bool, typer.Option("--report", help="Run nothing: tables from DATA.")] = False,
@@ -41,12 +43,17 @@ def replicate(
     with _plain_errors("replicate", "train"):
         from rich.console import Console
 
-        from .cells import RAW, read_records, recorded
+        from .cells import RAW, current, read_records, recorded
         from .grid import Grid, GridError
-        from .report import write_report
+        from .report import left_out, write_report
 
         console, grid = Console(), Grid.load(preset)
         source = data or out / RAW
+        unknown = [name for name in setting or () if name not in grid.settings]
+        if unknown:
+            raise GridError(
+                f"{preset}: expected settings out of {', '.join(grid.settings)}, found {', '.join(unknown)}"
+            )
         if report:
             records = read_records(source)
             if not records:
@@ -55,7 +62,7 @@ def replicate(
                 )
             print(write_report(grid, _only(records, setting), out))
             return
-        cells = [grid.cell(name) for name in cell] if cell else list(grid.cells(setting or ()))
+        cells = [grid.cell(name) for name in dict.fromkeys(cell)] if cell else list(grid.cells(setting or ()))
         if not cells:
             raise GridError(f"{preset}: expected cells, found none in settings {', '.join(setting or grid.settings)}")
         done = recorded(cells, read_records(out / RAW))
@@ -67,12 +74,21 @@ def replicate(
             raise GridError(
                 f"{out} holds {len(done)} of these {len(cells)} cells: --resume goes on, or name another --out"
             )
-        before = [r for r in read_records(source) if r.cell not in {c.name for c in cells} or data is not None]
+        again = bool(cell) and not resume
+        before, stale = current(grid, read_records(source))
         usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-        results = _run(cells, out, workers or usable, len(done), console)
+        results = _run(cells, out, workers or usable, 0 if again else len(done), again, console)
+        rows = {(r.setting, r.variant) for r in results}
+        stale = [r for r in stale if not cell or (r.setting, r.variant) in rows]
+        if stale:
+            console.print(left_out(stale), highlight=False, style="yellow", soft_wrap=True)
         if cell:
             for record in results:
-                compare(grid, record, before, console)
+                if resume and record.cell in done:
+                    console.print(f"{record.cell}: recorded in {out}, not run again", highlight=False, soft_wrap=True)
+                    if source.resolve() == (out / RAW).resolve():  # nothing to compare with itself
+                        before = [r for r in before if r.cell != record.cell]
+                compare(record, before, console)
         else:
             write_report(grid, read_records(out / RAW), out)
             console.print(f"{len(results)} cells; report, table and pictures in [bold]{out}[/]")
@@ -82,7 +98,7 @@ def _only(records: list[Record], settings: list[str] | None) -> list[Record]:
     return [r for r in records if not settings or r.setting in settings]
 
 
-def _run(cells: list[Any], out: Path, workers: int, done: int, console: Console) -> list[Record]:
+def _run(cells: list[Any], out: Path, workers: int, done: int, again: bool, console: Console) -> list[Record]:
     """Cells behind one bar; a line for each as it ends."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -97,7 +113,7 @@ def _run(cells: list[Any], out: Path, workers: int, done: int, console: Console)
                 progress.advance(bar)
                 console.print(f"{key:<36} {measures(payload)}  {payload.seconds:.0f} s", highlight=False)
 
-        return run_cells(cells, out, workers=workers, on_event=on_event)
+        return run_cells(cells, out, workers=workers, again=again, on_event=on_event)
 
 
 def measures(record: Record) -> str:
@@ -105,7 +121,7 @@ def measures(record: Record) -> str:
     return f"average {record.average:.3f}  forget {record.forgetting:+.3f}  new {record.new:.3f}"
 
 
-def compare(grid: Grid, record: Record, others: list[Record], console: Console) -> None:
+def compare(record: Record, others: list[Record], console: Console) -> None:
     """Say where a cell lies among the recorded ones of its row: equal to its own record, or within the seeds' interval."""
     from .stats import estimate
 

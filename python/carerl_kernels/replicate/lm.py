@@ -15,7 +15,7 @@ from ..grpo import Domain, Example, GRPOConfig, GRPOTrainer, Stage, answer_loss,
 from ..guard import CapabilityGuard
 from ..guard.validate import validate
 from .controls import RandomGuard
-from .grid import Cell
+from .grid import Cell, GridError
 from .methods import editor_of, guard_of
 
 Scores = list[float]
@@ -60,7 +60,7 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
     def on_step(line: dict[str, Any]) -> None:
         if line["stage_step"] == 1:
             validity.look(again=False)
-        report(pools.after(line))
+        report(line["step"])
 
     trainer = GRPOTrainer(
         model,
@@ -71,6 +71,7 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
         editor=editor_of(method, model, seed),
         on_step=on_step,
     )
+    pools.follow(trainer)
     history = trainer.run([Stage(group, setting.steps, shares=shares_of(cell, group)) for group in setting.groups])
     validity.look(again=True)
     return {"scores": scores_of(history, setting.domains), "validity": validity.shares, **guard_figures(guard, trainer)}
@@ -159,7 +160,7 @@ def warm_model(cell: Cell, tokenizer: Any, cache: Path) -> Any:
 
 
 def shares_of(cell: Cell, group: Sequence[str]) -> tuple[float, ...] | None:
-    """Shares of a mixed stage's batches, unless the method asks for equal ones."""
+    """Shares of the batches of a stage that mixes all domains that have one; None, which is equal ones, of other stages."""
     shares = cell.setting.shares
     return None if shares is None or len(group) < len(shares) else tuple(shares[d] for d in group)
 
@@ -187,24 +188,35 @@ class Pools:
     """
 
     def __init__(self, groups: Sequence[Sequence[str]], steps: int) -> None:
-        self._groups, self._steps, self._done = groups, steps, 0
+        self._groups, self._steps = groups, steps
+        self._trainer: GRPOTrainer | None = None
 
-    def after(self, line: dict[str, Any]) -> int:
-        """Take note of a line of metrics; returns the number of steps done."""
-        self._done = int(line["step"])
-        return self._done
+    def follow(self, trainer: GRPOTrainer) -> None:
+        """Whose steps tell the stage, those before it was interrupted too."""
+        self._trainer = trainer
+
+    def _now(self) -> Sequence[str]:
+        done = int(self._trainer.history[-1]["step"]) if self._trainer and self._trainer.history else 0
+        return self._groups[min(done // self._steps, len(self._groups) - 1)]
 
     def limit(self, domain: Domain, stored: int | None) -> Domain:
-        """The domain, drawing from its first `stored` training examples outside of stages of its own."""
+        """The domain, drawing from its first `stored` training examples outside of stages of its own.
+
+        Raises:
+            GridError: It has not so many to store.
+        """
         everything = domain.sample
         if stored is None:
             return domain
+        if len(domain.probe_examples) < stored:
+            raise GridError(
+                f"expected at most {len(domain.probe_examples)} stored examples of {domain.name}, found stored: {stored}"
+            )
         domain.probe_examples = list(domain.probe_examples)[:stored]
         kept = domain.probe_examples
 
         def sample(rng: random.Random, n: int) -> Sequence[Example]:
-            now = self._groups[min(self._done // self._steps, len(self._groups) - 1)]
-            return everything(rng, n) if domain.name in now else rng.choices(kept, k=n)
+            return everything(rng, n) if domain.name in self._now() else rng.choices(kept, k=n)
 
         domain.sample = sample
         return domain

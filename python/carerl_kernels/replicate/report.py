@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import fmean
 
 from .._files import write_atomically, write_bytes_atomically
-from .cells import Record
-from .grid import Grid
+from .cells import Record, current
+from .grid import Grid, GridError
 from .stats import Estimate, estimate, holm, pareto
 
 FRONT = "none"
@@ -91,13 +91,12 @@ def table(grid: Grid, setting: str, rows: Sequence[Row]) -> str:
     ]
     optimal = {rows[i].variant for i in pareto([(r.of("retention").mean, r.of("new").mean) for r in rows])}
     for row in rows:
-        method = grid.methods.get(row.method)
         star = "\\*" if row.variant in optimal else ""
         touched = row.mean("touched")
         difference = "" if row.against is None else f"{signed(row.against.mean)} ± {short(row.against.half)}"
         cells = [
             f"{row.variant}{star}",
-            "?" if method is None else method.memory,
+            grid.methods[row.method].memory,
             str(len(row.records)),
             spread(row.of("average")),
             spread(row.of("forgetting")),
@@ -166,13 +165,22 @@ def guard_table(rows: Sequence[Row]) -> str:
 
 
 def write_report(grid: Grid, records: Sequence[Record], out: Path) -> str:
-    """report.md, cells.csv and a picture per setting, beside the raw lines; returns the report's text."""
+    """report.md, cells.csv and a picture per setting, beside the raw lines; returns the report's text.
+
+    Records of cells that the grid defines otherwise by now, or not at all, are named and left out.
+
+    Raises:
+        GridError: None is left; nothing was written.
+    """
+    records, left = current(grid, records)
+    if not records:
+        raise GridError(f"expected records of cells as the grid defines them, found none. {left_out(left)}".rstrip())
     parts = ["# Replication study", "", LEGEND, ""]
+    parts += [left_out(left), ""] if left else []
     for setting in dict.fromkeys(r.setting for r in records):
         rows = rows_of(records, setting)
         chosen = rows_of(records, setting, confirming=False)
-        text = grid.settings[setting].text if setting in grid.settings else "not in this grid"
-        parts += [f"## {setting}: {text}", ""]
+        parts += [f"## {setting}: {grid.settings[setting].text}", ""]
         if rows:
             parts += [table(grid, setting, rows), "", *verdicts(rows), ""]
             if any(r.variant == DEFAULT for r in rows) and len(rows) > 1:
@@ -193,6 +201,18 @@ def write_report(grid: Grid, records: Sequence[Record], out: Path) -> str:
     write_bytes_atomically(out / "report.md", (text + "\n").encode())
     write_bytes_atomically(out / "cells.csv", as_csv(records).encode())
     return text
+
+
+def left_out(records: Iterable[Record]) -> str:
+    """A sentence that names them by row; empty without any."""
+    seeds: dict[str, list[str]] = {}
+    for record in records:
+        row, _, seed = record.cell.rpartition("/")
+        seeds.setdefault(row, []).append(seed)
+    if not seeds:
+        return ""
+    rows = "; ".join(f"{row} (seed{'s' * (len(s) > 1)} {', '.join(s)})" for row, s in seeds.items())
+    return f"Left out, for the grid defines these cells otherwise by now or not at all: {rows}."
 
 
 LEGEND = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from ..grpo import Domain, Example, GRPOConfig, GRPOTrainer, Stage
 from ..smollm2 import load_smollm2
 from .grid import Cell, GridError
-from .lm import guard_figures, scores_of
+from .lm import Pools, guard_figures, scores_of
 from .methods import editor_of, guard_of
 
 WORDS = (  # of five letters or so, each one or two tokens
@@ -74,21 +75,25 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
         }
     )
     guard = guard_of(method, model, seed, setting.k)
+    pools, run_dir = Pools(setting.groups, setting.steps), cache / "smollm2" / cell.key
     trainer = GRPOTrainer(
         model,
         tokenizer,
-        [word_domain(name, seed, method.stored) for name in setting.domains],
+        [pools.limit(word_domain(name, seed), method.stored) for name in setting.domains],
         config,
         guard=guard,
         editor=editor_of(method, model, seed),
-        run_dir=cache / "smollm2" / cell.key,
+        run_dir=run_dir,
         on_step=lambda line: report(line["step"]),
     )
+    pools.follow(trainer)
     history = trainer.run([Stage(group, setting.steps) for group in setting.groups], resume=True)
-    return {"scores": scores_of(history, setting.domains), **guard_figures(guard, trainer)}
+    result = {"scores": scores_of(history, setting.domains), **guard_figures(guard, trainer)}
+    shutil.rmtree(run_dir)  # the record is what stays: the cell run again starts anew
+    return result
 
 
-def word_domain(name: str, seed: int, stored: int | None) -> Domain:
+def word_domain(name: str, seed: int) -> Domain:
     """A task on words, with three examples in every prompt; the first line of the completion counts."""
     words = WORDS.split()
     random.Random(f"{name}-{seed}").shuffle(words)
@@ -102,7 +107,7 @@ def word_domain(name: str, seed: int, stored: int | None) -> Domain:
         sample=lambda rng, n: [examples[w] for w in rng.choices(train, k=n)],
         reward=_first_line,
         eval_examples=[examples[w] for w in held_out],
-        probe_examples=[examples[w] for w in train[: 32 if stored is None else stored]],
+        probe_examples=[examples[w] for w in train],
     )
 
 

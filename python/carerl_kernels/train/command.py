@@ -29,6 +29,9 @@ def train(
 
     Several processes: torchrun --nproc-per-node 8 -m carerl_kernels train RECIPE
     """
+    if not dry_run and (processes is not None or as_json):
+        option = "--json" if processes is None else "--processes"
+        raise typer.BadParameter("belongs to --dry-run; start several processes with torchrun", param_hint=option)
     try:
         from .recipe import load_recipe
 
@@ -65,13 +68,15 @@ def train(
 def _plain(error: Exception) -> str | None:
     """What a user is told of an error that says what to do; None for a bug, whose traceback is wanted."""
     if isinstance(error, ModuleNotFoundError):
-        ours = error.name is None or error.name.split(".")[0] == __package__.split(".")[0]
-        return None if ours else f"{error.name} is not installed: pip install 'carerl-kernels[train]'"
+        own = error.name is None or error.name.split(".")[0] == __package__.split(".")[0]
+        return None if own else f"{error.name} is not installed: pip install 'carerl-kernels[train]'"
     if isinstance(error, (ImportError, ValueError, OSError, FloatingPointError)):
         return str(error)
     from ..grpo.parallel import PeerError
     from ..grpo.rundir import CheckpointError
     from ..grpo.sampling import SamplerError
     from ..rewards.pa_grm.backend import BackendError
+    from ..rewards.verifiers.sandbox import SandboxError
 
-    return str(error) if isinstance(error, (CheckpointError, SamplerError, PeerError, BackendError)) else None
+    ours = (CheckpointError, SamplerError, PeerError, BackendError, SandboxError)
+    return str(error) if isinstance(error, ours) else None

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..grpo.domain import BatchReward, Domain, Example
 
@@ -22,7 +22,7 @@ class DomainSpec(BaseModel):
 
     Args:
         chat: Prompts go through the tokenizer's chat template as a user's message.
-        system: System message before it; needs chat.
+        system: System message before it; needs chat, and prompts as text.
         probes: Training examples with answers that are stored: for a guard's rule "probed", for rehearsal.
     """
 
@@ -93,6 +93,11 @@ class Gym(DomainSpec):
     train_size: int = Field(default=10_000, ge=1)
     eval_size: int = Field(default=64, ge=1)
 
+    @field_validator("ask")
+    @classmethod
+    def _asks_the_question(cls, ask: str | None) -> str | None:
+        return _with_placeholder(ask, "{question}")
+
     def plain(self, name: str, folder: Path, cache: Path) -> Domain:
         from ..rewards.verifiers import gym_domain
 
@@ -139,7 +144,7 @@ class Rows(DomainSpec):
         eval: File of held-out examples; None: `eval_size` rows of the training file are kept out of training.
         eval_size: How many of them.
         seed: Splits a file that serves both.
-        ask: Turns the prompt of a row into the prompt of the policy; contains {prompt}.
+        ask: Turns the prompt of a row into the prompt of the policy; contains {prompt}, and needs prompts as text.
     """
 
     train: Path
@@ -147,6 +152,11 @@ class Rows(DomainSpec):
     eval_size: int = Field(default=64, ge=0)
     seed: int = 0
     ask: str | None = None
+
+    @field_validator("ask")
+    @classmethod
+    def _asks_the_prompt(cls, ask: str | None) -> str | None:
+        return _with_placeholder(ask, "{prompt}")
 
     @abstractmethod
     def reward(self, cache: Path) -> Reward:
@@ -163,14 +173,15 @@ class Rows(DomainSpec):
         return Domain(name, lambda rng, n: rng.choices(train, k=n), reward, eval_examples=held)
 
     def _examples(self, path: Path) -> list[Example]:
-        examples = [self._example(row) for row in read_rows(path, self.needs)]
+        changed_by = [name for name in ("ask", "system") if getattr(self, name) is not None]
+        examples = [self._example(row) for row in read_rows(path, self.needs, changed_by)]
         if not examples:
             raise ValueError(f"{path}: expected one row or more, found none")
         return examples
 
     def _example(self, row: Mapping[str, Any]) -> Example:
         prompt, answer = row["prompt"], row.get("answer")
-        if self.ask is not None and isinstance(prompt, str):
+        if self.ask is not None:
             prompt = self.ask.replace("{prompt}", prompt)
         return Example(prompt, None if answer is None else str(answer), row)
 
@@ -290,12 +301,19 @@ AnyDomain = Annotated[
 ]
 
 
-def read_rows(path: Path, needs: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+def _with_placeholder(ask: str | None, placeholder: str) -> str | None:
+    if ask is not None and placeholder not in ask:
+        raise ValueError(f"expected {placeholder} in it, where the data go")
+    return ask
+
+
+def read_rows(path: Path, needs: Sequence[str] = (), changed_by: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """The rows of a file of JSON lines; blank lines are skipped.
 
     Args:
         path: The file.
         needs: Fields that every row must have besides "prompt".
+        changed_by: Options that work on prompts as text, for the message: chat messages are refused if there are any.
 
     Raises:
         ValueError: A line that is no such row; names it and what is missing.
@@ -310,6 +328,11 @@ def read_rows(path: Path, needs: Sequence[str] = ()) -> Iterator[dict[str, Any]]
             raise ValueError(f"{path}, line {number}: expected a JSON object, found {line[:60]!r} ({error})") from error
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), (str, list)) or not row["prompt"]:
             raise ValueError(f'{path}, line {number}: expected "prompt" as text or chat messages, found {line[:60]!r}')
+        if changed_by and not isinstance(row["prompt"], str):
+            raise ValueError(
+                f"{path}, line {number}: expected a prompt as text, which {' and '.join(changed_by)} would change, found chat "
+                "messages; write into them what is to be asked, and leave the option out"
+            )
         missing = [name for name in needs if row.get(name) in (None, "", [])]
         if missing:
             raise ValueError(f"{path}, line {number}: expected {' and '.join(missing)} in the row, found {sorted(row)}")

@@ -6,7 +6,6 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
-import torch
 from torch import nn
 
 from ..grpo.parallel import blocks
@@ -124,18 +123,17 @@ def _activations(recipe: Recipe, config: Any, rows: int, item: int) -> int:
 def _guard(recipe: Recipe, model: nn.Module, processes: int) -> dict[str, Any]:
     from ..guard.build import DEFAULT_K, DEFAULT_R
     from ..subspace.plan import plan
-    from .run import history_files
+    from .run import basis_dtype, history_files
 
     assert recipe.guard is not None
     options = recipe.guard.options
     kind = options.get("basis", "per_matrix")
     row = kind in get_args(RowKind)
     rank = options.get("k" if row else "r") or (DEFAULT_K if row else DEFAULT_R)
-    dtype = getattr(torch, str(options.get("basis_dtype", "float32")))
     item = next(model.parameters()).dtype.itemsize
     names = {s.name for s in recipe.stages}
     earlier = len(history_files(recipe.guard.history))
-    return plan(model, kind, rank, max(1, earlier + len(names)), processes, dtype, item).as_dict()
+    return plan(model, kind, rank, max(1, earlier + len(names)), processes, basis_dtype(recipe.guard), item).as_dict()
 
 
 def lines(recipe: Recipe, plan: RunPlan) -> list[str]:

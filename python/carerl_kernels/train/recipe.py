@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,9 +11,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from ..grpo.config import GRPOConfig, Stage
-from ..grpo.endpoint import Engine
+from ..grpo.endpoint import TRUNCATED, Engine
 from ..grpo.parallel import Precision
 from .domains import AnyDomain
+
+OPERATIONAL = ("url", "timeout", "attempts", "max_in_flight", "folder", "cache")  # of servers: they change no number
 
 
 class RecipeError(ValueError):
@@ -152,7 +155,7 @@ class SamplerSpec(Section):
     Args:
         url, model, engine, sync_every, max_in_flight, timeout, max_gap: See there.
         dtype: Of the weights written for the engine.
-        folder: Where they are written; None: "served" in the run's directory. The engine must see it.
+        folder: Where they are written, under the run's own name; None: in the run's directory. The engine must see it.
     """
 
     url: str
@@ -215,6 +218,9 @@ class Recipe(Section):
                 "train.old_logprobs: expected sampler with an engine that samples (its weights and rounding differ from the "
                 f"trainer's, and the ratio corrects for it), found {self.train.old_logprobs}"
             )
+        top_p, temperature = self.train.top_p, self.train.temperature
+        if self.sampler is not None and top_p < 1 and temperature != 1:
+            raise ValueError("train." + TRUNCATED.format(top_p=top_p, temperature=temperature))
         if self.sampler is not None and self.model.lora is not None:
             raise ValueError(
                 "sampler: engines are given whole models, which adapters are not; leave out lora or sampler"
@@ -222,8 +228,13 @@ class Recipe(Section):
         return self
 
     def record(self) -> dict[str, Any]:
-        """What decides the run besides trainer settings and stages, for comparison when it is resumed."""
-        data = self.model_dump(mode="json", exclude={"run_dir", "train", "stages", "monitor"})  # it changes no number
+        """What decides the run besides trainer settings and stages, for comparison when it is resumed: not the monitor, and not
+        where servers are, how long they are waited for and where files are kept."""
+        data = self.model_dump(mode="json", exclude={"run_dir", "train", "stages", "monitor"})
+        servers = [data["sampler"], *(domain.get("judge") for domain in data["domains"].values())]
+        for server in filter(None, servers):
+            for name in OPERATIONAL:
+                server.pop(name, None)
         if self.guard is not None:
             data["guard"] = {"history": [str(p) for p in self.guard.history], **self.guard.options}
         return data
@@ -240,13 +251,8 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: Not YAML, an unknown name, a value out of range; every problem with its place.
         OSError: The file cannot be read.
     """
-    import yaml
-
     path = Path(path)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: expected YAML ({error})") from error
+    data = _yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(data, dict):
         raise RecipeError(
             f"{path}: expected a mapping with run_dir, model, domains and stages, found {type(data).__name__}"
@@ -255,7 +261,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         place, equals, value = override.partition("=")
         if not equals:
             raise RecipeError(f"override {override!r}: expected PLACE=VALUE, such as train.lr=1e-5")
-        _set(data, place.split("."), yaml.safe_load(value), override)
+        _set(data, place.split("."), _yaml(value, f"override {override!r}"), override)
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
@@ -263,6 +269,21 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}:\n{problems}") from error
     recipe._folder = path.resolve().parent
     return recipe
+
+
+def _yaml(text: str, source: str) -> Any:
+    """YAML with the floats of its version 1.2: PyYAML takes 1e-3 for text."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    pattern = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", pattern, list("-+.0123456789"))
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{source}: expected YAML ({error})") from error
 
 
 def _set(data: Any, place: list[str], value: Any, override: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import warnings
@@ -62,21 +63,26 @@ def open_run(recipe: Recipe, on_step: Callable[[dict[str, Any]], None] | None = 
         else:
             model.to(device)
         guard = None if recipe.guard is None else build_guard(model, recipe.guard)
-        yield Run(
-            GRPOTrainer(
-                model,
-                tokenizer,
-                domains,
-                recipe.train,
-                guard=guard,
-                monitor=_monitor(recipe, model, domains, guard),
-                run_dir=recipe.run_dir,
-                sampler=_sampler(recipe, model, tokenizer),
-                recipe=recipe.record(),
-                on_step=on_step,
-            ),
-            list(recipe.stages),
-        )
+        monitor = _monitor(recipe, model, domains, guard)
+        try:
+            yield Run(
+                GRPOTrainer(
+                    model,
+                    tokenizer,
+                    domains,
+                    recipe.train,
+                    guard=guard,
+                    monitor=monitor,
+                    run_dir=recipe.run_dir,
+                    sampler=_sampler(recipe, model, tokenizer),
+                    recipe=recipe.record(),
+                    on_step=on_step,
+                ),
+                list(recipe.stages),
+            )
+        finally:
+            if monitor is not None:
+                monitor.close()  # its sinks: the next run of this process has its own
 
 
 def _sampler(recipe: Recipe, model: nn.Module, tokenizer: Any) -> EndpointSampler | None:
@@ -88,7 +94,7 @@ def _sampler(recipe: Recipe, model: nn.Module, tokenizer: Any) -> EndpointSample
         spec.model,
         special_tokens(tokenizer, model),
         engine=spec.engine,
-        folder=spec.folder or recipe.run_dir / "served",
+        folder=recipe.run_dir if spec.folder is None else spec.folder / _own_name(recipe.run_dir),
         sync_every=spec.sync_every,
         device=next(model.parameters()).device,
         max_in_flight=spec.max_in_flight,
@@ -96,6 +102,11 @@ def _sampler(recipe: Recipe, model: nn.Module, tokenizer: Any) -> EndpointSample
         max_gap=spec.max_gap,
         dtype=None if spec.dtype is None else getattr(torch, spec.dtype),
     )
+
+
+def _own_name(run_dir: Path) -> str:
+    """Of a run's part of a folder that several share."""
+    return f"{run_dir.name}-{hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]}"
 
 
 def _monitor(recipe: Recipe, model: nn.Module, domains: Sequence[Domain], guard: Any) -> Any:
@@ -127,12 +138,7 @@ def build_guard(model: nn.Module, spec: GuardSpec) -> Any:
 
     options = dict(spec.options)
     if "basis_dtype" in options:
-        dtype = getattr(torch, str(options["basis_dtype"]), None)
-        if not isinstance(dtype, torch.dtype):
-            raise RecipeError(
-                f"guard.basis_dtype: expected a torch dtype such as bfloat16, found {options['basis_dtype']!r}"
-            )
-        options["basis_dtype"] = dtype
+        options["basis_dtype"] = basis_dtype(spec)
     if isinstance(options.get("bound"), list):
         options["bound"] = tuple(options["bound"])
     paths = history_files(spec.history)
@@ -144,6 +150,19 @@ def build_guard(model: nn.Module, spec: GuardSpec) -> Any:
     for warning in caught:
         warnings.warn(warning.message, warning.category, stacklevel=2)
     return guard
+
+
+def basis_dtype(spec: GuardSpec) -> torch.dtype:
+    """Of the directions; float32 where the recipe names none.
+
+    Raises:
+        RecipeError: torch has no such dtype.
+    """
+    name = spec.options.get("basis_dtype", "float32")
+    dtype = getattr(torch, str(name), None)
+    if not isinstance(dtype, torch.dtype):
+        raise RecipeError(f"guard.basis_dtype: expected a torch dtype such as bfloat16, found {name!r}")
+    return dtype
 
 
 def history_files(history: Sequence[Path]) -> list[Path]:

@@ -42,6 +42,7 @@ class Page:
     cards: list[DomainCard]
     alerts: list[Mapping[str, Any]]
     monitored: bool
+    points: bool  # whether differences of scores are in points
     interference: list[Matrix | Chart]
     shares: list[Chart]
     guard: list[Matrix | Chart]
@@ -93,8 +94,8 @@ def build_page(record: RunRecord) -> Page:
     missing: Missing = []
     stages = [(s.name, float(max(s.first - 1, 0)), float(s.last)) for s in record.spans]
     tests = record.series("monitor", "alpha")
-    alerts = [a for _, found in record.found("monitor", "alerts") for a in found]
-    cards = [_card(record, name, stages, alerts) for name in record.domains]
+    alerts = record.alerts
+    cards = [_card(record, name, stages) for name in record.domains]
     if not any(card.chart for card in cards):
         missing.append(
             ("Scores per domain", "give domains held-out examples (eval_examples), or evaluate=... to the monitor")
@@ -121,6 +122,7 @@ def build_page(record: RunRecord) -> Page:
         cards=cards,
         alerts=alerts,
         monitored=bool(tests),
+        points=record.span == 1,
         interference=pulls,
         shares=shares,
         guard=guard,
@@ -135,40 +137,62 @@ def build_page(record: RunRecord) -> Page:
 # ------------------------------------------------------------------------------------------------------------------- domains
 
 
-def _card(record: RunRecord, name: str, stages: Stages, alerts: list[Any]) -> DomainCard:
-    scores = record.series("eval", name)
+def _verdict(record: RunRecord, name: str) -> tuple[str, str]:
+    """Status and what it rests on.
+
+    A domain has recovered where it is, at the end, within the alerts' ``drop`` of the baseline of *every* alert: after a
+    rebase the monitor compares with what is left of it, which says nothing about coming back.
+    """
     found = record.found("monitor", "domains", name)
-    tested = [(step, f) for step, f in found if "p" in f]
-    own = [a for a in alerts if a["domain"] == name]
-    last = tested[-1][1] if tested else None
+    tested = [f for _, f in found if "p" in f]
+    own = [a for a in record.alerts if a["domain"] == name]
+    drops, alphas = record.series("monitor", "drop"), record.series("monitor", "alpha")
+    drop, alpha = drops[-1][1] if drops else 0.0, alphas[-1][1] if alphas else 0.0
     if own:
+        end = found[-1][1]["score"]
+        below = [a for a in own if a["baseline"] - end >= drop and a["baseline"] > end]
+        if below or tested[-1]["fallen"]:
+            a = (below or own)[-1]
+            return "fell", f"{record.difference(a['drop'])} below its baseline at step {a['step']}, {_p(a['p'])}"
         a = own[-1]
-        status, verdict = (
-            "fell",
-            f"{_points(a['drop'])} below its baseline at step {a['step']}, p\u00a0=\u00a0{a['p']:.2g}",
-        )
-        if last is not None and not last["fallen"]:
-            status, verdict = "recovered", f"fell at step {a['step']}; {_points(last['drop'])} below at the end"
-    elif last is not None:
-        status, verdict = "holds", f"no significant drop, p\u00a0=\u00a0{last['p']:.2g}"
-    else:
-        status, verdict = "untested", "not monitored"
-    card = DomainCard(name, status, verdict)
+        side = f"{record.difference(abs(a['baseline'] - end))} {'below' if end < a['baseline'] else 'above'}"
+        return "recovered", f"fell at step {a['step']}; {side} that baseline at the end"
+    if not tested:
+        return "untested", "not monitored"
+    last = tested[-1]
+    if last["p"] > alpha:
+        return "holds", f"no significant drop, {_p(last['p'])}"
+    if last["drop"] > 0:
+        told = f"{record.difference(last['drop'])}, less than the {record.difference(drop)} that alerts are for"
+        return "slipped", f"a significant drop, {_p(last['p'])}, of {told}"
+    return (
+        "holds",
+        f"not below its baseline at the end; significantly so before, {_p(last['p'])}, but never enough for an alert",
+    )
+
+
+def _card(record: RunRecord, name: str, stages: Stages) -> DomainCard:
+    scores = record.series("eval", name)
+    card = DomainCard(name, *_verdict(record, name))
     if not scores:
         card.verdict = "never evaluated"
         return card
     card.score, card.start = scores[-1][1], scores[0][1]
     card.best = max(scores, key=lambda p: p[1])
-    errors = {step: f["error"] for step, f in found if isinstance(f.get("error"), (int, float))}
+    errors = dict(record.series("monitor", "domains", name, "error"))
     band = [(x, y - 2 * errors[x], y + 2 * errors[x]) for x, y in scores if x in errors]
-    card.percent = unit = all(0 <= y <= 1 for _, y in scores)
+    card.percent = unit = record.span == 1 and all(0 <= y <= 1 for _, y in scores)
     card.chart = line_chart(
         name,
         [Line(name, scores, 0, marks=len(scores) <= 80, band=band)],
         y_label="" if unit else "score",
         stages=stages,
         own=[s for s, _, _ in stages if name in s.split("+") or s.rpartition("-")[0] == name],
-        alerts=[(a["step"], f"{name} fell by {_points(a['drop'])}, p = {a['p']:.2g}") for a in own],
+        alerts=[
+            (a["step"], f"{name} fell by {record.difference(a['drop'])}, p = {a['p']:.2g}")
+            for a in record.alerts
+            if a["domain"] == name
+        ],
         level=(scores[0][1], f"start: {scores[0][1]:.3f}"),
         y_range=(0.0, 1.0) if unit else None,
         percent=unit,
@@ -181,13 +205,16 @@ def _summary(cards: list[DomainCard], alerts: list[Any], alpha: float | None) ->
         return "This run was not monitored: curves are shown as they are, without a test of whether a drop is more than noise."
     fell = [c.name for c in cards if c.status == "fell"]
     back = [c.name for c in cards if c.status == "recovered"]
+    slipped = [c.name for c in cards if c.status == "slipped"]
+    less = f"{', '.join(slipped)} slipped, by less than alerts are for" if slipped else ""
     if not alerts:
-        return f"No domain fell significantly; the chance of any false alarm was held at {alpha:.0%}."
-    parts = [f"{', '.join(fell)} fell" if fell else "", f"{', '.join(back)} fell and came back" if back else ""]
+        what = f"No alert; {less}" if less else "No domain fell significantly"
+        return f"{what}; the chance of any false alarm was held at {alpha:.0%}."
+    parts = [f"{', '.join(fell)} fell" if fell else "", f"{', '.join(back)} fell and came back" if back else "", less]
     return (
         f"{'; '.join(p for p in parts if p)}. The chance of any false alarm in the whole run was held at {alpha:.0%}."
     )
 
 
-def _points(drop: float) -> str:
-    return f"{100 * drop:.1f} points"
+def _p(p: float) -> str:
+    return f"p\u00a0=\u00a0{p:.2g}"

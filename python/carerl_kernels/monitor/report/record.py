@@ -78,9 +78,22 @@ class RunRecord:
         """Names of all domains that were evaluated or rewarded, in order of configuration, else of appearance."""
         seen: dict[str, None] = dict.fromkeys((self.config or {}).get("domains", ()))
         for line in self.lines:
-            for key in ("eval", "rewards"):
-                seen.update(dict.fromkeys(line.get(key) or ()))
+            for key in ("eval", "rewards"):  # elsewhere these may be one number
+                seen.update(dict.fromkeys(_mapping(line.get(key))))
         return list(seen)
+
+    @cached_property
+    def span(self) -> float | None:
+        """Size of the score range; where no monitor recorded it, 1 if all scores are from 0 to 1, else None."""
+        told = self.series("monitor", "span")
+        if told:
+            return told[0][1]
+        scores = [y for name in self.domains for _, y in self.series("eval", name)]
+        return 1.0 if all(0 <= y <= 1 for y in scores) else None
+
+    def difference(self, value: float) -> str:
+        """A difference of scores as text: in points, hundredths of the score range, only where the range has size 1."""
+        return f"{100 * value:.1f} points" if self.span == 1 else f"{value:.3g}"
 
     @property
     def last_step(self) -> int:
@@ -88,25 +101,31 @@ class RunRecord:
 
     def series(self, *keys: str) -> list[tuple[int, float]]:
         """(step, value) wherever ``line[keys[0]][keys[1]]...`` is a number."""
-        out = []
-        for line in self.lines:
-            value: Any = line
-            for key in keys:
-                value = value.get(key) if isinstance(value, Mapping) else None
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                out.append((int(line["step"]), float(value)))
-        return out
+        return [
+            (step, float(value))
+            for step, value in self._values(*keys)
+            if isinstance(value, (int, float)) and not isinstance(value, bool)
+        ]
 
-    def found(self, *keys: str) -> list[tuple[int, Any]]:
-        """(step, object) wherever it is there."""
-        out = []
+    def found(self, *keys: str) -> list[tuple[int, Mapping[str, Any]]]:
+        """(step, mapping) wherever there is one."""
+        return [(step, value) for step, value in self._values(*keys) if isinstance(value, Mapping)]
+
+    @cached_property
+    def alerts(self) -> list[Mapping[str, Any]]:
+        """Of the monitor, in order."""
+        return [a for _, told in self._values("monitor", "alerts") if isinstance(told, list) for a in told]
+
+    def _values(self, *keys: str) -> Iterator[tuple[int, Any]]:
         for line in self.lines:
             value: Any = line
             for key in keys:
                 value = value.get(key) if isinstance(value, Mapping) else None
-            if value is not None:
-                out.append((int(line["step"]), value))
-        return out
+            yield int(line["step"]), value
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _spans(lines: list[dict[str, Any]]) -> list[Span]:
@@ -145,7 +164,8 @@ def _metrics(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
             ) from e
         if value["step"] <= last:
             raise RunError(
-                f"{path}, line {number}: expected a step after {last}, found {value['step']}; two runs wrote to this file"
+                f"{path}, line {number}: expected a step after {last}, found {value['step']}; two runs wrote to "
+                "this file: give every run a directory of its own, and split the file before this line to read the two"
             )
         last = value["step"]
         yield value

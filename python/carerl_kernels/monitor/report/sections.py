@@ -49,8 +49,8 @@ def interference(record: RunRecord, stages: Stages, missing: Missing) -> list[Ma
     names: dict[str, None] = {}
     pairs: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for step, gradients in found:
-        names.update(dict.fromkeys(gradients["norm"]))
-        for a, row in gradients["cosine"].items():
+        names.update(dict.fromkeys(gradients.get("norm", ())))
+        for a, row in gradients.get("cosine", {}).items():
             for b, value in row.items():
                 if value is not None:
                     pairs.setdefault((a, b), []).append((step, value))
@@ -93,25 +93,28 @@ def interference(record: RunRecord, stages: Stages, missing: Missing) -> list[Ma
 def _stage_changes(record: RunRecord) -> Matrix | None:
     """What every stage did to every domain's score; for a single stage, from its first evaluation to its last."""
     rows = []
+    points = record.span == 1
+    scale = 100 if points else 1
     for span in record.spans:
         cells: list[float | None] = []
         for name in record.domains:
             scores = record.series("eval", name)
             before = [y for x, y in scores if x < span.first]
             after = [y for x, y in scores if span.first <= x <= span.last]
-            cells.append(100 * (after[-1] - before[-1]) if before and after else None)
+            cells.append(scale * (after[-1] - before[-1]) if before and after else None)
         rows.append((span.name, cells))
     if not any(c is not None for _, cells in rows for c in cells):
         return None
     strongest = max(abs(c) for _, cells in rows for c in cells if c is not None)
     return Matrix(
         "What each stage did to each domain",
-        "Change of the score over the stage, in points. Off the diagonal: transfer if positive, interference if negative.",
+        f"Change of the score over the stage{', in points' if points else ''}. "
+        "Off the diagonal: transfer if positive, interference if negative.",
         "stage",
         record.domains,
         rows,
         strongest or 1.0,
-        "{:+.1f}",
+        "{:+.1f}" if points else "{:+.3g}",
     )
 
 
@@ -154,7 +157,7 @@ def reward_shares(record: RunRecord, stages: Stages, missing: Missing) -> list[C
             )
         )
         return charts
-    if any(len(found) > 1 for _, found in shares):
+    if any(len(found) > 1 for _, found in shares):  # mixed batches
         by_variance = _variance_shares(record)
         for title, source, caption in (
             (
@@ -169,18 +172,22 @@ def reward_shares(record: RunRecord, stages: Stages, missing: Missing) -> list[C
             ),
         ):
             lines = curves(lambda name, source=source: source.get(name, []))  # type: ignore[misc]
-            charts.append(line_chart(title, lines, stages=stages, y_range=(0.0, 1.0), percent=True, caption=caption))
+            if lines:  # no shares where no prompt's rewards ever differed
+                charts.append(
+                    line_chart(title, lines, stages=stages, y_range=(0.0, 1.0), percent=True, caption=caption)
+                )
     else:
         lines = curves(lambda name: record.series("reward_variance", name))
-        charts.append(
-            line_chart(
-                "Reward variance within prompts",
-                lines,
-                y_label="variance",
-                stages=stages,
-                caption="What group-relative advantages learn from; every batch is of one domain here.",
+        if lines:
+            charts.append(
+                line_chart(
+                    "Reward variance within prompts",
+                    lines,
+                    y_label="variance",
+                    stages=stages,
+                    caption="What group-relative advantages learn from; every batch is of one domain here.",
+                )
             )
-        )
     return charts
 
 
@@ -188,8 +195,10 @@ def _variance_shares(record: RunRecord) -> dict[str, list[tuple[int, float]]]:
     """Each domain's share of the squared distances of a batch's rewards to their prompts' means."""
     out: dict[str, list[tuple[int, float]]] = {}
     for line in record.lines:
-        variance, share = line.get("reward_variance") or {}, line.get("batch_share") or {}
-        weighed = {n: variance[n] * share[n] for n in variance if n in share}
+        variance, share = line.get("reward_variance"), line.get("batch_share")
+        if not (isinstance(variance, Mapping) and isinstance(share, Mapping)):
+            continue
+        weighed = {n: v * share[n] for n, v in variance.items() if v is not None and share.get(n) is not None}
         total = sum(weighed.values())
         for name, value in weighed.items():
             if total > 0:

@@ -1,0 +1,66 @@
+"""What each kind of setting honours: anything else in a cell would be ignored without a word, and is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .grid import Cell, GridError
+
+IGNORED = {
+    "lm": (),
+    "bandit": ("warm_up", "shares", "noise"),
+    "smollm2": ("warm_up", "shares", "noise"),
+}
+"""Fields of a setting, by kind, that its runner does not read."""
+BANDIT_TRAIN = {"replay_fraction", "rehearsal_weight", "stage_interpolation", "kl_beta", "kl_reference"}
+CELLS_OWN = {"lr", "seed"}
+"""Fields of `GRPOConfig` that the cell decides."""
+
+
+def refuse_ignored(cell: Cell) -> None:
+    """Look for what the cell's runner would not honour.
+
+    Raises:
+        GridError: The setting or the method asks for something that would not happen.
+    """
+    setting, method = cell.setting, cell.method
+    train = {**setting.train, **method.train}
+
+    def refuse(expected: str, found: Any) -> None:
+        raise GridError(f"{cell.name}: expected {expected}, found {found}")
+
+    ignored = [f for f in IGNORED[setting.kind] if f in setting.model_dump(exclude_defaults=True)]
+    if ignored:
+        refuse(f"a {setting.kind} setting without what it does not know", ", ".join(ignored))
+    if CELLS_OWN & train.keys():
+        refuse("lr and seed from the cell's name, not from train", ", ".join(sorted(CELLS_OWN & train.keys())))
+    if method.random and method.guard is None:
+        refuse(f"a guard to go with random: {method.random}", "none")
+    stores = train.get("replay_fraction", 0) > 0 or train.get("rehearsal_weight", 0) > 0 or _probes(cell)
+    if stores and method.stored == 0:
+        refuse("stored examples for replay, rehearsal or probes", "stored: 0")
+    for what, of in (("shares", setting.shares or {}), ("noise", setting.noise)):
+        if of.keys() - set(setting.domains):
+            refuse(f"{what} of {', '.join(setting.domains)}", ", ".join(sorted(of.keys() - set(setting.domains))))
+    if setting.shares is not None:
+        shared = [group for group in setting.groups if len(group) >= len(setting.shares)]
+        if not shared or any(setting.shares.keys() != set(group) for group in shared):
+            refuse("a mixed stage of just the domains that have shares", f"stages {setting.groups}")
+    if setting.kind == "bandit":
+        _refuse_bandit(cell, train, refuse)
+
+
+def _refuse_bandit(cell: Cell, train: dict[str, Any], refuse: Any) -> None:
+    groups, unknown = cell.setting.groups, sorted(train.keys() - BANDIT_TRAIN)
+    if unknown:
+        refuse(f"bandits to train with {', '.join(sorted(BANDIT_TRAIN))} alone", ", ".join(unknown))
+    if any(len(group) > 1 for group in groups) or len(groups) > len(cell.setting.domains):
+        refuse("bandits in stages of one domain each, none twice", cell.setting.stages)
+    if train.get("kl_reference", "stage") != "stage":
+        refuse("kl_reference: stage, all that bandits know", train["kl_reference"])
+    if cell.method.stored is None and (train.get("rehearsal_weight", 0) > 0 or _probes(cell)):
+        refuse("a number of stored contexts, for bandits have no end of them", "stored: null")
+
+
+def _probes(cell: Cell) -> bool:
+    return (cell.method.guard or {}).get("rule") == "probed"

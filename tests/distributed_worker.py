@@ -132,6 +132,25 @@ def lists(run: Run) -> None:
     run.save("lists", parts=[p.detach() for _, p in parts], communication=guard.report()["communication"])
 
 
+def probed(run: Run, kind: str) -> None:
+    """Probes on the earlier domain's own data between the steps of another."""
+    model = run.shard(make_model())
+    size = {"k": K} if kind == "per_matrix" else {"r": R}
+    guard = CapabilityGuard(model, "probed", basis=kind, probe_every=2, probe_adaptive=True, **size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    guard.attach(optimizer)
+    with guard.stage("math"):
+        run.train(model, optimizer, range(8))
+    for step in range(100, 108):
+        if guard.probes_due():
+            for x, y in run.batch(20, parts=2):
+                with guard.probe("math"):
+                    ((model(x) - y).square().mean() / 2).backward()
+        with guard.domain("chat"):
+            run.train(model, optimizer, [step])
+    run.save(f"probed_{kind}", parameters=run.whole(guard.parameters), probes=guard.report()["probes"])
+
+
 def gradient_mode(run: Run) -> None:
     model = run.shard(make_model())
     guard = CapabilityGuard(model, "remove", basis="per_matrix", k=K, apply_to="grad", max_grad_norm=0.3)
@@ -287,6 +306,8 @@ SCENARIOS = {
     "ddp_per_matrix": lambda run: ddp(run, "per_matrix"),
     "ddp_input": lambda run: ddp(run, "input"),
     "lists": lists,
+    "probed_per_matrix": lambda run: probed(run, "per_matrix"),
+    "probed_input": lambda run: probed(run, "input"),
     "gradient_mode": gradient_mode,
     "mixed_precision": mixed_precision,
     "load_elsewhere": load_elsewhere,

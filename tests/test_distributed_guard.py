@@ -100,6 +100,20 @@ def test_fully_sharded_equals_single_process(folder, name, world):
 
 
 @pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("kind", ["per_matrix", "input"])
+def test_probes_see_what_a_single_process_sees(folder, kind, world):
+    """Micro-batches of a probe are sharded and averaged like gradients; signs, intervals and edits agree."""
+    (single,) = results(folder, f"probed_{kind}", 1)
+    assert single["probes"]["rounds"] > 1 and single["probes"]["agreement"]
+    for one in results(folder, f"probed_{kind}", world):
+        assert_close(one["parameters"], single["parameters"])
+        for name in ("rounds", "interval", "fallback"):
+            assert one["probes"][name] == single["probes"][name]
+        for name, agreement in single["probes"]["agreement"].items():
+            assert one["probes"]["agreement"][name] == pytest.approx(agreement, abs=1e-5)
+
+
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("kind", ["flat", "per_matrix", "block", "input"])
 def test_recorded_files_are_whole_and_alike(folder, kind, world):
     """One file, whatever the number of processes: same directions, spectra, displacement, start."""

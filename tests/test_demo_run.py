@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 from carerl_kernels.demo import VARIANTS, DemoError, run_demo
-from carerl_kernels.demo.report import Summary
+from carerl_kernels.demo.report import Summary, print_summary
 from carerl_kernels.demo.variants import RunResult, Scale, run_variant
 from rich.console import Console
 
@@ -111,3 +111,16 @@ def test_verdict_counts_seeds_and_says_who_lost():
     assert sentence.startswith(
         "guarded against lower_lr (the best plain learning rate): average -0.075, better on 1 of 2"
     )
+
+
+def test_table_fits_a_terminal_when_earlier_domains_gain():
+    def run(variant, seed):
+        before, after = (dict.fromkeys(("code", "chat", "math"), x) for x in (0.1 + 0.2 * seed, 0.9))
+        return RunResult(variant, seed, [(0, before), (9, after)], before, after, 1.0, 0.5, 0.25)
+
+    console, chosen = quiet(), list(VARIANTS.values())
+    summary = Summary.of([run(v.name, s) for v in chosen for s in (0, 1)], chosen, ("code", "chat", "math"), 2, 1.0)
+    print_summary(console, summary, chosen, TINY)
+    printed = console.file.getvalue()
+    assert "-.70±.10" in printed and "25.0%" in printed
+    assert "…" not in printed and max(map(len, printed.splitlines())) <= 80

@@ -171,7 +171,7 @@ def print_summary(console: Console, summary: Summary, variants: Sequence[Variant
 
     names = " -> ".join(summary.domains)
     title = f"{names}, {scale.steps} GRPO steps each, {summary.seeds} seed{'s' if summary.seeds > 1 else ''}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     table.add_column("variant", style="bold", no_wrap=True)
     for column in (*summary.domains, "average", "forget", "new", "touched", "guard"):
         table.add_column(column, justify="right", no_wrap=True)

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -167,7 +168,7 @@ def test_stored_prompts_are_all_that_is_left_of_a_domain_after_its_stage():
 
     seen = {}
     for step, stage in itertools.zip_longest((0, 4, 5, 9, 10), "aabbc"):
-        pools.after({"step": step})
+        pools.follow(SimpleNamespace(history=[{"step": step}]))
         seen.setdefault(stage, []).append(drawn())
     assert all(len(prompts) > 32 for prompts in seen["a"] + seen["c"])
     assert all(prompts <= kept for prompts in seen["b"])

@@ -312,7 +312,9 @@ def test_thinning_and_smoothing_keep_means_and_constants():
 
 def test_chart_of_one_point_and_of_a_constant():
     for points in ([(5.0, 0.0)], [(0.0, 1.0), (1.0, 1.0)], [(0.0, -3e-9), (1.0, 2e-9)]):
-        Structure(str(line_chart("x", [Line("x", points)], y_label="y").svg))
+        drawn = str(line_chart("x", [Line("x", points)], y_label="y").svg)
+        Structure(drawn)  # parses
+        assert "nan" not in drawn and "inf" not in drawn
 
 
 # ----------------------------------------------------------------------------------------------------------------- browser

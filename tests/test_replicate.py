@@ -151,6 +151,8 @@ def test_measures_of_a_record():
     assert r.forgetting == pytest.approx((0.4 + 0.2) / 2)
     assert r.retention == pytest.approx(0.55)
     assert r.new == pytest.approx(0.75)
+    before = record("s/m@1/0", [[0.1, 0.4, 0.5], [0.9, 0.3, 0.4], [0.6, 0.8, 0.2], [0.5, 0.6, 0.7]])
+    assert before.window == pytest.approx(((0.4 - 0.3) + (0.5 - 0.2)) / 2)
     mixed = Record("s/m@1/0", "k", [["a", "b"], ["a", "b", "c"]], [[0, 0, 0], [0.8, 0.6, 0.1], [0.4, 0.7, 0.5]], 1.0)
     assert mixed.forgetting == pytest.approx((0.4 - 0.1) / 2)
     assert mixed.new == pytest.approx(0.5)
@@ -276,7 +278,7 @@ runs: []
     assert set(probed.displacement["merge"]) == set(probed.validity) == {"flip", "code"}
     for share in probed.validity.values():
         assert len(share) == 3 and all(0 < s < 1 for s in share)
-    assert random.touched > 0 and random.validity == {} and plain.touched is None
+    assert random.touched > 0 and plain.touched is None and plain.validity == {}
     (again,) = run_cells([grid.cell(names[0])], tmp_path / "again")
     assert (again.scores, again.validity) == (probed.scores, probed.validity)
 
@@ -354,7 +356,7 @@ def test_a_cell_runs_whatever_is_recorded_unless_resumed(tiny, tmp_path):
         ("kind: lm, stages: [code, math], shares: {code: 1, math: 2}", "", "mixed stage"),
         ("kind: lm, stages: [[code, math, chat]], shares: {code: 1, math: 2}", "", "mixed stage"),
         ("kind: lm, stages: [code, math]", "train: {lr: 0.1}", "lr and seed from the cell"),
-        ("kind: lm, stages: [code, math]", "random: rank", "a guard to go with random"),
+        ("kind: lm, stages: [code, math]", "experiment: elastic", "rule .integrated. to go with experiment"),
     ],
 )
 def test_what_a_kind_would_ignore_is_refused_before_anything_runs(tmp_path, setting, method, message):

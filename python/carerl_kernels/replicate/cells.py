@@ -96,6 +96,12 @@ class Record:
         """Mean accuracy at the end of a domain's first stage, over the domains that were not there from the first."""
         return fmean(self.scores[self.own(d)][i] for i, d in enumerate(self.domains) if self.own(d) > 1)
 
+    @property
+    def window(self) -> float:
+        """Mean drop from the start to right before a domain's own stage, while nothing is known of it to protect."""
+        late = [(i, self.own(d)) for i, d in enumerate(self.domains) if self.own(d) > 1]
+        return fmean(self.scores[0][i] - self.scores[own - 1][i] for i, own in late)
+
     def _early(self, domain: str) -> bool:
         return self.own(domain) < len(self.stages)
 

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .experiments import Experiment
+
 PRESETS = ("small", "full")
 CHOOSING = 100
 """Seeds from here on chose methods and their numbers; those below confirm and are all that verdicts use."""
@@ -33,7 +35,7 @@ class Method(_Strict):
         lr: Times the setting's learning rate: a cell for each, so that a method is a front and not a point.
         train: Fields of `GRPOConfig`.
         guard: Options of `CapabilityGuard`, or None.
-        random: Control: the recorded directions are replaced by random ones ("rank": as many of them).
+        experiment: Something that only the study knows (`experiments.ExperimentalGuard`), and its strength.
         editor: Combines one gradient per domain of the batch.
         stored: Examples kept of every earlier domain, for rehearsal, probes and replay; None: all that the domain has.
     """
@@ -42,7 +44,8 @@ class Method(_Strict):
     lr: tuple[float, ...] = (0.5,)
     train: dict[str, Any] = Field(default_factory=dict)
     guard: dict[str, Any] | None = None
-    random: Literal["rank"] | None = None
+    experiment: Experiment | None = None
+    strength: float = Field(default=1.0, gt=0)
     editor: Literal["pcgrad", "modular_surgery"] | None = None
     stored: int | None = Field(default=32, ge=0)
 

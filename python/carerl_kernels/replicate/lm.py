@@ -14,7 +14,6 @@ from ..demo import tasks
 from ..grpo import Domain, Example, GRPOConfig, GRPOTrainer, Stage, answer_loss, special_tokens
 from ..guard import CapabilityGuard
 from ..guard.validate import validate
-from .controls import RandomGuard
 from .grid import Cell, GridError
 from .methods import editor_of, guard_of
 
@@ -85,7 +84,7 @@ class Validity:
     """Whether recorded directions still explain their domain's gradients, on examples that were never trained on.
 
     Args:
-        guard: Or None, which leaves `shares` empty; so does a control with random directions.
+        guard: Or None, which leaves `shares` empty.
         model, tokenizer, domains: Of the run.
 
     Attributes:
@@ -93,7 +92,7 @@ class Validity:
     """
 
     def __init__(self, guard: CapabilityGuard | None, model: Any, tokenizer: Any, domains: Sequence[Domain]) -> None:
-        self.guard = None if isinstance(guard, RandomGuard) else guard
+        self.guard = guard
         self.model, self.tokenizer = model, tokenizer
         self.examples = {d.name: list(d.eval_examples) for d in domains}
         self.tokens = special_tokens(tokenizer, model)

@@ -7,7 +7,7 @@ from typing import Any, get_args
 from ..guard import CapabilityGuard
 from ..guard.editors import Editor, PCGrad, modular_surgery
 from ..subspace.layout import RowKind
-from .controls import RandomGuard
+from .experiments import ExperimentalGuard
 from .grid import Method
 
 
@@ -20,7 +20,9 @@ def guard_of(method: Method, model: Any, seed: int, k: int | None = None) -> Cap
         options = {"k": k, **options}
     if isinstance(options.get("bound"), list):
         options["bound"] = tuple(options["bound"])
-    return RandomGuard(model, seed=seed, **options) if method.random else CapabilityGuard(model, **options)
+    if method.experiment is None:
+        return CapabilityGuard(model, **options)
+    return ExperimentalGuard(model, experiment=method.experiment, strength=method.strength, seed=seed, **options)
 
 
 def editor_of(method: Method, model: Any, seed: int) -> Editor | None:

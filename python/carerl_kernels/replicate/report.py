@@ -16,7 +16,7 @@ from .stats import Estimate, estimate, holm, pareto
 
 FRONT = "none"
 """The method whose learning rates are the front that everything has to beat."""
-DEFAULT = "bounded@0.5"
+DEFAULT = "input-bounded@1"
 """The guard as `CapabilityGuard(model)` builds it, at the learning rate that the demonstration gives it."""
 ALPHA = 0.05
 

@@ -32,7 +32,7 @@ MEMORY: dict[Rule, tuple[str, ...]] = {
     "ema": ("mean",),
     "integrated": ("p",),
     "bounded": ("p",),
-    "remove": ("p",),
+    "remove": (),
     "probed": ("p", "probe"),
 }
 """What each rule remembers, see :class:`RuleState`."""
@@ -94,8 +94,6 @@ def _by_sign(sign: Tensor, params: RuleParams) -> Tensor:
 
 def _attained(rule: Rule, P: Tensor, params: RuleParams, reach: Tensor, displacement: Tensor) -> Tensor:
     """f(P): the net displacement that a displacement rule allows when the raw one is P."""
-    if rule == "remove":
-        return torch.zeros_like(P)
     if rule == "integrated":
         return _by_sign(P, params) * P
     size = displacement * reach
@@ -141,6 +139,8 @@ def decide(
             return frame.out(bounded)
     else:
         inside = frame.into(c)
+    if rule == "remove":  # f = 0 whatever came before: nothing to remember
+        return frame.out(inside)
     if rule == "instant":
         sign = torch.where(c.abs() > floor, c, 0.0)
     elif rule == "significance":

@@ -16,7 +16,8 @@ from .factored import BlockStack, InputStack
 from .frames import Combine
 from .stack import RowStack, Stack
 
-DEFAULT_K, DEFAULT_R = 64, 16
+RANKS: dict[Kind, int] = {"flat": 64, "per_matrix": 64, "block": 16, "input": 32}
+"""Default k or r. Of 32 input directions as few act as hold the guard's share of the inputs' energy."""
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # torch.compile, FSDP, checkpointing
 
 
@@ -42,6 +43,22 @@ def architecture_of(model: Any) -> str:
     return names[names.index("FSDPModule") + 1] if "FSDPModule" in names else names[0]
 
 
+def kind_of(
+    basis: Kind | None, *, module: bool = True, k: int | None = None, dtype: torch.dtype = torch.float32
+) -> Kind:
+    """The kind of basis where none is named: "input", or "per_matrix" where rows are asked for or no forward pass can be seen.
+
+    Args:
+        basis: as named, or None.
+        module: whether the model is one, and not pairs of names and parameters.
+        k: directions of a row basis, if given.
+        dtype: storage of the directions; that of factors is float32.
+    """
+    if basis is not None:
+        return basis
+    return "input" if module and k is None and dtype == torch.float32 else "per_matrix"
+
+
 def rank_of(kind: Kind, k: int | None, r: int | None) -> int:
     """Directions of a row basis, or rank of a factored one.
 
@@ -53,9 +70,7 @@ def rank_of(kind: Kind, k: int | None, r: int | None) -> int:
     if number is not None:
         raise ValueError(f"{wrong}: expected {right} with basis={kind!r}, found {wrong}={number}")
     number = k if kind in get_args(RowKind) else r
-    if number is None:
-        number = DEFAULT_K if kind in get_args(RowKind) else DEFAULT_R
-    return number
+    return RANKS[kind] if number is None else number
 
 
 def lay_out(

@@ -19,7 +19,7 @@ from ..subspace.layout import Kind, RowKind
 from ..subspace.recorder import Recorder
 from ..subspace.shards import local
 from ..subspace.store import read_info
-from .build import architecture_of, data_group, lay_out, new_stack, rank_of, sites_of, trainable
+from .build import architecture_of, data_group, kind_of, lay_out, new_stack, rank_of, sites_of, trainable
 from .checks import at_least, for_domain, one_of, pair, refuse_masters
 from .frames import COMBINES, Combine
 from .newcomer import Newcomer
@@ -75,7 +75,7 @@ class CapabilityGuard:
         model: nn.Module | Iterable[tuple[str, nn.Parameter]],
         rule: Rule = "bounded",
         *,
-        basis: Kind = "per_matrix",
+        basis: Kind | None = None,
         k: int | None = None,
         r: int | None = None,
         combine: Combine = "symmetric",
@@ -126,6 +126,7 @@ class CapabilityGuard:
             for one in value.values() if isinstance(value, Mapping) else (value,):
                 pair(name, one)
         named = trainable(model)
+        basis = kind_of(basis, module=isinstance(model, nn.Module), k=k, dtype=basis_dtype)
         inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         self.architecture = architecture_of(inner)
         self.parameters = [p for _, p in named]

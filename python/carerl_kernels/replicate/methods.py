@@ -16,7 +16,7 @@ def guard_of(method: Method, model: Any, seed: int, k: int | None = None) -> Cap
     if method.guard is None:
         return None
     options = {**method.guard, "track_energy": True}
-    if k is not None and options.get("basis", "per_matrix") in get_args(RowKind):
+    if k is not None and options.get("basis") in get_args(RowKind):
         options = {"k": k, **options}
     if isinstance(options.get("bound"), list):
         options["bound"] = tuple(options["bound"])

@@ -121,15 +121,14 @@ def _activations(recipe: Recipe, config: Any, rows: int, item: int) -> int:
 
 
 def _guard(recipe: Recipe, model: nn.Module, processes: int) -> dict[str, Any]:
-    from ..guard.build import DEFAULT_K, DEFAULT_R
+    from ..guard.build import kind_of, rank_of
     from ..subspace.plan import plan
     from .run import basis_dtype, history_files
 
     assert recipe.guard is not None
     options = recipe.guard.options
-    kind = options.get("basis", "per_matrix")
-    row = kind in get_args(RowKind)
-    rank = options.get("k" if row else "r") or (DEFAULT_K if row else DEFAULT_R)
+    kind = kind_of(options.get("basis"), k=options.get("k"), dtype=basis_dtype(recipe.guard))
+    rank = rank_of(kind, options.get("k"), options.get("r"))
     item = next(model.parameters()).dtype.itemsize
     names = {s.name for s in recipe.stages}
     earlier = len(history_files(recipe.guard.history))

@@ -36,7 +36,8 @@ class Variant:
     memory: str = "none"
 
 
-# Guards run at half the learning rate: they are to be compared with lower_lr, replay_low and rehearse, not with naive.
+# The default guard protects enough to keep the learning rate; guards of gradient directions run at half of it, and are to be
+# compared with lower_lr, replay_low and rehearse.
 VARIANTS: dict[str, Variant] = {
     v.name: v
     for v in (
@@ -60,22 +61,21 @@ VARIANTS: dict[str, Variant] = {
         ),
         Variant(
             "guarded",
-            "CapabilityGuard(model), its default rule; learning rate x0.5",
-            lr_scale=0.5,
+            "CapabilityGuard(model), as it comes",
             guard={},
         ),
         Variant(
             "probed",
-            "rule 'probed', fresh signs from stored prompts; learning rate x0.5",
+            "rule 'probed' on gradient directions, signs from stored prompts; learning rate x0.5",
             lr_scale=0.5,
-            guard={"rule": "probed"},
+            guard={"rule": "probed", "basis": "per_matrix"},
             memory=f"{tasks.PROBE_EXAMPLES} prompts a domain",
         ),
         Variant(
             "instant",
-            "the literal rule, sign of each minibatch; learning rate x0.5",
+            "the literal rule on gradient directions, sign of each minibatch; learning rate x0.5",
             lr_scale=0.5,
-            guard={"rule": "instant"},
+            guard={"rule": "instant", "basis": "per_matrix"},
         ),
     )
 }

@@ -28,7 +28,6 @@ class Row:
     Attributes:
         variant: METHOD@LR.
         records: By seed.
-        average, forgetting, retention, new: Over seeds.
         against: Paired difference of averages to the best learning rate of the front, and p after Holm over the table.
     """
 
@@ -42,7 +41,7 @@ class Row:
         return self.variant.partition("@")[0]
 
     def of(self, measure: str) -> Estimate:
-        """Over seeds: average, forgetting, retention or new."""
+        """Over seeds: average, forgetting, retention, new or window."""
         return estimate([getattr(r, measure) for r in self.records.values()])
 
     def mean(self, field: str) -> float | None:
@@ -86,8 +85,8 @@ def table(grid: Grid, setting: str, rows: Sequence[Row]) -> str:
     front = [r for r in rows if r.method == FRONT and r.against is None]
     best = front[0].variant if front else "-"
     lines = [
-        f"| method@lr | keeps | seeds | average | forget | new | touched | average - {best} | p (Holm) | one cell |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| method@lr | keeps | seeds | average | forget | new | window | touched | average - {best} | p (Holm) | one cell |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     optimal = {rows[i].variant for i in pareto([(r.of("retention").mean, r.of("new").mean) for r in rows])}
     for row in rows:
@@ -101,6 +100,7 @@ def table(grid: Grid, setting: str, rows: Sequence[Row]) -> str:
             spread(row.of("average")),
             spread(row.of("forgetting")),
             spread(row.of("new")),
+            short(row.of("window").mean),
             "" if touched is None else short(touched),
             difference,
             "" if row.corrected is None else probability(row.corrected),
@@ -216,14 +216,16 @@ def left_out(records: Iterable[Record]) -> str:
 
 
 LEGEND = (
-    "Accuracy: exact probability of the right answer at temperature 1 on held-out examples. average: over all domains at the "
-    "end. forget: drop since the end of a domain's own stage, over the domains that the last stage did not bring. new: accuracy "
-    "at the end of a domain's own stage, over the domains after the first stage. touched: energy of the guard's corrections over "
-    "energy of all updates it saw. keeps: what is kept of earlier domains' data. ±: half of the 95 % interval over seeds "
-    "(Student's t; differences are paired). p: of the difference to the best plain learning rate, Holm over the table. \\*: not "
-    "dominated in retention and new learning. One cell: `carerl replicate --cell NAME`. Tables of guards: time, its share of "
-    "training time; displacement along earlier domains' directions over the last stage, relative to the recorded stages' own; "
-    "share of fresh gradients of earlier domains that their directions explain as the next stage begins and at the end."
+    "Accuracy: exact probability of the right answer at temperature 1 on held-out examples. average: over all domains at "
+    "the end. forget: drop since the end of a domain's own stage, over the domains that the last stage did not bring. new: "
+    "accuracy at the end of a domain's own stage, over the domains after the first stage. window: drop from the start until"
+    " right before a domain's own stage, while no history protects it, over the same domains. touched: energy of the "
+    "guard's corrections over energy of all updates it saw. keeps: what is kept of earlier domains' data. ±: half of the 95"
+    " % interval over seeds (Student's t; differences are paired). p: of the difference to the best plain learning rate, "
+    "Holm over the table. \\*: not dominated in retention and new learning. One cell: `carerl replicate --cell NAME`. "
+    "Tables of guards: time, its share of training time; displacement along earlier domains' directions over the last "
+    "stage, relative to the recorded stages' own; share of fresh gradients of earlier domains that their directions explain"
+    " as the next stage begins and at the end."
 )
 
 
@@ -231,7 +233,7 @@ def as_csv(records: Iterable[Record]) -> str:
     """One line per cell."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    measures = ("average", "forgetting", "retention", "new")
+    measures = ("average", "forgetting", "retention", "new", "window")
     writer.writerow(["cell", "key", *measures, "touched", "guard_share", "seconds"])
     for r in records:
         numbers = [f"{getattr(r, m):.4f}" for m in measures]

@@ -9,6 +9,7 @@ from carerl_kernels import BasisError, CapabilityGuard, DomainBasis
 from carerl_kernels.guard import COMBINES
 from carerl_kernels.subspace import FactoredBasis, StoredBasis
 from carerl_kernels.subspace.block import leading_factors
+from carerl_kernels.subspace.inputs import spread
 from carerl_kernels.subspace.shards import Shards
 from factored_helpers import FactoredWalk, make_factored
 from guard_helpers import make_model
@@ -187,6 +188,72 @@ def test_input_directions_are_the_leading_ones_of_what_went_in(tmp_path):
         held, best = np.square(X @ V).sum(), np.square(np.linalg.svd(X, compute_uv=False)[:5]).sum()
         assert held >= 0.99 * best
         assert float(basis.values[f"{name}.weight"].square().sum()) == pytest.approx(held, rel=0.02)
+
+
+class Masked(Small):
+    """Called as transformers' models are."""
+
+    def forward(self, input_ids, attention_mask=None):
+        return super().forward(input_ids)
+
+
+@pytest.mark.parametrize("length", [2, 8, 11, 16])
+def test_inputs_are_drawn_from_all_positions_whatever_the_length(length):
+    """128 sequences that begin alike: what comes later has to be seen, too."""
+    model = Small()
+    guard = CapabilityGuard(model, basis="input", r=8, energy=1.0)
+    ids = torch.randint(1, 29, (128, length), generator=torch.Generator().manual_seed(0))
+    ids[:, 0] = 0
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    guard.attach(optimizer)
+    with guard.stage("math"):
+        for _ in range(4):
+            model(ids).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    V = guard.basis("math").right["up.weight"].double()
+    X = model.embed(ids).detach().flatten(0, 1).double()
+    best = torch.linalg.svdvals(X).square()[:8].sum()
+    assert float((X @ V).square().sum()) >= 0.95 * float(best)
+
+
+def test_every_position_is_drawn_about_as_often():
+    counts = np.zeros(1408)
+    for step in range(220):
+        chosen = spread(1408, 64, step)
+        assert len(set(chosen.tolist())) == 64
+        assert (chosen // 22).tolist() == list(range(64))
+        counts[chosen.numpy()] += 1
+    assert counts.min() >= 4 and counts.max() <= 16  # 10 in the mean
+    assert spread(7, 64, 3).tolist() == list(range(7))
+
+
+def test_padding_does_not_count_where_a_mask_says_so():
+    """The same stage, padded and not: nothing of padding's inputs, and the same directions."""
+    found = {}
+    for pad in (0, 6):
+        model = Masked()
+        guard = CapabilityGuard(model, basis="input", r=6, energy=1.0)
+        ids = torch.randint(1, 29, (4, 5), generator=torch.Generator().manual_seed(0))
+        ids = torch.cat([torch.zeros(4, pad, dtype=torch.long), ids], dim=1)
+        mask = torch.cat([torch.zeros(4, pad, dtype=torch.long), torch.ones(4, 5, dtype=torch.long)], dim=1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        guard.attach(optimizer)
+        with guard.stage("math"):
+            model(ids, attention_mask=mask)[:, pad:].square().mean().backward()
+            with torch.no_grad():
+                model(ids, attention_mask=torch.ones_like(mask))  # sampling leaves the mask alone
+            optimizer.step()
+        found[pad] = guard.basis("math")
+        with guard.stage("again") as recorder:
+            with recorder.observing(), torch.no_grad():
+                model(ids, attention_mask=mask)
+            optimizer.step()
+        torch.testing.assert_close(guard.basis("again").values["up.weight"], found[pad].values["up.weight"])
+    for name, values in found[0].values.items():
+        torch.testing.assert_close(found[6].values[name], values, rtol=1e-4, atol=1e-5)
+    P, Q = (b.right["up.weight"] @ b.right["up.weight"].mT for b in found.values())
+    torch.testing.assert_close(P, Q, atol=1e-4, rtol=0)
 
 
 def test_untied_embedding_keeps_its_most_frequent_tokens():

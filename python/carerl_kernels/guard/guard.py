@@ -129,6 +129,7 @@ class CapabilityGuard:
         basis = kind_of(basis, module=isinstance(model, nn.Module), k=k, dtype=basis_dtype)
         inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         self.architecture = architecture_of(inner)
+        self._module = inner if isinstance(inner, nn.Module) else None
         self.parameters = [p for _, p in named]
         self._sites = sites_of(inner, named, basis)
         self.layout: Any = lay_out(named, basis, rank_of(basis, k, r), process_group, self._sites)
@@ -333,7 +334,7 @@ class CapabilityGuard:
             )
         if self.layout.kind == "block":
             return BlockRecorder(name, self.layout, self._locals(), **common)  # type: ignore[arg-type]
-        if self._sites is None:
+        if self._sites is None or self._module is None:
             raise RuntimeError(
                 "recording an input basis watches forward passes: expected a guard built from a module, found one built "
                 "from pairs of names and parameters"
@@ -343,6 +344,7 @@ class CapabilityGuard:
             self.layout,
             self._locals(),
             self._sites,
+            self._module,
             self.energy,
             every=self.record_every,
             group=self._data_group,

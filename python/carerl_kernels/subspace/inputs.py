@@ -44,15 +44,30 @@ def input_sites(model: nn.Module, named: Iterable[tuple[str, Tensor]]) -> dict[s
     return sites
 
 
+def spread(size: int, number: int, step: int) -> Tensor:
+    """At most so many of ``size`` positions, one in each of as many equal bins.
+
+    Where in its bin follows the golden ratio and differs from step to step: an even stride can meet the length of the sequences,
+    and would look at one position in all of them.
+    """
+    if size <= number:
+        return torch.arange(size)
+    bins = torch.arange(number, dtype=torch.float64)
+    within = ((bins + 1 + number * step) * 0.6180339887498949) % 1.0
+    return ((bins + within) * (size / number)).long().clamp_max(size - 1)
+
+
 class InputRecorder:
     """Streams inputs of every covered matrix into a small sketch while a stage runs.
 
     Only forward passes with gradients count (training's own), or any inside :meth:`observing`; of each optimizer step the first
-    one, ``TOKENS`` vectors spread evenly over it. Padding is not told from text: pad little, or observe prompts without.
+    one, ``TOKENS`` vectors spread over it. Where the model is called with an ``attention_mask=`` ``[B, T]``, as transformers'
+    are, padding does not count.
 
     Args:
         domain, layout, parameters, start_checkpoint, architecture, every: see :class:`StageRecorder`.
         sites: from :func:`input_sites`.
+        model: whose calls may bring a mask.
         energy: keep the fewest directions with this share of the inputs' energy, at most r.
         group: process group over which batches are spread; None for one process.
     """
@@ -63,6 +78,7 @@ class InputRecorder:
         layout: MatrixLayout,
         parameters: Sequence[Tensor],
         sites: Mapping[str, tuple[nn.Module, Side]],
+        model: nn.Module,
         energy: float = 0.9,
         start_checkpoint: Path | str | None = None,
         architecture: str = "",
@@ -70,8 +86,11 @@ class InputRecorder:
         group: Any = None,
     ):
         self.domain, self.layout, self.sites, self.energy, self.every = domain, layout, sites, energy, every
-        self.architecture, self.group = architecture, group
+        self.architecture, self.group, self.model = architecture, group, model
         self.steps = 0
+        self._text: tuple[torch.Size, Tensor] | None = (
+            None  # of the last forward pass: its [B, T], which are no padding
+        )
         self.start = StageStart(domain, layout.names, parameters, layout.shards, start_checkpoint)
         device = parameters[0].device
         width = layout.k + OVERSAMPLE
@@ -101,6 +120,7 @@ class InputRecorder:
 
     def begin(self) -> None:
         """Puts the forward hooks on."""
+        self._handles.append(self.model.register_forward_pre_hook(self._see_mask, with_kwargs=True))
         for name in self._sketches:
             module = self.sites[name][0]
             self._handles.append(module.register_forward_hook(self._hook(name)))
@@ -112,23 +132,40 @@ class InputRecorder:
         self._handles = []
         self._buffer.clear()
 
+    def _looks(self) -> bool:
+        """Whether a forward pass now would count."""
+        return self._observing or (torch.is_grad_enabled() and self.steps % self.every == 0)
+
+    def _see_mask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if not self._looks():
+            return
+        mask, self._text = kwargs.get("attention_mask"), None
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            self._text = mask.shape, mask.flatten().nonzero().squeeze(1)
+
+    def _positions(self, shape: torch.Size, number: int | None = None) -> Tensor | slice:
+        """Which tokens of ``[*shape]`` to look at: those that are text, all or so many of them."""
+        text = None if self._text is None or self._text[0] != shape else self._text[1]
+        size = shape.numel() if text is None else text.numel()
+        if number is None or size <= number:
+            return slice(None) if text is None else text
+        chosen = spread(size, number, self.steps)
+        return chosen if text is None else text[chosen.to(text.device)]
+
     def _hook(self, name: str) -> Any:
         counting = self._counts_tokens(name)
 
         def look(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if name in self._buffer or not args or not (torch.is_grad_enabled() or self._observing):
-                return
-            if self.steps % self.every and not self._observing:
+            if name in self._buffer or not args or not self._looks():
                 return
             inputs = args[0].detach()
             if counting:
-                counts = torch.bincount(inputs.reshape(-1), minlength=self._sketches[name].numel())
-                self._buffer[name] = counts.double()
+                tokens = inputs.reshape(-1)[self._positions(inputs.shape)]
+                self._buffer[name] = torch.bincount(tokens, minlength=self._sketches[name].numel()).double()
             else:
                 rows = inputs.reshape(-1, inputs.shape[-1])
-                here = max(1, TOKENS // self._world())
-                step = max(1, rows.shape[0] // here)
-                self._buffer[name] = rows[::step][:here].to(torch.float32, copy=True)
+                chosen = self._positions(inputs.shape[:-1], max(1, TOKENS // self._world()))
+                self._buffer[name] = rows[chosen].to(torch.float32, copy=True)
 
         return look
 

@@ -47,11 +47,11 @@ class Setting:
 
     Attributes:
         trains: "lora" (rank 16 on every linear layer) or "full".
-        k: directions per domain of flat bases, rank of block bases.
+        k: directions per domain of flat bases, rank of block and input bases.
         domains: with a basis, whose directions act; 0 to record only.
-        dtype: of the acting flat bases (factors of block bases are fp32).
-        record_every: record every n-th gradient (k + 4 fp32 rows); 0: act only.
-        basis: "flat" or "block".
+        dtype: of the acting flat bases (factors are fp32).
+        record_every: record every n-th step (flat: k + 4 fp32 rows); 0: act only.
+        basis: "flat", "block" or "input".
     """
 
     trains: str
@@ -59,19 +59,20 @@ class Setting:
     domains: int = 0
     dtype: torch.dtype = torch.float32
     record_every: int = 0
-    basis: Literal["flat", "block"] = "flat"
+    basis: Literal["flat", "block", "input"] = "flat"
 
     def __str__(self) -> str:
         if self.record_every:
             every = "every step" if self.record_every == 1 else f"every {self.record_every}th step"
-            return f"{self.trains}: record k={self.k}, {every}"
-        size = f"k={self.k} {DTYPE_NAMES[self.dtype]}" if self.basis == "flat" else f"block r={self.k}"
+            what = f"k={self.k}" if self.basis == "flat" else f"{self.basis} r={self.k}"
+            return f"{self.trains}: record {what}, {every}"
+        size = f"k={self.k} {DTYPE_NAMES[self.dtype]}" if self.basis == "flat" else f"{self.basis} r={self.k}"
         return f"{self.trains}: act, {self.domains} domains, {size}"
 
     @property
     def bytes_per_parameter(self) -> int:
         """Of the rows; factors are left out of the estimate, they are a few per cent of the parameters."""
-        if self.basis == "block":
+        if self.basis != "flat":
             return 0
         return (self.k + 4) * 4 if self.record_every else self.domains * self.k * self.dtype.itemsize
 
@@ -85,6 +86,10 @@ SETTINGS = (
     Setting("full", 16, 1, basis="block"),
     Setting("full", 16, 3, basis="block"),
     Setting("full", 8, record_every=1),
+    Setting("full", 32, 1, basis="input"),
+    Setting("full", 32, 3, basis="input"),
+    Setting("full", 32, record_every=1, basis="input"),
+    Setting("lora", 32, 2, basis="input"),
 )
 
 
@@ -253,7 +258,7 @@ def _measure(
         "remove",
         basis=setting.basis,
         k=setting.k if setting.basis == "flat" else None,
-        r=setting.k if setting.basis == "block" else None,
+        r=setting.k if setting.basis != "flat" else None,
         basis_dtype=setting.dtype,
         record_every=max(setting.record_every, 1),
     )

@@ -60,6 +60,19 @@ def every_result(n: int, basis: str, grad: str, batch: int = 3) -> dict[str, tor
     return out
 
 
+def every_matrix_result(grad: str) -> dict[str, torch.Tensor]:
+    """Of the ops over weight matrices: many small ones, and one large enough to be cut into pieces."""
+    out = {}
+    for count, m, n in ((5, 96, 130), (1, 2500, 601)):
+        matrices = [draw(f"matrix{i}", m, n, dtype=DTYPES[grad]) for i in range(count)]
+        left, right = draw("left", count, m, 48) / m**0.5, draw("right", count, n, 48) / n**0.5
+        out[f"block_project {m}"] = dispatched("block_project")(matrices, left, right, 3)
+        dispatched("block_edit_")(matrices, left, draw("mix", count, 3, 16, 16), right)
+        out[f"block_edit {m}"] = torch.stack(matrices)
+    out["packed_times"] = dispatched("packed_times")(draw("packed", 7, 5050), draw("x", 2, 7, 100).double())
+    return out
+
+
 @pytest.mark.parametrize(
     ("basis", "grad"), [("fp32", "fp32"), ("bf16", "bf16"), ("int8", "fp32"), ("fp16", "bf16"), ("fp8", "bf16")]
 )
@@ -68,7 +81,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(basis, grad):
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
-            results.append(every_result(300_003, basis, grad))
+            results.append(every_result(300_003, basis, grad) | every_matrix_result(grad))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -82,6 +95,7 @@ sys.path.insert(0, sys.argv[1])
 import test_native_cpu as t
 kinds = [("fp32", "fp32"), ("bf16", "fp16"), ("int8", "bf16"), ("fp16", "fp32"), ("fp8", "fp32")]
 results = {f"{b}-{g}-{n}": t.every_result(n, b, g) for n in (5, 1003, 70_001) for b, g in kinds}
+results |= {grad: t.every_matrix_result(grad) for grad in ("fp32", "bf16", "fp16")}
 torch.save(results, sys.argv[2])
 """
 

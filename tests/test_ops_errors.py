@@ -48,11 +48,20 @@ def good(overload: str) -> dict[str, Any]:
         "ids": torch.randint(37, (5,)),
         "temperature": 0.7,
         **{name: torch.randn(5) for name in ("grad_logp", "grad_entropy", "logp", "entropy")},
+        "matrices": [torch.randn(7, 5) for _ in range(3)],
+        "left": torch.randn(3, 7, 4),
+        "right": torch.randn(3, 5, 4),
+        "domains": 2,
+        "packed": torch.randn(3, 15),
+        "x": torch.randn(2, 3, 5, dtype=torch.float64),
+        "tensors": [torch.randn(7), torch.randn(2, 3).bfloat16()],
     }
     if is_list:
         args |= {"offsets": [0, 128], "per_tensor": False}
     if overload.endswith("tensor"):
         args |= {name: torch.full((rows,), float(args[name])) for name in ("aligned", "conflict", "threshold")}
+    if overload == "block_edit_":
+        args["mix"] = torch.randn(3, 2, 2, 2)
     if overload.startswith(("rotate_", "pca_update_")):
         args["bases"] = args["bases"][0]
     schema = getattr(torch.ops.carerl, overload.split(".")[0])
@@ -89,6 +98,7 @@ PCA = ("pca_update_", "pca_update_.list")
 WITH_Q = ("rotate_", "edit_rotate_", "rotate_.list", "edit_rotate_.list")
 SCALAR_RULE, TENSOR_RULE = ("dacsp_", "dacsp_.list"), ("dacsp_.tensor", "dacsp_.list_tensor")
 QUANTIZE = ("quantize_bases",)
+BLOCKS = ("block_project", "block_edit_")
 STACKED = tuple(n for n in (*DENSE, *LISTS) if not n.startswith(("rotate_", "pca_update_", "gram")))
 
 # what is wrong: (overloads, change to the arguments, what the message says)
@@ -174,6 +184,30 @@ MISTAKES: dict[str, tuple[tuple[str, ...], Callable[[dict], dict], str]] = {
     "block_not_a_power": (QUANTIZE, put(block=96), r"power of two of at least 32.*96"),
     "block_negative": (QUANTIZE, put(block=-128), r"power of two of at least 32.*-128"),
     "quantised_to_bf16": (QUANTIZE, put(dtype=torch.bfloat16), r"dtype int8 or float8_e4m3fn.*bfloat16"),
+    "no_matrices": (BLOCKS, put(matrices=[]), r"at least one tensor in matrices.*empty"),
+    "matrices_3d": (BLOCKS, put(matrices=lambda w: [t[None] for t in w]), r"matrices with 2 dimensions.*1, 7, 5"),
+    "matrix_of_another_shape": (BLOCKS, put(matrices=lambda w: [*w[:2], w[2].t().contiguous()]),
+                                r"matrices \[7, 5\] like the first.*\[5, 7\] at index 2"),
+    "matrix_strided": (BLOCKS, put(matrices=lambda w: [*w[:2], torch.randn(5, 7).t()]), r"contiguous matrices.*index 2"),
+    "matrices_of_two_dtypes": (BLOCKS, put(matrices=lambda w: [*w[:2], w[2].half()]), r"one dtype.*float16 at index 2"),
+    "matrices_double": (BLOCKS, put(matrices=lambda w: [t.double() for t in w]), r"one dtype.*float64 at index 0"),
+    "matrix_on_meta": (BLOCKS, put(matrices=lambda w: [*w[:2], w[2].to("meta")]), r"matrices\[2\] on cpu.*meta"),
+    "left_of_fewer": (BLOCKS, put(left=lambda u: u[:2]), r"left \[3, 7, 4\].*\[2, 7, 4\]"),
+    "left_2d": (BLOCKS, put(left=lambda u: u[0]), r"left \[3, 7, 0\].*\[7, 4\]"),
+    "left_strided": (BLOCKS, put(left=lambda u: u.mT.contiguous().mT), r"contiguous left.*strides"),
+    "right_for_left": (BLOCKS, put(right=lambda v: torch.randn(3, 7, 4)), r"right \[3, 5, 4\].*\[3, 7, 4\]"),
+    "right_low": (BLOCKS, put(right=lambda v: v.bfloat16()), r"right.*float32.*bfloat16"),
+    "domains_that_do_not_divide": (("block_project",), put(domains=3), r"domains that divide the 4 columns.*3"),
+    "no_domains": (("block_project",), put(domains=0), r"domains that divide the 4 columns.*0"),
+    "mix_of_rows": (("block_edit_",), put(mix=torch.randn(3, 8)), r"mix \[3, 1, 4, 4\].*\[3, 8\]"),
+    "mix_of_three_domains": (("block_edit_",), put(mix=torch.randn(3, 3, 2, 2)), r"mix \[G, D, r, r\] with D r = 4"),
+    "packed_square": (("packed_times",), put(packed=torch.randn(3, 5, 5)), r"packed \[3, 15\].*\[3, 5, 5\]"),
+    "packed_double": (("packed_times",), put(packed=lambda p: p.double()), r"packed.*float32.*float64"),
+    "x_float": (("packed_times",), put(x=lambda x: x.float()), r"float64 x \[B, G, A\].*float32"),
+    "x_strided": (("packed_times",), put(x=lambda x: x.mT.contiguous().mT), r"contiguous float64 x"),
+    "numbers_int": (("all_finite",), put(tensors=lambda t: [t[0], t[0].int()]), r"dtype.*int32 at index 1"),
+    "numbers_strided": (("all_finite",), put(tensors=[torch.randn(4, 4).t()]), r"contiguous tensors.*index 0"),
+    "numbers_on_meta": (("all_finite",), put(tensors=lambda t: [t[0], t[1].to("meta")]), r"tensors\[1\] on cpu.*meta"),
     "int8_quantised_again": (QUANTIZE, put(bases=lambda u: u.to(torch.int8)), r"bases of dtype.*int8"),
 }  # fmt: skip
 PER_TENSOR_MISTAKES = {

@@ -281,6 +281,70 @@ void check_quantize(const Tensor& bases, int64_t block, ScalarType dtype) {
   if (!is_scaled(dtype)) fail(op, "dtype int8 or float8_e4m3fn", name_of(dtype));
 }
 
+void check_matrices(const char* op, const List& matrices, const Tensor& left, const Tensor& right) {
+  if (matrices.empty()) fail(op, "at least one tensor in matrices", "an empty list");
+  if (matrices[0].dim() != 2) fail(op, "matrices with 2 dimensions", tuple(matrices[0].sizes()));
+  const int64_t count = static_cast<int64_t>(matrices.size()), m = matrices[0].size(0), n = matrices[0].size(1);
+  for (size_t t = 0; t < matrices.size(); ++t) {
+    auto index = [t] { return " at index " + std::to_string(t); };
+    const Tensor& matrix = matrices[t];
+    const ScalarType dtype = matrix.scalar_type();
+    if (!is_grad(dtype) || dtype != matrices[0].scalar_type()) {
+      fail(op, "matrices of one dtype out of float32, bfloat16, float16", name_of(dtype) + index());
+    }
+    if (matrix.dim() != 2 || matrix.size(0) != m || matrix.size(1) != n) {
+      fail(op, "matrices [" + std::to_string(m) + ", " + std::to_string(n) + "] like the first",
+           list(matrix.sizes()) + index());
+    }
+    if (!matrix.is_contiguous()) {
+      fail(op, "contiguous matrices", "strides " + tuple(matrix.strides()) + index(), "call .contiguous() first");
+    }
+    check_device(op, "matrices[" + std::to_string(t) + "]", matrix, left, "left");
+  }
+  const int64_t q = left.dim() == 3 ? left.size(2) : 0;
+  check_small(op, "left", left, {count, m, q}, false, left, "left");
+  check_small(op, "right", right, {count, n, q}, false, left, "left");
+}
+
+void check_block_domains(int64_t domains, const Tensor& left) {
+  const int64_t q = left.size(2);
+  if (domains < 1 || q % domains != 0) {
+    fail("block_project", "domains that divide the " + std::to_string(q) + " columns of left", std::to_string(domains));
+  }
+}
+
+void check_block_mix(const Tensor& mix, const Tensor& left) {
+  const int64_t domains = mix.dim() == 4 ? mix.size(1) : 1, q = left.size(2), r = domains > 0 ? q / domains : 0;
+  if (domains < 1 || q % domains != 0) {
+    fail("block_edit_", "mix [G, D, r, r] with D r = " + std::to_string(q) + " like left", list(mix.sizes()));
+  }
+  check_small("block_edit_", "mix", mix, {left.size(0), domains, r, r}, false, left, "left");
+}
+
+void check_packed(const Tensor& packed, const Tensor& x) {
+  const char* op = "packed_times";
+  const int64_t dim = x.dim(), matrices = dim == 3 ? x.size(1) : 0, size = dim == 3 ? x.size(2) : 0;
+  if (dim != 3 || x.scalar_type() != ScalarType::Double || !x.is_contiguous()) {
+    fail(op, "contiguous float64 x [B, G, A]", std::string(name_of(x.scalar_type())) + " " + list(x.sizes()));
+  }
+  check_small(op, "packed", packed, {matrices, size * (size + 1) / 2}, false, x, "x");
+}
+
+void check_numbers(const List& tensors) {
+  for (size_t t = 0; t < tensors.size(); ++t) {
+    const ScalarType dtype = tensors[t].scalar_type();
+    if (!is_grad(dtype) && dtype != ScalarType::Double) {
+      fail("all_finite", "tensors of dtype float32, bfloat16, float16, float64",
+           name_of(dtype) + (" at index " + std::to_string(t)));
+    }
+    if (!tensors[t].is_contiguous()) {
+      fail("all_finite", "contiguous tensors",
+           "strides " + tuple(tensors[t].strides()) + " at index " + std::to_string(t), "call .contiguous() first");
+    }
+    check_device("all_finite", "tensors[" + std::to_string(t) + "]", tensors[t], tensors[0], "the first");
+  }
+}
+
 void check_logits(const char* op, const Tensor& logits, const Tensor& ids, double temperature) {
   if (logits.dim() != 2) fail(op, "logits with 2 dimensions", tuple(logits.sizes()));
   if (!is_grad(logits.scalar_type())) {

@@ -47,6 +47,12 @@ void check_weight(const char* name, double value, bool negative_allowed);
 void check_weight(const char* name, const Tensor& value, int64_t rows, const Tensor& bases);
 void check_root(const Optional& root, int64_t rows, int64_t groups, const Tensor& bases);
 void check_quantize(const Tensor& bases, int64_t block, ScalarType dtype);
+// Weight matrices of one shape with left [G, m, q] and right [G, n, q].
+void check_matrices(const char* op, const List& matrices, const Tensor& left, const Tensor& right);
+void check_block_domains(int64_t domains, const Tensor& left);
+void check_block_mix(const Tensor& mix, const Tensor& left);
+void check_packed(const Tensor& packed, const Tensor& x);
+void check_numbers(const List& tensors);
 // Shapes, dtypes and, on the CPU, the range of the ids.
 void check_logits(const char* op, const Tensor& logits, const Tensor& ids, double temperature);
 void check_vector(const char* op, const char* name, const Tensor& tensor, const Tensor& logits);

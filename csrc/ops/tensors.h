@@ -47,6 +47,7 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const T
                        : dtype == ScalarType::Float         ? aoti_torch_dtype_float32()
                        : dtype == ScalarType::BFloat16      ? aoti_torch_dtype_bfloat16()
                        : dtype == ScalarType::Half          ? aoti_torch_dtype_float16()
+                       : dtype == ScalarType::Bool          ? aoti_torch_dtype_bool()
                        : dtype == ScalarType::Float8_e4m3fn ? aoti_torch_dtype_float8_e4m3fn()
                                                             : aoti_torch_dtype_int8();
   int32_t device = aoti_torch_device_type_cpu(), index = 0;

@@ -64,6 +64,10 @@ SCHEMAS: dict[str, str] = {
     "pca_update_.list": "(Tensor(a!) bases, Tensor(b!) singular_values, Tensor[] grads, int[] offsets, float decay=1.0,"
     " bool per_tensor=False, int seed=0) -> Tensor",
     "quantize_bases": "(Tensor bases, int block=128, ScalarType dtype=int8) -> (Tensor, Tensor)",
+    "block_project": "(Tensor[] matrices, Tensor left, Tensor right, int domains=1) -> Tensor",
+    "block_edit_": "(Tensor(a!)[] matrices, Tensor left, Tensor mix, Tensor right) -> ()",
+    "packed_times": "(Tensor packed, Tensor x) -> Tensor",
+    "all_finite": "(Tensor[] tensors) -> Tensor",
     "token_logprobs": "(Tensor logits, Tensor ids, float temperature=1.0) -> (Tensor, Tensor)",
     "token_logprobs_backward": "(Tensor grad_logp, Tensor grad_entropy, Tensor logits, Tensor ids, Tensor logp,"
     " Tensor entropy, float temperature=1.0) -> Tensor",
@@ -76,8 +80,12 @@ OP_NAMES: tuple[str, ...] = tuple(dict.fromkeys(name.split(".")[0] for name in S
 COMPOSITE: dict[str, tuple[str, ...]] = {"pca_update_": ("gram", "rotate_"), "group_advantages": ()}
 """Ops without an N-sized pass of their own, and the ops that make theirs: torch does the rest on any device."""
 
-KERNEL_OVERLOADS: tuple[str, ...] = tuple(name for name in SCHEMAS if name.split(".")[0] not in COMPOSITE)
-"""The overloads that a complete backend has kernels for."""
+CPU_ONLY: tuple[str, ...] = ("block_project", "block_edit_", "packed_times", "all_finite")
+"""Ops with kernels for the CPU alone, where torch's thin products and reductions run at a third of what the machine can do. On
+GPUs the reference calls torch's, and those are good."""
+
+KERNEL_OVERLOADS: tuple[str, ...] = tuple(name for name in SCHEMAS if name.split(".")[0] not in (*COMPOSITE, *CPU_ONLY))
+"""The overloads that a complete GPU backend has kernels for."""
 
 for _name, _schema in SCHEMAS.items():
     _LIB.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -462,6 +470,107 @@ def _quantize_fake(bases, block=128, dtype=torch.int8):
     check_quantize(bases, block, dtype)
     shape = (*bases.shape[:2], -(-bases.shape[-1] // block))
     return bases.new_empty(bases.shape, dtype=dtype), bases.new_empty(shape, dtype=torch.float32)
+
+
+# -------------------------------------------------------------------------------------------------- weight matrices
+
+
+def check_matrices(op: str, matrices: Sequence[Tensor], left: Tensor, right: Tensor) -> None:
+    """Matrices of one shape with left factors [G, m, q] and right ones [G, n, q]."""
+    _require(len(matrices) > 0, op, "at least one tensor in matrices", "an empty list")
+    first = matrices[0]
+    _require(first.dim() == 2, op, "matrices with 2 dimensions", tuple(first.shape))
+    for t, matrix in enumerate(matrices):
+        _require(
+            matrix.dtype in GRAD_DTYPES and matrix.dtype == first.dtype,
+            op,
+            "matrices of one dtype out of float32, bfloat16, float16",
+            f"{_short(matrix.dtype)} at index {t}",
+        )
+        _require(
+            matrix.shape == first.shape,
+            op,
+            f"matrices {list(first.shape)} like the first",
+            f"{list(matrix.shape)} at index {t}",
+        )
+        _require(
+            matrix.is_contiguous(),
+            op,
+            "contiguous matrices",
+            f"strides {tuple(matrix.stride())} at index {t}",
+            "call .contiguous() first",
+        )
+        _check_device(op, f"matrices[{t}]", matrix, left, "left")
+    q = left.shape[2] if left.dim() == 3 else 0
+    for name, factors, size in (("left", left, first.shape[0]), ("right", right, first.shape[1])):
+        _check_small(op, name, factors, (len(matrices), size, q), left, _F32, "left")
+
+
+def check_block_project(matrices: Sequence[Tensor], left: Tensor, right: Tensor, domains: int) -> int:
+    """Returns the rank r."""
+    check_matrices("block_project", matrices, left, right)
+    q = left.shape[2]
+    expected = f"domains that divide the {q} columns of left"
+    _require(domains >= 1 and q % max(domains, 1) == 0, "block_project", expected, domains)
+    return q // domains
+
+
+@_fake("block_project")
+def _block_project_fake(matrices, left, right, domains=1):
+    r = check_block_project(matrices, left, right, domains)
+    return left.new_empty((left.shape[0], domains, r, r), dtype=torch.float64)
+
+
+def check_block_edit(matrices: Sequence[Tensor], left: Tensor, mix: Tensor, right: Tensor) -> None:
+    check_matrices("block_edit_", matrices, left, right)
+    q = left.shape[2]
+    domains = mix.shape[1] if mix.dim() == 4 else 1
+    fits = domains >= 1 and q % max(domains, 1) == 0
+    _require(fits, "block_edit_", f"mix [G, D, r, r] with D r = {q} like left", list(mix.shape))
+    r = q // domains
+    _check_small("block_edit_", "mix", mix, (left.shape[0], domains, r, r), left, _F32, "left")
+
+
+@_fake("block_edit_")
+def _block_edit_fake(matrices, left, mix, right):
+    check_block_edit(matrices, left, mix, right)
+
+
+def check_packed_times(packed: Tensor, x: Tensor) -> None:
+    op = "packed_times"
+    fits = x.dim() == 3 and x.dtype == torch.float64 and x.is_contiguous()
+    _require(fits, op, "contiguous float64 x [B, G, A]", f"{_short(x.dtype)} {list(x.shape)}")
+    _, matrices, size = x.shape
+    _check_small(op, "packed", packed, (matrices, size * (size + 1) // 2), x, _F32, "x")
+
+
+@_fake("packed_times")
+def _packed_times_fake(packed, x):
+    check_packed_times(packed, x)
+    return torch.empty_like(x)
+
+
+def check_all_finite(tensors: Sequence[Tensor]) -> None:
+    op = "all_finite"
+    dtypes = (*GRAD_DTYPES, torch.float64)
+    for t, tensor in enumerate(tensors):
+        fits = tensor.dtype in dtypes
+        found = f"{_short(tensor.dtype)} at index {t}"
+        _require(fits, op, f"tensors of dtype {', '.join(map(_short, dtypes))}", found)
+        _require(
+            tensor.is_contiguous(),
+            op,
+            "contiguous tensors",
+            f"strides {tuple(tensor.stride())} at index {t}",
+            "call .contiguous() first",
+        )
+        _check_device(op, f"tensors[{t}]", tensor, tensors[0], "the first")
+
+
+@_fake("all_finite")
+def _all_finite_fake(tensors):
+    check_all_finite(tensors)
+    return tensors[0].new_empty((), dtype=torch.bool)
 
 
 # --------------------------------------------------------------------------------------------------- token_logprobs

@@ -96,7 +96,8 @@ def _served(op: str) -> dict[str, Any]:
         else:
             served.append(backend.name)
     through = list(_ops.COMPOSITE.get(op, ()))
-    evidence = {name: list(steps) for name, steps in EVIDENCE.items() if through or op not in _ops.COMPOSITE}
+    on_gpu = op not in _ops.CPU_ONLY and (through or op not in _ops.COMPOSITE)
+    evidence = {name: list(steps) for name, steps in EVIDENCE.items() if on_gpu}
     return {"backends": served, "missing": missing, "through": through, "evidence": evidence}
 
 

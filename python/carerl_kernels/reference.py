@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import _ops
 from .linalg import dacsp_core, pca_core
+from .thin import add_product_, times, workspace
 
 CHUNK = 1 << 16  # elements of a row handled at once; K * CHUNK floats are the largest temporary
 
@@ -357,6 +358,54 @@ def group_advantages(rewards, group_ids, domain_ids=None, mode="group", eps=1e-6
     return centred.float()
 
 
+def _stacks(matrices: Sequence[Tensor]) -> Iterator[slice]:
+    """Matrices that are stacked at a time."""
+    step = max(1, workspace(matrices[0].device) // max(4 * matrices[0].numel(), 1))
+    for start in range(0, len(matrices), step):
+        yield slice(start, min(start + step, len(matrices)))
+
+
+def block_project(matrices, left, right, domains=1):
+    r = _ops.check_block_project(matrices, left, right, domains)
+    out = left.new_empty((len(matrices), domains, r, r), dtype=torch.float64)
+    for at in _stacks(matrices):
+        products = times(matrices[at], right[at]).double().unflatten(2, (domains, r)).transpose(1, 2)  # [c, D, m, r]
+        out[at] = left[at].double().unflatten(2, (domains, r)).permute(0, 2, 3, 1) @ products
+    return out
+
+
+def block_edit_(matrices, left, mix, right):
+    _ops.check_block_edit(matrices, left, mix, right)
+    domains, r = mix.shape[1:3]
+    mix = torch.where(mix.isfinite().flatten(1).all(1)[:, None, None, None], mix, 0.0)
+    for at in _stacks(matrices):
+        mixed = left[at].unflatten(2, (domains, r)).transpose(1, 2) @ mix[at]  # [c, D, m, r]
+        add_product_(matrices[at], mixed.transpose(1, 2).flatten(2), right[at])
+
+
+def packed_times(packed, x):
+    _ops.check_packed_times(packed, x)
+    size = x.shape[-1]
+    row, column = torch.triu_indices(size, size, device=x.device)
+    out = torch.empty_like(x)
+    for g in range(x.shape[1]):  # the square of one matrix at a time
+        square = x.new_zeros(size, size)
+        square[row, column] = packed[g].to(x.dtype)
+        square[column, row] = square[row, column]
+        out[:, g] = x[:, g] @ square
+    return out
+
+
+def all_finite(tensors):
+    # The largest magnitude of finite numbers does not overflow, as a sum of squares would.
+    _ops.check_all_finite(tensors)
+    parts = [tensor for tensor in tensors if tensor.numel()]
+    if not parts:
+        return torch.ones((), dtype=torch.bool, device=tensors[0].device)
+    norms = torch._foreach_norm(parts, float("inf"))
+    return torch.stack([norm.to(torch.float64) for norm in norms]).isfinite().all()
+
+
 KERNELS: dict[str, Callable] = {
     "project": project,
     "project.list": project_list,
@@ -375,6 +424,10 @@ KERNELS: dict[str, Callable] = {
     "pca_update_": pca_update_,
     "pca_update_.list": pca_update_list,
     "quantize_bases": quantize_bases,
+    "block_project": block_project,
+    "block_edit_": block_edit_,
+    "packed_times": packed_times,
+    "all_finite": all_finite,
     "token_logprobs": token_logprobs,
     "token_logprobs_backward": token_logprobs_backward,
     "group_advantages": group_advantages,

@@ -7,7 +7,6 @@
 
 namespace carerl::cpu::CARERL_ISA {
 
-constexpr int kDoubles = kWidth / 2;
 constexpr int kGramRows = 3;  // 9 sums hide the latency of the multiply-add, and three rows a side fit the registers
 constexpr int64_t kGramTile = 256;  // columns widened at once
 

@@ -8,6 +8,7 @@
 
 #include "isa.h"
 #include "plan.h"
+#include "select.h"
 
 namespace carerl::cpu {
 
@@ -36,10 +37,14 @@ const KernelTable& choose() {
   return generic::table;
 }
 
+}  // namespace
+
 const KernelTable& kernels() {
   static const KernelTable& table = choose();
   return table;
 }
+
+namespace {
 
 // Totals of all slots, and their sum per group.
 class Totals {

@@ -29,6 +29,7 @@
 namespace carerl::cpu::CARERL_ISA {
 
 constexpr int kWidth = CARERL_VECTOR_BYTES / 4;  // floats in a vector
+constexpr int kDoubles = kWidth / 2;
 
 typedef float Float __attribute__((vector_size(CARERL_VECTOR_BYTES)));
 typedef uint32_t Word __attribute__((vector_size(CARERL_VECTOR_BYTES)));

@@ -1,8 +1,11 @@
 // Last include of a translation unit: its kernels as a table.
 #pragma once
 
+#include "block.h"
+#include "finite.h"
 #include "gram.h"
 #include "logprobs.h"
+#include "packed.h"
 #include "project.h"
 #include "rotate.h"
 
@@ -11,6 +14,17 @@
 
 namespace carerl::cpu::CARERL_ISA {
 extern const KernelTable table;
-const KernelTable table = {CARERL_STRING(CARERL_ISA), project, gram, edit, rotate, edit_rotate, quantize, logprobs,
+const KernelTable table = {CARERL_STRING(CARERL_ISA),
+                           project,
+                           gram,
+                           edit,
+                           rotate,
+                           edit_rotate,
+                           quantize,
+                           block_project,
+                           block_edit,
+                           packed_times,
+                           finite,
+                           logprobs,
                            logprobs_backward};
 }  // namespace carerl::cpu::CARERL_ISA

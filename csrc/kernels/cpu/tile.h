@@ -124,6 +124,18 @@ static void load_gradient(const void* src, DType dtype, T* dst, int64_t n) {
   });
 }
 
+// n floats in the order of memory.
+template <class E>
+static void load_plain(const typename E::Type* src, float* dst, int64_t n) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store(dst + i, E::load(src + i));
+  if (i == n) return;
+  typename E::Type padded[kWidth] = {};
+  __builtin_memcpy(padded, src + i, (n - i) * sizeof(*src));
+  const Float rest = E::load(padded);
+  for (int64_t lane = 0; lane < n - i; ++lane) dst[i + lane] = rest[lane];
+}
+
 // dst = scale * src, rounded once.
 template <class E>
 static void store_gradient(const float* src, void* dst, DType dtype, int64_t n, float scale) {

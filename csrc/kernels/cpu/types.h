@@ -48,6 +48,15 @@ struct Rotation {
   int64_t seed;
 };
 
+// A weight matrix W [rows, columns] and its two-sided directions: left [rows, q], right [columns, q], q = domains *
+// rank, domain after domain.
+struct Block {
+  void* matrix;
+  const float *left, *right;
+  int64_t rows, columns, domains, rank;
+  DType dtype;
+};
+
 // Rows of logits and what is asked of each.
 struct Logits {
   const void* data;
@@ -80,6 +89,14 @@ struct KernelTable {
   void (*edit_rotate)(const Basis& all, const Basis& domain, const Span&, const Edit&, const Rotation&);
   // Block-scaled codes (int8 or fp8) of one stretch of a row, which starts on a block boundary.
   void (*quantize)(const void* row, DType, int64_t length, int64_t block, DType to, uint8_t* codes, float* scales);
+  // totals [domains, rank, rank] += U_d^T W V_d over rows [begin, end) of W
+  void (*block_project)(const Block&, int64_t begin, int64_t end, double* totals);
+  // W <- W + sum_d U_d X_d V_d^T on rows [begin, end), mix X [domains, rank, rank]
+  void (*block_edit)(const Block&, int64_t begin, int64_t end, const float* mix);
+  // y = R x [vectors, size] for a symmetric R, of which the upper triangle is there
+  void (*packed_times)(const float* packed, int64_t size, int64_t vectors, const double* x, double* y);
+  // Whether n numbers of `bytes` each are finite: `exponent` has the bits that are all set in those that are not.
+  bool (*finite)(const void* data, int64_t n, int64_t bytes, uint64_t exponent);
   void (*logprobs)(const Logits&, int64_t row, const LogProbs& out);
   void (*logprobs_backward)(const Logits&, int64_t row, const LogProbs& forward, const LogProbsGradient&);
 };

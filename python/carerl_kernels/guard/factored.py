@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..subspace.factored import FactoredBasis, orthonormal
-from ..subspace.matrices import Group, MatrixLayout, add_product_, full_precision, times, times_transposed
-from .frames import Combine, DenseSpan, Frame, PairSpan, Span
+from ..subspace.matrices import Group, MatrixLayout
+from ..thin import add_product_, full_precision, times, times_transposed
+from .frames import Combine, DenseSpan, Frame, PackedSpan, PairSpan, Span
 from .stack import Stack
 
 UNORIENTED = 1e-3
@@ -88,33 +89,22 @@ class FactoredStack(Stack[MatrixLayout, FactoredBasis]):
         layout = self.layout if self.layout.shards.sharded else None
         return FactoredBasis(self.infos[domain], left, right, self._values[domain], moved, layout)
 
-    def _factors(self, number: int, at: slice, domain: str | None) -> tuple[Tensor | None, Tensor | None]:
-        """Factors of some matrices of a group, of all domains or of one."""
-        r = self.layout.k
-        first = 0 if domain is None else self.names.index(domain) * r
-        columns = slice(first, self._D * r if domain is None else first + r)
-        left, right = self.left[number], self.right[number]
-        return (
-            None if left is None else left[at, :, columns],
-            None if right is None else right[at, :, columns],
-        )
-
-    def _chunks(self) -> Iterator[tuple[int, Group, slice, slice]]:
-        """Number of the group, the group, positions of matrices in it, their coefficient rows."""
-        for number, group in enumerate(self.layout.groups):
-            if group.m:
-                for at in group.chunks(self.device):
-                    rows = slice(group.first + at.start * group.each, group.first + at.stop * group.each)
-                    yield number, group, at, rows
+    def _factors(self, number: int, domain: str | None) -> tuple[Tensor | None, Tensor | None]:
+        """Factors of a group, of all domains or of one."""
+        both = self.left[number], self.right[number]
+        if domain is None:
+            return both
+        first = self.names.index(domain) * self.layout.k
+        left, right = (None if f is None else f[:, :, first : first + self.layout.k].contiguous() for f in both)
+        return left, right
 
     def project(self, tensors: Sequence[Tensor], domain: str | None = None) -> Tensor:
         D, width = self._D if domain is None else 1, self.layout.width
         out = torch.zeros(self.layout.T, D * width, dtype=torch.float64, device=self.device)
         with full_precision(self.device):
-            for number, group, at, rows in self._chunks():
-                matrices = self.layout.local(group, tensors, at)
-                left, right = self._factors(number, at, domain)
-                out[rows] = self._coefficients(matrices, left, right, D).reshape(-1, D * width)
+            for number, group in enumerate(self.layout.groups):
+                if group.m:
+                    self._coefficients(out, number, group, tensors, domain)
         self._sum_(out)
         return out * (self.sign if domain is None else self.sign[:, self.columns(domain)])
 
@@ -129,10 +119,9 @@ class FactoredStack(Stack[MatrixLayout, FactoredBasis]):
             return  # nothing to correct
         mix = torch.where(mix.isfinite().all(), self.sign * mix, 0.0).float()
         with full_precision(self.device):
-            for number, group, at, rows in self._chunks():
-                left, right = self._factors(number, at, None)
-                part = mix[rows].unflatten(0, (at.stop - at.start, group.each))
-                add_product_(self.layout.local(group, tensors, at), *self._outer(part, left, right))
+            for number, group in enumerate(self.layout.groups):
+                if group.m:
+                    self._add_(number, group, tensors, mix[group.rows])
 
     def overlap_times(self, x: Tensor) -> Tensor:
         signed, out = self.sign * x, torch.zeros_like(x)
@@ -153,19 +142,20 @@ class FactoredStack(Stack[MatrixLayout, FactoredBasis]):
         grams = [t for t in (*self._left_grams, *self._right_grams) if t is not None]
         return sum(t.numel() * t.element_size() for t in (*factors, *grams, self.sign)) + self._frames_memory()
 
-    # What differs: part and coefficients are [c, each, K], float64 in, float64 out.
+    # What differs.
 
     @abstractmethod
     def _sum_(self, coeffs: Tensor) -> None: ...
 
     @abstractmethod
     def _coefficients(
-        self, matrices: Sequence[Tensor], left: Tensor | None, right: Tensor | None, D: int
-    ) -> Tensor: ...
+        self, out: Tensor, number: int, group: Group, tensors: Sequence[Tensor], domain: str | None
+    ) -> None:
+        """Puts the coefficients of a group into its rows of ``out``."""
 
     @abstractmethod
-    def _outer(self, mix: Tensor, left: Tensor | None, right: Tensor | None) -> tuple[Tensor, Tensor]:
-        """L and R with ``A^T mix = L R^T``."""
+    def _add_(self, number: int, group: Group, tensors: Sequence[Tensor], mix: Tensor) -> None:
+        """Adds ``A^T mix`` to the matrices of a group; mix ``[rows of the group, K]`` float32."""
 
     @abstractmethod
     def _gram_times(self, number: int, x: Tensor) -> Tensor: ...
@@ -175,23 +165,25 @@ class BlockStack(FactoredStack):
     """Two-sided blocks: coefficients ``U_d^T G V_d`` of every domain, r x r each.
 
     S factors into small matrices: ``(d, i, j)`` and ``(e, k, l)`` overlap by ``(U_d^T U_e)_ik (V_d^T V_e)_jl``, so ``S x`` costs
-    next to nothing. A root of S is needed only where several domains act at once.
+    next to nothing. A root of S is needed only where several domains act at once: two have one in closed form.
     """
 
     def _sum_(self, coeffs: Tensor) -> None:
         self.layout.shards.sum_(coeffs)
 
-    def _coefficients(self, matrices: Sequence[Tensor], left: Tensor | None, right: Tensor | None, D: int) -> Tensor:
-        assert left is not None and right is not None
-        P = times(matrices, right).double().unflatten(2, (D, -1)).transpose(1, 2)  # [c, D, m, r]
-        return left.double().unflatten(2, (D, -1)).permute(0, 2, 3, 1) @ P  # [c, D, r, r]
+    def _coefficients(
+        self, out: Tensor, number: int, group: Group, tensors: Sequence[Tensor], domain: str | None
+    ) -> None:
+        matrices = self.layout.local(group, tensors)
+        left, right = self._factors(number, domain)
+        domains = self._D if domain is None else 1
+        out[group.rows] = torch.ops.carerl.block_project(matrices, left, right, domains).flatten(1)
 
-    def _outer(self, mix: Tensor, left: Tensor | None, right: Tensor | None) -> tuple[Tensor, Tensor]:
-        assert left is not None and right is not None
+    def _add_(self, number: int, group: Group, tensors: Sequence[Tensor], mix: Tensor) -> None:
         r = self.layout.k
-        X = mix.reshape(-1, self._D, r, r)
-        L = left.unflatten(2, (self._D, r)).transpose(1, 2) @ X  # [c, D, m, r]
-        return L.transpose(1, 2).flatten(2), right
+        left, right = self._factors(number, None)
+        mixes = mix.view(-1, self._D, r, r)
+        torch.ops.carerl.block_edit_(self.layout.local(group, tensors), left, mixes, right)
 
     def _gram_times(self, number: int, x: Tensor) -> Tensor:
         left, right = self._left_grams[number], self._right_grams[number]
@@ -226,7 +218,8 @@ class BlockStack(FactoredStack):
             for start in range(0, len(group.indices), 16):  # dense overlaps are large: some matrices at a time
                 overlap = torch.einsum("gdiek,gdjel->gdijekl", GL[start : start + 16], GR[start : start + 16])
                 rows = slice(group.first + start, group.first + start + overlap.shape[0])
-                span = DenseSpan(rows, 1, overlap.reshape(-1, D * width, D * width), self.combine)
+                kind = PackedSpan if self.device.type == "cpu" else DenseSpan
+                span = kind(rows, 1, overlap.reshape(-1, D * width, D * width), self.combine)
                 reach[rows, columns] = span.reach
                 spans.append(span)
         return Frame(active, spans, reach, self.sign)
@@ -265,17 +258,34 @@ class InputStack(FactoredStack):
     def all_finite(self, coeffs: Tensor) -> Tensor:
         return self.layout.shards.all(coeffs.isfinite().all())
 
-    def _coefficients(self, matrices: Sequence[Tensor], left: Tensor | None, right: Tensor | None, D: int) -> Tensor:
-        if right is not None:
-            return times(matrices, right).double()
-        assert left is not None
-        return times_transposed(matrices, left).double()
+    def _chunks(self, group: Group) -> Iterator[tuple[slice, slice]]:
+        """Positions of matrices that are stacked at a time, and their coefficient rows in the group."""
+        for at in group.chunks(self.device):
+            yield at, slice(at.start * group.each, at.stop * group.each)
 
-    def _outer(self, mix: Tensor, left: Tensor | None, right: Tensor | None) -> tuple[Tensor, Tensor]:
-        if right is not None:
-            return mix, right
-        assert left is not None
-        return left, mix
+    def _coefficients(
+        self, out: Tensor, number: int, group: Group, tensors: Sequence[Tensor], domain: str | None
+    ) -> None:
+        left, right = self._factors(number, domain)
+        for at, rows in self._chunks(group):
+            matrices = self.layout.local(group, tensors, at)
+            if right is not None:
+                found = times(matrices, right[at])
+            else:
+                assert left is not None
+                found = times_transposed(matrices, left[at])
+            out[group.rows][rows] = found.flatten(0, 1)
+
+    def _add_(self, number: int, group: Group, tensors: Sequence[Tensor], mix: Tensor) -> None:
+        left, right = self._factors(number, None)
+        for at, rows in self._chunks(group):
+            matrices = self.layout.local(group, tensors, at)
+            part = mix[rows].unflatten(0, (-1, group.each))
+            if right is not None:
+                add_product_(matrices, part, right[at])
+            else:
+                assert left is not None
+                add_product_(matrices, left[at], part)
 
     def _gram_times(self, number: int, x: Tensor) -> Tensor:
         return x @ self._gram(number)

@@ -61,6 +61,25 @@ class DenseSpan(Span):
         return [self.root, self.into, self.out]
 
 
+class PackedSpan(DenseSpan):
+    """The same maps in a quarter of the memory and of the time to read it: of each the upper triangle in float32.
+
+    Vectors and sums stay float64, so that maps are linear to float64 and rounded once, by 2^-24, for good.
+    """
+
+    def __init__(self, rows: slice, each: int, overlap: Tensor, combine: Combine):
+        super().__init__(rows, each, overlap, combine)
+        size = overlap.shape[-1]
+        row, column = torch.triu_indices(size, size, device=overlap.device)
+        packed = {id(map_): map_[:, row, column].float() for map_ in (self.root, self.into, self.out)}
+        self.root, self.into, self.out = (packed[id(map_)] for map_ in (self.root, self.into, self.out))
+
+    def apply(self, which: Which, coeffs: Tensor) -> Tensor:
+        """See :class:`Span`; one coefficient row to each overlap."""
+        flat = coeffs.reshape(-1, *coeffs.shape[-2:]).contiguous()
+        return torch.ops.carerl.packed_times(getattr(self, which), flat).view(coeffs.shape)
+
+
 class PairSpan(Span):
     """Maps of two domains' blocks, in closed form.
 

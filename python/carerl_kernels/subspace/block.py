@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..thin import full_precision, times, times_transposed
 from .factored import FactoredBasis, orthonormal
 from .fingerprint import hash_parameters
-from .matrices import MatrixLayout, full_precision, times, times_transposed
+from .matrices import MatrixLayout
 from .shards import Shards
 from .start import StageStart
 from .store import BasisInfo

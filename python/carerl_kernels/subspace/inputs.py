@@ -13,10 +13,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..linalg import pca_core
+from ..thin import WORKSPACE, full_precision, times, times_transposed
 from .block import change_energy, check_steps
 from .factored import FactoredBasis, orthonormal
 from .fingerprint import hash_parameters
-from .matrices import WORKSPACE, Group, MatrixLayout, Side, full_precision, times, times_transposed
+from .matrices import Group, MatrixLayout, Side
 from .start import StageStart
 from .store import BasisInfo
 

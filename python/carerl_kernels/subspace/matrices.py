@@ -1,35 +1,24 @@
-"""How weight matrices lie under factored bases, and the matmuls over them, batched where matrices are small and alike.
+"""How weight matrices lie under factored bases.
 
 A factored basis has directions for every weight matrix W ``[m, n]`` (a tensor of two or more dimensions, flattened to
-``[shape[0], rest]``); vectors (biases, norms) are not covered and move freely. Nothing of the size of all parameters is ever
-allocated: matrices are stacked, or rows of a low-precision one converted, a few megabytes at a time.
+``[shape[0], rest]``); vectors (biases, norms) are not covered and move freely.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from ..thin import workspace
 from .layout import checked
 from .shards import Shards, local
 
 FactoredKind = Literal["block", "input"]
 Side = Literal["both", "right", "left"]
-
-WORKSPACE = 32 << 20
-"""Bytes of float32 copies at a time, at most."""
-IN_CACHE = 1 << 20
-"""The same on a CPU: a copy that leaves the caches, for pages that the kernel has to clear first, costs more than the product."""
-
-
-def workspace(device: torch.device) -> int:
-    """Bytes of float32 copies at a time on this device."""
-    return IN_CACHE if device.type == "cpu" else WORKSPACE
 
 
 @dataclass(frozen=True)
@@ -173,8 +162,8 @@ class MatrixLayout:
             start = group.first + position * group.each
             yield position, self.names[index], slice(start, start + group.each)
 
-    def local(self, group: Group, tensors: Sequence[Tensor], at: slice) -> list[Tensor]:
-        """Matrices ``[m, n]`` of the group at these positions: views of the tensors."""
+    def local(self, group: Group, tensors: Sequence[Tensor], at: slice = slice(None)) -> list[Tensor]:
+        """Matrices ``[m, n]`` of the group, all or those at these positions: views of the tensors."""
         return [tensors[i].view(group.m, group.n) for i in group.indices[at]]
 
     def unpack(self, rows: Tensor) -> Any:
@@ -196,62 +185,3 @@ class MatrixLayout:
         for group in self.groups:
             for _, name, at in self.matrices(group):
                 rows[at] = local(parts[name]).to(rows)
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """float32 matmuls are float32 inside: no TF32, no bfloat16 passes, no autocast, whatever the training loop chose."""
-    before = torch.get_float32_matmul_precision()
-    cast = torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
-    if before != "highest":
-        torch.set_float32_matmul_precision("highest")
-    try:
-        with cast:
-            yield
-    finally:
-        if before != "highest":
-            torch.set_float32_matmul_precision(before)
-
-
-def _row_blocks(matrix: Tensor) -> Iterator[slice]:
-    """All rows at once in float32, else as many as fit the workspace when converted."""
-    m, n = matrix.shape
-    step = max(m, 1) if matrix.dtype == torch.float32 else max(1, workspace(matrix.device) // max(4 * n, 1))
-    for start in range(0, m, step):
-        yield slice(start, min(start + step, m))
-
-
-def times(matrices: Sequence[Tensor], right: Tensor) -> Tensor:
-    """``W V`` ``[c, m, q]`` of c matrices ``[m, n]`` and V ``[c, n, q]`` float32."""
-    if len(matrices) > 1:
-        return torch.stack(list(matrices)).float() @ right
-    (matrix,) = matrices
-    out = right.new_empty(1, matrix.shape[0], right.shape[-1])
-    for rows in _row_blocks(matrix):
-        torch.mm(matrix[rows].float(), right[0], out=out[0, rows])
-    return out
-
-
-def times_transposed(matrices: Sequence[Tensor], left: Tensor) -> Tensor:
-    """``W^T U`` ``[c, n, q]`` of c matrices ``[m, n]`` and U ``[c, m, q]`` float32."""
-    if len(matrices) > 1:
-        return torch.stack(list(matrices)).float().mT @ left
-    (matrix,) = matrices
-    out = left.new_zeros(1, matrix.shape[1], left.shape[-1])
-    for rows in _row_blocks(matrix):
-        out[0].addmm_(matrix[rows].float().mT, left[0, rows])
-    return out
-
-
-def add_product_(matrices: Sequence[Tensor], left: Tensor, right: Tensor) -> None:
-    """``W <- W + L R^T`` in place; L ``[c, m, q]``, R ``[c, n, q]`` float32; one rounding in low precision."""
-    if len(matrices) > 1:
-        edited = torch.baddbmm(torch.stack(list(matrices)).float(), left, right.mT)
-        torch._foreach_copy_(list(matrices), list(edited.unbind()))
-        return
-    (matrix,) = matrices
-    for rows in _row_blocks(matrix):
-        if matrix.dtype == torch.float32:
-            matrix[rows].addmm_(left[0, rows], right[0].mT)
-        else:
-            matrix[rows] = torch.addmm(matrix[rows].float(), left[0, rows], right[0].mT).to(matrix.dtype)

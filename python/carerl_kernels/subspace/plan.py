@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from .._ops import SCALED_DTYPES
+from ..thin import WORKSPACE
 from .inputs import OVERSAMPLE, TOKENS, input_sites
 from .layout import Kind, Layout
-from .matrices import WORKSPACE, MatrixLayout
+from .matrices import MatrixLayout
 
 OVERSAMPLED_ROWS = 4  # what StreamingPCA stores beyond k while recording
 STATE = 3  # q_prev, q_start and the rule's own number, float64 per coefficient

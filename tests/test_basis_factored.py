@@ -51,6 +51,35 @@ def test_acting_equals_dense_oracle(kind, rule, overlap):
     assert run(FactoredWalk(make_model(), rule, kind, r=R, overlap=overlap)) < 3e-6
 
 
+@pytest.mark.parametrize("numbers", [1, 4, 9, 20, 1000])
+@pytest.mark.parametrize("rule", ["instant", "significance", "ema", "integrated", "bounded", "remove"])
+def test_deciding_block_by_block_changes_nothing(rule, numbers, monkeypatch):
+    """Of a row, of a few, of several matrices: the same steps, sums and memory as all at once."""
+    found = []
+    for size in (1 << 20, 8 * 2 * R * numbers):
+        monkeypatch.setattr("carerl_kernels.guard.factored.BLOCK", size)
+        walk = FactoredWalk(make_model(), rule, "input", r=R, overlap=0.6, track_energy=True)
+        blocks = walk.guard._stack.blocks
+        assert [b.start for b in blocks[1:]] == [b.stop for b in blocks[:-1]]
+        assert (blocks[0].start, blocks[-1].stop) == (0, walk.layout.T)
+        ends = {rows.stop for group in walk.layout.groups for _, _, rows in walk.layout.matrices(group)}
+        for block in blocks:  # whole matrices, or a part of one
+            inside = [end for end in ends if block.start < end < block.stop]
+            assert not inside or {block.start, block.stop} <= ends | {0}
+            assert size == 1 << 20 or block.stop - block.start <= max(numbers, 1)
+        assert len(blocks) == 1 or size < 1 << 20
+        assert run(walk) < 3e-6 or rule == "significance"
+        report, guard = walk.guard.report(), walk.guard
+        found.append((numpy_of(walk.params), report["touched_share"], report["domains"], guard._q_prev, guard._q_start))
+    (a, touched, domains, *q), (b, touched_by_blocks, domains_by_blocks, *q_by_blocks) = found
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-6)
+    assert touched_by_blocks == pytest.approx(touched, rel=1e-5)
+    for name, of in domains.items():
+        assert domains_by_blocks[name]["energy"] == pytest.approx(of["energy"], rel=1e-5)
+    torch.testing.assert_close(q_by_blocks, q, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("kind", ["block", "input"])
 def test_every_combine_with_three_domains(kind, combine):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from ..thin import add_product_, full_precision, times, times_transposed
 from .frames import Combine, DenseSpan, Frame, PackedSpan, PairSpan, Span
 from .stack import Stack
 
+BLOCK = 1 << 20
+"""Bytes of coefficients of input bases that are decided on at a time."""
 UNORIENTED = 1e-3
 """Coefficients of the stage's change below this share of the matrix's largest give a direction no orientation."""
 
@@ -98,15 +101,17 @@ class FactoredStack(Stack[MatrixLayout, FactoredBasis]):
         left, right = (None if f is None else f[:, :, first : first + self.layout.k].contiguous() for f in both)
         return left, right
 
-    def project(self, tensors: Sequence[Tensor], domain: str | None = None) -> Tensor:
+    def project(self, tensors: Sequence[Tensor], domain: str | None = None, out: Tensor | None = None) -> Tensor:
         D, width = self._D if domain is None else 1, self.layout.width
-        out = torch.zeros(self.layout.T, D * width, dtype=torch.float64, device=self.device)
+        if out is None:
+            out = torch.empty(self.layout.T, D * width, dtype=torch.float64, device=self.device)
+        out.zero_()
         with full_precision(self.device):
             for number, group in enumerate(self.layout.groups):
                 if group.m:
                     self._coefficients(out, number, group, tensors, domain)
         self._sum_(out)
-        return out * (self.sign if domain is None else self.sign[:, self.columns(domain)])
+        return out.mul_(self.sign if domain is None else self.sign[:, self.columns(domain)])
 
     def edit_(self, tensors: Sequence[Tensor], mix: Tensor, scale: Tensor | None = None) -> None:
         if scale is not None:
@@ -117,19 +122,25 @@ class FactoredStack(Stack[MatrixLayout, FactoredBasis]):
             mix = mix * factor
         elif mix.device.type == "cpu" and not mix.any():
             return  # nothing to correct
-        mix = torch.where(mix.isfinite().all(), self.sign * mix, 0.0).float()
+        finite = mix.isfinite().all()
         with full_precision(self.device):
             for number, group in enumerate(self.layout.groups):
                 if group.m:
-                    self._add_(number, group, tensors, mix[group.rows])
+                    part = torch.where(finite, self.sign[group.rows] * mix[group.rows], 0.0).float()
+                    self._add_(number, group, tensors, part)
 
-    def overlap_times(self, x: Tensor) -> Tensor:
-        signed, out = self.sign * x, torch.zeros_like(x)
+    def overlap_times(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        first, last, _ = rows.indices(self.layout.T)
+        sign, out = self.sign[rows], torch.zeros_like(x)
+        signed = sign * x
         for number, group in enumerate(self.layout.groups):
-            if group.each:
-                part = signed[group.rows].unflatten(0, (len(group.indices), group.each))
-                out[group.rows] = self._gram_times(number, part).flatten(0, 1)
-        return self.sign * out
+            start, stop = max(first, group.rows.start), min(last, group.rows.stop)
+            if start < stop:
+                here, each = slice(start - first, stop - first), min(group.each, stop - start)
+                matrices = slice((start - group.first) // group.each, -(-(stop - group.first) // group.each))
+                part = signed[here].unflatten(0, (-1, each))
+                out[here] = self._gram_times(number, part, matrices).flatten(0, 1)
+        return out.mul_(sign)
 
     def unpack(self, rows: Tensor) -> Any:
         return self.layout.unpack(rows)
@@ -158,7 +169,8 @@ class FactoredStack(Stack[MatrixLayout, FactoredBasis]):
         """Adds ``A^T mix`` to the matrices of a group; mix ``[rows of the group, K]`` float32."""
 
     @abstractmethod
-    def _gram_times(self, number: int, x: Tensor) -> Tensor: ...
+    def _gram_times(self, number: int, x: Tensor, matrices: slice) -> Tensor:
+        """``S x`` of some matrices of a group, x ``[matrices, rows of each, K]``."""
 
 
 class BlockStack(FactoredStack):
@@ -185,9 +197,10 @@ class BlockStack(FactoredStack):
         mixes = mix.view(-1, self._D, r, r)
         torch.ops.carerl.block_edit_(self.layout.local(group, tensors), left, mixes, right)
 
-    def _gram_times(self, number: int, x: Tensor) -> Tensor:
+    def _gram_times(self, number: int, x: Tensor, matrices: slice) -> Tensor:
         left, right = self._left_grams[number], self._right_grams[number]
         assert left is not None and right is not None
+        left, right = left[matrices], right[matrices]
         D, r = self._D, self.layout.k
         X = x.reshape(-1, D, r, r)
         half = torch.einsum("gdiek,gekl->gdiel", left.unflatten(2, (D, r)).unflatten(1, (D, r)), X)
@@ -229,8 +242,13 @@ class InputStack(FactoredStack):
     """One-sided input bases: coefficients ``G V_d``, a row per output; or ``G^T U_d``, a row per column.
 
     All rows of a matrix share one overlap ``V_d^T V_e``. Sharded, the rows of right-sided matrices stay with their process:
-    nothing is sent.
+    nothing is sent. Of the r columns of a domain those that no matrix of a group has take no part in products.
     """
+
+    def __init__(self, layout: MatrixLayout, combine: Combine, device: torch.device):
+        super().__init__(layout, combine, device)
+        self._kept: list[Tensor] = []  # of each group, the columns that any of its matrices has
+        self._acting: list[Tensor] = []  # [G, n or m, columns kept]
 
     def _sum_(self, coeffs: Tensor) -> None:
         shards = self.layout.shards
@@ -245,15 +263,38 @@ class InputStack(FactoredStack):
             ):
                 coeffs[rows] = part
 
-    def column_sums(self, values: Tensor) -> Tensor:
-        shards = self.layout.shards
-        if not shards.sharded:
-            return super().column_sums(values)
-        sums = torch.zeros_like(values[..., 0, :])
+    @property
+    def blocks(self) -> Sequence[slice]:
+        """Whole matrices of about BLOCK bytes of coefficients together, or parts of one matrix."""
+        most = max(1, BLOCK // (8 * max(self.rows, 1)))
+        cuts = [0]
         for group in self.layout.groups:
-            if group.side == "right" or shards.rank == 0:  # rows of left-sided matrices are the same everywhere
-                sums += values[..., group.rows, :].sum(-2)
-        return shards.sum_(sums)
+            for start in range(group.first, group.rows.stop, max(group.each, 1)):
+                end = start + group.each
+                if end - cuts[-1] > most and start > cuts[-1]:
+                    cuts.append(start)
+                while end - cuts[-1] > most:
+                    cuts.append(cuts[-1] + most)
+                if group.each > most and cuts[-1] < end:
+                    cuts.append(end)
+        if cuts[-1] < self.layout.T:
+            cuts.append(self.layout.T)
+        return [slice(a, b) for a, b in pairwise(cuts)]
+
+    def own_sums(self, values: Tensor, rows: slice = slice(None)) -> Tensor:
+        shards = self.layout.shards
+        if not shards.sharded or shards.rank == 0:
+            return super().own_sums(values, rows)
+        first, last, _ = rows.indices(self.layout.T)
+        sums = torch.zeros_like(values[..., 0, :])
+        for group in self.layout.groups:  # rows of left-sided matrices are the same everywhere
+            start, stop = max(first, group.rows.start), min(last, group.rows.stop)
+            if group.side == "right" and start < stop:
+                sums += values[..., start - first : stop - first, :].sum(-2)
+        return sums
+
+    def summed(self, sums: Tensor) -> Tensor:
+        return self.layout.shards.sum_(sums)
 
     def all_finite(self, coeffs: Tensor) -> Tensor:
         return self.layout.shards.all(coeffs.isfinite().all())
@@ -263,32 +304,39 @@ class InputStack(FactoredStack):
         for at in group.chunks(self.device):
             yield at, slice(at.start * group.each, at.stop * group.each)
 
+    def _put(self, basis: FactoredBasis, others: list[int], parameters: Sequence[Tensor]) -> Tensor:
+        moved = super()._put(basis, others, parameters)
+        self._kept, self._acting = [], []
+        for number, group in enumerate(self.layout.groups):
+            found = self._gram(number).diagonal(dim1=1, dim2=2).amax(0) > 0.5
+            factors = self.left[number] if group.side == "left" else self.right[number]
+            assert factors is not None
+            self._kept.append(found.nonzero().squeeze(1))
+            self._acting.append(factors if bool(found.all()) else factors[:, :, self._kept[-1]].contiguous())
+        return moved
+
     def _coefficients(
         self, out: Tensor, number: int, group: Group, tensors: Sequence[Tensor], domain: str | None
     ) -> None:
-        left, right = self._factors(number, domain)
+        if domain is None:
+            factors, columns = self._acting[number], self._kept[number]
+        else:
+            factors = next(f for f in self._factors(number, domain) if f is not None)
+            columns = torch.arange(self.layout.k, device=self.device)
+        product = times_transposed if group.side == "left" else times
         for at, rows in self._chunks(group):
-            matrices = self.layout.local(group, tensors, at)
-            if right is not None:
-                found = times(matrices, right[at])
-            else:
-                assert left is not None
-                found = times_transposed(matrices, left[at])
-            out[group.rows][rows] = found.flatten(0, 1)
+            found = product(self.layout.local(group, tensors, at), factors[at]).flatten(0, 1)
+            out[group.rows][rows].index_copy_(1, columns, found.to(out.dtype))
 
     def _add_(self, number: int, group: Group, tensors: Sequence[Tensor], mix: Tensor) -> None:
-        left, right = self._factors(number, None)
+        factors, mix = self._acting[number], mix[:, self._kept[number]]
         for at, rows in self._chunks(group):
             matrices = self.layout.local(group, tensors, at)
             part = mix[rows].unflatten(0, (-1, group.each))
-            if right is not None:
-                add_product_(matrices, part, right[at])
-            else:
-                assert left is not None
-                add_product_(matrices, left[at], part)
+            add_product_(matrices, *((factors[at], part) if group.side == "left" else (part, factors[at])))
 
-    def _gram_times(self, number: int, x: Tensor) -> Tensor:
-        return x @ self._gram(number)
+    def _gram_times(self, number: int, x: Tensor, matrices: slice) -> Tensor:
+        return x @ self._gram(number)[matrices]
 
     def _gram(self, number: int) -> Tensor:
         gram = self._right_grams[number]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Literal, get_args
 
 import torch
@@ -28,6 +29,12 @@ class Span:
     def apply(self, which: Which, coeffs: Tensor) -> Tensor:
         """Maps coefficients ``[..., rows, A]`` of active columns."""
         return coeffs
+
+    def part(self, first: int, last: int) -> Span:
+        """The same of some of its rows."""
+        out = copy(self)
+        out.rows = slice(0, last - first)
+        return out
 
     def tensors(self) -> list[Tensor]:
         """What it keeps."""
@@ -56,6 +63,15 @@ class DenseSpan(Span):
         )  # [G, ..., each, A]: a map is read once for all of them
         mapped = parts.flatten(1, -2) @ getattr(self, which).mT
         return mapped.view(parts.shape).movedim(0, -3).flatten(-3, -2)
+
+    def part(self, first: int, last: int) -> Span:
+        """Rows of whole matrices, or rows within one."""
+        out = copy(self)
+        out.rows, out.reach = slice(0, last - first), self.reach[first:last]
+        out.each = min(self.each, last - first)
+        some = slice(first // self.each, -(-last // self.each))
+        out.root, out.into, out.out = self.root[some], self.into[some], self.out[some]
+        return out
 
     def tensors(self) -> list[Tensor]:
         return [self.root, self.into, self.out]
@@ -150,6 +166,7 @@ class Frame:
     def __init__(self, active: Tensor, spans: Sequence[Span], reach: Tensor, sign: Tensor | None = None):
         self.active, self.spans, self.reach, self.sign = active, tuple(spans), reach, sign
         self._columns = active.nonzero().squeeze(1)  # once per set of active rows, never in a step
+        self._parts: dict[tuple[int, int], Frame] = {}
 
     @classmethod
     def dense(
@@ -169,6 +186,23 @@ class Frame:
             reach[rows.start : rows.stop, columns] = span.reach
             spans.append(span)
         return cls(active, spans, reach, sign)
+
+    def part(self, rows: slice) -> Frame:
+        """The frame of a block of coefficient rows."""
+        first, last, _ = rows.indices(self.reach.shape[0])
+        if (first, last) == (0, self.reach.shape[0]):
+            return self
+        if (first, last) not in self._parts:
+            spans = []
+            for span in self.spans:
+                start, stop = max(first, span.rows.start), min(last, span.rows.stop)
+                if start < stop:
+                    piece = span.part(start - span.rows.start, stop - span.rows.start)
+                    piece.rows = slice(start - first, stop - first)
+                    spans.append(piece)
+            sign = None if self.sign is None else self.sign[rows]
+            self._parts[first, last] = Frame(self.active, spans, self.reach[rows], sign)
+        return self._parts[first, last]
 
     def into(self, coeffs: Tensor) -> Tensor:
         """Components of coefficients."""

@@ -25,7 +25,7 @@ from .frames import COMBINES, Combine
 from .newcomer import Newcomer
 from .probes import Probes
 from .rules import RULES, Rule, RuleParams, RuleState, decide
-from .statistics import Statistics
+from .statistics import Statistics, energies
 
 _UNSET = object()
 
@@ -538,24 +538,30 @@ class CapabilityGuard:
         corrected there, so errors do not accumulate.
         """
         stack, parameters = self._stack, self._locals()
-        q = stack.project(parameters)  # [T, K]
-        c = self._q_prev - q
+        q = stack.project(parameters, out=self._q)  # [T, K]
+        finite = stack.all_finite(q)
         total: Tensor | None = None
         if self._snapshot is not None:
             steps = (a.double() - b.double() for a, b in zip(self._snapshot, parameters, strict=True))
             total = self.layout.shards.sum_(torch.stack([step.square().sum() for step in steps]).sum())
             self._snapshot = None
-        x = self._decide(c, own, total)
-        x = x * self._cap(x, c, own)
-        overlapped = stack.overlap_times(x)
-        self._statistics.count(stack, c, x, overlapped, total)
-        stack.edit_(parameters, x)
-        after = q + overlapped
-        finite = stack.all_finite(after)
-        # The batch's own rows move freely: their baseline goes along instead of counting as displacement.
-        moved = torch.where(stack.active(own), 0.0, after - self._q_prev)
-        self._q_start = torch.where(finite, self._q_start + moved, self._q_start)
-        self._q_prev = torch.where(finite, after, self._q_prev)
+        correction, sums = self._x, torch.zeros(3, stack.rows, dtype=q.dtype, device=q.device)
+        free = ~stack.active(own)
+        # Coefficients of input bases outnumber their directions by far: block by block they stay in the caches.
+        for rows in stack.blocks if self.norm_cap is None else (slice(0, self.layout.T),):
+            before, start = self._q_prev[rows], self._q_start[rows]
+            c = torch.where(finite, before - q[rows], 0.0)
+            x = self._decide(c, own, total, finite, rows)
+            x = x * self._cap(x, c, own)
+            overlapped = stack.overlap_times(x, rows)
+            sums += stack.own_sums(energies(c, x, overlapped), rows)
+            correction[rows] = x
+            moved = overlapped - c
+            # The batch's own rows move freely: their baseline goes along instead of counting as displacement.
+            start += torch.where(free, moved, 0.0)
+            before += moved
+        self._statistics.count(stack, stack.summed(sums), total)
+        stack.edit_(parameters, correction)
 
     def _edit_gradients(self, own: str | None, grads: Sequence[Tensor]) -> None:
         """Edits a gradient in place; norm cap and clipping fold into the scale, known before the second pass."""
@@ -566,7 +572,7 @@ class CapabilityGuard:
         if self.track_energy or limited or (stack.rounding and self.rule in ("instant", "significance")):
             squares = torch.stack([g.norm(dtype=torch.float32).double().square() for g in grads])
             total = self.layout.shards.sum_(squares.sum())
-        x = self._decide(c, own, total)
+        x = self._decide(c, own, total, stack.all_finite(c))
         scale = torch.ones((), dtype=torch.float64, device=c.device)
         overlapped = stack.overlap_times(x)
         if limited and total is not None:
@@ -578,12 +584,16 @@ class CapabilityGuard:
             ):
                 if limit is not None:
                     scale = torch.minimum(scale, limit / edited.clamp_min(1e-30))
-        self._statistics.count(stack, c, x, overlapped, total if self.track_energy else None)
+        self._statistics.count(
+            stack, stack.column_sums(energies(c, x, overlapped)), total if self.track_energy else None
+        )
         # In place; a parameter without gradient took no part in the step and stays out of it.
         stack.edit_(grads, -x, scale)
 
-    def _decide(self, c: Tensor, own: str | None, total: Tensor | None) -> Tensor:
-        """The correction, given the raw coefficients and, where it is known, the squared norm of the raw step."""
+    def _decide(
+        self, c: Tensor, own: str | None, total: Tensor | None, finite: Tensor, rows: slice = slice(None)
+    ) -> Tensor:
+        """The correction of all rows or a block, given its raw coefficients and, where known, the squared norm of the step."""
         stack = self._stack
         floor: Tensor | float = 0.0
         if total is not None:  # what rounding of the directions alone makes of a step, times three
@@ -592,11 +602,11 @@ class CapabilityGuard:
             self.rule,
             c,
             stack.active(own),
-            self._state,
-            self._params,
-            stack.frame(own),
-            stack.displacement,
-            stack.all_finite(c),
+            self._state.part(rows),
+            self._params.part(rows),
+            stack.frame(own).part(rows),
+            stack.displacement[rows],
+            finite,
             self._fallback(),
             floor,
         )
@@ -795,6 +805,8 @@ class CapabilityGuard:
         self._state = RuleState.zeros(self.rule, self.layout.T, rows, device)
         self._q_prev = torch.zeros(self.layout.T, rows, dtype=torch.float64, device=device)
         self._q_start = self._q_prev.clone()
+        # where a step's coefficients and its correction go: memory that is there already costs no page faults
+        self._q, self._x = torch.empty_like(self._q_prev), torch.empty_like(self._q_prev)
         numbers: dict[str, list[float]] = {"aligned": [], "conflict": [], "lower": [], "upper": []}
         for name in self._stack.names:
             lower, upper = pair("bound", for_domain("bound", self._weights["bound"], name))

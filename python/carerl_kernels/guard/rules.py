@@ -16,8 +16,8 @@ Two families. *Weight* rules give each component of this step a weight w (1 pass
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ MEMORY: dict[Rule, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class RuleParams:
-    """Numbers of a rule; per-row ones are ``[K]`` float64 so that domains may differ.
+    """Numbers of a rule; tensors are ``[K]`` float64 so that domains may differ, or ``[T, K]``.
 
     Attributes:
         aligned, conflict: weights of components along and against prior learning.
@@ -54,6 +54,13 @@ class RuleParams:
     upper: Tensor
     z: float
     beta: float
+
+    def part(self, rows: slice) -> RuleParams:
+        """For some coefficient rows, where numbers differ between rows."""
+        by_row: dict[str, Any] = {
+            f.name: v[rows] for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor) and v.dim() == 2
+        }
+        return replace(self, **by_row) if by_row else self
 
 
 @dataclass
@@ -80,6 +87,10 @@ class RuleState:
             return torch.zeros(T, K if name in MEMORY[rule] else 0, dtype=torch.float64, device=device)
 
         return cls(**{field.name: fresh(field.name) for field in fields(cls)})
+
+    def part(self, rows: slice) -> RuleState:
+        """Some coefficient rows of it, in the same memory."""
+        return RuleState(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
     def begin_stage(self) -> None:
         for field in fields(self):
@@ -156,9 +167,9 @@ def decide(
     for name, value in (("mean", c), ("square", c.square())):
         if name in MEMORY[rule]:
             old = getattr(state, name)
-            setattr(state, name, torch.where(acting, params.beta * old + (1 - params.beta) * value, old))
+            old.copy_(torch.where(acting, params.beta * old + (1 - params.beta) * value, old))
     if "count" in MEMORY[rule]:
-        state.count = torch.where(acting, state.count + 1, state.count)
+        state.count.add_(acting.to(state.count.dtype))
     change = (1 - _by_sign(sign, params)) * inside
     if rule == "probed" and fallback is not None:
         change = torch.where(fallback, bounded, change)
@@ -178,7 +189,7 @@ def _by_displacement(
 ) -> Tensor:
     """Change of components by a displacement rule, given the components of c and of p; moves p on."""
     after = before + inside
-    state.p = torch.where(acting, state.p + c, state.p)
+    state.p.copy_(torch.where(acting, state.p + c, state.p))
     kept = _attained(rule, after, params, frame.reach, displacement)
     kept = kept - _attained(rule, before, params, frame.reach, displacement)
     return (after - before) - kept

@@ -64,6 +64,11 @@ class Stack(ABC, Generic[L, B]):
         """Relative error of the stored directions."""
         return 0.0
 
+    @property
+    def blocks(self) -> Sequence[slice]:
+        """Coefficient rows that are decided on at a time, together all of them; no row has to do with those of other blocks."""
+        return (slice(0, self.layout.T),)
+
     def columns(self, domain: str) -> slice:
         """The coefficients of one domain among the K."""
         at = self.names.index(domain) * self.layout.width
@@ -117,16 +122,16 @@ class Stack(ABC, Generic[L, B]):
         """One domain's basis as stored here; views where possible."""
 
     @abstractmethod
-    def project(self, tensors: Sequence[Tensor], domain: str | None = None) -> Tensor:
-        """Coefficients ``A t``: ``[T, K]``, or ``[T, width]`` on one domain's directions only."""
+    def project(self, tensors: Sequence[Tensor], domain: str | None = None, out: Tensor | None = None) -> Tensor:
+        """Coefficients ``A t``: ``[T, K]``, or ``[T, width]`` on one domain's directions only; perhaps in ``out``."""
 
     @abstractmethod
     def edit_(self, tensors: Sequence[Tensor], mix: Tensor, scale: Tensor | None = None) -> None:
         """``t <- scale*(t + A^T mix)`` in place, scale 0-d; nothing moves where mix or scale is not finite."""
 
     @abstractmethod
-    def overlap_times(self, x: Tensor) -> Tensor:
-        """``S x`` ``[T, K]``."""
+    def overlap_times(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        """``S x``, all of it ``[T, K]`` or one of the blocks."""
 
     @abstractmethod
     def memory(self) -> int:
@@ -134,7 +139,15 @@ class Stack(ABC, Generic[L, B]):
 
     def column_sums(self, values: Tensor) -> Tensor:
         """Sums ``[..., K]`` over all coefficient rows of values ``[..., T, K]``, those of other processes included."""
+        return self.summed(self.own_sums(values))
+
+    def own_sums(self, values: Tensor, rows: slice = slice(None)) -> Tensor:
+        """What all rows here, or those of a block, add to the sums."""
         return values.sum(-2)
+
+    def summed(self, sums: Tensor) -> Tensor:
+        """Own sums of all processes together."""
+        return sums
 
     def all_finite(self, coeffs: Tensor) -> Tensor:
         """0-d bool, the same in every process: whether coefficients are finite everywhere."""
@@ -201,7 +214,7 @@ class RowStack(Stack[Layout, DomainBasis]):
         layout = self.layout if self.layout.shards.sharded else None
         return DomainBasis(self.infos[domain], self.bases[at], self._spectra[domain], moved, scales, layout)
 
-    def project(self, tensors: Sequence[Tensor], domain: str | None = None) -> Tensor:
+    def project(self, tensors: Sequence[Tensor], domain: str | None = None, out: Tensor | None = None) -> Tensor:
         if domain is None:
             return self.layout.project(tensors, self.bases, self.scales)
         at = self.names.index(domain)
@@ -215,8 +228,8 @@ class RowStack(Stack[Layout, DomainBasis]):
             scale = torch.ones((), device=mix.device)
         self.layout.edit_(tensors, self.bases, mix, scale.float().expand(mix.shape[0]).contiguous(), self.scales)
 
-    def overlap_times(self, x: Tensor) -> Tensor:
-        return (self.overlap @ x.unsqueeze(-1)).squeeze(-1)
+    def overlap_times(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        return (self.overlap[rows] @ x.unsqueeze(-1)).squeeze(-1)
 
     def memory(self) -> int:
         tensors = [self.bases, self.overlap] + ([] if self.scales is None else [self.scales])

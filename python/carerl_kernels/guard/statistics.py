@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from .stack import Stack
 
 
+def energies(c: Tensor, x: Tensor, overlapped: Tensor) -> Tensor:
+    """``[3, T, K]`` of coefficients c, correction x and S x: energy aligned, conflicting, and of the correction."""
+    energy = c.square()
+    return torch.stack([torch.where(c > 0, energy, 0.0), torch.where(c < 0, energy, 0.0), x * overlapped])
+
+
 class Statistics:
     """Energies of raw updates along each domain's rows, and of the corrections.
 
@@ -26,12 +32,11 @@ class Statistics:
         self._energies: dict[str, Tensor] = {}  # domain -> [aligned, conflicting, total while it was history]
         self._touched: Tensor | None = None  # [energy of corrections, total energy]
 
-    def count(self, stack: Stack, c: Tensor, x: Tensor, overlapped: Tensor, total: Tensor | None) -> None:
-        """Adds one step: coefficients c, correction x and S x ``[T, K]``, squared norm of the raw update if it is known."""
-        known = torch.full((), torch.nan, dtype=c.dtype, device=c.device) if total is None else total.to(c.dtype)
-        energy = c.square()
-        parts = torch.stack([torch.where(c > 0, energy, 0.0), torch.where(c < 0, energy, 0.0), x * overlapped])
-        sums = stack.column_sums(parts)  # [3, K]
+    def count(self, stack: Stack, sums: Tensor, total: Tensor | None) -> None:
+        """Adds one step: sums of :func:`energies` ``[3, K]`` and the squared norm of the raw update if it is known."""
+        known = (
+            torch.full((), torch.nan, dtype=sums.dtype, device=sums.device) if total is None else total.to(sums.dtype)
+        )
         for name in stack.names:
             add = torch.cat([sums[:2, stack.columns(name)].sum(1), known.unsqueeze(0)])
             self._energies[name] = self._energies[name] + add if name in self._energies else add

@@ -74,7 +74,7 @@ static void axpy_tile_scaled(const Basis& basis, const int64_t* rows, int64_t co
     CARERL_UNROLL
     for (int r = 0; r < R; ++r) {
       CARERL_UNROLL
-      for (int c = 0; c < C; ++c) factor[r][c] = splat(mix[r * mixes + c] * Group<E>::kUnit * scales[r][block]);
+      for (int c = 0; c < C; ++c) factor[r][c] = splat(mix[r * mixes + c] * scales[r][block]);
     }
     if (end - i == kUsualBlock) {
       axpy_run<E, R, C>(u, factor, y, pitch, i, i + kUsualBlock);

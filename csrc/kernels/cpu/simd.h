@@ -207,13 +207,12 @@ CARERL_INLINE uint8_t fp8_code(float x) {
 // Widening to floats in the order of memory costs shuffles across the register. Sums do not care about the order of
 // their columns and edits are made column by column, so kernels work on groups of vectors in whatever order a storage
 // type comes apart cheaply, and bring the gradients of a tile into the order of the bases once.
-//   load:    a group as floats in that order, each divided by kUnit
+//   load:    a group as floats in that order
 //   store:   the other way; a NaN has no payload below what E keeps
 //   arrange: vectors in the order of memory into that order; restore: back
 template <class E>
 struct Group {
   static constexpr int kVectors = 1;
-  static constexpr float kUnit = 1.0f;
   CARERL_INLINE void load(const typename E::Type* p, Float* out) { out[0] = E::load(p); }
   CARERL_INLINE void store(typename E::Type* p, const Float* in) { store_as(E{}, p, in[0]); }
   CARERL_INLINE void arrange(Float*) {}
@@ -225,7 +224,6 @@ struct Group {
 template <>
 struct Group<BF16> {
   static constexpr int kVectors = 2;
-  static constexpr float kUnit = 1.0f;
   CARERL_INLINE void load(const uint16_t* p, Float* out) {
     const Word both = *reinterpret_cast<const LooseWord*>(p);
     out[0] = as_float(both << 16);
@@ -265,35 +263,16 @@ struct Group<BF16> {
 #endif
 
 #if defined(CARERL_AVX2)
-// 32 codes: vector j has the 4 from 4 j on and the 4 from 16 + 4 j on, each code in the top byte of an integer.
+// 32 codes, in the order of memory: each eight widened on their way from memory, with no register for the shuffle.
 template <>
 struct Group<I8> {
   static constexpr int kVectors = 4;
-  static constexpr float kUnit = 0x1p-24f;
   CARERL_INLINE void load(const int8_t* p, Float* out) {
-    const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    const __m256i first = _mm256_set_epi32(0x03808080, 0x02808080, 0x01808080, 0x00808080, 0x03808080, 0x02808080,
-                                           0x01808080, 0x00808080);
     CARERL_UNROLL
-    for (int j = 0; j < kVectors; ++j) {
-      const __m256i take = _mm256_or_si256(first, _mm256_set1_epi32(j << 26));
-      out[j] = (Float)_mm256_cvtepi32_ps(_mm256_shuffle_epi8(codes, take));
-    }
+    for (int j = 0; j < kVectors; ++j) out[j] = I8::load(p + j * kWidth);
   }
-  CARERL_INLINE void arrange(Float* x) {
-    const __m256 a = (__m256)x[0], b = (__m256)x[1], c = (__m256)x[2], d = (__m256)x[3];
-    x[0] = (Float)_mm256_permute2f128_ps(a, c, 0x20);
-    x[1] = (Float)_mm256_permute2f128_ps(a, c, 0x31);
-    x[2] = (Float)_mm256_permute2f128_ps(b, d, 0x20);
-    x[3] = (Float)_mm256_permute2f128_ps(b, d, 0x31);
-  }
-  CARERL_INLINE void restore(Float* x) {
-    const __m256 a = (__m256)x[0], b = (__m256)x[1], c = (__m256)x[2], d = (__m256)x[3];
-    x[0] = (Float)_mm256_permute2f128_ps(a, b, 0x20);
-    x[1] = (Float)_mm256_permute2f128_ps(c, d, 0x20);
-    x[2] = (Float)_mm256_permute2f128_ps(a, b, 0x31);
-    x[3] = (Float)_mm256_permute2f128_ps(c, d, 0x31);
-  }
+  CARERL_INLINE void arrange(Float*) {}
+  CARERL_INLINE void restore(Float*) {}
 };
 #endif
 

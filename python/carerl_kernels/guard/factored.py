@@ -1,4 +1,4 @@
-"""Acting directions of factored bases: matmuls over weight matrices, batched over equal shapes (MATH: block, input)."""
+"""Acting directions of factored bases: thin products with weight matrices (MATH: block, input)."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ class FactoredStack(Stack[MatrixLayout, FactoredBasis]):
             mix = mix * factor
         elif mix.device.type == "cpu" and not mix.any():
             return  # nothing to correct
-        finite = mix.isfinite().all()
+        finite = torch.ops.carerl.all_finite([mix.contiguous()])
         with full_precision(self.device):
             for number, group in enumerate(self.layout.groups):
                 if group.m:
@@ -297,7 +297,7 @@ class InputStack(FactoredStack):
         return self.layout.shards.sum_(sums)
 
     def all_finite(self, coeffs: Tensor) -> Tensor:
-        return self.layout.shards.all(coeffs.isfinite().all())
+        return self.layout.shards.all(super().all_finite(coeffs))
 
     def _chunks(self, group: Group) -> Iterator[tuple[slice, slice]]:
         """Positions of matrices that are stacked at a time, and their coefficient rows in the group."""
@@ -329,7 +329,9 @@ class InputStack(FactoredStack):
             out[group.rows][rows].index_copy_(1, columns, found.to(out.dtype))
 
     def _add_(self, number: int, group: Group, tensors: Sequence[Tensor], mix: Tensor) -> None:
-        factors, mix = self._acting[number], mix[:, self._kept[number]]
+        factors = self._acting[number]
+        if factors.shape[2] < mix.shape[1]:
+            mix = mix[:, self._kept[number]]
         for at, rows in self._chunks(group):
             matrices = self.layout.local(group, tensors, at)
             part = mix[rows].unflatten(0, (-1, group.each))

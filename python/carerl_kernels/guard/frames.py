@@ -224,10 +224,13 @@ class Frame:
     def _apply(self, which: Which, coeffs: Tensor) -> Tensor:
         if self.sign is not None:
             coeffs = self.sign * coeffs
-        inner = coeffs[..., self._columns]
+        everything = self._columns.numel() == coeffs.shape[-1]
+        inner = coeffs if everything else coeffs[..., self._columns]
         mapped = torch.empty_like(inner)
         for span in self.spans:
             mapped[..., span.rows, :] = span.apply(which, inner[..., span.rows, :])
-        out = torch.zeros_like(coeffs)
-        out[..., self._columns] = mapped
-        return out if self.sign is None else self.sign * out
+        out = mapped
+        if not everything:
+            out = torch.zeros_like(coeffs)
+            out[..., self._columns] = mapped
+        return out if self.sign is None else out.mul_(self.sign)

@@ -151,7 +151,7 @@ class Stack(ABC, Generic[L, B]):
 
     def all_finite(self, coeffs: Tensor) -> Tensor:
         """0-d bool, the same in every process: whether coefficients are finite everywhere."""
-        return coeffs.isfinite().all()
+        return torch.ops.carerl.all_finite([coeffs.contiguous()])
 
     def unpack(self, rows: Tensor) -> Any:
         """Numbers per coefficient row ``[T, ...]``, as a checkpoint can keep them; :meth:`pack_` takes them back."""

@@ -38,12 +38,12 @@ class CapabilityGuard:
         rule: what passes; see :mod:`carerl_kernels.guard.rules`. The default, "bounded" by .1, is level with "remove" and learns
             new domains a little better (docs/evidence.md).
         basis: "input" (one-sided, r per weight matrix, from what forward passes feed into it) or "block" (two-sided, r x r per
-            weight matrix, from the stage's parameter change), whose memory is small enough for full fine-tuning; "per_matrix" (k
-            directions for every weight matrix) or "flat" (k over all parameters), both from gradients. None is "input", unless k or
-            a basis_dtype asks for rows, or the model is pairs: then "per_matrix". With three domains in sequence input directions
-            kept the full learning rate and ended .14 above the best plain one and .08 above gradient directions at the rate that
-            suits those (docs/evidence.md: five seeds; confirmed on other tasks). With eight domains in a narrow model 90 % of all
-            their inputs' energy left too little room: there a lower ``energy`` or gradient directions were better.
+            weight matrix, from the stage's parameter change), whose memory is small enough for full fine-tuning; "per_matrix"
+            (k directions for every weight matrix) or "flat" (k over all parameters), both from gradients. None is "input", or
+            "per_matrix" where k or a basis_dtype asks for rows or the model is pairs. With three domains in sequence input
+            directions kept the full learning rate and ended .14 above the best plain one and .08 above gradient directions at the
+            rate that suits those (docs/evidence.md: five seeds; confirmed on other tasks). With eight domains in a narrow model
+            90 % of all their inputs' energy left too little room: there a lower ``energy`` or gradient directions did better.
         k: directions per domain of row bases, 64 by default; r: rank of "block", 16 by default, and of "input", 32.
         combine: "symmetric" never reverses a component whatever the overlap; "sum" and "min_norm" for comparison.
         apply_to: "update" corrects the parameters after the step, whatever the optimizer made of the gradient, without a copy

@@ -10,7 +10,13 @@ typedef float FloatPair __attribute__((vector_size(CARERL_VECTOR_BYTES / 2)));  
 typedef FloatPair LooseFloatPair __attribute__((aligned(1), may_alias));
 
 CARERL_INLINE Double widen(const float* p) {
+#if defined(CARERL_AVX512)
+  return (Double)_mm512_cvtps_pd(_mm256_loadu_ps(p));
+#elif defined(CARERL_AVX2)
+  return (Double)_mm256_cvtps_pd(_mm_loadu_ps(p));  // of the general form GCC 12 makes four instructions
+#else
   return __builtin_convertvector(*reinterpret_cast<const LooseFloatPair*>(p), Double);
+#endif
 }
 CARERL_INLINE Double load(const double* p) { return *reinterpret_cast<const LooseDouble*>(p); }
 CARERL_INLINE void store(double* p, Double x) { *reinterpret_cast<LooseDouble*>(p) = x; }
@@ -18,10 +24,12 @@ CARERL_INLINE void store(double* p, Double x) { *reinterpret_cast<LooseDouble*>(
 // Rows [row, row + R) of the triangle from column row + R on: y += R x below and right of the diagonal block.
 template <int R, int B>
 static void packed_rows(const float* const (&at)[R], int64_t row, int64_t size, const double* x, double* y) {
+  const float* entries[R];  // stores could change what a reference names
   Double factor[R][B], sums[R][B] = {};
   double rest[R][B] = {};
   CARERL_UNROLL
   for (int r = 0; r < R; ++r) {
+    entries[r] = at[r];
     CARERL_UNROLL
     for (int b = 0; b < B; ++b) factor[r][b] = x[b * size + row + r] - Double{};
   }
@@ -29,7 +37,7 @@ static void packed_rows(const float* const (&at)[R], int64_t row, int64_t size, 
   for (; j + kDoubles <= size; j += kDoubles) {
     Double entry[R];
     CARERL_UNROLL
-    for (int r = 0; r < R; ++r) entry[r] = widen(at[r] + j);
+    for (int r = 0; r < R; ++r) entry[r] = widen(entries[r] + j);
     CARERL_UNROLL
     for (int b = 0; b < B; ++b) {
       const Double value = load(x + b * size + j);
@@ -44,7 +52,7 @@ static void packed_rows(const float* const (&at)[R], int64_t row, int64_t size, 
   }
   for (; j < size; ++j) {
     for (int r = 0; r < R; ++r) {
-      const double entry = at[r][j];
+      const double entry = entries[r][j];
       for (int b = 0; b < B; ++b) {
         y[b * size + j] += entry * x[b * size + row + r];
         rest[r][b] += entry * x[b * size + j];

@@ -24,7 +24,7 @@ CARERL_INLINE void accumulate(const typename E::Type* const (&u)[R], const float
   static_assert(kFold % kTurn == 0 && kUsualBlock % kTurn == 0);
   Float chains[kChains][R][C] = {};
   for (; i + kTurn <= end; i += kTurn) {
-    // Rows of few bytes end before the hardware has foreseen how they go on: bf16 and int8 read 15 % faster.
+    // Rows of few bytes end before the hardware has foreseen how they go on: int8 reads faster so.
     if (!__is_same(E, F32) && i * static_cast<int64_t>(sizeof(typename E::Type)) % 64 == 0) {
       CARERL_UNROLL
       for (int r = 0; r < R; ++r) __builtin_prefetch(u[r] + i + kAhead, 0, 2);

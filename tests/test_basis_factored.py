@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
 from carerl_kernels import BasisError, CapabilityGuard, DomainBasis
 from carerl_kernels.guard import COMBINES
+from carerl_kernels.guard.factored import BLOCK
 from carerl_kernels.subspace import FactoredBasis, StoredBasis
 from carerl_kernels.subspace.block import leading_factors
 from carerl_kernels.subspace.inputs import spread
@@ -57,7 +60,7 @@ def test_deciding_block_by_block_changes_nothing(rule, numbers, monkeypatch):
     """Of a row, of a few, of several matrices: the same steps, sums and memory as all at once."""
     found = []
     for size in (1 << 20, 8 * 2 * R * numbers):
-        monkeypatch.setattr("carerl_kernels.guard.factored.BLOCK", size)
+        monkeypatch.setitem(BLOCK, "cpu", size)
         walk = FactoredWalk(make_model(), rule, "input", r=R, overlap=0.6, track_energy=True)
         blocks = walk.guard._stack.blocks
         assert [b.start for b in blocks[1:]] == [b.stop for b in blocks[:-1]]
@@ -180,7 +183,7 @@ def test_stage_is_recorded_saved_and_protects(kind, tmp_path):
     before = {name: p.detach().double().clone() for name, p in model.named_parameters()}
     loaded = CapabilityGuard.load(path, model=model, rule="remove")
     assert loaded.layout.k == 4 and loaded.history == ["math"]
-    if kind == "block":  # four inputs of twelve hold a third of anything: no more than chance in a model this small
+    if kind == "block":  # four inputs of twelve hold a third of anything, which hides what they know
         assert not loaded.report()["open_windows"]
     learn(model, loaded, seed=5)
     moved = along = 0.0
@@ -254,6 +257,8 @@ def test_every_position_is_drawn_about_as_often():
         assert (chosen // 22).tolist() == list(range(64))
         counts[chosen.numpy()] += 1
     assert counts.min() >= 4 and counts.max() <= 16  # 10 in the mean
+    for size in (65, 80, 96, 100, 127, 1000):
+        assert len(set(spread(size, 64, 5).tolist())) == 64 and spread(size, 64, 5).max() < size
     assert spread(7, 64, 3).tolist() == list(range(7))
 
 
@@ -283,6 +288,91 @@ def test_padding_does_not_count_where_a_mask_says_so():
         torch.testing.assert_close(found[6].values[name], values, rtol=1e-4, atol=1e-5)
     P, Q = (b.right["up.weight"] @ b.right["up.weight"].mT for b in found.values())
     torch.testing.assert_close(P, Q, atol=1e-4, rtol=0)
+
+
+def test_padding_does_not_count_where_tokens_come_in_a_row():
+    """As experts of a mixture get them."""
+
+    class Flat(Masked):
+        def forward(self, input_ids, attention_mask=None):
+            x = self.embed(input_ids)
+            return self.up(x.flatten(0, 1)).view(*input_ids.shape, -1)
+
+    model = Flat()
+    with torch.no_grad():
+        model.embed.weight[0] = 100.0  # padding's
+    guard = CapabilityGuard(model, basis="input", r=6, energy=1.0)
+    ids = torch.randint(1, 29, (4, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[:, :4] = ids[:, :4] = 0
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    guard.attach(optimizer)
+    with guard.stage("math"):
+        model(ids, attention_mask=mask).square().mean().backward()
+        optimizer.step()
+    seen = model.embed(ids[:, 4:]).detach().flatten(0, 1).double()
+    energy = float(guard.basis("math").values["up.weight"].square().sum())
+    assert energy == pytest.approx(float(torch.linalg.svdvals(seen).square()[:6].sum()), rel=1e-4)
+
+
+class Wide(torch.nn.Module):
+    """As wide as input bases have columns, or narrower."""
+
+    def __init__(self, width=32):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = torch.nn.Linear(width, 48), torch.nn.Linear(48, 4)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.first(x)))
+
+
+def practise(model, optimizer, guard, steps, domain=None):
+    generator = torch.Generator().manual_seed(3)
+    mix = torch.randn(4, model.first.in_features, generator=generator)  # inputs lie in four directions
+    for _ in range(steps):
+        optimizer.zero_grad()
+        x = torch.randn(16, 4, generator=generator) @ mix
+        (model(x) - x[:, :4]).square().mean().backward()
+        with guard.domain(domain) if domain else nullcontext():
+            optimizer.step()
+
+
+@pytest.mark.parametrize("width", [8, 32, 64])
+def test_the_default_guard_knows_what_it_recorded_in_narrow_models_too(width):
+    """Of its 32 columns those that hold the inputs act: chance is theirs, and the basis lies above it."""
+    model = Wide(width)
+    guard = CapabilityGuard(model)
+    assert guard.layout.kind == "input" and guard.layout.k == 32
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    guard.attach(optimizer)
+    with guard.stage("math"):
+        practise(model, optimizer, guard, 30)
+    kept = {name: int((V != 0).any(0).sum()) for name, V in guard.basis("math").right.items()}
+    rows = {"first.weight": 48, "last.weight": 4}
+    total = sum(p.numel() for p in model.parameters())
+    assert guard._stack.chance("math") == pytest.approx(sum(kept[n] * rows[n] for n in rows) / total)
+    assert guard.report()["open_windows"] == []
+
+
+def test_a_newcomer_of_the_default_guard_acts():
+    model = Wide(64)
+    guard = CapabilityGuard(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    guard.attach(optimizer)
+    guard.open_domain("math", check_every=10)
+    practise(model, optimizer, guard, 40, "math")
+    assert guard.report()["recording"]["math"]["acting"] and guard.history == ["math"]
+
+
+def test_without_layers_to_watch_the_default_is_of_gradients():
+    model = torch.nn.Sequential(torch.nn.Conv1d(3, 8, 3), torch.nn.Tanh(), torch.nn.Conv1d(8, 4, 3))
+    assert CapabilityGuard(model).layout.kind == "per_matrix"
+    assert CapabilityGuard(Wide().named_parameters()).layout.kind == "per_matrix"
+    assert CapabilityGuard(Wide(), k=4).layout.kind == "per_matrix"
+    assert CapabilityGuard(Wide(), basis_dtype=torch.bfloat16).layout.kind == "per_matrix"
+    with pytest.raises(ValueError, match="covers weight matrices"):
+        CapabilityGuard(model, basis="input")
 
 
 def test_untied_embedding_keeps_its_most_frequent_tokens():

@@ -356,6 +356,7 @@ def test_a_cell_runs_whatever_is_recorded_unless_resumed(tiny, tmp_path):
         ("kind: lm, stages: [code, math], shares: {code: 1, math: 2}", "", "mixed stage"),
         ("kind: lm, stages: [[code, math, chat]], shares: {code: 1, math: 2}", "", "mixed stage"),
         ("kind: lm, stages: [code, math]", "train: {lr: 0.1}", "lr and seed from the cell"),
+        ("kind: lm, stages: [code, math]", "strength: 2", "strength with experiment"),
         ("kind: lm, stages: [code, math]", "experiment: elastic", "rule .integrated. to go with experiment"),
     ],
 )

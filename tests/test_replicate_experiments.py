@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from carerl_kernels import CapabilityGuard
-from carerl_kernels.guard.validate import random_basis
-from carerl_kernels.replicate.experiments import RULES, ExperimentalGuard, as_random, relative_energy
+from carerl_kernels.guard.validate import as_random, random_basis
+from carerl_kernels.replicate.experiments import RULES, ExperimentalGuard, relative_energy
 from carerl_kernels.subspace.inputs import input_sites
 from factored_helpers import make_factored
 from guard_helpers import make_history, make_model

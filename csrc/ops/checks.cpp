@@ -331,6 +331,7 @@ void check_packed(const Tensor& packed, const Tensor& x) {
 }
 
 void check_numbers(const List& tensors) {
+  if (tensors.empty()) fail("all_finite", "at least one tensor", "an empty list");
   for (size_t t = 0; t < tensors.size(); ++t) {
     const ScalarType dtype = tensors[t].scalar_type();
     if (!is_grad(dtype) && dtype != ScalarType::Double) {

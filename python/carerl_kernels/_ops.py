@@ -553,6 +553,7 @@ def _packed_times_fake(packed, x):
 def check_all_finite(tensors: Sequence[Tensor]) -> None:
     op = "all_finite"
     dtypes = (*GRAD_DTYPES, torch.float64)
+    _require(len(tensors) > 0, op, "at least one tensor", "an empty list")
     for t, tensor in enumerate(tensors):
         fits = tensor.dtype in dtypes
         found = f"{_short(tensor.dtype)} at index {t}"

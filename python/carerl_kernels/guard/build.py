@@ -43,20 +43,18 @@ def architecture_of(model: Any) -> str:
     return names[names.index("FSDPModule") + 1] if "FSDPModule" in names else names[0]
 
 
-def kind_of(
-    basis: Kind | None, *, module: bool = True, k: int | None = None, dtype: torch.dtype = torch.float32
-) -> Kind:
-    """The kind of basis where none is named: "input", or "per_matrix" where rows are asked for or no forward pass can be seen.
+def kind_of(basis: Kind | None, *, seen: bool = True, k: int | None = None, dtype: torch.dtype = torch.float32) -> Kind:
+    """The kind of basis where none is named: "input", or "per_matrix" where rows are asked for or no inputs can be seen.
 
     Args:
         basis: as named, or None.
-        module: whether the model is one, and not pairs of names and parameters.
+        seen: whether the model has layers whose inputs can be watched; pairs of names and parameters have none.
         k: directions of a row basis, if given.
         dtype: storage of the directions; that of factors is float32.
     """
     if basis is not None:
         return basis
-    return "input" if module and k is None and dtype == torch.float32 else "per_matrix"
+    return "input" if seen and k is None and dtype == torch.float32 else "per_matrix"
 
 
 def rank_of(kind: Kind, k: int | None, r: int | None) -> int:
@@ -82,7 +80,7 @@ def lay_out(
 ) -> Layout | MatrixLayout:
     """The layout of a kind of basis over these parameters."""
     if kind in get_args(FactoredKind):
-        sides = {name: side for name, (_, side) in sites.items()} if kind == "input" and sites else None
+        sides = None if sites is None else {name: side for name, (_, side) in sites.items()}
         return MatrixLayout.of(named, kind, k, group, sides)  # type: ignore[arg-type]
     return Layout.of(named, kind, k, group)  # type: ignore[arg-type]
 

@@ -16,8 +16,8 @@ from ..thin import add_product_, full_precision, times, times_transposed
 from .frames import Combine, DenseSpan, Frame, PackedSpan, PairSpan, Span
 from .stack import Stack
 
-BLOCK = 1 << 20
-"""Bytes of coefficients of input bases that are decided on at a time."""
+BLOCK = {"cpu": 1 << 20, "cuda": 256 << 20}
+"""Bytes of coefficients of input bases that are decided on at a time: a CPU keeps them in cache, a GPU wants few launches."""
 UNORIENTED = 1e-3
 """Coefficients of the stage's change below this share of the matrix's largest give a direction no orientation."""
 
@@ -151,7 +151,12 @@ class FactoredStack(Stack[MatrixLayout, FactoredBasis]):
     def memory(self) -> int:
         factors = [t for t in (*self.left, *self.right) if t is not None]
         grams = [t for t in (*self._left_grams, *self._right_grams) if t is not None]
-        return sum(t.numel() * t.element_size() for t in (*factors, *grams, self.sign)) + self._frames_memory()
+        kept = (*factors, *grams, *self._more_factors(), self.sign)
+        return sum(t.numel() * t.element_size() for t in kept) + self._frames_memory()
+
+    def _more_factors(self) -> list[Tensor]:
+        """What is kept beside the factors as they are stored."""
+        return []
 
     # What differs.
 
@@ -263,10 +268,18 @@ class InputStack(FactoredStack):
             ):
                 coeffs[rows] = part
 
+    def chance(self, domain: str) -> float:
+        columns, layout = self.columns(domain), self.layout
+        held = 0.0
+        for number, group in enumerate(layout.groups):
+            kept = (self._gram(number).diagonal(dim1=1, dim2=2)[:, columns] > 0.5).sum()
+            held += float(kept) * (group.whole if group.side == "right" else group.n)
+        return min(1.0, held / layout.parameters)
+
     @property
     def blocks(self) -> Sequence[slice]:
         """Whole matrices of about BLOCK bytes of coefficients together, or parts of one matrix."""
-        most = max(1, BLOCK // (8 * max(self.rows, 1)))
+        most = max(1, BLOCK.get(self.device.type, BLOCK["cuda"]) // (8 * max(self.rows, 1)))
         cuts = [0]
         for group in self.layout.groups:
             for start in range(group.first, group.rows.stop, max(group.each, 1)):
@@ -303,6 +316,9 @@ class InputStack(FactoredStack):
         """Positions of matrices that are stacked at a time, and their coefficient rows in the group."""
         for at in group.chunks(self.device):
             yield at, slice(at.start * group.each, at.stop * group.each)
+
+    def _more_factors(self) -> list[Tensor]:
+        return [acting for acting in self._acting if acting.shape[2] < self.rows]
 
     def _put(self, basis: FactoredBasis, others: list[int], parameters: Sequence[Tensor]) -> Tensor:
         moved = super()._put(basis, others, parameters)

@@ -200,8 +200,10 @@ class Frame:
                     piece = span.part(start - span.rows.start, stop - span.rows.start)
                     piece.rows = slice(start - first, stop - first)
                     spans.append(piece)
-            sign = None if self.sign is None else self.sign[rows]
-            self._parts[first, last] = Frame(self.active, spans, self.reach[rows], sign)
+            part = copy(self)
+            part.spans, part.reach, part._parts = tuple(spans), self.reach[rows], {}
+            part.sign = None if self.sign is None else self.sign[rows]
+            self._parts[first, last] = part
         return self._parts[first, last]
 
     def into(self, coeffs: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .._ops import BASIS_DTYPES
 from ..subspace import BasisError, BlockRecorder, InputRecorder, Layout, StageRecorder, StoredBasis
 from ..subspace.fingerprint import hash_parameters
+from ..subspace.inputs import input_sites
 from ..subspace.layout import Kind, RowKind
 from ..subspace.recorder import Recorder
 from ..subspace.shards import local
@@ -25,6 +26,7 @@ from .frames import COMBINES, Combine
 from .newcomer import Newcomer
 from .probes import Probes
 from .rules import RULES, Rule, RuleParams, RuleState, decide
+from .stack import noise_floor
 from .statistics import Statistics, energies
 
 _UNSET = object()
@@ -128,8 +130,9 @@ class CapabilityGuard:
             for one in value.values() if isinstance(value, Mapping) else (value,):
                 pair(name, one)
         named = trainable(model)
-        basis = kind_of(basis, module=isinstance(model, nn.Module), k=k, dtype=basis_dtype)
         inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        seen = isinstance(inner, nn.Module) and bool(input_sites(inner, named))
+        basis = kind_of(basis, seen=seen, k=k, dtype=basis_dtype)
         self.architecture = architecture_of(inner)
         self._module = inner if isinstance(inner, nn.Module) else None
         self.parameters = [p for _, p in named]
@@ -732,7 +735,8 @@ class CapabilityGuard:
                     "same order, and construct the guard with the same settings, first"
                 )
         for name, value in state["state"].items():
-            self._stack.pack_(getattr(self._state, name), value)
+            if getattr(self._state, name).shape[1]:  # earlier versions saved more than their rule remembers
+                self._stack.pack_(getattr(self._state, name), value)
         self._stack.pack_(self._q_prev, state["q_prev"])
         self._stack.pack_(self._q_start, state["q_start"])
         self._probes.load_state_dict(state["probes"])
@@ -773,9 +777,8 @@ class CapabilityGuard:
                 "capture": {"gradient": info.gradient_capture, "displacement": info.displacement_capture},
                 "steps": info.steps,
             }
-        # Random directions hold this share of any displacement: a basis that holds no more than thrice that knows nothing.
-        floor = 3 * self.layout.chance
-        blind = [n for n in self.history if domains[n]["capture"]["displacement"] <= min(floor, 1.0)]
+        # Random directions hold a share of any displacement: a basis that holds not much more than that knows nothing.
+        blind = [n for n in self.history if domains[n]["capture"]["displacement"] <= noise_floor(self._stack.chance(n))]
         return {
             "rule": self.rule,
             "combine": self.combine,

@@ -10,18 +10,17 @@ from torch import Tensor
 
 from ..subspace.recorder import Recorder
 from ..subspace.store import StoredBasis
-from .stack import Stack
+from .stack import Stack, noise_floor
 
 LEAST = 8
 """Fresh gradients that have to be explained before a basis may act."""
-TIMES_CHANCE = 3.0
 
 
 class Newcomer:
     """Records a domain, and asks of every fresh gradient how much the directions found so far explain *before* seeing it.
 
-    In-sample capture says nothing while there are fewer gradients than directions; this is out of sample. The noise floor is
-    three times what random directions explain; the mean less two standard errors has to lie above it.
+    In-sample capture says nothing while there are fewer gradients than directions; this is out of sample. The mean less two
+    standard errors has to lie above the noise floor.
 
     Args:
         recorder: of the domain.
@@ -64,7 +63,7 @@ class Newcomer:
     def above_floor(self) -> bool:
         """Whether the directions explain more than noise does."""
         known = self.explained()
-        return known is not None and known[0] - 2 * known[1] > min(TIMES_CHANCE * self.stack.layout.chance, 1.0)
+        return known is not None and known[0] - 2 * known[1] > noise_floor(self.stack.chance(self.recorder.domain))
 
     def as_dict(self) -> dict[str, Any]:
         """For the report."""

@@ -24,6 +24,14 @@ ROUNDING = {
 }
 """Relative error of directions stored like this (the last two: with a scale per block of 128)."""
 
+TIMES_CHANCE = 3.0
+
+
+def noise_floor(chance: float) -> float:
+    """What a basis has to explain to know something: thrice what random directions explain, or half of what those leave over."""
+    return min(TIMES_CHANCE * chance, (1 + chance) / 2)
+
+
 L = TypeVar("L", Layout, MatrixLayout)
 B = TypeVar("B", bound=StoredBasis)
 
@@ -63,6 +71,10 @@ class Stack(ABC, Generic[L, B]):
     def rounding(self) -> float:
         """Relative error of the stored directions."""
         return 0.0
+
+    def chance(self, domain: str) -> float:
+        """Share of a displacement's energy that random directions, as many as the domain has, would hold."""
+        return self.layout.chance
 
     @property
     def blocks(self) -> Sequence[slice]:

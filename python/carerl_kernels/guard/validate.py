@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,12 +15,10 @@ from ..subspace.layout import Layout
 from ..subspace.shards import local
 from ..subspace.store import BasisInfo, DomainBasis, StoredBasis
 from .build import architecture_of, lay_out, new_stack, sites_of, trainable
-from .stack import Stack
+from .stack import Stack, noise_floor
 
 # two-sided 95 % points of Student's t for 2, 3, ... degrees of freedom; beyond the last the normal's
 _T95 = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145, 2.131, 2.12)
-TIMES_CHANCE = 3.0
-"""A basis has to explain this many times what random directions explain; the guard's noise floor is the same."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def validate(basis: StoredBasis, model: nn.Module, losses: Iterable[Callable[[],
     device = local(parameters[0]).device
     stacks = []
     with torch.no_grad():
-        for one in (basis, random_basis(layout, seed)):
+        for one in (basis, as_random(basis, random_basis(layout, seed))):
             stack: Stack = new_stack(layout, "symmetric", torch.float32, device)
             stack.put(one, [local(p) for p in parameters])
             stacks.append(stack)
@@ -103,9 +101,21 @@ def validate(basis: StoredBasis, model: nn.Module, losses: Iterable[Callable[[],
         raise ValueError(f"validate: expected at least 3 losses for an interval, found {len(shares[0])}")
     (mean, low, high), (chance, _, chance_high) = _interval(shares[0]), _interval(shares[1])
     verdict = "weak" if low > chance_high else "chance"
-    if low > max(chance_high, TIMES_CHANCE * chance):
+    if low > max(chance_high, noise_floor(chance)):
         verdict = "functional"
     return Validation(info.domain, info.kind, info.k, len(shares[0]), mean, low, high, chance, chance_high, verdict)
+
+
+def as_random(basis: StoredBasis, fresh: StoredBasis) -> StoredBasis:
+    """Random directions under the recorded domain's name, no more in any tensor than were recorded there."""
+    fresh = replace(fresh, info=basis.info)  # type: ignore[type-var]
+    if not isinstance(basis, FactoredBasis) or not isinstance(fresh, FactoredBasis):
+        return fresh
+
+    def as_many(fresh: Mapping[str, Tensor], recorded: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: t * (recorded[name] != 0).any(0).to(t.device) for name, t in fresh.items()}
+
+    return replace(fresh, left=as_many(fresh.left, basis.left), right=as_many(fresh.right, basis.right))
 
 
 def random_basis(layout: Any, seed: int = 0) -> StoredBasis:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..guard import CapabilityGuard
-from ..guard.validate import random_basis
+from ..guard.validate import as_random, random_basis
 from ..subspace import StoredBasis
 from ..subspace.factored import FactoredBasis
 
@@ -97,18 +97,6 @@ class ExperimentalGuard(CapabilityGuard):
         for name, (mean, square) in self._agreed.items():
             passing[:, self._stack.columns(name)] = 1 - mean.abs() / square.sqrt().clamp_min(1e-300)
         self._params = replace(self._params, conflict=passing)
-
-
-def as_random(basis: StoredBasis, fresh: StoredBasis) -> StoredBasis:
-    """Random directions under the recorded domain's name, no more in any tensor than were recorded there."""
-    fresh = replace(fresh, info=basis.info)  # type: ignore[type-var]
-    if not isinstance(basis, FactoredBasis) or not isinstance(fresh, FactoredBasis):
-        return fresh
-
-    def as_many(fresh: Mapping[str, Tensor], recorded: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: t * (recorded[name] != 0).any(0) for name, t in fresh.items()}
-
-    return replace(fresh, left=as_many(fresh.left, basis.left), right=as_many(fresh.right, basis.right))
 
 
 def relative_energy(basis: Any, layout: Any) -> Tensor:

@@ -40,6 +40,8 @@ def refuse_ignored(cell: Cell) -> None:
         refuse(
             f"a guard with rule {RULES[method.experiment]!r} to go with experiment {method.experiment!r}", repr(rule)
         )
+    if "strength" in method.model_fields_set and method.experiment not in ("elastic", "spectral"):
+        refuse("strength with experiment elastic or spectral, which alone know it", f"experiment {method.experiment!r}")
     stores = train.get("replay_fraction", 0) > 0 or train.get("rehearsal_weight", 0) > 0 or _probes(cell)
     if stores and method.stored == 0:
         refuse("stored examples for replay, rehearsal or probes", "stored: 0")

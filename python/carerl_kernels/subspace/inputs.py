@@ -53,9 +53,9 @@ def spread(size: int, number: int, step: int) -> Tensor:
     """
     if size <= number:
         return torch.arange(size)
-    bins = torch.arange(number, dtype=torch.float64)
-    within = ((bins + 1 + number * step) * 0.6180339887498949) % 1.0
-    return ((bins + within) * (size / number)).long().clamp_max(size - 1)
+    edges = torch.arange(number + 1) * size // number
+    within = ((torch.arange(1, number + 1, dtype=torch.float64) + number * step) * 0.6180339887498949) % 1.0
+    return edges[:-1] + (within * edges.diff()).long()
 
 
 class InputRecorder:
@@ -63,7 +63,8 @@ class InputRecorder:
 
     Only forward passes with gradients count (training's own), or any inside :meth:`observing`; of each optimizer step the first
     one, ``TOKENS`` vectors spread over it. Where the model is called with an ``attention_mask=`` ``[B, T]``, as transformers'
-    are, padding does not count.
+    are, padding does not count; of layers that get another number of tokens (an output layer that is asked for some logits) it
+    cannot be told.
 
     Args:
         domain, layout, parameters, start_checkpoint, architecture, every: see :class:`StageRecorder`.
@@ -138,15 +139,20 @@ class InputRecorder:
         return self._observing or (torch.is_grad_enabled() and self.steps % self.every == 0)
 
     def _see_mask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if not self._looks():
+        if not self._looks() or len(self._buffer) == len(self._sketches):
             return
         mask, self._text = kwargs.get("attention_mask"), None
         if isinstance(mask, Tensor) and mask.dim() == 2:
             self._text = mask.shape, mask.flatten().nonzero().squeeze(1)
 
     def _positions(self, shape: torch.Size, number: int | None = None) -> Tensor | slice:
-        """Which tokens of ``[*shape]`` to look at: those that are text, all or so many of them."""
-        text = None if self._text is None or self._text[0] != shape else self._text[1]
+        """Which tokens of ``[*shape]`` to look at: those that are text, all or so many of them.
+
+        A mask tells of inputs ``[B, T]``, or of the same in a row, as experts of a mixture get them.
+        """
+        text = None
+        if self._text is not None and shape.numel() == self._text[0].numel() and len(shape) <= 2:
+            text = self._text[1]
         size = shape.numel() if text is None else text.numel()
         if number is None or size <= number:
             return slice(None) if text is None else text
@@ -161,11 +167,15 @@ class InputRecorder:
                 return
             inputs = args[0].detach()
             if counting:
-                tokens = inputs.reshape(-1)[self._positions(inputs.shape)]
+                chosen = self._positions(inputs.shape)
+                tokens = inputs.reshape(-1)[chosen if isinstance(chosen, slice) else chosen.to(inputs.device)]
                 self._buffer[name] = torch.bincount(tokens, minlength=self._sketches[name].numel()).double()
             else:
                 rows = inputs.reshape(-1, inputs.shape[-1])
                 chosen = self._positions(inputs.shape[:-1], max(1, TOKENS // self._world()))
+                chosen = (
+                    chosen if isinstance(chosen, slice) else chosen.to(rows.device)
+                )  # layers may be spread over devices
                 self._buffer[name] = rows[chosen].to(torch.float32, copy=True)
 
         return look
@@ -176,6 +186,7 @@ class InputRecorder:
     def discard(self) -> None:
         """Forgets what the hooks have seen since the last step."""
         self._buffer.clear()
+        self._text = None
 
     @contextmanager
     def observing(self) -> Iterator[None]:
@@ -207,7 +218,7 @@ class InputRecorder:
             step = max(1, WORKSPACE // (4 * self._size(group) * (TOKENS + self.layout.k + OVERSAMPLE)))
             for at in range(0, len(seen), step):
                 self._sketch(seen[at : at + step], [samples[name] for name in seen[at : at + step]])
-        self._buffer.clear()
+        self.discard()
 
     def _count(self, name: str) -> None:
         counts = self._buffer.get(name, torch.zeros_like(self._sketches[name]))

@@ -21,7 +21,7 @@ from .layout import Kind, Layout
 from .matrices import MatrixLayout
 
 OVERSAMPLED_ROWS = 4  # what StreamingPCA stores beyond k while recording
-STATE = 3  # q_prev, q_start and the rule's own number, float64 per coefficient
+STATE = 5  # q_prev, q_start, the rule's own number, and where a step's q and correction go: float64 per coefficient
 
 
 @dataclass(frozen=True)

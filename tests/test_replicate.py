@@ -178,7 +178,7 @@ def test_raw_lines_survive_a_kill(tmp_path):
 def test_a_study_goes_on_where_it_stopped_and_repeats_itself(tiny, tmp_path):
     grid, out = Grid.load(tiny), tmp_path / "out"
     cells = list(grid.cells())
-    assert len(cells) == 2 * (4 + 5 + 2)  # none has four learning rates, interpolate two
+    assert len(cells) == 2 * (4 + 3 * 2 + 3)  # none has four learning rates, three others two
     ran = []
 
     def note(key, kind, payload):
@@ -207,7 +207,7 @@ def test_command_runs_reports_compares(tiny, tmp_path):
     ran = carerl(*chosen)
     assert ran.exit_code == 0, ran.output
     assert (out / "tiny.png").read_bytes()[:4] == b"\x89PNG"
-    assert len((out / "cells.csv").read_text().splitlines()) == 23
+    assert len((out / "cells.csv").read_text().splitlines()) == 27
     refused = carerl(*chosen)
     assert refused.exit_code == 1
     assert "--resume" in refused.output
@@ -218,7 +218,7 @@ def test_command_runs_reports_compares(tiny, tmp_path):
     one = carerl("--preset", tiny, "--out", tmp_path / "one", "--cell", "tiny/remove@0.5/0", "--data", out / RAW)
     assert "against its own record: equal" in one.output
     listed = carerl(*chosen, "--list").output.splitlines()
-    assert len(listed) == 22
+    assert len(listed) == 26
     assert all(line.startswith("done") for line in listed)
     nothing = carerl("--preset", tiny, "--out", tmp_path / "none", "--report")
     assert nothing.exit_code == 1 and "found none" in nothing.output

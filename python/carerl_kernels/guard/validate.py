@@ -30,8 +30,8 @@ class Validation:
         gradients: how many were drawn.
         explained: mean share of their energy inside the basis; low, high: its 95 % interval (Student's t over gradients).
         random: mean share inside random directions of equal number; random_high: upper end of its interval.
-        verdict: "functional" (the whole interval lies above three times chance), "chance" (it reaches down to what random
-            directions explain) or "weak" (between).
+        verdict: "functional" (the whole interval lies above the noise floor, thrice what random directions explain or half of
+            what those leave), "chance" (it reaches down to what random directions explain) or "weak" (between).
     """
 
     domain: str

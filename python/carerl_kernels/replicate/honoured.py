@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .experiments import RULES
+from .experiments import RULES, STRONG
 from .grid import Cell, GridError
 
 IGNORED = {
@@ -40,8 +40,10 @@ def refuse_ignored(cell: Cell) -> None:
         refuse(
             f"a guard with rule {RULES[method.experiment]!r} to go with experiment {method.experiment!r}", repr(rule)
         )
-    if "strength" in method.model_fields_set and method.experiment not in ("elastic", "spectral"):
-        refuse("strength with experiment elastic or spectral, which alone know it", f"experiment {method.experiment!r}")
+    if "strength" in method.model_fields_set and method.experiment not in STRONG:
+        refuse(
+            f"strength with experiment {', '.join(STRONG)}, which alone know it", f"experiment {method.experiment!r}"
+        )
     stores = train.get("replay_fraction", 0) > 0 or train.get("rehearsal_weight", 0) > 0 or _probes(cell)
     if stores and method.stored == 0:
         refuse("stored examples for replay, rehearsal or probes", "stored: 0")

@@ -1,4 +1,4 @@
-"""Cells of a real language model: LoRA adapters of SmolLM2-135M on easy verifiable tasks on words, few-shot prompts."""
+"""Cells of a real language model: LoRA adapters of SmolLM2-135M on easy verifiable tasks on words, one-shot prompts."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ WORDS = (  # of five letters or so, each one or two tokens
     "ghost glass glove grass guard heart honey hotel juice knife ladder"
 )
 TASKS: dict[str, Callable[[str], str]] = {
-    "capitals": str.upper,
-    "last": lambda word: word[-1],
+    "upper": str.upper,
+    "title": str.title,
+    "plural": lambda word: f"{word}s",
     "double": lambda word: f"{word} {word}",
-    "reverse": lambda word: word[::-1],
 }
-EVAL_EXAMPLES = 24
+EVAL_EXAMPLES, EVAL_SAMPLES = 24, 4
 LORA_RANK = 8
 
 
@@ -63,6 +63,7 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
             "group_size": 6,
             "max_new_tokens": 6,
             "lr": setting.lr * cell.lr,
+            "eval_samples": EVAL_SAMPLES,
             "eval_batch_size": EVAL_EXAMPLES,
             "record_last": False,
             "checkpoint_every": 5,
@@ -94,13 +95,13 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
 
 
 def word_domain(name: str, seed: int) -> Domain:
-    """A task on words, with three examples in every prompt; the first line of the completion counts."""
+    """A task on words, its name and one example in every prompt; the first line of the completion counts."""
     words = WORDS.split()
     random.Random(f"{name}-{seed}").shuffle(words)
-    shown, held_out, train = words[:3], words[3 : 3 + EVAL_EXAMPLES], words[3 + EVAL_EXAMPLES :]
+    shown, held_out, train = words[0], words[1 : 1 + EVAL_EXAMPLES], words[1 + EVAL_EXAMPLES :]
+    apply = TASKS[name]
     examples = {
-        word: Example("".join(f"{w} -> {TASKS[name](w)}\n" for w in shown) + f"{word} ->", " " + TASKS[name](word))
-        for word in words
+        word: Example(f"{name}: {shown} -> {apply(shown)}\n{name}: {word} ->", f" {apply(word)}") for word in words
     }
     return Domain(
         name=name,

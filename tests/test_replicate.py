@@ -350,8 +350,8 @@ def test_a_cell_runs_whatever_is_recorded_unless_resumed(tiny, tmp_path):
         ("kind: bandit, stages: [a, b]", "train: {kl_beta: 0.1, kl_reference: start}", "found start"),
         ("kind: bandit, stages: [a, b]", "train: {replay_fraction: 0.25}, stored: 0", "found stored: 0"),
         ("kind: bandit, stages: [a, b]", "guard: {rule: probed}, stored: null", "stored: null"),
-        ("kind: smollm2, stages: [upper, title], noise: {title: 1.0}", "", "found noise"),
-        ("kind: smollm2, stages: [[upper, title]], shares: {upper: 1, title: 2}", "", "found shares"),
+        ("kind: smollm2, stages: [first, second], noise: {second: 1.0}", "", "found noise"),
+        ("kind: smollm2, stages: [[first, second]], shares: {first: 1, second: 2}", "", "found shares"),
         ("kind: lm, stages: [code, math], noise: {chat: 1.0}", "", "found chat"),
         ("kind: lm, stages: [code, math], shares: {code: 1, math: 2}", "", "mixed stage"),
         ("kind: lm, stages: [[code, math, chat]], shares: {code: 1, math: 2}", "", "mixed stage"),
@@ -379,9 +379,9 @@ def test_replay_of_words_draws_from_what_is_stored():
     from carerl_kernels.replicate.smollm2 import word_domain
 
     trainer = SimpleNamespace(history=[])
-    pools = Pools([("upper",), ("title",)], steps=3)
+    pools = Pools([("first",), ("second",)], steps=3)
     pools.follow(trainer)
-    free, few = (pools.limit(word_domain("upper", 0), stored) for stored in (None, 4))
+    free, few = (pools.limit(word_domain("first", 0), stored) for stored in (None, 4))
     assert len(few.probe_examples) == 4 < len(free.probe_examples)
 
     def drawn(domain):
@@ -392,4 +392,4 @@ def test_replay_of_words_draws_from_what_is_stored():
     trainer.history = [{"step": 3}]  # the next one, as a run that goes on finds it
     assert drawn(few) == stored < drawn(free)
     with pytest.raises(GridError, match="at most"):
-        pools.limit(word_domain("title", 0), 1000)
+        pools.limit(word_domain("second", 0), 1000)

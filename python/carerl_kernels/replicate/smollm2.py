@@ -1,4 +1,4 @@
-"""Cells of a real language model: LoRA adapters of SmolLM2-135M on easy verifiable tasks on words, one-shot prompts."""
+"""Cells of a real language model: LoRA adapters of SmolLM2-135M on easy verifiable tasks on words, few-shot prompts."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ WORDS = (  # of five letters or so, each one or two tokens
     "chain chalk cheek chest child clock coach coast couch cream crown dance dress drink eagle earth field flame floor fruit "
     "ghost glass glove grass guard heart honey hotel juice knife ladder"
 )
-TASKS: dict[str, Callable[[str], str]] = {
-    "upper": str.upper,
-    "title": str.title,
-    "plural": lambda word: f"{word}s",
-    "double": lambda word: f"{word} {word}",
+TASKS: dict[str, Callable[[str, str], str]] = {
+    "first": lambda a, b: a,
+    "second": lambda a, b: b,
+    "swap": lambda a, b: f"{b} {a}",
+    "alphabet": min,
 }
+PAIRS, SHOWN = 160, 2
 EVAL_EXAMPLES, EVAL_SAMPLES = 24, 4
 LORA_RANK = 8
 
@@ -95,20 +96,18 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
 
 
 def word_domain(name: str, seed: int) -> Domain:
-    """A task on words, its name and one example in every prompt; the first line of the completion counts."""
-    words = WORDS.split()
-    random.Random(f"{name}-{seed}").shuffle(words)
-    shown, held_out, train = words[0], words[1 : 1 + EVAL_EXAMPLES], words[1 + EVAL_EXAMPLES :]
-    apply = TASKS[name]
-    examples = {
-        word: Example(f"{name}: {shown} -> {apply(shown)}\n{name}: {word} ->", f" {apply(word)}") for word in words
-    }
+    """A task on two words, its name and two examples in every prompt; the first line of the completion counts."""
+    rng, words, answer = random.Random(f"{name}-{seed}"), WORDS.split(), TASKS[name]
+    pairs = [rng.sample(words, 2) for _ in range(PAIRS)]
+    shown = "".join(f"{name}: {a} {b} -> {answer(a, b)}\n" for a, b in pairs[:SHOWN])
+    examples = [Example(f"{shown}{name}: {a} {b} ->", f" {answer(a, b)}") for a, b in pairs[SHOWN:]]
+    held_out, train = examples[:EVAL_EXAMPLES], examples[EVAL_EXAMPLES:]
     return Domain(
         name=name,
-        sample=lambda rng, n: [examples[w] for w in rng.choices(train, k=n)],
+        sample=lambda rng, n: rng.choices(train, k=n),
         reward=_first_line,
-        eval_examples=[examples[w] for w in held_out],
-        probe_examples=[examples[w] for w in train],
+        eval_examples=held_out,
+        probe_examples=train,
     )
 
 

@@ -98,6 +98,7 @@ class FactoredWalk:
 
     def __init__(self, model, rule, kind, *, r=3, overlap=0.5, combine="symmetric", names=("math", "chat"), **options):
         sides = options.pop("sides", None)
+        options.setdefault("room", 1.0)  # the matrices are small: all directions act
         self.model, self.names = model, names
         self.layout, bases = make_factored(model, kind, r, overlap, names, sides=sides)
         self.guard = CapabilityGuard(model, rule, basis=kind, r=r, combine=combine, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -203,7 +204,7 @@ def test_input_directions_are_the_leading_ones_of_what_went_in(tmp_path):
     model = Small()
     for name, p in model.named_parameters():
         p.requires_grad_(name in ("up.weight", "down.weight"))
-    guard = CapabilityGuard(model, basis="input", r=5, energy=1.0)
+    guard = CapabilityGuard(model, basis="input", r=5, energy=1.0, room=1.0)
     seen: dict[str, list[np.ndarray]] = {"up": [], "down": []}
     for name in seen:
         getattr(model, name).register_forward_hook(
@@ -233,7 +234,7 @@ class Masked(Small):
 def test_inputs_are_drawn_from_all_positions_whatever_the_length(length):
     """128 sequences that begin alike: what comes later has to be seen, too."""
     model = Small()
-    guard = CapabilityGuard(model, basis="input", r=8, energy=1.0)
+    guard = CapabilityGuard(model, basis="input", r=8, energy=1.0, room=1.0)
     ids = torch.randint(1, 29, (128, length), generator=torch.Generator().manual_seed(0))
     ids[:, 0] = 0
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
@@ -267,7 +268,7 @@ def test_padding_does_not_count_where_a_mask_says_so():
     found = {}
     for pad in (0, 6):
         model = Masked()
-        guard = CapabilityGuard(model, basis="input", r=6, energy=1.0)
+        guard = CapabilityGuard(model, basis="input", r=6, energy=1.0, room=1.0)
         ids = torch.randint(1, 29, (4, 5), generator=torch.Generator().manual_seed(0))
         ids = torch.cat([torch.zeros(4, pad, dtype=torch.long), ids], dim=1)
         mask = torch.cat([torch.zeros(4, pad, dtype=torch.long), torch.ones(4, 5, dtype=torch.long)], dim=1)
@@ -299,7 +300,7 @@ def test_padding_does_not_count_where_tokens_come_in_a_row():
     model = Flat()
     with torch.no_grad():
         model.embed.weight[0] = 100.0  # padding's
-    guard = CapabilityGuard(model, basis="input", r=6, energy=1.0)
+    guard = CapabilityGuard(model, basis="input", r=6, energy=1.0, room=1.0)
     ids = torch.randint(1, 29, (4, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[:, :4] = ids[:, :4] = 0
@@ -376,7 +377,7 @@ def test_without_layers_to_watch_the_default_is_of_gradients():
 def test_untied_embedding_keeps_its_most_frequent_tokens():
     model = Small()
     model.head.weight = torch.nn.Parameter(model.embed.weight.detach().clone())
-    guard = CapabilityGuard(model, "remove", basis="input", r=3, energy=1.0)
+    guard = CapabilityGuard(model, "remove", basis="input", r=3, energy=1.0, room=1.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     guard.attach(optimizer)
     with guard.stage("math"):
@@ -402,6 +403,52 @@ def test_energy_threshold_leaves_slots_empty():
     widths = {name: int((V.abs().sum(0) > 0).sum()) for name, V in guard.basis("math").right.items()}
     assert all(1 <= width < 8 for width in widths.values())
     assert 0.5 <= guard.report()["domains"]["math"]["capture"]["gradient"] < 1
+
+
+@pytest.mark.parametrize("room", [0.1, 0.5, 0.75])
+@pytest.mark.parametrize("order", [("math", "chat", "logic"), ("logic", "math", "chat"), ("chat", "logic", "math")])
+def test_what_there_is_no_room_for_gives_way(order, room):
+    """In every matrix those directions stay that hold the most of their domain's inputs, in whatever order domains come."""
+    model = make_model()
+    layout, bases = make_factored(model, "input", R, 0.3, ("math", "chat", "logic"))
+    rng = np.random.default_rng(1)
+    present = {n: (bases[0].right[n].abs().sum(0) > 0).double() for n in bases[0].right}
+    bases = [
+        replace(b, values={n: torch.from_numpy(rng.uniform(0.1, 9, R)) * present[n] for n in b.values}) for b in bases
+    ]
+    kept = []
+    for basis in bases:
+        part = {"right": {}, "moved": {}}
+        for name, V in basis.right.items():
+            every = np.concatenate([b.values[name].numpy() ** 2 / (b.values[name].numpy() ** 2).sum() for b in bases])
+            least = np.sort(every)[::-1][: max(1, int(room * V.shape[0]))][-1]
+            own = basis.values[name].numpy() ** 2 / (basis.values[name].numpy() ** 2).sum()
+            mask = torch.from_numpy((own >= least) & (own > 0)).float()
+            part["right"][name], part["moved"][name] = V * mask, basis.moved[name] * mask
+        kept.append(replace(basis, **part))
+    tight = CapabilityGuard(model, basis="input", r=R, room=room)
+    free = CapabilityGuard(model, basis="input", r=R, room=1.0)
+    by_name = {b.info.domain: b for b in bases}, {b.info.domain: b for b in kept}
+    for guard, among in zip((tight, free), by_name, strict=True):
+        for name in order:
+            guard.add(among[name])
+    for group in layout.groups:
+        for _, name, _ in layout.matrices(group):
+            acting = sum(int((tight.basis(d).right[name].abs().sum(0) > 0).sum()) for d in order)
+            assert 1 <= acting <= max(1, room * group.n)
+            for domain in order:
+                torch.testing.assert_close(
+                    tight.basis(domain).right[name], free.basis(domain).right[name], rtol=0, atol=1e-6
+                )
+                torch.testing.assert_close(tight.basis(domain).moved[name], free.basis(domain).moved[name])
+    gradient = [torch.randn_like(p) for p in model.parameters()]
+    mix = torch.randn(layout.T, 3 * R, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    edited = [[g.clone() for g in gradient] for _ in range(2)]
+    for guard, tensors in zip((tight, free), edited, strict=True):
+        guard._stack.edit_(tensors, mix)
+    torch.testing.assert_close(tight._stack.project(gradient), free._stack.project(gradient), rtol=0, atol=1e-5)
+    for a, b in zip(*edited, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
 def test_weight_one_is_bitwise_identity():

@@ -293,6 +293,9 @@ def test_arguments_out_of_range_are_named():
         ({"rule": "bounded", "apply_to": "grad"}, "expected apply_to='update'"),
         ({"max_grad_norm": 1.0}, "max_grad_norm belongs to apply_to='grad'"),
         ({"probe_every": 0}, "probe_every: expected at least 1"),
+        ({"energy": 0.0}, "energy: expected 0 < energy <= 1"),
+        ({"room": 0.0}, "room: expected 0 < room <= 1, found 0.0"),
+        ({"room": 1.5}, "room: expected 0 < room <= 1, found 1.5"),
     ):
         with pytest.raises(ValueError, match=message):
             CapabilityGuard(model, **options)

@@ -90,8 +90,10 @@ def sites_of(model: Any, named: list[tuple[str, nn.Parameter]], kind: Kind) -> d
     return input_sites(model, named) if kind == "input" and isinstance(model, nn.Module) else None
 
 
-def new_stack(layout: Layout | MatrixLayout, combine: Combine, dtype: torch.dtype, device: torch.device) -> Stack:
-    """The acting directions of a layout, none yet.
+def new_stack(
+    layout: Layout | MatrixLayout, combine: Combine, dtype: torch.dtype, device: torch.device, room: float = 1.0
+) -> Stack:
+    """The acting directions of a layout, none yet; ``room`` as input bases have it.
 
     Raises:
         ValueError: factored bases in another storage than float32.
@@ -102,7 +104,7 @@ def new_stack(layout: Layout | MatrixLayout, combine: Combine, dtype: torch.dtyp
         raise ValueError(
             f"basis_dtype: expected torch.float32 with basis={layout.kind!r} (its factors are small), found {dtype}"
         )
-    return (BlockStack if layout.kind == "block" else InputStack)(layout, combine, device)
+    return BlockStack(layout, combine, device) if layout.kind == "block" else InputStack(layout, combine, device, room)
 
 
 def data_group(model: Any, layout: Layout | MatrixLayout) -> Any:

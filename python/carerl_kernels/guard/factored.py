@@ -248,10 +248,16 @@ class InputStack(FactoredStack):
 
     All rows of a matrix share one overlap ``V_d^T V_e``. Sharded, the rows of right-sided matrices stay with their process:
     nothing is sent. Of the r columns of a domain those that no matrix of a group has take no part in products.
+
+    Args:
+        layout, combine, device: see :class:`Stack`.
+        room: directions of all domains together that a matrix has at most, as a share of its inputs. Those with the smallest
+            shares of their own domain's inputs become zero, whatever the order in which domains came.
     """
 
-    def __init__(self, layout: MatrixLayout, combine: Combine, device: torch.device):
+    def __init__(self, layout: MatrixLayout, combine: Combine, device: torch.device, room: float = 1.0):
         super().__init__(layout, combine, device)
+        self.room = room
         self._kept: list[Tensor] = []  # of each group, the columns that any of its matrices has
         self._acting: list[Tensor] = []  # [G, n or m, columns kept]
 
@@ -320,16 +326,30 @@ class InputStack(FactoredStack):
     def _more_factors(self) -> list[Tensor]:
         return [acting for acting in self._acting if acting.shape[2] < self.rows]
 
-    def _put(self, basis: FactoredBasis, others: list[int], parameters: Sequence[Tensor]) -> Tensor:
-        moved = super()._put(basis, others, parameters)
+    def put(self, basis: FactoredBasis, parameters: Sequence[Tensor]) -> None:
+        super().put(basis, parameters)
         self._kept, self._acting = [], []
         for number, group in enumerate(self.layout.groups):
-            found = self._gram(number).diagonal(dim1=1, dim2=2).amax(0) > 0.5
             factors = self.left[number] if group.side == "left" else self.right[number]
             assert factors is not None
+            self._make_room(number, group, factors)
+            found = self._gram(number).diagonal(dim1=1, dim2=2).amax(0) > 0.5
             self._kept.append(found.nonzero().squeeze(1))
             self._acting.append(factors if bool(found.all()) else factors[:, :, self._kept[-1]].contiguous())
-        return moved
+
+    def _make_room(self, number: int, group: Group, factors: Tensor) -> None:
+        """Of all domains' directions in a matrix those stay that hold the largest shares of their own domain's inputs."""
+        most = max(1, int(self.room * (group.whole if group.side == "left" else group.n)))
+        shares = torch.stack(
+            [torch.cat([_shares(self._values[d][self.layout.names[i]]) for d in self.names]) for i in group.indices]
+        ).to(self.device)  # [G, K]
+        last = shares.argsort(dim=1, descending=True, stable=True)[:, most:]
+        dropped = torch.zeros_like(shares, dtype=torch.bool).scatter_(1, last, True)
+        factors.masked_fill_(dropped.unsqueeze(1), 0)
+        self._gram(number).masked_fill_(dropped.unsqueeze(1) | dropped.unsqueeze(2), 0)
+        rows = dropped.repeat_interleave(group.each, 0)
+        self.displacement[group.rows].masked_fill_(rows, 0)
+        self.sign[group.rows].masked_fill_(rows, 1)
 
     def _coefficients(
         self, out: Tensor, number: int, group: Group, tensors: Sequence[Tensor], domain: str | None
@@ -369,3 +389,8 @@ class InputStack(FactoredStack):
             if group.each
         ]
         return Frame.dense(overlaps, self.active(own), self.combine, self.layout.T, self.sign)
+
+
+def _shares(values: Tensor) -> Tensor:
+    """Shares ``[r]`` of what a domain's directions hold of its inputs, given their singular values."""
+    return values.square() / values.square().sum().clamp_min(1e-300)

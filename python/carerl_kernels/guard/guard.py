@@ -67,6 +67,8 @@ class CapabilityGuard:
             keeps one copy of the parameters.
         domains: all domain names, so that a misspelt one is an error; None accepts any.
         energy: basis "input": keep the fewest directions with this share of the inputs' energy, at most r.
+        room: basis "input": in a matrix as many directions of all domains together as this share of its inputs, at most; those
+            with the smallest shares of their domain's inputs give way.
         process_group: over which the parameters of a plain list are sharded (each process gives a contiguous part of every
             flattened parameter). FSDP2's DTensors bring their own; DDP needs none.
 
@@ -99,6 +101,7 @@ class CapabilityGuard:
         track_energy: bool = False,
         domains: Sequence[str] | None = None,
         energy: float = 0.9,
+        room: float = 0.5,
         process_group: Any = None,
     ):
         one_of("rule", rule, RULES)
@@ -120,6 +123,8 @@ class CapabilityGuard:
             raise ValueError(f"beta: expected 0 <= beta < 1, found {beta}")
         if not 0 < energy <= 1:
             raise ValueError(f"energy: expected 0 < energy <= 1, found {energy}")
+        if not 0 < room <= 1:
+            raise ValueError(f"room: expected 0 < room <= 1, found {room}")
         at_least("probe_every", probe_every, 1)
         at_least("record_every", record_every, 1)
         at_least("oversample", oversample, 0)
@@ -138,7 +143,7 @@ class CapabilityGuard:
         self.parameters = [p for _, p in named]
         self._sites = sites_of(inner, named, basis)
         self.layout: Any = lay_out(named, basis, rank_of(basis, k, r), process_group, self._sites)
-        self.energy, self._data_group = energy, data_group(model, self.layout)
+        self.energy, self.room, self._data_group = energy, room, data_group(model, self.layout)
         self.rule, self.combine, self.apply_to = rule, combine, apply_to
         self.z, self.beta, self.norm_cap, self.max_grad_norm = z, beta, norm_cap, max_grad_norm
         self.probe_adaptive = probe_adaptive
@@ -148,7 +153,7 @@ class CapabilityGuard:
         self.seconds = {"act": 0.0, "record": 0.0, "probe": 0.0}
 
         self.device = local(self.parameters[0]).device
-        self._stack = new_stack(self.layout, combine, basis_dtype, self.device)
+        self._stack = new_stack(self.layout, combine, basis_dtype, self.device, room)
         self._statistics = Statistics()
         self._recorder: Recorder | None = None
         self._handles: list[Any] = []
@@ -424,7 +429,7 @@ class CapabilityGuard:
             raise RuntimeError(f"domain {name!r} is being recorded already")
         recorder = self._new_recorder(name)
         recorder.begin()
-        stack = new_stack(self.layout, self.combine, torch.float32, self.device)
+        stack = new_stack(self.layout, self.combine, torch.float32, self.device, self.room)
         self._newcomers[name] = Newcomer(recorder, stack, check_every)
 
     def close_domain(self, name: str, path: Path | str | None = None) -> None:
@@ -876,6 +881,7 @@ class CapabilityGuard:
             **weights,
             "kind": self.layout.kind,
             "k": self.layout.k,
+            "room": self.room,
         }
 
     def _with_history(self, what: str, name: str) -> None:

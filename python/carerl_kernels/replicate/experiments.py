@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,18 +15,17 @@ from ..guard.validate import as_random, random_basis
 from ..subspace import StoredBasis
 from ..subspace.factored import FactoredBasis
 
-Experiment = Literal["random", "elastic", "spectral", "aged", "room", "confident", "curved"]
+Experiment = Literal["random", "elastic", "spectral", "aged", "confident", "curved"]
 RULES: Mapping[Experiment, str] = {
     "random": "remove",
     "elastic": "integrated",
     "spectral": "bounded",
     "aged": "bounded",
-    "room": "bounded",
     "confident": "probed",
     "curved": "probed",
 }
 """The rule that each of them changes."""
-STRONG: tuple[Experiment, ...] = ("elastic", "spectral", "aged", "room", "curved")
+STRONG: tuple[Experiment, ...] = ("elastic", "spectral", "aged", "curved")
 """Those with a strength."""
 
 
@@ -39,11 +38,9 @@ class ExperimentalGuard(CapabilityGuard):
             ``1 / (1 + strength * e)`` of displacement passes, e the row's energy in the recorded stage relative to the mean
             over its tensor. "spectral": rule "bounded" with bounds divided by ``e^(strength / 2)``, tighter where the
             stage's gradients were larger. "aged": rule "bounded" with bounds of a domain times ``strength^n``, n domains
-            recorded after it. "room": rule "bounded" on input directions, of which those with the largest shares of their
-            domains' inputs act, in all as many as ``strength`` times the inputs of a matrix. "confident": rule "probed",
-            where as much of a conflicting component goes as successive probes agree on its sign. "curved": rule "probed",
-            where ``1 / (1 + strength * f)`` of it passes, f the mean square of the row's probes relative to the mean over
-            its tensor (Fisher information on a few answers).
+            recorded after it. "confident": rule "probed", where as much of a conflicting component goes as successive probes
+            agree on its sign. "curved": rule "probed", where ``1 / (1 + strength * f)`` of it passes, f the mean square of
+            the row's probes relative to the mean over its tensor (Fisher information on a few answers).
         strength: Of those in `STRONG`.
         seed: Of random directions, which differ from domain to domain.
         options: As for `CapabilityGuard`.
@@ -59,25 +56,16 @@ class ExperimentalGuard(CapabilityGuard):
             raise ValueError(f"{experiment}: expected rule {RULES[experiment]!r}, found {options.get('rule')!r}")
         if experiment in ("elastic", "spectral") and options.get("basis") == "block":
             raise ValueError(f"{experiment}: expected a basis with an energy per row, found 'block'")
-        if experiment == "room" and options.get("basis") != "input":
-            raise ValueError(f"room: expected basis 'input', found {options.get('basis')!r}")
         self._experiment, self._strength, self._seed = experiment, strength, seed
         self._agreed: dict[str, tuple[Tensor, Tensor]] = {}
-        self._whole: dict[str, FactoredBasis] = {}
         super().__init__(model, **options)
 
     def add(self, basis: StoredBasis | Path | str) -> None:
-        """Takes a recorded domain, random directions in its place, or of all domains what there is room for."""
+        """Takes a recorded domain, or random directions in its place."""
         basis = basis if isinstance(basis, StoredBasis) else StoredBasis.load(basis, self.layout)
         if self._experiment == "random":
             basis = as_random(basis, random_basis(self.layout, 1000 * self._seed + len(self.history)))
-        if self._experiment != "room":
-            super().add(basis)
-            return
-        assert isinstance(basis, FactoredBasis)
-        self._whole[basis.info.domain] = basis
-        for part in within_room(list(self._whole.values()), self._strength):
-            super().add(part)
+        super().add(basis)
 
     def rebase(self) -> None:
         """Forgets what probes agreed on, too."""
@@ -86,7 +74,7 @@ class ExperimentalGuard(CapabilityGuard):
 
     def _resize(self) -> None:
         super()._resize()
-        if self._experiment in ("random", "room") or not self.history:
+        if self._experiment == "random" or not self.history:
             return
         if self._experiment in ("confident", "curved"):
             self._trust()
@@ -141,28 +129,3 @@ def _relative(values: Tensor) -> Tensor:
     squares = values.square()
     number = (squares > 0).sum(-1, keepdim=True).clamp_min(1)
     return squares / (squares.sum(-1, keepdim=True) / number).clamp_min(1e-300)
-
-
-def within_room(bases: Sequence[FactoredBasis], room: float) -> list[FactoredBasis]:
-    """Input bases with, in every matrix, as many directions in all as ``room`` times its inputs.
-
-    Those stay that hold the largest shares of what their own domain's directions hold; the others become zero.
-    """
-    kept: list[dict[str, Tensor]] = [{} for _ in bases]
-    for name in bases[0].values:
-        shares = torch.stack([b.values[name].square() / b.values[name].square().sum().clamp_min(1e-300) for b in bases])
-        inputs = (bases[0].right if name in bases[0].right else bases[0].left)[name].shape[0]
-        order = shares.flatten().argsort(descending=True, stable=True)[: int(room * inputs)]
-        keep = torch.zeros(shares.numel(), dtype=torch.bool).index_fill_(0, order, True).view_as(shares)
-        for mask, row in zip(kept, keep, strict=True):
-            mask[name] = row
-    return [
-        replace(
-            basis,
-            left={name: t * mask[name] for name, t in basis.left.items()},
-            right={name: t * mask[name] for name, t in basis.right.items()},
-            values={name: t * mask[name] for name, t in basis.values.items()},
-            moved={name: t * mask[name] for name, t in basis.moved.items()},
-        )
-        for basis, mask in zip(bases, kept, strict=True)
-    ]

@@ -432,6 +432,12 @@ def test_what_there_is_no_room_for_gives_way(order, room):
     for guard, among in zip((tight, free), by_name, strict=True):
         for name in order:
             guard.add(among[name])
+    for name, part in by_name[1].items():
+        held = [
+            ((part.right[n].abs().sum(0) > 0) * v.square()).sum() / v.square().sum() for n, v in part.values.items()
+        ]
+        assert tight.report()["domains"][name]["acting"] == pytest.approx(float(sum(held)) / len(held))
+        assert free.report()["domains"][name]["acting"] == 1
     for group in layout.groups:
         for _, name, _ in layout.matrices(group):
             acting = sum(int((tight.basis(d).right[name].abs().sum(0) > 0).sum()) for d in order)

@@ -258,6 +258,8 @@ class InputStack(FactoredStack):
     def __init__(self, layout: MatrixLayout, combine: Combine, device: torch.device, room: float = 1.0):
         super().__init__(layout, combine, device)
         self.room = room
+        self._shares: dict[str, list[Tensor]] = {}  # by domain, [G, r] of each group, of those without room too
+        self._held = torch.zeros(2, 0)  # by domain: shares that act, and all shares, summed over matrices
         self._kept: list[Tensor] = []  # of each group, the columns that any of its matrices has
         self._acting: list[Tensor] = []  # [G, n or m, columns kept]
 
@@ -274,11 +276,15 @@ class InputStack(FactoredStack):
             ):
                 coeffs[rows] = part
 
+    def acting(self, domain: str) -> float:
+        acts, all_of_it = self._held[:, self.names.index(domain)].tolist()
+        return acts / all_of_it if all_of_it else 1.0
+
     def chance(self, domain: str) -> float:
         columns, layout = self.columns(domain), self.layout
         held = 0.0
         for number, group in enumerate(layout.groups):
-            kept = (self._gram(number).diagonal(dim1=1, dim2=2)[:, columns] > 0.5).sum()
+            kept = self._present(number)[:, columns].sum()
             held += float(kept) * (group.whole if group.side == "right" else group.n)
         return min(1.0, held / layout.parameters)
 
@@ -328,23 +334,36 @@ class InputStack(FactoredStack):
 
     def put(self, basis: FactoredBasis, parameters: Sequence[Tensor]) -> None:
         super().put(basis, parameters)
+        self._shares[basis.info.domain] = [self._shares_of(basis, number) for number in range(len(self.layout.groups))]
         self._kept, self._acting = [], []
+        self._held = torch.zeros(2, len(self), dtype=torch.float64, device=self.device)
         for number, group in enumerate(self.layout.groups):
             factors = self.left[number] if group.side == "left" else self.right[number]
             assert factors is not None
             self._make_room(number, group, factors)
-            found = self._gram(number).diagonal(dim1=1, dim2=2).amax(0) > 0.5
+            found = self._present(number).any(0)
             self._kept.append(found.nonzero().squeeze(1))
             self._acting.append(factors if bool(found.all()) else factors[:, :, self._kept[-1]].contiguous())
+
+    def _present(self, number: int) -> Tensor:
+        """``[G, K]`` bool: columns that are not zero."""
+        return self._gram(number).diagonal(dim1=1, dim2=2) > 0.5
+
+    def _shares_of(self, basis: FactoredBasis, number: int) -> Tensor:
+        """``[G, r]``: of what a domain's directions hold of the inputs of each matrix of a group, the share of each."""
+        names = (self.layout.names[i] for i in self.layout.groups[number].indices)
+        squares = torch.stack([basis.values[name].to(self.device, torch.float64).square() for name in names])
+        squares *= self._present(number)[:, self.columns(basis.info.domain)]
+        return squares / squares.sum(1, keepdim=True).clamp_min(1e-300)
 
     def _make_room(self, number: int, group: Group, factors: Tensor) -> None:
         """Of all domains' directions in a matrix those stay that hold the largest shares of their own domain's inputs."""
         most = max(1, int(self.room * (group.whole if group.side == "left" else group.n)))
-        shares = torch.stack(
-            [torch.cat([_shares(self._values[d][self.layout.names[i]]) for d in self.names]) for i in group.indices]
-        ).to(self.device)  # [G, K]
+        shares = torch.cat([self._shares[name][number] for name in self.names], dim=1)  # [G, K]
         last = shares.argsort(dim=1, descending=True, stable=True)[:, most:]
         dropped = torch.zeros_like(shares, dtype=torch.bool).scatter_(1, last, True)
+        held = torch.stack([shares.masked_fill(dropped, 0), shares])
+        self._held += held.unflatten(2, (len(self), -1)).sum((1, 3))
         factors.masked_fill_(dropped.unsqueeze(1), 0)
         self._gram(number).masked_fill_(dropped.unsqueeze(1) | dropped.unsqueeze(2), 0)
         rows = dropped.repeat_interleave(group.each, 0)
@@ -389,8 +408,3 @@ class InputStack(FactoredStack):
             if group.each
         ]
         return Frame.dense(overlaps, self.active(own), self.combine, self.layout.T, self.sign)
-
-
-def _shares(values: Tensor) -> Tensor:
-    """Shares ``[r]`` of what a domain's directions hold of its inputs, given their singular values."""
-    return values.square() / values.square().sum().clamp_min(1e-300)

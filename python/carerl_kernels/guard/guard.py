@@ -769,6 +769,7 @@ class CapabilityGuard:
         - ``net_displacement``: along its rows in this stage or, between stages, the last one, relative to the recorded
           stage's own; None in grad mode,
         - ``capture``: shares of the recorded stage's gradient energy and squared displacement that the rows hold,
+        - ``acting``: share of what its directions hold that acts: less than 1 where ``room`` was short,
         - ``steps``: gradients recorded.
         """
         domains: dict[str, dict[str, Any]] = {}
@@ -780,6 +781,7 @@ class CapabilityGuard:
                 if self._steps_here == 0
                 else self._net_displacement(name),
                 "capture": {"gradient": info.gradient_capture, "displacement": info.displacement_capture},
+                "acting": self._stack.acting(name),
                 "steps": info.steps,
             }
         # Random directions hold a share of any displacement: a basis that holds not much more than that knows nothing.

@@ -76,6 +76,10 @@ class Stack(ABC, Generic[L, B]):
         """Share of a displacement's energy that random directions, as many as the domain has, would hold."""
         return self.layout.chance
 
+    def acting(self, domain: str) -> float:
+        """Share of what the domain's directions hold that acts: less than 1 where others took the room."""
+        return 1.0
+
     @property
     def blocks(self) -> Sequence[slice]:
         """Coefficient rows that are decided on at a time, together all of them; no row has to do with those of other blocks."""

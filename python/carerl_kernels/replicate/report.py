@@ -16,8 +16,8 @@ from .stats import Estimate, estimate, holm, pareto
 
 FRONT = "none"
 """The method whose learning rates are the front that everything has to beat."""
-DEFAULT = "input-bounded@1"
-"""The guard as `CapabilityGuard(model)` builds it, at the learning rate that the demonstration gives it."""
+DEFAULT = "input-bounded"
+"""The guard as `CapabilityGuard(model)` builds it."""
 ALPHA = 0.05
 
 
@@ -183,8 +183,14 @@ def write_report(grid: Grid, records: Sequence[Record], out: Path) -> str:
         parts += [f"## {setting}: {grid.settings[setting].text}", ""]
         if rows:
             parts += [table(grid, setting, rows), "", *verdicts(rows), ""]
-            if any(r.variant == DEFAULT for r in rows) and len(rows) > 1:
-                parts += [f"The default guard, {DEFAULT}, minus each other row:", "", versus(rows, DEFAULT), ""]
+            for row in rows if len(rows) > 1 else []:
+                if row.variant.split("@")[0] == DEFAULT:
+                    parts += [
+                        f"The default guard, {row.variant}, minus each other row:",
+                        "",
+                        versus(rows, row.variant),
+                        "",
+                    ]
             parts += [guard_table(rows), ""] if guard_table(rows) else []
         if chosen:
             parts += [

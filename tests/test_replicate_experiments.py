@@ -66,25 +66,42 @@ def test_spectral_bounds_are_tighter_where_gradients_were_larger():
     torch.testing.assert_close(found.abs().max(0).values, box.max(0).values, rtol=0.05, atol=1e-9)
 
 
+def test_aged_bounds_shrink_with_every_domain_recorded_later():
+    _, guard = moved("aged", strength=0.5, bound=(0.2, 0.4), domains=("math", "chat", "logic"))
+    for part, bound in ((guard._params.lower, 0.2), (guard._params.upper, 0.4)):
+        expected = torch.tensor([0.25, 0.5, 1.0]).double().repeat_interleave(K) * bound
+        torch.testing.assert_close(part.expand_as(expected), expected)
+
+
+def probe(model, guard, signs):
+    """A probe whose coefficients along the first tensor's rows are these."""
+    with guard.probe("math"):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        rows = guard.basis("math").directions[:, : 13 * 11].float()
+        next(model.parameters()).grad += (torch.tensor(signs) @ rows).view(11, 13)
+    guard._settle_probes()
+
+
 def test_confident_removes_what_probes_agree_on_and_passes_what_they_do_not():
     model, guard, _ = guarded("confident")
-
-    def probe(signs):
-        """A gradient whose coefficients along the first tensor's rows have these signs."""
-        with guard.probe("math"):
-            for p in model.parameters():
-                p.grad = torch.zeros_like(p)
-            rows = guard.basis("math").directions[:, : 13 * 11].float()
-            next(model.parameters()).grad += (torch.tensor(signs) @ rows).view(11, 13)
-        guard._settle_probes()
-
-    probe([1.0, 1.0, -1.0, -1.0])
+    probe(model, guard, [1.0, 1.0, -1.0, -1.0])
     torch.testing.assert_close(guard._params.conflict[0], torch.zeros(K).double(), atol=1e-5, rtol=0)
-    probe([1.0, -1.0, -1.0, 1.0])
+    probe(model, guard, [1.0, -1.0, -1.0, 1.0])
     torch.testing.assert_close(guard._params.conflict[0], torch.tensor([0, 1.0, 0, 1.0]).double(), atol=1e-5, rtol=0)
     guard.rebase()
-    probe([1.0, -1.0, -1.0, 1.0])
+    probe(model, guard, [1.0, -1.0, -1.0, 1.0])
     assert guard._params.conflict[0].abs().max() < 1e-5
+
+
+def test_curved_passes_less_where_squared_probes_are_larger():
+    model, guard, _ = guarded("curved", strength=3.0)
+    probe(model, guard, [4.0, -3.0, 2.0, 1.0])
+    squares = torch.tensor([16.0, 9.0, 4.0, 1.0]).double()
+    torch.testing.assert_close(guard._params.conflict[0], 1 / (1 + 3 * squares / squares.mean()), rtol=1e-4, atol=0)
+    probe(model, guard, [0.0, 3.0, -2.0, 1.0])
+    squares[0] /= 2
+    torch.testing.assert_close(guard._params.conflict[0], 1 / (1 + 3 * squares / squares.mean()), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["block", "input"])

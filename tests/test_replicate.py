@@ -316,6 +316,8 @@ def test_a_setting_that_does_not_exist_is_refused(tiny, tmp_path, what):
     refused = carerl("--preset", tiny, "--out", out, "--setting", "tiny", "--setting", "tini", *what)
     assert refused.exit_code == 1 and "found tini" in refused.output
     assert not (out / "report.md").exists()
+    both = carerl("--preset", tiny, "--out", out, "--setting", "tiny", "--cell", "tiny/none@1/0")
+    assert both.exit_code == 1 and "expected --cell or --setting, found both" in " ".join(both.output.split())
     empty = carerl("--preset", tiny, "--out", out, "--setting", "lm", "--report")
     assert empty.exit_code == 1 and "found none" in empty.output
     assert not (out / "report.md").exists()

@@ -62,6 +62,8 @@ def replicate(
                 )
             print(write_report(grid, _only(records, setting), out))
             return
+        if cell and setting:
+            raise GridError("expected --cell or --setting, found both: a cell's name begins with its setting")
         cells = [grid.cell(name) for name in dict.fromkeys(cell)] if cell else list(grid.cells(setting or ()))
         if not cells:
             raise GridError(f"{preset}: expected cells, found none in settings {', '.join(setting or grid.settings)}")

@@ -178,21 +178,27 @@ static EditPlan plan_edit(const Basis& basis, const Edit& edit, int64_t first, i
   return plan;
 }
 
-// Columns [begin, begin + n) of the span; y holds plan.moves tiles of `pitch` floats.
+// Columns [begin, begin + n) of the span: y = G + mix U of the gradients that move, plan.moves tiles of `pitch` floats.
 template <class E>
-static void edit_tile(const Basis& basis, const Span& span, const Edit& edit, const EditPlan& plan, int64_t begin,
-                      int64_t n, float* y, int64_t pitch) {
-  for (int64_t s = 0; s < plan.scalings; ++s) {
-    void* g = gradient(span, plan.scaled[s], begin);
-    load_gradient<E>(g, span.dtype, y, n);
-    store_gradient<E>(y, g, span.dtype, n, edit.scale[plan.scaled[s]]);
-  }
+static void sum_tile(const Basis& basis, const Span& span, const EditPlan& plan, int64_t begin, int64_t n, float* y,
+                     int64_t pitch) {
   for (int64_t m = 0; m < plan.moves; ++m) {
     load_gradient<E>(gradient(span, plan.moved[m], begin), span.dtype, y + m * pitch, n);
   }
   axpy_all<E>(basis, plan.rows, plan.count, span.column + begin, plan.mix, plan.moves, y, pitch, n);
+}
+
+// G = scale * y, and scale * G of those that are only scaled. Takes the first tile of y for these.
+template <class E>
+static void store_tile(const Span& span, const Edit& edit, const EditPlan& plan, int64_t begin, int64_t n, float* y,
+                       int64_t pitch) {
   for (int64_t m = 0; m < plan.moves; ++m) {
     store_gradient<E>(y + m * pitch, gradient(span, plan.moved[m], begin), span.dtype, n, edit.scale[plan.moved[m]]);
+  }
+  for (int64_t s = 0; s < plan.scalings; ++s) {
+    void* g = gradient(span, plan.scaled[s], begin);
+    load_gradient<E>(g, span.dtype, y, n);
+    store_gradient<E>(y, g, span.dtype, n, edit.scale[plan.scaled[s]]);
   }
 }
 
@@ -207,7 +213,9 @@ static void edit_stored(const Basis& basis, const Span& span, const Edit& edit) 
     if (plan.moves + plan.scalings == 0) continue;
     // Backwards: what pass 1 read last may still be in the last-level cache.
     for (int64_t begin = (span.length - 1) / tile * tile; begin >= 0; begin -= tile) {
-      edit_tile<E>(basis, span, edit, plan, begin, min64(tile, span.length - begin), y, tile);
+      const int64_t n = min64(tile, span.length - begin);
+      sum_tile<E>(basis, span, plan, begin, n, y, tile);
+      store_tile<E>(span, edit, plan, begin, n, y, tile);
     }
   }
 }

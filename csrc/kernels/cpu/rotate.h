@@ -166,43 +166,109 @@ static void rotate(const Basis& basis, const Span& span, const Rotation& rotatio
   with_gradient(basis.dtype, [&](auto type) { rotate_stored<decltype(type)>(basis, span, rotation); });
 }
 
-// A stretch of all rows passes through L2 for the edit; what is rotated of it is then computed from there. (Asking for
-// the next stretch meanwhile gains nothing: the edit reads in runs that are long enough for the hardware to foresee.)
+constexpr int kFewRows = 8;            // whose sums of one vector are registers, and hide the multiply-add's latency
+constexpr int64_t kStripBytes = 256;   // of a row: of 24 rows this strip and the next, on its way, are inside L1
+constexpr int64_t kFetchColumns = 32;  // between requests, else they wait for each other; a whole group of any type
+
+// Every factor of q as a whole vector, column after column of kFewRows: an operand of the multiply-add.
+static void spread_factors(const Rotation& rotation, int64_t depth, float* factors) {
+  for (int64_t m = 0; m < depth; ++m) {
+    for (int64_t r = 0; r < kFewRows; ++r, factors += kWidth) {
+      store(factors, splat(r < rotation.rows ? rotation.q[r * depth + m] : 0.0f));
+    }
+  }
+}
+
+// Columns [begin, begin + n) of at most kFewRows rows, straight from how rows and gradients (G) are stored, rounded to
+// nearest: all rows of a group are read before one is written.
+template <class E, class G>
+static void rotate_few(const Basis& basis, const Span& span, const Rotation& rotation, const float* factors,
+                       int64_t begin, int64_t n, Ahead& ahead) {
+  constexpr int V = kVectors<E>;
+  typename E::Type* rows = element<E>(basis, 0, span.column + begin);
+  const typename G::Type* grads = static_cast<const typename G::Type*>(gradient(span, 0, begin));
+  const int64_t inputs = basis.rows, outputs = rotation.rows, batch = span.batch;
+  const int64_t stride = basis.stride, grad_stride = span.stride;
+  auto group = [=](int64_t i, int64_t left) {
+    Float out[kFewRows][V];
+    CARERL_UNROLL
+    for (int v = 0; v < V; ++v) {  // a row is read once for each, which costs less than keeping it
+      Float sums[kFewRows] = {}, x[V];
+      const float* f = factors;
+      for (int64_t m = 0; m < inputs; ++m, f += kFewRows * kWidth) {
+        load_group<E>(rows + m * stride + i, left, x);
+        CARERL_UNROLL
+        for (int r = 0; r < kFewRows; ++r) sums[r] += load(f + r * kWidth) * x[v];
+      }
+      for (int64_t b = 0; b < batch; ++b, f += kFewRows * kWidth) {
+        load_arranged<E, G>(grads + b * grad_stride + i, left, x);
+        if (__is_same(E, BF16) && __is_same(G, F32)) x[v] = without_payload(x[v]);
+        CARERL_UNROLL
+        for (int r = 0; r < kFewRows; ++r) sums[r] += load(f + r * kWidth) * x[v];
+      }
+      CARERL_UNROLL
+      for (int r = 0; r < kFewRows; ++r) out[r][v] = sums[r];
+    }
+    CARERL_UNROLL
+    for (int r = 0; r < kFewRows; ++r) {
+      if (r < outputs) store_group<E>(rows + r * stride + i, out[r], left);
+    }
+  };
+  int64_t i = 0;
+  for (; i + kGroup<E> <= n; i += kGroup<E>) {
+    if (i % kFetchColumns == 0) ahead.fetch();
+    group(i, kGroup<E>);
+  }
+  if (i < n) group(i, n - i);
+  for (int64_t r = outputs; r < inputs; ++r) __builtin_memset(rows + r * stride, 0, n * sizeof(typename E::Type));
+}
+
+// Edited gradients stay in y until the rows are rotated, which takes the gradients before the edit. Few rows of a
+// domain pass in strips that L1 holds from the edit to the rotation, while memory works on the strips to come. Many are
+// bound by arithmetic: stretches in L2, long enough for the hardware to foresee how rows go on, are rotated tile by
+// tile.
 template <class E>
 static void edit_rotate_stored(const Basis& all, const Basis& domain, const Span& span, const Edit& change,
                                const Rotation& rotation) {
+  const bool few = domain.rows <= kFewRows && span.batch <= kFewRows && (rotation.seed == 0 || __is_same(E, F32));
   const int64_t turns = (span.batch + kMaxBatch - 1) / kMaxBatch, batch = min64(span.batch, kMaxBatch);
   const int64_t plan_bytes = sizeof(EditPlan) + edit_plan_bytes(all, batch);
-  const int64_t columns = rotate_columns(domain, span), stretch = stretch_of(all, span, columns);
+  const int64_t columns = few ? kStripBytes / element_size(all.dtype) : rotate_columns(domain, span);
+  const int64_t stretch = few ? columns : stretch_of(all, span, columns);
+  const int64_t depth = domain.rows + span.batch;
   void* extra;
-  const int64_t extra_bytes = (span.batch + batch) * stretch * sizeof(float) + turns * plan_bytes;
+  const int64_t factors_bytes = few ? depth * kFewRows * kWidth * sizeof(float) : 0;
+  const int64_t extra_bytes = span.batch * stretch * sizeof(float) + factors_bytes + turns * plan_bytes;
   const RotateTile tile = rotate_tile(domain, span, columns, extra_bytes, &extra);
-  float* raw = static_cast<float*>(extra);  // gradients before the edit
-  float* y = raw + span.batch * stretch;
-  EditPlan* plans = reinterpret_cast<EditPlan*>(y + batch * stretch);
+  float* y = static_cast<float*>(extra);
+  float* factors = y + span.batch * stretch;
+  EditPlan* plans = reinterpret_cast<EditPlan*>(reinterpret_cast<char*>(factors) + factors_bytes);
   char* memory = reinterpret_cast<char*>(plans + turns);
   for (int64_t turn = 0; turn < turns; ++turn, memory += edit_plan_bytes(all, batch)) {
     const int64_t first = turn * kMaxBatch;
     plans[turn] = plan_edit(all, change, first, min64(span.batch - first, kMaxBatch), memory);
   }
-  Ahead nothing(domain, span, 0, 0, 1);
+  if (few) spread_factors(rotation, depth, factors);
   for (int64_t first = 0; first < span.length; first += stretch) {
-    const int64_t n = min64(stretch, span.length - first);
-    for (int64_t b = 0; b < span.batch; ++b) {
-      load_gradient<E>(gradient(span, b, first), span.dtype, raw + b * stretch, n);
+    const int64_t n = min64(stretch, span.length - first), next = first + stretch;
+    for (int64_t turn = 0; turn < turns; ++turn) {
+      sum_tile<E>(all, span, plans[turn], first, n, y + turn * kMaxBatch * stretch, stretch);
+    }
+    Ahead ahead(all, span, next, few ? min64(stretch, span.length - next) : 0, stretch / kFetchColumns);
+    if (few) {
+      with_gradient(span.dtype, [&](auto type) {
+        rotate_few<E, decltype(type)>(domain, span, rotation, factors, first, n, ahead);
+      });
+    } else {
+      for (int64_t begin = first; begin < first + n; begin += columns) {
+        const int64_t width = min64(columns, first + n - begin);
+        load_stack<E>(domain, span, begin, tile.packed, columns, width, ahead);
+        clean<E>(span, tile.packed + domain.rows * columns, columns, width);
+        rotate_packed<E>(domain, rotation, tile, span.column + begin, width, ahead);
+      }
     }
     for (int64_t turn = 0; turn < turns; ++turn) {
-      edit_tile<E>(all, span, change, plans[turn], first, n, y, stretch);
-    }
-    clean<E>(span, raw, stretch, n);
-    for (int64_t begin = 0; begin < n; begin += columns) {
-      const int64_t width = min64(columns, n - begin);
-      load_basis<E>(domain, span.column + first + begin, tile.packed, columns, width, nothing);
-      for (int64_t b = 0; b < span.batch; ++b) {
-        __builtin_memcpy(tile.packed + (domain.rows + b) * columns, raw + b * stretch + begin,
-                         round_up(width, kGroup<E>) * sizeof(float));
-      }
-      rotate_packed<E>(domain, rotation, tile, span.column + first + begin, width, nothing);
+      store_tile<E>(span, change, plans[turn], first, n, y + turn * kMaxBatch * stretch, stretch);
     }
   }
 }

@@ -60,7 +60,7 @@ def main() -> None:
         "int8, fp32": (torch.int8, torch.float32),
     }
     for kind, (dtype, grad) in kinds.items():
-        n = ROWS_BYTES // (D * K * dtype.itemsize) // 128 * 128
+        n = ROWS_BYTES // (D * K * dtype.itemsize) // 128 * 128 - 128  # rows 8 KiB apart would share a few lines of L1
         small = calls(dtype, grad, 128)
         for op, call in calls(dtype, grad, n).items():
             spent = (seconds(call) - seconds(small[op])) / (n - 128)

@@ -191,8 +191,8 @@ class GPM(Stateless):
     removed from the summed gradient.
 
     Args:
-        guard: built with ``basis="input"`` (or "per_matrix" for gradient subspaces), ``rule="remove"``, ``apply_to="grad"``
-            and its history added. It need not be attached.
+        guard: built with ``basis="input", room=1.0`` (or "per_matrix" for gradient subspaces), ``rule="remove"``,
+            ``apply_to="grad"`` and its history added. It need not be attached.
     """
 
     def __init__(self, guard: CapabilityGuard):

@@ -184,7 +184,7 @@ def write_report(grid: Grid, records: Sequence[Record], out: Path) -> str:
         if rows:
             parts += [table(grid, setting, rows), "", *verdicts(rows), ""]
             for row in rows if len(rows) > 1 else []:
-                if row.variant.split("@")[0] == DEFAULT:
+                if row.variant.split("@")[0] == DEFAULT and len(row.records) > 1:
                     parts += [
                         f"The default guard, {row.variant}, minus each other row:",
                         "",

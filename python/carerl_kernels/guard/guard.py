@@ -884,7 +884,7 @@ class CapabilityGuard:
             **weights,
             "kind": self.layout.kind,
             "k": self.layout.k,
-            "room": self.room,
+            **({"room": self.room} if self.layout.kind == "input" else {}),
         }
 
     def _with_history(self, what: str, name: str) -> None:

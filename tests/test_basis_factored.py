@@ -405,56 +405,135 @@ def test_energy_threshold_leaves_slots_empty():
     assert 0.5 <= guard.report()["domains"]["math"]["capture"]["gradient"] < 1
 
 
+def uneven(model, names=("math", "chat", "logic"), seed=1, sides=None):
+    """Input bases whose directions hold different shares of their domain's inputs."""
+    layout, bases = make_factored(model, "input", R, 0.3, names, sides=sides)
+    rng = np.random.default_rng(seed)
+    return layout, [replace(b, values={n: torch.from_numpy(rng.uniform(0.1, 9, R)) for n in b.values}) for b in bases]
+
+
+def trimmed(layout, bases, room):
+    """The same by hand: in every matrix the largest shares stay."""
+    kept = [{"left": {}, "right": {}, "moved": {}} for _ in bases]
+    held = np.zeros((2, len(bases)))
+    for group in layout.groups:
+        side, inputs = ("left", group.whole) if group.side == "left" else ("right", group.n)
+        for _, name, _ in layout.matrices(group):
+            squares = [b.values[name].numpy() ** 2 * (getattr(b, side)[name].abs().sum(0) > 0).numpy() for b in bases]
+            shares = np.array([square / square.sum() for square in squares])
+            least = np.sort(shares.ravel())[::-1][: max(1, int(room * inputs))][-1]
+            held += [np.where(shares >= least, shares, 0).sum(1), shares.sum(1)]
+            for part, basis, own in zip(kept, bases, shares, strict=True):
+                mask = torch.from_numpy((own >= least) & (own > 0)).float()
+                part[side][name], part["moved"][name] = getattr(basis, side)[name] * mask, basis.moved[name] * mask
+    return [replace(b, **part) for b, part in zip(bases, kept, strict=True)], held[0] / held[1]
+
+
+def act_alike(model, one, other):
+    """Two guards of which the second may have its domains in another order."""
+    gradient = [torch.randn_like(p) for p in model.parameters()]
+    found, edited = [], []
+    for guard in (one, other):
+        stack, tensors = guard._stack, [g.clone() for g in gradient]
+        parts = {n: (stack.project(gradient, n), stack.displacement[:, stack.columns(n)]) for n in one.history}
+        mix = torch.zeros(guard.layout.T, stack.rows, dtype=torch.float64)
+        for number, name in enumerate(one.history):
+            draw = torch.Generator().manual_seed(number)
+            mix[:, stack.columns(name)] = torch.randn(mix.shape[0], R, dtype=torch.float64, generator=draw)
+        stack.edit_(tensors, mix)
+        found.append(parts)
+        edited.append(tensors)
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(edited[0], edited[1], rtol=0, atol=1e-5)
+
+
+SIDES = {"0.weight": "left", "2.weight": "right"}
+
+
 @pytest.mark.parametrize("room", [0.1, 0.5, 0.75])
 @pytest.mark.parametrize("order", [("math", "chat", "logic"), ("logic", "math", "chat"), ("chat", "logic", "math")])
 def test_what_there_is_no_room_for_gives_way(order, room):
     """In every matrix those directions stay that hold the most of their domain's inputs, in whatever order domains come."""
     model = make_model()
-    layout, bases = make_factored(model, "input", R, 0.3, ("math", "chat", "logic"))
-    rng = np.random.default_rng(1)
-    present = {n: (bases[0].right[n].abs().sum(0) > 0).double() for n in bases[0].right}
-    bases = [
-        replace(b, values={n: torch.from_numpy(rng.uniform(0.1, 9, R)) * present[n] for n in b.values}) for b in bases
-    ]
-    kept = []
-    for basis in bases:
-        part = {"right": {}, "moved": {}}
-        for name, V in basis.right.items():
-            every = np.concatenate([b.values[name].numpy() ** 2 / (b.values[name].numpy() ** 2).sum() for b in bases])
-            least = np.sort(every)[::-1][: max(1, int(room * V.shape[0]))][-1]
-            own = basis.values[name].numpy() ** 2 / (basis.values[name].numpy() ** 2).sum()
-            mask = torch.from_numpy((own >= least) & (own > 0)).float()
-            part["right"][name], part["moved"][name] = V * mask, basis.moved[name] * mask
-        kept.append(replace(basis, **part))
+    layout, bases = uneven(model)
+    by_hand, held = trimmed(layout, bases, room)
     tight = CapabilityGuard(model, basis="input", r=R, room=room)
     free = CapabilityGuard(model, basis="input", r=R, room=1.0)
-    by_name = {b.info.domain: b for b in bases}, {b.info.domain: b for b in kept}
-    for guard, among in zip((tight, free), by_name, strict=True):
+    for guard, among in ((tight, bases), (free, by_hand)):
         for name in order:
-            guard.add(among[name])
-    for name, part in by_name[1].items():
-        held = [
-            ((part.right[n].abs().sum(0) > 0) * v.square()).sum() / v.square().sum() for n, v in part.values.items()
-        ]
-        assert tight.report()["domains"][name]["acting"] == pytest.approx(float(sum(held)) / len(held))
+            guard.add(next(b for b in among if b.info.domain == name))
+    act_alike(model, free, tight)
+    for basis, share in zip(bases, held, strict=True):
+        name = basis.info.domain
+        assert tight.report()["domains"][name]["acting"] == pytest.approx(share)
         assert free.report()["domains"][name]["acting"] == 1
+        assert (name in tight.report()["open_windows"]) == (share == 0)
+        for matrix, factor in tight.basis(name).right.items():  # what is recorded stays, to be saved again
+            torch.testing.assert_close(factor, basis.right[matrix])
     for group in layout.groups:
-        for _, name, _ in layout.matrices(group):
-            acting = sum(int((tight.basis(d).right[name].abs().sum(0) > 0).sum()) for d in order)
-            assert 1 <= acting <= max(1, room * group.n)
-            for domain in order:
-                torch.testing.assert_close(
-                    tight.basis(domain).right[name], free.basis(domain).right[name], rtol=0, atol=1e-6
-                )
-                torch.testing.assert_close(tight.basis(domain).moved[name], free.basis(domain).moved[name])
-    gradient = [torch.randn_like(p) for p in model.parameters()]
-    mix = torch.randn(layout.T, 3 * R, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    edited = [[g.clone() for g in gradient] for _ in range(2)]
-    for guard, tensors in zip((tight, free), edited, strict=True):
-        guard._stack.edit_(tensors, mix)
-    torch.testing.assert_close(tight._stack.project(gradient), free._stack.project(gradient), rtol=0, atol=1e-5)
-    for a, b in zip(*edited, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+        rows = torch.cat([tight._stack.present(name)[group.rows] for name in order], dim=1)
+        assert rows.sum(1).max() <= max(1, room * group.n)
+
+
+def test_what_a_domain_recorded_anew_leaves_free_is_taken_again():
+    """The guard is the one that the same files make, whatever it knew before; left-sided matrices too."""
+    model = make_model()
+    from carerl_kernels.guard import guard as module
+
+    before = module.sites_of
+    module.sites_of = lambda *_: {name: (None, side) for name, side in SIDES.items()}
+    try:
+        layout, (math, chat, logic) = uneven(model, sides=SIDES)
+        *_, small = uneven(model, seed=5, sides=SIDES)[1]
+        small = replace(small, values={n: v * torch.tensor([1.0, 1e-3, 1e-3]) for n, v in small.values.items()})
+        lived, fresh, free = (CapabilityGuard(model, basis="input", r=R, room=room) for room in (0.3, 0.3, 1.0))
+    finally:
+        module.sites_of = before
+    for basis in (math, logic, chat, small):  # small is of the domain logic, and renews it
+        lived.add(basis)
+    for basis in (math, chat, small):
+        fresh.add(basis)
+    for basis in trimmed(layout, [math, chat, small], 0.3)[0]:
+        free.add(basis)
+    assert lived.history == fresh.history == ["math", "chat", "logic"]
+    act_alike(model, fresh, lived)
+    act_alike(model, free, lived)
+    assert lived.report()["domains"]["math"]["acting"] == fresh.report()["domains"]["math"]["acting"] < 1
+
+
+def test_a_domain_adopted_on_the_way_leaves_what_others_counted():
+    model = make_model()
+    _, (math, chat) = uneven(model, ("math", "chat"))
+    guard = CapabilityGuard(model, "integrated", basis="input", r=R, room=0.3, conflict=1.0)
+    guard.add(math)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard.attach(optimizer)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    columns, before = guard._stack.columns("math"), guard._stack.present("math")
+    moved = (guard._q_start - guard._q_prev)[:, columns].clone()
+    guard._adopt(chat)
+    columns, after = guard._stack.columns("math"), guard._stack.present("math")
+    assert (before & ~after).any() and (before & after).any()
+    now = (guard._q_start - guard._q_prev)[:, columns]
+    torch.testing.assert_close(now, torch.where(after, moved, 0.0))
+    assert not guard._q_prev[:, columns][~after].any()
+
+
+def test_a_state_is_of_a_guard_with_the_same_room():
+    model = make_model()
+    _, (math,) = uneven(model, ("math",))
+    guards = {room: CapabilityGuard(model, basis="input", r=R, room=room) for room in (0.5, 1.0)}
+    for guard in guards.values():
+        guard.add(math)
+    state = guards[1.0].state_dict()
+    with pytest.raises(ValueError, match="same settings"):
+        guards[0.5].load_state_dict(state)
+    del state["settings"]["room"]  # as earlier versions saved it: all directions acted
+    guards[1.0].load_state_dict(state)
+    with pytest.raises(ValueError, match="same settings"):
+        guards[0.5].load_state_dict(state)
 
 
 def test_weight_one_is_bitwise_identity():

@@ -254,10 +254,18 @@ def test_the_bandwidth_probe_measures_something_plausible():
 def test_a_nan_of_any_payload_stays_one(bits):
     """Rounding to bf16 adds to the payload: without care 0x7FFFFFFF becomes -0."""
     nan = torch.full((1, 100), bits, dtype=torch.int32).view(torch.float32)
-    rows = torch.zeros(2, 100, dtype=torch.bfloat16)
+    half = torch.full((1, 100), bits >> 16, dtype=torch.int16).view(torch.float16)
+    assert nan.isnan().all() and half.isnan().all()
+    rows, q = torch.zeros(2, 100, dtype=torch.bfloat16), torch.eye(2, 3).roll(1, 1)
     for seed in (0, 5):
-        dispatched("rotate_")(rows, nan, torch.eye(2, 3).roll(1, 1), seed)
-        assert rows[1].isnan().all()
+        for grad in (nan, half):
+            rows.zero_()
+            dispatched("rotate_")(rows, grad, q, seed)
+            assert rows[1].isnan().all()
+            rows.zero_()
+            still = torch.zeros(1, 2), torch.ones(1)
+            dispatched("edit_rotate_")(grad.clone(), rows.unsqueeze(0), *still, 0, q, seed)
+            assert rows[1].isnan().all()
     low = torch.zeros(1, 100, dtype=torch.bfloat16)
     dispatched("edit_")(low, nan.view(1, 1, 100), torch.ones(1, 1), torch.ones(1))
     assert low.isnan().all()

@@ -317,7 +317,9 @@ def test_a_setting_that_does_not_exist_is_refused(tiny, tmp_path, what):
     assert refused.exit_code == 1 and "found tini" in refused.output
     assert not (out / "report.md").exists()
     both = carerl("--preset", tiny, "--out", out, "--setting", "tiny", "--cell", "tiny/none@1/0")
-    assert both.exit_code == 1 and "expected --cell or --setting, found both" in " ".join(both.output.split())
+    assert both.exit_code == 1 and "expected --cell alone, found it with --setting" in " ".join(both.output.split())
+    both = carerl("--preset", tiny, "--out", out, "--cell", "tiny/none@1/0", "--report")
+    assert both.exit_code == 1 and "expected --cell alone, found it with --report" in " ".join(both.output.split())
     empty = carerl("--preset", tiny, "--out", out, "--setting", "lm", "--report")
     assert empty.exit_code == 1 and "found none" in empty.output
     assert not (out / "report.md").exists()
@@ -360,6 +362,7 @@ def test_a_cell_runs_whatever_is_recorded_unless_resumed(tiny, tmp_path):
         ("kind: lm, stages: [code, math]", "train: {lr: 0.1}", "lr and seed from the cell"),
         ("kind: lm, stages: [code, math]", "strength: 2", "strength with experiment"),
         ("kind: lm, stages: [code, math]", "experiment: elastic", "rule .integrated. to go with experiment"),
+        ("kind: lm, stages: [code, math]", "experiment: aged, guard: {rule: bounded}", "a strength with experiment"),
     ],
 )
 def test_what_a_kind_would_ignore_is_refused_before_anything_runs(tmp_path, setting, method, message):

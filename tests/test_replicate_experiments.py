@@ -136,3 +136,5 @@ def test_an_experiment_needs_the_rule_that_it_changes():
         ExperimentalGuard(make_model(), experiment="elastic", rule="bounded")
     with pytest.raises(ValueError, match="energy per row, found 'block'"):
         ExperimentalGuard(make_model(), experiment="spectral", rule="bounded", basis="block")
+    with pytest.raises(ValueError, match="curved: expected a basis of rows, found 'input'"):
+        ExperimentalGuard(make_model(), experiment="curved", rule="probed", basis="input")

@@ -108,10 +108,10 @@ static void rotate_group(const Basis& basis, const Rotation& rotation, const Rot
   }
 }
 
-// Without payloads in the NaN of fp32 gradients, which rounding to bf16 bases could carry into the sign.
+// Without payloads in the NaN of wider gradients, which rounding to bf16 bases could carry into the sign.
 template <class E>
 static void clean(const Span& span, float* rows, int64_t pitch, int64_t n) {
-  if (!__is_same(E, BF16) || span.dtype != DType::kF32) return;
+  if (!__is_same(E, BF16) || span.dtype == DType::kBF16) return;
   for (int64_t b = 0; b < span.batch; ++b, rows += pitch) {
     for (int64_t i = 0; i < round_up(n, kGroup<E>); i += kWidth) store(rows + i, without_payload(load(rows + i)));
   }
@@ -202,7 +202,7 @@ static void rotate_few(const Basis& basis, const Span& span, const Rotation& rot
       }
       for (int64_t b = 0; b < batch; ++b, f += kFewRows * kWidth) {
         load_arranged<E, G>(grads + b * grad_stride + i, left, x);
-        if (__is_same(E, BF16) && __is_same(G, F32)) x[v] = without_payload(x[v]);
+        if (__is_same(E, BF16) && !__is_same(G, BF16)) x[v] = without_payload(x[v]);
         CARERL_UNROLL
         for (int r = 0; r < kFewRows; ++r) sums[r] += load(f + r * kWidth) * x[v];
       }

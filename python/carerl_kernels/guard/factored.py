@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -258,8 +259,9 @@ class InputStack(FactoredStack):
     def __init__(self, layout: MatrixLayout, combine: Combine, device: torch.device, room: float = 1.0):
         super().__init__(layout, combine, device)
         self.room = room
-        self._shares: dict[str, list[Tensor]] = {}  # by domain, [G, r] of each group, of those without room too
-        self._held = torch.zeros(2, 0)  # by domain: shares that act, and all shares, summed over matrices
+        self._recorded: dict[str, FactoredBasis] = {}  # whole: what has no room now may have it later
+        self._shares: dict[str, list[Tensor]] = {}  # by domain, [G, r] of each group
+        self._room: dict[str, list[Tensor]] = {}  # the same, bool: what acts
         self._kept: list[Tensor] = []  # of each group, the columns that any of its matrices has
         self._acting: list[Tensor] = []  # [G, n or m, columns kept]
 
@@ -277,16 +279,24 @@ class InputStack(FactoredStack):
                 coeffs[rows] = part
 
     def acting(self, domain: str) -> float:
-        acts, all_of_it = self._held[:, self.names.index(domain)].tolist()
-        return acts / all_of_it if all_of_it else 1.0
+        shares, room = self._shares[domain], self._room[domain]
+        whole = sum(float(part.sum()) for part in shares)
+        return sum(float(part[acts].sum()) for part, acts in zip(shares, room, strict=True)) / whole if whole else 1.0
+
+    def present(self, domain: str) -> Tensor:
+        rows = torch.ones(self.layout.T, self.layout.width, dtype=torch.bool, device=self.device)
+        for number, group in enumerate(self.layout.groups):
+            rows[group.rows] = self._present(number)[:, self.columns(domain)].repeat_interleave(group.each, 0)
+        return rows
 
     def chance(self, domain: str) -> float:
-        columns, layout = self.columns(domain), self.layout
-        held = 0.0
-        for number, group in enumerate(layout.groups):
-            kept = self._present(number)[:, columns].sum()
-            held += float(kept) * (group.whole if group.side == "right" else group.n)
-        return min(1.0, held / layout.parameters)
+        sizes = (group.whole if group.side == "right" else group.n for group in self.layout.groups)
+        held = sum(float((part > 0).sum()) * size for part, size in zip(self._shares[domain], sizes, strict=True))
+        return min(1.0, held / self.layout.parameters)
+
+    def get(self, domain: str) -> FactoredBasis:
+        """All recorded directions, also those that there is no room for."""
+        return self._recorded[domain]
 
     @property
     def blocks(self) -> Sequence[slice]:
@@ -333,14 +343,22 @@ class InputStack(FactoredStack):
         return [acting for acting in self._acting if acting.shape[2] < self.rows]
 
     def put(self, basis: FactoredBasis, parameters: Sequence[Tensor]) -> None:
-        super().put(basis, parameters)
-        self._shares[basis.info.domain] = [self._shares_of(basis, number) for number in range(len(self.layout.groups))]
+        self._check_kind(basis)
+        domain, before = basis.info.domain, self._room
+        self._recorded[domain] = basis.part_of(self.layout)
+        self._shares[domain] = self._shares_of(self._recorded[domain])
+        names = [name for name in self.names if name != domain] + [domain]
+        self._room = self._make_room(names)
+        same = [
+            name != domain and all(map(torch.equal, self._room[name], before[name])) and name == self.names[at]
+            for at, name in enumerate(names)
+        ]
+        for name in names[same.index(False) :]:  # from the first that changes, so that their order stays
+            super().put(self._trimmed(name), parameters)
         self._kept, self._acting = [], []
-        self._held = torch.zeros(2, len(self), dtype=torch.float64, device=self.device)
         for number, group in enumerate(self.layout.groups):
             factors = self.left[number] if group.side == "left" else self.right[number]
             assert factors is not None
-            self._make_room(number, group, factors)
             found = self._present(number).any(0)
             self._kept.append(found.nonzero().squeeze(1))
             self._acting.append(factors if bool(found.all()) else factors[:, :, self._kept[-1]].contiguous())
@@ -349,26 +367,45 @@ class InputStack(FactoredStack):
         """``[G, K]`` bool: columns that are not zero."""
         return self._gram(number).diagonal(dim1=1, dim2=2) > 0.5
 
-    def _shares_of(self, basis: FactoredBasis, number: int) -> Tensor:
-        """``[G, r]``: of what a domain's directions hold of the inputs of each matrix of a group, the share of each."""
-        names = (self.layout.names[i] for i in self.layout.groups[number].indices)
-        squares = torch.stack([basis.values[name].to(self.device, torch.float64).square() for name in names])
-        squares *= self._present(number)[:, self.columns(basis.info.domain)]
-        return squares / squares.sum(1, keepdim=True).clamp_min(1e-300)
+    def _shares_of(self, basis: FactoredBasis) -> list[Tensor]:
+        """Per group ``[G, r]``: of what the directions hold of the inputs of each matrix, the share of each."""
+        out = []
+        for group in self.layout.groups:
+            names = [self.layout.names[i] for i in group.indices]
+            factors = basis.left if group.side == "left" else basis.right
+            norms = torch.stack([factors[name].to(self.device, torch.float64).square().sum(0) for name in names])
+            if group.side == "left":
+                self.layout.shards.sum_(norms)
+            squares = torch.stack([basis.values[name].to(self.device, torch.float64).square() for name in names])
+            squares = torch.where(norms > 0.5, squares, 0.0)
+            out.append(squares / squares.sum(1, keepdim=True).clamp_min(1e-300))
+        return out
 
-    def _make_room(self, number: int, group: Group, factors: Tensor) -> None:
-        """Of all domains' directions in a matrix those stay that hold the largest shares of their own domain's inputs."""
-        most = max(1, int(self.room * (group.whole if group.side == "left" else group.n)))
-        shares = torch.cat([self._shares[name][number] for name in self.names], dim=1)  # [G, K]
-        last = shares.argsort(dim=1, descending=True, stable=True)[:, most:]
-        dropped = torch.zeros_like(shares, dtype=torch.bool).scatter_(1, last, True)
-        held = torch.stack([shares.masked_fill(dropped, 0), shares])
-        self._held += held.unflatten(2, (len(self), -1)).sum((1, 3))
-        factors.masked_fill_(dropped.unsqueeze(1), 0)
-        self._gram(number).masked_fill_(dropped.unsqueeze(1) | dropped.unsqueeze(2), 0)
-        rows = dropped.repeat_interleave(group.each, 0)
-        self.displacement[group.rows].masked_fill_(rows, 0)
-        self.sign[group.rows].masked_fill_(rows, 1)
+    def _make_room(self, names: Sequence[str]) -> dict[str, list[Tensor]]:
+        """Of all domains' directions in a matrix those act that hold the largest shares of their own domain's inputs."""
+        room: dict[str, list[Tensor]] = {name: [] for name in names}
+        for number, group in enumerate(self.layout.groups):
+            shares = torch.cat([self._shares[name][number] for name in names], dim=1)  # [G, K]
+            most = max(1, int(self.room * (group.whole if group.side == "left" else group.n) + 1e-9))
+            first = shares.argsort(dim=1, descending=True, stable=True)[:, :most]
+            acts = torch.zeros_like(shares, dtype=torch.bool).scatter_(1, first, True) & (shares > 0)
+            for name, part in zip(names, acts.split(self.layout.k, dim=1), strict=True):
+                room[name].append(part)
+        return room
+
+    def _trimmed(self, domain: str) -> FactoredBasis:
+        """A domain's basis with zeros for what there is no room for."""
+        room: dict[str, Tensor] = {}
+        basis = self._recorded[domain]
+        for group, part in zip(self.layout.groups, self._room[domain], strict=True):
+            room.update(zip((self.layout.names[i] for i in group.indices), part, strict=True))
+
+        def kept(by_name: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: t * room[name].to(t.device) for name, t in by_name.items()}
+
+        return replace(
+            basis, left=kept(basis.left), right=kept(basis.right), values=kept(basis.values), moved=kept(basis.moved)
+        )
 
     def _coefficients(
         self, out: Tensor, number: int, group: Group, tensors: Sequence[Tensor], domain: str | None

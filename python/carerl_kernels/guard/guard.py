@@ -217,7 +217,7 @@ class CapabilityGuard:
         self.rebase()
 
     def basis(self, name: str) -> Any:
-        """The recorded basis of a domain, as it acts (rounded to ``basis_dtype``): to inspect, or to save once more.
+        """The recorded basis of a domain (rows rounded to ``basis_dtype``): to inspect, or to save once more.
 
         Raises:
             KeyError: a domain without history.
@@ -430,7 +430,7 @@ class CapabilityGuard:
             raise RuntimeError(f"domain {name!r} is being recorded already")
         recorder = self._new_recorder(name)
         recorder.begin()
-        stack = new_stack(self.layout, self.combine, torch.float32, self.device, self.room)
+        stack = new_stack(self.layout, self.combine, torch.float32, self.device)
         self._newcomers[name] = Newcomer(recorder, stack, check_every)
 
     def close_domain(self, name: str, path: Path | str | None = None) -> None:
@@ -460,6 +460,7 @@ class CapabilityGuard:
             for name in self.history
             if name != basis.info.domain
         }
+        acted = {name: self._stack.present(name) for name in before}
         with torch.no_grad():
             self._stack.put(basis, self._locals())
             self._resize()
@@ -467,8 +468,9 @@ class CapabilityGuard:
             self._q_prev = self._q_start.clone()
             counted = self._counted()
             for name, kept in before.items():
-                for what, rows in kept.items():
-                    counted[what][:, self._stack.columns(name)] = rows
+                columns, same = self._stack.columns(name), self._stack.present(name) & acted[name]
+                for what, rows in kept.items():  # what lost its room, or found it, starts afresh
+                    counted[what][:, columns] = torch.where(same, rows, counted[what][:, columns])
 
     def _counted(self) -> dict[str, Tensor]:
         """Everything that is remembered per coefficient."""
@@ -734,10 +736,17 @@ class CapabilityGuard:
         Raises:
             ValueError: the state has another history or rule than this guard.
         """
-        for name, here in (("history", self.history), ("settings", self._settings())):
-            if state[name] != here:
+        settings = {
+            **({"room": 1.0} if self.layout.kind == "input" else {}),
+            **state["settings"],
+        }  # earlier versions: no limit
+        for name, saved, here in (
+            ("history", state["history"], self.history),
+            ("settings", settings, self._settings()),
+        ):
+            if saved != here:
                 raise ValueError(
-                    f"guard state: expected {name} {state[name]!r} as saved, found {here!r}; add the same basis files in the "
+                    f"guard state: expected {name} {saved!r} as saved, found {here!r}; add the same basis files in the "
                     "same order, and construct the guard with the same settings, first"
                 )
         for name, value in state["state"].items():
@@ -786,7 +795,11 @@ class CapabilityGuard:
                 "steps": info.steps,
             }
         # Random directions hold a share of any displacement: a basis that holds not much more than that knows nothing.
-        blind = [n for n in self.history if domains[n]["capture"]["displacement"] <= noise_floor(self._stack.chance(n))]
+        blind = [
+            n
+            for n in self.history
+            if domains[n]["capture"]["displacement"] <= noise_floor(self._stack.chance(n)) or not domains[n]["acting"]
+        ]
         return {
             "rule": self.rule,
             "combine": self.combine,

@@ -80,6 +80,10 @@ class Stack(ABC, Generic[L, B]):
         """Share of what the domain's directions hold that acts: less than 1 where others took the room."""
         return 1.0
 
+    def present(self, domain: str) -> Tensor:
+        """``[T, width]`` bool: coefficients whose direction acts."""
+        return torch.ones(self.layout.T, self.layout.width, dtype=torch.bool, device=self.device)
+
     @property
     def blocks(self) -> Sequence[slice]:
         """Coefficient rows that are decided on at a time, together all of them; no row has to do with those of other blocks."""
@@ -96,12 +100,8 @@ class Stack(ABC, Generic[L, B]):
         Raises:
             BasisError: another kind or number of directions.
         """
+        self._check_kind(basis)
         info = basis.info
-        if (info.kind, info.k) != (self.layout.kind, self.layout.k):
-            raise BasisError(
-                f"basis of domain {info.domain!r}: expected kind {self.layout.kind} with k = {self.layout.k}, found "
-                f"{info.kind} with k = {info.k}; all domains of a guard share both"
-            )
         others = [i for i, other in enumerate(self.names) if other != info.domain]
         moved = self._put(basis, others, parameters)
         kept: list[Tensor] = (
@@ -111,6 +111,14 @@ class Stack(ABC, Generic[L, B]):
         self.names = [self.names[i] for i in others] + [info.domain]
         self.infos = {**{name: self.infos[name] for name in self.names[:-1]}, info.domain: info}
         self._frames.clear()
+
+    def _check_kind(self, basis: B) -> None:
+        info = basis.info
+        if (info.kind, info.k) != (self.layout.kind, self.layout.k):
+            raise BasisError(
+                f"basis of domain {info.domain!r}: expected kind {self.layout.kind} with k = {self.layout.k}, found "
+                f"{info.kind} with k = {info.k}; all domains of a guard share both"
+            )
 
     def active(self, own: str | None) -> Tensor:
         """``[K]`` bool: every row but those of the batch's own domain."""

@@ -54,6 +54,11 @@ def replicate(
             raise GridError(
                 f"{preset}: expected settings out of {', '.join(grid.settings)}, found {', '.join(unknown)}"
             )
+        if cell and (setting or report):
+            raise GridError(
+                f"expected --cell alone, found it with {'--setting' if setting else '--report'}: a cell's name begins with "
+                "its setting, and reports are of whole settings"
+            )
         if report:
             records = read_records(source)
             if not records:
@@ -62,8 +67,6 @@ def replicate(
                 )
             print(write_report(grid, _only(records, setting), out))
             return
-        if cell and setting:
-            raise GridError("expected --cell or --setting, found both: a cell's name begins with its setting")
         cells = [grid.cell(name) for name in dict.fromkeys(cell)] if cell else list(grid.cells(setting or ()))
         if not cells:
             raise GridError(f"{preset}: expected cells, found none in settings {', '.join(setting or grid.settings)}")

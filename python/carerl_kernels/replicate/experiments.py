@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from ..guard import CapabilityGuard
 from ..guard.validate import as_random, random_basis
 from ..subspace import StoredBasis
 from ..subspace.factored import FactoredBasis
+from ..subspace.matrices import FactoredKind
 
 Experiment = Literal["random", "elastic", "spectral", "aged", "confident", "curved"]
 RULES: Mapping[Experiment, str] = {
@@ -56,6 +57,8 @@ class ExperimentalGuard(CapabilityGuard):
             raise ValueError(f"{experiment}: expected rule {RULES[experiment]!r}, found {options.get('rule')!r}")
         if experiment in ("elastic", "spectral") and options.get("basis") == "block":
             raise ValueError(f"{experiment}: expected a basis with an energy per row, found 'block'")
+        if experiment == "curved" and options.get("basis") in get_args(FactoredKind):
+            raise ValueError(f"curved: expected a basis of rows, found {options['basis']!r}")
         self._experiment, self._strength, self._seed = experiment, strength, seed
         self._agreed: dict[str, tuple[Tensor, Tensor]] = {}
         super().__init__(model, **options)

@@ -44,6 +44,8 @@ def refuse_ignored(cell: Cell) -> None:
         refuse(
             f"strength with experiment {', '.join(STRONG)}, which alone know it", f"experiment {method.experiment!r}"
         )
+    if "strength" not in method.model_fields_set and method.experiment in STRONG:
+        refuse(f"a strength with experiment {method.experiment!r}", "none")
     stores = train.get("replay_fraction", 0) > 0 or train.get("rehearsal_weight", 0) > 0 or _probes(cell)
     if stores and method.stored == 0:
         refuse("stored examples for replay, rehearsal or probes", "stored: 0")

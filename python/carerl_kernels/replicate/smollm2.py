@@ -101,7 +101,9 @@ def word_domain(name: str, seed: int) -> Domain:
     pairs = [rng.sample(words, 2) for _ in range(PAIRS)]
     shown = "".join(f"{name}: {a} {b} -> {answer(a, b)}\n" for a, b in pairs[:SHOWN])
     examples = [Example(f"{shown}{name}: {a} {b} ->", f" {answer(a, b)}") for a, b in pairs[SHOWN:]]
-    held_out, train = examples[:EVAL_EXAMPLES], examples[EVAL_EXAMPLES:]
+    held_out = examples[:EVAL_EXAMPLES]
+    shown_there = {example.prompt for example in held_out}
+    train = [example for example in examples[EVAL_EXAMPLES:] if example.prompt not in shown_there]
     return Domain(
         name=name,
         sample=lambda rng, n: rng.choices(train, k=n),

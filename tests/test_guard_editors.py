@@ -106,7 +106,7 @@ def test_torchjd_weightings_equal_its_own_aggregator():
 def test_gpm_removes_the_span_of_earlier_inputs():
     model = make_model()
     _, bases = make_factored(model, "input", 3, 0.6)
-    guard = CapabilityGuard(model, "remove", basis="input", r=3, apply_to="grad")
+    guard = CapabilityGuard(model, "remove", basis="input", r=3, room=1.0, apply_to="grad")
     for basis in bases:
         guard.add(basis)
     grads = gradients(model)

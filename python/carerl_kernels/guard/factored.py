@@ -340,7 +340,8 @@ class InputStack(FactoredStack):
             yield at, slice(at.start * group.each, at.stop * group.each)
 
     def _more_factors(self) -> list[Tensor]:
-        return [acting for acting in self._acting if acting.shape[2] < self.rows]
+        recorded = [t for b in self._recorded.values() for part in (b.left, b.right, b.moved) for t in part.values()]
+        return [acting for acting in self._acting if acting.shape[2] < self.rows] + recorded
 
     def put(self, basis: FactoredBasis, parameters: Sequence[Tensor]) -> None:
         self._check_kind(basis)

@@ -145,19 +145,19 @@ class InputRecorder:
         if isinstance(mask, Tensor) and mask.dim() == 2:
             self._text = mask.shape, mask.flatten().nonzero().squeeze(1)
 
-    def _positions(self, shape: torch.Size, number: int | None = None) -> Tensor | slice:
-        """Which tokens of ``[*shape]`` to look at: those that are text, all or so many of them.
+    def _positions(self, shape: torch.Size, device: torch.device, number: int | None = None) -> Tensor | slice:
+        """Which tokens of ``[*shape]`` on a device to look at: those that are text, all or so many of them.
 
         A mask tells of inputs ``[B, T]``, or of the same in a row, as experts of a mixture get them.
         """
         text = None
         if self._text is not None and shape.numel() == self._text[0].numel() and len(shape) <= 2:
-            text = self._text[1]
+            text = self._text[1].to(device)  # layers may be spread over devices
         size = shape.numel() if text is None else text.numel()
         if number is None or size <= number:
             return slice(None) if text is None else text
-        chosen = spread(size, number, self.steps)
-        return chosen if text is None else text[chosen.to(text.device)]
+        chosen = spread(size, number, self.steps).to(device)
+        return chosen if text is None else text[chosen]
 
     def _hook(self, name: str) -> Any:
         counting = self._counts_tokens(name)
@@ -167,15 +167,11 @@ class InputRecorder:
                 return
             inputs = args[0].detach()
             if counting:
-                chosen = self._positions(inputs.shape)
-                tokens = inputs.reshape(-1)[chosen if isinstance(chosen, slice) else chosen.to(inputs.device)]
+                tokens = inputs.reshape(-1)[self._positions(inputs.shape, inputs.device)]
                 self._buffer[name] = torch.bincount(tokens, minlength=self._sketches[name].numel()).double()
             else:
                 rows = inputs.reshape(-1, inputs.shape[-1])
-                chosen = self._positions(inputs.shape[:-1], max(1, TOKENS // self._world()))
-                chosen = (
-                    chosen if isinstance(chosen, slice) else chosen.to(rows.device)
-                )  # layers may be spread over devices
+                chosen = self._positions(inputs.shape[:-1], rows.device, max(1, TOKENS // self._world()))
                 self._buffer[name] = rows[chosen].to(torch.float32, copy=True)
 
         return look

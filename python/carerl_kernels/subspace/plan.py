@@ -33,7 +33,7 @@ class Plan:
         parameters: of the model; covered: of them under directions.
         directions: bytes of all domains' directions. cores: bytes of overlaps and of the frames of every set of domains that
             acts (one per domain left out, and all).
-        state: bytes of the rule's memory and the baselines.
+        state: bytes of the rule's memory, the baselines and, of input bases, what was recorded.
         recording: bytes more while a stage is recorded.
         disk: bytes of one domain's file (float32); start: of a process's temporary copy of the parameters in a stage.
         read: bytes of parameters and directions moved by one acting step; flops: multiplications and additions of it.
@@ -192,7 +192,7 @@ def _input(layout: MatrixLayout, D: int, world: int, parameter_bytes: int) -> di
         "covered": layout.covered,
         "directions": 4 * K * factors,
         "cores": 8 * matrices * (K**2 + frames),
-        "state": rows * K * 8 * (STATE + 2),
+        "state": rows * K * 8 * (STATE + 3) + 4 * K * factors,  # displacement and directions as recorded, too
         "recording": 4 * sketch * (r + OVERSAMPLE + TOKENS),
         "disk": 4 * r * whole + 8 * outputs * r,
         "read": 3 * N * parameter_bytes,

@@ -40,10 +40,10 @@ def walk(model, optimizer, size=1e-3, seed=1):
 def moved(experiment, **options):
     """Coefficients along the history's rows before and after three steps that are the same for everybody."""
     model, guard, optimizer = guarded(experiment, **options)
-    start = guard._q_start.clone()
+    start = guard.steps.q_start.clone()
     for seed in range(3):
         walk(model, optimizer, seed=seed)
-    return (start - guard._q_prev), guard
+    return (start - guard.steps.q_prev), guard
 
 
 def test_elastic_passes_a_share_of_displacement_that_falls_with_the_energy_of_the_row():
@@ -61,7 +61,7 @@ def test_elastic_passes_a_share_of_displacement_that_falls_with_the_energy_of_th
 def test_spectral_bounds_are_tighter_where_gradients_were_larger():
     found, guard = moved("spectral", strength=2.0, bound=1e-6)
     squares = torch.tensor([16.0, 9.0, 4.0, 1.0]).double()
-    box = 1e-6 * guard._stack.displacement / (squares / squares.mean())
+    box = 1e-6 * guard.stack.displacement / (squares / squares.mean())
     assert (found.abs() <= box * (1 + 1e-3) + 1e-9).all()
     torch.testing.assert_close(found.abs().max(0).values, box.max(0).values, rtol=0.05, atol=1e-9)
 

@@ -73,7 +73,9 @@ def test_deciding_block_by_block_changes_nothing(rule, numbers, monkeypatch):
         assert len(blocks) == 1 or size < 1 << 20
         assert run(walk) < 3e-6
         report, guard = walk.guard.report(), walk.guard
-        found.append((numpy_of(walk.params), report["touched_share"], report["domains"], guard.steps.q_prev, guard.steps.q_start))
+        found.append(
+            (numpy_of(walk.params), report["touched_share"], report["domains"], guard.steps.q_prev, guard.steps.q_start)
+        )
     (a, touched, domains, *q), (b, touched_by_blocks, domains_by_blocks, *q_by_blocks) = found
     for x, y in zip(a, b, strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-6)

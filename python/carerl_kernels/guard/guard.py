@@ -24,7 +24,7 @@ from .checks import at_least
 from .correct import StepCorrection, rule_params
 from .gradients import finite_parts, gradients, set_aside
 from .newcomer import Newcomer
-from .optimizers import Census, real_optimizer, refuse_copies, second_weights
+from .optimizers import Census, inside_another_step, real_optimizer, refuse_copies, second_weights
 from .probes import Probes
 from .recording import Recording
 from .report import DomainReport, Report
@@ -93,6 +93,11 @@ class CapabilityGuard:
         self.settings = Settings.of({"rule": rule, **options})
         settings, inner = self.settings, unwrapped(model)
         if not isinstance(inner, nn.Module):
+            if not isinstance(inner, Iterable):
+                raise TypeError(
+                    f"expected a module, or pairs of name and parameter, found {type(inner).__name__}; give the model as it was "
+                    "before torch.compile"
+                )
             model = inner = list(inner)
         named = trainable(model)
         sites = sites_of(inner, named, "input")
@@ -439,6 +444,8 @@ class CapabilityGuard:
 
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if inside_another_step(optimizer):
+            return
         if any(callable(a) for a in (*args, *kwargs.values()) if a is not optimizer):
             raise RuntimeError(
                 "a guarded optimizer.step() expected gradients that are there already, found a closure that computes them "
@@ -500,6 +507,8 @@ class CapabilityGuard:
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if inside_another_step(optimizer):
+            return
         self._stepped.add(id(optimizer))
         if len(self._stepped) == len(self._optimizers):
             self._end_step()
@@ -731,6 +740,8 @@ class CapabilityGuard:
 
     def _settle(self) -> None:
         """Corrects what steps since the last correction did, and ends their segment."""
+        if self._stepped:  # some of several optimizers took the step
+            self._end_step()
         if self.box is not None and len(self.stack):
             self.box.close(self._locals())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -45,6 +46,21 @@ def real_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"expected a torch.optim.Optimizer, found {type(optimizer).__name__}")
     return optimizer
+
+
+_STEP = torch.optim.Optimizer.profile_hook_step(lambda optimizer: None).__code__
+
+
+def inside_another_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether hooks run once more within one step: torch calls them for a subclass's step and for ``super().step()`` in it.
+
+    Only the stack knows: a count of begun steps would be off for good after one that raised.
+    """
+    frame, found = sys._getframe(1), 0
+    while frame is not None:
+        found += frame.f_code is _STEP and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back  # type: ignore[assignment]
+    return found > 1
 
 
 def second_weights(

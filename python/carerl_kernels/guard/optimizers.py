@@ -123,7 +123,7 @@ class Census:
     """
 
     def __init__(self, guarded: Mapping[str, nn.Parameter], covered: Iterable[str], module: nn.Module | None):
-        self._guarded, self._covered, self._module = dict(guarded), set(covered), module
+        self._guarded, self.covered, self._module = dict(guarded), set(covered), module
         self._ids = {id(p) for p in guarded.values()}
         self._looked_at: frozenset[int] = frozenset()
         self._free: dict[str, dict[str, int]] = {}
@@ -150,7 +150,7 @@ class Census:
             strangers.setdefault(reason, []).append(name)
             self._count(reason, p)
         for name, p in self._guarded.items():
-            if id(p) in new and name not in self._covered:
+            if id(p) in new and name not in self.covered:
                 self._count("not a weight matrix that directions exist for", p)
         for reason, found in strangers.items():
             some = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")

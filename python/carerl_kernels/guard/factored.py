@@ -518,18 +518,16 @@ class InputStack(FactoredStack):
         upper: Tensor | None,
     ) -> Tensor:
         """Some matrices of a group; the energy of what was taken out of them."""
-        left = group.side == "left"
-        d = anchor - (times_transposed if left else times)(matrices, directions.mT)
-        if left and self.layout.shards.sharded:  # d is a difference of sums over processes
-            d = anchor - self.layout.shards.sum_(anchor - d)
+        left, shards = group.side == "left", self.layout.shards
+        if not (left and shards.sharded):
+            return torch.ops.carerl.input_confine_(matrices, directions, anchor, lower, upper, left).sum()
+        # Columns of a sharded matrix are spread over processes: nothing can be decided before they are summed.
+        d = anchor - shards.sum_(torch.ops.carerl.input_project(matrices, directions, left))
         x = d if lower is None or upper is None else d - torch.minimum(torch.maximum(d, -lower), upper)
         x = torch.where(x.isfinite().all(-1, keepdim=True), x, 0.0)
-        if left:
-            add_product_(matrices, directions.mT, x)
-        else:
-            add_product_(matrices, x, directions.mT)
+        add_product_(matrices, directions.mT, x)
         energy = x.double().square().sum()
-        return energy if not left or self.layout.shards.rank == 0 else torch.zeros_like(energy)
+        return energy if shards.rank == 0 else torch.zeros_like(energy)
 
     def _coefficients(
         self, out: Tensor, number: int, group: Group, tensors: Sequence[Tensor], domain: str | None

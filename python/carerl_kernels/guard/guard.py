@@ -309,7 +309,7 @@ class CapabilityGuard:
             return
         for handle in self._handles:
             handle.remove()
-        self._settle()
+        self.settle()
         self._handles, self._optimizers = [], []
         if self.box is not None:
             self.box.also = None
@@ -346,6 +346,15 @@ class CapabilityGuard:
         self.box.confine_(self._locals())
         self.seconds["act"] += time.perf_counter() - started
 
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Corrects what waits for a correction: nothing, with a rule that corrects every step. For trainers, before they evaluate
+        what a stage came to; its end and :meth:`detach` do it by themselves."""
+        if self._stepped:  # some of several optimizers took the step
+            self._end_step()
+        if self.box is not None and len(self.stack):
+            self.box.close(self._locals())
+
     @contextmanager
     def stage(
         self, name: str, path: Path | str | None = None, start_checkpoint: Path | str | None = None
@@ -377,7 +386,7 @@ class CapabilityGuard:
         recorder.begin()
         try:
             yield recorder
-            self._settle()
+            self.settle()
             basis = recorder.finish(self._locals())
         finally:
             recorder.end()
@@ -478,7 +487,7 @@ class CapabilityGuard:
 
     def _adopt(self, basis: StoredBasis) -> None:
         """Adds a domain without starting the others' displacements afresh."""
-        self._settle()
+        self.settle()
         stack, parameters = self.stack, self._locals()
         stay = [name for name in self.history if name != basis.info.domain]
         acted = {name: stack.present(name) for name in stay}
@@ -803,13 +812,6 @@ class CapabilityGuard:
     def _start_here(self) -> None:
         if not self._restored:
             self.rebase()
-
-    def _settle(self) -> None:
-        """Corrects what steps since the last correction did, and ends their segment."""
-        if self._stepped:  # some of several optimizers took the step
-            self._end_step()
-        if self.box is not None and len(self.stack):
-            self.box.close(self._locals())
 
     def _close(self) -> None:
         """Keeps what the report says of the stage that ends here."""

@@ -15,7 +15,7 @@ from torch import nn
 
 from .batches import Positions, call, prepared, text_positions, to_device
 from .matrices import MatrixLayout, some, unlabel
-from .moments import Accumulator, Moments
+from .moments import Accumulator, Moments, sketch_width
 from .rows import Rows
 from .sites import guess_sides, plain_name, unwrapped
 from .watch import Watch
@@ -64,7 +64,7 @@ def observe(
     group = group if group is not None else layout.shards.group
     named = [(plain_name(name), p) for name, p in inner.named_parameters()]
     sides = guess_sides(inner, [(name, p) for name, p in named if name in layout.names])
-    accumulator = Accumulator(2 * layout.k + 16)
+    accumulator = Accumulator(sketch_width(layout.k))
     watch = Watch(inner, layout.names, accumulator)
     device = next(p for name, p in named if name in layout.names).device
     shown, unknown, useless = 0, set[int](), set[str]()

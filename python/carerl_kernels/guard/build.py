@@ -8,9 +8,9 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from ..subspace.inputs import input_sites
 from ..subspace.layout import Kind, Layout, RowKind
 from ..subspace.matrices import FactoredKind, MatrixLayout, Side
+from ..subspace.sites import guess_sides, plain_name, unwrapped, wrappers
 from .checks import one_of
 from .factored import BlockStack, InputStack
 from .frames import Combine
@@ -18,21 +18,12 @@ from .stack import RowStack, Stack
 
 RANKS: dict[Kind, int] = {"flat": 64, "per_matrix": 64, "block": 16, "input": 32}
 """Default k or r. Of 32 input directions as few act as hold the guard's share of the inputs' energy."""
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # torch.compile, FSDP, checkpointing
 
 
 def trainable(model: nn.Module | Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
     """Trainable parameters under the names they have without wrappers, so that a basis fits the model wrapped or not."""
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
-    named = list(model.named_parameters()) if isinstance(model, nn.Module) else list(model)
-    out = []
-    for name, parameter in named:
-        if parameter.requires_grad:
-            for wrapper in _WRAPPERS:
-                name = name.replace(wrapper, "")
-            out.append((name, parameter))
-    return out
+    named = unwrapped(model).named_parameters() if isinstance(model, nn.Module) else model
+    return [(plain_name(name), parameter) for name, parameter in named if parameter.requires_grad]
 
 
 def architecture_of(model: Any) -> str:
@@ -76,18 +67,17 @@ def lay_out(
     kind: Kind,
     k: int,
     group: Any,
-    sites: dict[str, tuple[nn.Module, Side]] | None,
+    sides: dict[str, Side] | None,
 ) -> Layout | MatrixLayout:
     """The layout of a kind of basis over these parameters."""
     if kind in get_args(FactoredKind):
-        sides = None if sites is None else {name: side for name, (_, side) in sites.items()}
         return MatrixLayout.of(named, kind, k, group, sides)  # type: ignore[arg-type]
     return Layout.of(named, kind, k, group)  # type: ignore[arg-type]
 
 
-def sites_of(model: Any, named: list[tuple[str, nn.Parameter]], kind: Kind) -> dict[str, tuple[nn.Module, Side]] | None:
-    """Whose inputs an input basis records; None where that is not known or not needed."""
-    return input_sites(model, named) if kind == "input" and isinstance(model, nn.Module) else None
+def sides_of(model: Any, named: list[tuple[str, nn.Parameter]]) -> dict[str, Side] | None:
+    """From which side each weight is multiplied; None where there are no modules to tell."""
+    return guess_sides(unwrapped(model), named) if isinstance(model, nn.Module) else None
 
 
 def new_stack(
@@ -109,6 +99,7 @@ def new_stack(
 
 def data_group(model: Any, layout: Layout | MatrixLayout) -> Any:
     """The process group over which batches are spread: DDP's, or that of the shards."""
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        return model.process_group
+    for module in wrappers(model) if isinstance(model, nn.Module) else ():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            return module.process_group
     return layout.shards.group

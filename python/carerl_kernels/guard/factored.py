@@ -53,7 +53,7 @@ class FactoredStack(Stack[MatrixLayout, FactoredBasis]):
                 if group.side not in ("both", side):
                     continue
                 stored = getattr(self, side)
-                fresh = torch.stack([factors[layout.names[i]].to(self.device, torch.float32) for i in group.indices])
+                fresh = torch.stack([factors[n].to(self.device, torch.float32) for n in layout.labels(group)])
                 fresh = orthonormal(fresh, shards)  # also after rounding to bfloat16
                 kept = [] if stored[number] is None else [stored[number].unflatten(2, (-1, r))[:, :, others].flatten(2)]
                 stored[number] = torch.cat([*kept, fresh], dim=2)
@@ -372,7 +372,7 @@ class InputStack(FactoredStack):
         """Per group ``[G, r]``: of what the directions hold of the inputs of each matrix, the share of each."""
         out = []
         for group in self.layout.groups:
-            names = [self.layout.names[i] for i in group.indices]
+            names = self.layout.labels(group)
             factors = basis.left if group.side == "left" else basis.right
             norms = torch.stack([factors[name].to(self.device, torch.float64).square().sum(0) for name in names])
             if group.side == "left":
@@ -399,7 +399,7 @@ class InputStack(FactoredStack):
         room: dict[str, Tensor] = {}
         basis = self._recorded[domain]
         for group, part in zip(self.layout.groups, self._room[domain], strict=True):
-            room.update(zip((self.layout.names[i] for i in group.indices), part, strict=True))
+            room.update(zip(self.layout.labels(group), part, strict=True))
 
         def kept(by_name: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {name: t * room[name].to(t.device) for name, t in by_name.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from .._ops import BASIS_DTYPES
-from ..subspace import BasisError, BlockRecorder, InputRecorder, Layout, StageRecorder, StoredBasis
+from ..subspace import BasisError, BlockRecorder, Layout, MatrixLayout, ReplayRecorder, StageRecorder, StoredBasis
 from ..subspace.fingerprint import hash_parameters
-from ..subspace.inputs import input_sites
 from ..subspace.layout import Kind, RowKind
 from ..subspace.recorder import Recorder
 from ..subspace.shards import local
+from ..subspace.sites import unwrapped
 from ..subspace.store import read_info
-from .build import architecture_of, data_group, kind_of, lay_out, new_stack, rank_of, sites_of, trainable
+from .build import architecture_of, data_group, kind_of, lay_out, new_stack, rank_of, sides_of, trainable
 from .checks import at_least, for_domain, one_of, pair, refuse_masters
 from .frames import COMBINES, Combine
 from .newcomer import Newcomer
@@ -39,7 +39,7 @@ class CapabilityGuard:
         model: the module whose trainable parameters are guarded, or pairs of name and parameter.
         rule: what passes; see :mod:`carerl_kernels.guard.rules`. The default, "bounded" by .1, is level with "remove" and learns
             new domains a little better (docs/evidence.md).
-        basis: "input" (one-sided, r per weight matrix, from what forward passes feed into it) or "block" (two-sided, r x r per
+        basis: "input" (one-sided, r per weight matrix, from what is fed into it) or "block" (two-sided, r x r per
             weight matrix, from the stage's parameter change), whose memory is small enough for full fine-tuning; "per_matrix"
             (k directions for every weight matrix) or "flat" (k over all parameters), both from gradients. None is "input", or
             "per_matrix" where k or a basis_dtype asks for rows or the model is pairs. With three domains in sequence input
@@ -136,14 +136,12 @@ class CapabilityGuard:
             for one in value.values() if isinstance(value, Mapping) else (value,):
                 pair(name, one)
         named = trainable(model)
-        inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-        seen = isinstance(inner, nn.Module) and bool(input_sites(inner, named))
-        basis = kind_of(basis, seen=seen, k=k, dtype=basis_dtype)
-        self.architecture = architecture_of(inner)
-        self._module = inner if isinstance(inner, nn.Module) else None
+        sides = sides_of(model, named)
+        basis = kind_of(basis, seen=bool(sides), k=k, dtype=basis_dtype)
+        self._module = model if isinstance(model, nn.Module) else None
+        self.architecture = architecture_of(model if self._module is None else unwrapped(self._module))
         self.parameters = [p for _, p in named]
-        self._sites = sites_of(inner, named, basis)
-        self.layout: Any = lay_out(named, basis, rank_of(basis, k, r), process_group, self._sites)
+        self.layout: Any = lay_out(named, basis, rank_of(basis, k, r), process_group, sides)
         self.energy, self.room, self._data_group = energy, room, data_group(model, self.layout)
         self.rule, self.combine, self.apply_to = rule, combine, apply_to
         self.z, self.beta, self.norm_cap, self.max_grad_norm = z, beta, norm_cap, max_grad_norm
@@ -284,7 +282,12 @@ class CapabilityGuard:
 
     @contextmanager
     def stage(
-        self, name: str, path: Path | str | None = None, start_checkpoint: Path | str | None = None
+        self,
+        name: str,
+        path: Path | str | None = None,
+        start_checkpoint: Path | str | None = None,
+        inputs: Iterable[Any] | None = None,
+        **shown: Any,
     ) -> Iterator[Recorder]:
         """Records a stage: inside, gradients stream into the domain's basis; on exit it becomes history.
 
@@ -295,6 +298,9 @@ class CapabilityGuard:
             name: of the domain.
             path: safetensors file to write on exit, atomically.
             start_checkpoint: safetensors file with the parameters as they are now; None keeps a temporary one.
+            inputs: basis "input": batches of the domain to show at the stage's end, as :func:`observe` takes them; None keeps a
+                sample of what the model is called with.
+            **shown: ``run``, ``tokenizer``, ``positions``: how, see :func:`observe`.
 
         Raises:
             RuntimeError: inside another stage, or no finite gradient arrived.
@@ -304,7 +310,7 @@ class CapabilityGuard:
         self._known(name, recorded=True)
         if self._recorder is not None and not (self._restored and self._recorder.domain == name):
             raise RuntimeError(f"expected no stage in progress, found {self._recorder.domain!r}; stages do not nest")
-        recorder = self._recorder or self._new_recorder(name, start_checkpoint)
+        recorder = self._recorder or self._new_recorder(name, start_checkpoint, inputs=inputs, **shown)
         self._recorder = recorder
         self._start_here()
         before, self._current = self._current, name
@@ -315,6 +321,7 @@ class CapabilityGuard:
         finally:
             recorder.end()
             self._recorder, self._current = None, before
+        self._lay(recorder)
         self.add(basis)
         if path is not None:
             basis.save(path)
@@ -330,7 +337,15 @@ class CapabilityGuard:
             raise RuntimeError("recorded: expected a stage in progress, found none; enter guard.stage(name) first")
         return self._recorder.finish(self._locals())
 
-    def _new_recorder(self, name: str, start_checkpoint: Path | str | None = None) -> Recorder:
+    def _lay(self, recorder: Recorder) -> None:
+        """Before there is history, weights lie as they were seen to be used."""
+        layout = getattr(recorder, "layout", self.layout)
+        if isinstance(layout, MatrixLayout) and layout is not self.layout and not len(self._stack):
+            self.layout = layout
+            self._stack = new_stack(layout, self.combine, torch.float32, self.device, self.room)
+            self._resize()
+
+    def _new_recorder(self, name: str, start_checkpoint: Path | str | None = None, **shown: Any) -> Recorder:
         common = {"start_checkpoint": start_checkpoint, "architecture": self.architecture}
         if isinstance(self.layout, Layout):
             k, every = self.layout.k, self.record_every
@@ -345,22 +360,33 @@ class CapabilityGuard:
             )
         if self.layout.kind == "block":
             return BlockRecorder(name, self.layout, self._locals(), **common)  # type: ignore[arg-type]
-        if self._sites is None or self._module is None:
+        if self._module is None:
             raise RuntimeError(
-                "recording an input basis watches forward passes: expected a guard built from a module, found one built "
+                "recording an input basis shows the model batches: expected a guard built from a module, found one built "
                 "from pairs of names and parameters"
             )
-        return InputRecorder(
+        return ReplayRecorder(
             name,
             self.layout,
             self._locals(),
-            self._sites,
             self._module,
-            self.energy,
-            every=self.record_every,
+            energy=self.energy,
             group=self._data_group,
+            fixed=bool(len(self._stack)),
             **common,  # type: ignore[arg-type]
+            **shown,
         )
+
+    def _recorders(self) -> list[Recorder]:
+        return [*([] if self._recorder is None else [self._recorder]), *(n.recorder for n in self._newcomers.values())]
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Inside, calls of the model belong to no recording."""
+        with ExitStack() as stack:
+            for recorder in self._recorders():
+                stack.enter_context(recorder.paused())
+            yield
 
     @contextmanager
     def probe(self, name: str) -> Iterator[None]:
@@ -379,7 +405,8 @@ class CapabilityGuard:
             p.grad = None
         entered = time.perf_counter()
         try:
-            yield
+            with self._aside():
+                yield
             started = time.perf_counter()
             if all(p.grad is None for p in self.parameters):
                 raise RuntimeError(
@@ -494,6 +521,8 @@ class CapabilityGuard:
             self._statistics.dropped += 1
             for p in held:
                 p.grad = None
+            for recorder in self._recorders():
+                recorder.discard()
             return
         own = self._own()
         if not self._edited:  # before any edit: history is made of raw gradients
@@ -672,12 +701,11 @@ class CapabilityGuard:
             )
         if not gradients:
             raise ValueError("edit_domains: expected a gradient for at least one domain, found none")
-        recorders = [] if self._recorder is None else [self._recorder]
-        recorders += [newcomer.recorder for newcomer in self._newcomers.values()]
+        recorders = self._recorders()
         if recorders and self.layout.kind == "input":
             raise ValueError(
-                "edit_domains: a recording of basis 'input' watches forward passes and cannot tell whose they are in a mixed "
-                "batch; record the stage by itself, or use a basis of gradients"
+                "edit_domains: a recording of basis 'input' looks at calls of the model and cannot tell whose they are in a "
+                "mixed batch; record the stage by itself, or use a basis of gradients"
             )
         started = time.perf_counter()
         for name in gradients:
@@ -798,7 +826,9 @@ class CapabilityGuard:
         blind = [
             n
             for n in self.history
-            if domains[n]["capture"]["displacement"] <= noise_floor(self._stack.chance(n)) or not domains[n]["acting"]
+            if not domains[n]["acting"]
+            or ((moved := domains[n]["capture"]["displacement"]) is not None  # None: no stage was recorded
+            and moved <= noise_floor(self._stack.chance(n)))
         ]
         return {
             "rule": self.rule,

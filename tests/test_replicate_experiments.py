@@ -7,7 +7,7 @@ import torch
 from carerl_kernels import CapabilityGuard
 from carerl_kernels.guard.validate import as_random, random_basis
 from carerl_kernels.replicate.experiments import RULES, ExperimentalGuard, relative_energy
-from carerl_kernels.subspace.inputs import input_sites
+from carerl_kernels.subspace.sites import guess_sides
 from factored_helpers import make_factored
 from guard_helpers import make_history, make_model
 
@@ -107,7 +107,7 @@ def test_curved_passes_less_where_squared_probes_are_larger():
 @pytest.mark.parametrize("kind", ["block", "input"])
 def test_random_directions_are_as_many_in_every_tensor(kind):
     model = make_model()
-    sites = {name: side for name, (_, side) in input_sites(model, model.named_parameters()).items()}
+    sites = guess_sides(model, model.named_parameters())
     sides = sites if kind == "input" else None
     _, (basis,) = make_factored(model, kind, K, 0.0, ("math",), sides=sides)
     few = replace(basis, right={name: t * torch.tensor([1.0, 1.0, 0.0, 0.0]) for name, t in basis.right.items()})
@@ -122,7 +122,7 @@ def test_random_directions_are_as_many_in_every_tensor(kind):
 
 def test_energies_of_an_input_basis_are_those_of_its_matrix():
     model = make_model()
-    sides = {name: side for name, (_, side) in input_sites(model, model.named_parameters()).items()}
+    sides = guess_sides(model, model.named_parameters())
     _, (basis,) = make_factored(model, "input", K, 0.0, ("math",), sides=sides)
     values = {name: torch.tensor([2.0, 1.0, 1.0, 0.0]).double() for name in basis.values}
     guard = CapabilityGuard(model, "remove", basis="input", r=K)

@@ -827,8 +827,10 @@ class CapabilityGuard:
             n
             for n in self.history
             if not domains[n]["acting"]
-            or ((moved := domains[n]["capture"]["displacement"]) is not None  # None: no stage was recorded
-            and moved <= noise_floor(self._stack.chance(n)))
+            or (
+                (moved := domains[n]["capture"]["displacement"]) is not None  # None: no stage was recorded
+                and moved <= noise_floor(self._stack.chance(n))
+            )
         ]
         return {
             "rule": self.rule,

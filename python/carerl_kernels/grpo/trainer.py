@@ -223,7 +223,8 @@ class GRPOTrainer:
                 self.guard.attach(optimizer)
                 stack.callback(self.guard.detach)
             inside = self.guard.stage(name, path=path) if recorded else self.guard.domain(name)
-            stack.enter_context(self._clock.around("guard", inside))
+            self._learner.recorder = stack.enter_context(self._clock.around("guard", inside))
+            stack.callback(setattr, self._learner, "recorder", None)
             yield
 
     def _basis_path(self, name: str) -> Path | None:

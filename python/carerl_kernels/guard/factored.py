@@ -374,7 +374,9 @@ class InputStack(FactoredStack):
     def put(self, basis: FactoredBasis, parameters: Sequence[Tensor]) -> None:
         self._check_kind(basis)
         domain, before = basis.info.domain, self._room
-        self._recorded[domain] = basis.part_of(self.layout)
+        part = basis.part_of(self.layout)
+        moved = {name: t.to(self.device, torch.float32) for name, t in part.moved.items()}
+        self._recorded[domain] = replace(part, moved=moved)
         self._shares[domain] = self._shares_of(self._recorded[domain])
         names = [name for name in self.names if name != domain] + [domain]
         self._room = self._make_room(names)
@@ -430,7 +432,7 @@ class InputStack(FactoredStack):
             room.update(zip(self.layout.labels(group), part, strict=True))
 
         def kept(by_name: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {name: t * room[name].to(t.device) for name, t in by_name.items()}
+            return {name: t if bool(room[name].all()) else t * room[name].to(t.device) for name, t in by_name.items()}
 
         return replace(
             basis, left=kept(basis.left), right=kept(basis.right), values=kept(basis.values), moved=kept(basis.moved)

@@ -16,7 +16,7 @@ from ..subspace import BasisError, StoredBasis
 from ..subspace.fingerprint import hash_parameters
 from ..subspace.kinds import KINDS, kind_of, rank_of
 from ..subspace.observe import observe
-from ..subspace.recorder import Recorder
+from ..subspace.recorder import Recorder, StageRecorder
 from ..subspace.shards import local
 from ..subspace.sites import unwrapped
 from ..subspace.store import read_info
@@ -549,11 +549,12 @@ class CapabilityGuard:
             if edits or self._recording.wants_gradients:
                 self._unscale(optimizer)
                 grads = self._gradients()
-            for basis in self._recording.update(own, grads):
+            together = self._recorded_while_edited(own) if edits else None
+            for basis in self._recording.update(own, grads, stage=together is None):
                 self._adopt(basis)
             self._settle_probes()
             if edits:
-                self.steps.edit_gradients(grads, own, self.max_grad_norm)
+                self.steps.edit_gradients(grads, own, self.max_grad_norm, together)
         if len(self.stack) and self.apply_to == "update":
             if self.box is not None:
                 self.box.begin(self._locals(), own)
@@ -562,6 +563,13 @@ class CapabilityGuard:
         recorded = self._recording.seconds - recorded_before
         self.seconds["record"] += recorded
         self.seconds["act"] += time.perf_counter() - started - recorded
+
+    def _recorded_while_edited(self, own: str | None) -> StageRecorder | None:
+        """The recorder that a fused edit of this step's gradient serves, too."""
+        stage, settings = self._recording.stage, self.settings
+        mine = isinstance(stage, StageRecorder) and stage.domain == own and settings.record_every == 1
+        exact = settings.basis_dtype == torch.float32 and not self._recording.newcomers
+        return stage if mine and exact and self.steps.fuses(self.max_grad_norm) else None  # type: ignore[return-value]
 
     def _unscale(self, optimizer: torch.optim.Optimizer) -> None:
         """A fused optimizer under GradScaler divides inside its step: what looks at gradients before has to divide now."""

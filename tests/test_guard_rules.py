@@ -287,7 +287,7 @@ def test_signs_within_the_rounding_of_int8_directions_count_for_nothing(dtype, s
             start, at[i] = start + n, 1
     assert all(at)
     before = [p.grad.clone() for p in walk.params]
-    walk.guard.steps.edit_gradients([p.grad for p in walk.params], None)
+    walk.guard.memory.steps.edit_gradients([p.grad for p in walk.params], None)
     changed = any(not torch.equal(p.grad, b) for p, b in zip(walk.params, before, strict=True))
     assert changed == seen
 

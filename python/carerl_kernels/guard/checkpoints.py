@@ -19,7 +19,7 @@ from ..subspace.correspond import Correspondence
 from ..subspace.factored import FactoredBasis
 from ..subspace.fingerprint import hash_parameters
 from ..subspace.portions import Portion, portions
-from ..subspace.weights import Weights, check_same, copied
+from ..subspace.weights import Copy, Weights, check_same, copied
 from .changes import Confined, DomainShare, Matrix, compared, confined
 from .settings import Settings
 
@@ -56,7 +56,7 @@ def confine(
         raise ValueError("confine: expected at least one basis to protect, found none")
     if first.is_adapter:
         raise ValueError(f"{first.path}: expected the model that the adapter was trained on as start, found an adapter")
-    there = Correspondence(first, bases)
+    there = Correspondence(first, bases, None if last.is_adapter else last)
     if last.is_adapter:
         from .adapters import confine_adapter
 
@@ -77,24 +77,28 @@ def _confine(
     room: float,
     device: torch.device,
 ) -> Confined:
-    first, here = there.weights, Correspondence(last, bases, there.weights)
-    check_same(first, last, here.same)
+    first = there.weights
+    check_same(first, last, there.same)
+    here = Correspondence(last, bases, first)
     result = Confined(str(out), domains={basis.info.domain: DomainShare() for basis in bases})
 
     def change_of(portion: Portion) -> Matrix | None:
         before = portion.read(first, _key_in(first, portion.key, here))
         return compared(portion, before, portion.read(last), result, device)
 
+    def correct(group: Sequence[Portion], copy: Copy) -> None:  # a function, so that nothing outlives its group
+        moved = [(portion, matrix) for portion in group if (matrix := change_of(portion))]
+        matrices = [matrix for _, matrix in moved]
+        inside = confined(matrices, bases, bound, room, group[0].entry.dtype, result)
+        for (portion, matrix), new in zip(moved, inside, strict=True):
+            if not torch.equal(new, matrix.end):
+                portion.write(copy, new)
+                if portion.key not in result.corrected[-1:]:
+                    result.corrected.append(portion.key)
+
     with copied(last, out) as (copy, result.left_out):
         for group in portions(last, here.units):
-            moved = [(portion, matrix) for portion in group if (matrix := change_of(portion))]
-            matrices = [matrix for _, matrix in moved]
-            inside = confined(matrices, bases, bound, room, group[0].entry.dtype, result)
-            for (portion, matrix), new in zip(moved, inside, strict=True):
-                if not torch.equal(new, matrix.end):
-                    portion.write(copy, new)
-                    if portion.key not in result.corrected[-1:]:
-                        result.corrected.append(portion.key)
+            correct(group, copy)
         result.kept = len(last.entries) - len(result.corrected)
     result.shares()
     return result
@@ -163,22 +167,26 @@ def merge(
         for name, last in lasts.items()
     }
     result = Merged(str(out), parts)
+
+    def add(group: Sequence[Portion], copy: Copy) -> None:
+        starts = [portion.read(first) for portion in group]
+        sums: dict[int, Tensor] = {}
+        for name, last in lasts.items():
+            ends = (portion.read(last, _key_in(last, portion.key, here)) for portion in group)
+            found = [
+                compared(portion, before, end, parts[name], where, name)
+                for portion, before, end in zip(group, starts, ends, strict=True)
+            ]
+            moved = {i: matrix for i, matrix in enumerate(found) if matrix}
+            inside = confined(list(moved.values()), others[name], 0.0, room, torch.float32, parts[name])
+            for (i, matrix), new in zip(moved.items(), inside, strict=True):
+                sums[i] = torch.add(sums.get(i, matrix.start), new - matrix.start, alpha=scale)
+        for i, total in sums.items():
+            group[i].write(copy, total)
+
     with copied(first, out) as (copy, result.left_out):
         for group in portions(first, here.units):
-            starts = [portion.read(first) for portion in group]
-            sums: dict[int, Tensor] = {}
-            for name, last in lasts.items():
-                ends = (portion.read(last, _key_in(last, portion.key, here)) for portion in group)
-                found = [
-                    compared(portion, before, end, parts[name], where, name)
-                    for portion, before, end in zip(group, starts, ends, strict=True)
-                ]
-                moved = {i: matrix for i, matrix in enumerate(found) if matrix}
-                inside = confined(list(moved.values()), others[name], 0.0, room, torch.float32, parts[name])
-                for (i, matrix), new in zip(moved.items(), inside, strict=True):
-                    sums[i] = torch.add(sums.get(i, matrix.start), new - matrix.start, alpha=scale)
-            for i, total in sums.items():
-                group[i].write(copy, total)
+            add(group, copy)
     for part in parts.values():
         part.shares()
     result.warnings = warnings_of(first, here, bases)
@@ -210,7 +218,7 @@ def warnings_of(start: Weights, there: Correspondence, bases: Sequence[FactoredB
     out = []
     for basis in bases:
         info = basis.info
-        led_on = {other.info.start_hash for other in bases if other is not basis}
+        led_on = {other.info.start_hash for other in bases if other is not basis} - {""}
         if not known & {info.start_hash, info.end_hash} and info.end_hash not in led_on:
             out.append(
                 f"domain {info.domain!r} was recorded on other weights (start {info.start_hash or '-'}, end "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import torch
@@ -30,8 +30,8 @@ class Portion:
     entry: Entry
     unit: Unit | None
     at: int | None = None
-    rows: slice = slice(None)
-    columns: slice = slice(None)
+    rows: slice = field(default_factory=lambda: slice(None))
+    columns: slice = field(default_factory=lambda: slice(None))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -50,7 +50,7 @@ class Portion:
 
     def read(self, weights: Weights, key: str | None = None) -> Tensor:
         """``[m, n]`` in the dtype of the file."""
-        return weights.read(key or self.key, self.at, self.rows, self.columns).reshape(self.shape)
+        return weights.read(key or self.key, self.at, self.rows, self.columns).reshape(self.shape).contiguous()
 
     def write(self, copy: Copy, values: Tensor) -> None:
         """Puts ``[m, n]`` into the copy of a file, in its dtype."""

@@ -185,7 +185,7 @@ class Copy:
             file.seek(start)
             file.write(bytes_of(values.cpu()))
             return
-        for row, numbers in enumerate(values.cpu().view(last - first, right - left)):
+        for row, numbers in enumerate(values.cpu().reshape(last - first, right - left)):
             file.seek(start + size * row * inner)
             file.write(bytes_of(numbers))
 

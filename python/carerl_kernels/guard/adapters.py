@@ -127,7 +127,7 @@ def _whole(
     there: Correspondence, adapter: Weights, portion: Portion, result: Confined, device: torch.device
 ) -> Matrix | None:
     """A tensor of the model itself that was trained with the adapter; None where it did not move."""
-    name = there.names.get(portion.key.removeprefix(_PREFIX))
+    name = there.names.get(portion.key.removeprefix(_PREFIX).replace(".base_layer.", "."))
     if name is None or there.weights.entries[name].shape != portion.entry.shape:
         raise ValueError(
             f"{adapter.path}: expected lora_A, lora_B or tensors of {there.weights.path}, found {portion.key} "

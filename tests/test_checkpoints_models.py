@@ -300,7 +300,7 @@ def test_an_adapter_adds_nothing_on_protected_prompts(make, settings, tmp_path):
     assert (logits(out, other) - logits(make(), other)).norm() > 0.1 * (
         logits(trained, other) - logits(make(), other)
     ).norm()
-    energy = {name: 0.0 for name in ("end", "out")}
+    energy = dict.fromkeys(("end", "out"), 0.0)
     for name in energy:  # B A of every layer, from PEFT's own sums
         merged, base = load_adapter(tmp_path / name, make).merge_and_unload(), dict(make().named_parameters())
         energy[name] = sum(float((p - base[n]).detach().double().square().sum()) for n, p in merged.named_parameters())
@@ -349,7 +349,7 @@ def test_adapters_of_another_model_are_refused(tmp_path):
     basis = observed(model, [{"input_ids": PROMPTS}], "old", r=12)
     model.save_pretrained(tmp_path / "start")
     adapter(gpt2(), target_modules=["c_attn"], fan_in_fan_out=True).save_pretrained(tmp_path / "end")
-    with pytest.raises(ValueError, match="expected adapters of layers in .*start, found base_model"):
+    with pytest.raises(ValueError, match=r"expected adapters of layers in .*start, found base_model"):
         confine(tmp_path / "start", tmp_path / "end", [basis], tmp_path / "out")
     with pytest.raises(ValueError, match="expected the model that the adapter was trained on as start"):
         confine(tmp_path / "end", tmp_path / "end", [replace(basis)], tmp_path / "out")

@@ -6,21 +6,22 @@ needs no correction is not touched.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..subspace.correspond import Correspondence
 from ..subspace.factored import FactoredBasis
 from ..subspace.fingerprint import hash_parameters
 from ..subspace.portions import Portion, portions
 from ..subspace.weights import Copy, Weights, check_same, copied
-from .changes import Confined, DomainShare, Matrix, compared, confined
+from .adapters import confine_adapter
+from .changes import Confined, DomainShare, Matrix, compared, confined, storable
 from .settings import Settings
 
 
@@ -58,8 +59,6 @@ def confine(
         raise ValueError(f"{first.path}: expected the model that the adapter was trained on as start, found an adapter")
     there = Correspondence(first, bases, None if last.is_adapter else last)
     if last.is_adapter:
-        from .adapters import confine_adapter
-
         result = confine_adapter(there, last, bases, out, bound, room, torch.device(device))
     else:
         result = _confine(there, last, bases, out, bound, room, torch.device(device))
@@ -145,6 +144,8 @@ def merge(
     """
     began = time.perf_counter()
     Settings(room=room)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, found {scale}")
     first, lasts, bases = Weights(start), {name: Weights(path) for name, path in experts.items()}, list(bases)
     domains = [basis.info.domain for basis in bases]
     if not lasts:
@@ -170,7 +171,7 @@ def merge(
 
     def add(group: Sequence[Portion], copy: Copy) -> None:
         starts = [portion.read(first) for portion in group]
-        sums: dict[int, Tensor] = {}
+        sums: dict[int, Matrix] = {}
         for name, last in lasts.items():
             ends = (portion.read(last, _key_in(last, portion.key, here)) for portion in group)
             found = [
@@ -180,8 +181,10 @@ def merge(
             moved = {i: matrix for i, matrix in enumerate(found) if matrix}
             inside = confined(list(moved.values()), others[name], 0.0, room, torch.float32, parts[name])
             for (i, matrix), new in zip(moved.items(), inside, strict=True):
-                sums[i] = torch.add(sums.get(i, matrix.start), new - matrix.start, alpha=scale)
-        for i, total in sums.items():
+                total = sums[i].end if i in sums else matrix.start
+                total = torch.add(total, new - matrix.start, alpha=scale)
+                sums[i] = replace(matrix, start=total, end=total)
+        for i, total in zip(sums, storable(list(sums.values()), bases, room, group[0].entry.dtype), strict=True):
             group[i].write(copy, total)
 
     with copied(first, out) as (copy, result.left_out):

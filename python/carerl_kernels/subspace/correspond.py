@@ -75,7 +75,7 @@ class Correspondence:
         if name in self._sides:
             return [Unit(name, self._sides[name])]
         entry = self.weights.entries[key]
-        if len(entry.shape) == 3 and f"{name}[0]" in self._sides:
+        if len(entry.shape) == 3 and any(unlabelled(label) == name for label in self._sides):
             return [
                 Unit(label, self._sides[label], e)
                 for e in range(entry.shape[0])

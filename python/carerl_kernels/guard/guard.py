@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..subspace import BasisError, StoredBasis
 from ..subspace.fingerprint import hash_parameters
 from ..subspace.kinds import KINDS, kind_of, rank_of
+from ..subspace.observe import observe
 from ..subspace.recorder import Recorder
 from ..subspace.shards import local
 from ..subspace.store import read_info
@@ -24,7 +25,7 @@ from .checks import at_least
 from .correct import StepCorrection, rule_params
 from .gradients import finite_parts, gradients, set_aside
 from .newcomer import Newcomer
-from .optimizers import Census, real_optimizer, refuse_copies, second_weights
+from .optimizers import Census, inside_another_step, real_optimizer, refuse_copies, second_weights
 from .probes import Probes
 from .recording import Recording
 from .report import DomainReport, Report
@@ -93,6 +94,11 @@ class CapabilityGuard:
         self.settings = Settings.of({"rule": rule, **options})
         settings, inner = self.settings, unwrapped(model)
         if not isinstance(inner, nn.Module):
+            if not isinstance(inner, Iterable):
+                raise TypeError(
+                    f"expected a module, or pairs of name and parameter, found {type(inner).__name__}; give the model as it was "
+                    "before torch.compile"
+                )
             model = inner = list(inner)
         named = trainable(model)
         sites = sites_of(inner, named, "input")
@@ -108,7 +114,7 @@ class CapabilityGuard:
         self.device = local(self.parameters[0]).device
 
         module = inner if isinstance(inner, nn.Module) else None
-        self._stack = new_stack(self.layout, settings.basis_dtype, self.device, settings.room)
+        self.stack = new_stack(self.layout, settings.basis_dtype, self.device, settings.room)
         self._recording = Recording(
             self.layout, settings, self.architecture, self.data_group, module, sites, self._locals
         )
@@ -172,14 +178,78 @@ class CapabilityGuard:
                 )
         return guard
 
-    def add(self, basis: StoredBasis | Path | str) -> None:
-        """Takes a recorded domain (or its file) into the history; an earlier recording of the same domain is replaced."""
+    def protect(
+        self,
+        name: str,
+        batches: Iterable[Any],
+        path: Path | str | None = None,
+        *,
+        run: Callable[[Any], Any] | None = None,
+        tokenizer: Any = None,
+        positions: Callable[[Any], Tensor] | None = None,
+        unseen: Literal["error", "free"] = "error",
+        progress: bool = True,
+    ) -> StoredBasis:
+        """Protects what the model can do now, from prompts alone: no stage has to have been recorded.
+
+        The model is shown the batches once, and the leading directions of what every weight matrix is fed become history: from
+        here on nothing moves along them (``energy``, ``r``, ``room``; docs/evidence.md has what that keeps). 64 prompts with
+        answers are a good number; prompts alone do, too.
+
+        Args:
+            name: of the domain.
+            batches: what the model is called with: mappings of keyword arguments, tensors of token ids, tuples of arguments, or
+                texts with a ``tokenizer``. Attention masks are honoured.
+            path: safetensors file to write, atomically.
+            run, positions, unseen, progress: see :func:`carerl_kernels.subspace.observe.observe`.
+
+        Returns:
+            The recorded basis.
+
+        Raises:
+            ValueError: a basis of another kind than "input"; no batch; a covered weight of which nothing was seen.
+        """
+        self._known(name, recorded=True)
+        self._census.check_model()
+        module = self._recording.module
+        if self._recording.sees != "inputs" or module is None:
+            raise ValueError(
+                "protect looks at what weights are fed: expected a guard with basis='input' built from a module, found basis="
+                f"{self.layout.kind!r}{'' if module is not None else ' over pairs of names and parameters'}"
+            )
+        options = {"run": run, "tokenizer": tokenizer, "positions": positions, "unseen": unseen, "progress": progress}
+        with self._recording.paused():
+            moments = observe(module, batches, self.layout, group=self.data_group, **options)  # type: ignore[arg-type]
+        if not len(self.stack):
+            self._lay_out(moments.layout(self.layout, self._locals()))
+        basis = moments.basis(
+            self.layout,
+            name,
+            energy=self.settings.energy,
+            architecture=self.architecture,
+            parameters=self._locals(),
+        )
+        self.add(basis)
+        if path is not None:
+            basis.save(path)
+        return basis
+
+    @torch.no_grad()
+    def add(self, basis: StoredBasis | Path | str, *, rebase: bool = True) -> None:
+        """Takes a recorded domain (or its file) into the history; an earlier recording of the same domain is replaced.
+
+        Args:
+            basis: of this model.
+            rebase: whether all displacements count from here on; False: those of other domains go on.
+        """
         basis = basis if isinstance(basis, StoredBasis) else StoredBasis.load(basis, self.layout)
         basis.check_model(self.layout, self.architecture)
         self._known(basis.info.domain, recorded=True)
+        if not rebase:
+            self._adopt(basis)
+            return
         self._close()
-        with torch.no_grad():
-            self._stack.put(basis, self._locals())
+        self.stack.put(basis, self._locals())
         self._renew()
         self.rebase()
 
@@ -190,12 +260,12 @@ class CapabilityGuard:
             KeyError: a domain without history.
         """
         self._with_history("basis", name)
-        return self._stack.get(name)
+        return self.stack.get(name)
 
     @property
     def history(self) -> list[str]:
         """Names of the domains with a basis, oldest first."""
-        return list(self._stack.names)
+        return list(self.stack.names)
 
     # ----------------------------------------------------------------------------------------------- where it attaches
 
@@ -241,8 +311,8 @@ class CapabilityGuard:
             handle.remove()
         self._settle()
         self._handles, self._optimizers = [], []
-        if self._box is not None:
-            self._box.also = None
+        if self.box is not None:
+            self.box.also = None
 
     @contextmanager
     def domain(self, name: str | None) -> Iterator[None]:
@@ -267,13 +337,13 @@ class CapabilityGuard:
         Raises:
             RuntimeError: a rule that corrects steps one by one.
         """
-        if self._box is None:
+        if self.box is None:
             raise RuntimeError(
                 f"confine_: expected rule 'bounded' or 'remove' with apply_to='update', found {self.rule!r} with "
                 f"{self.apply_to!r}, which corrects steps one by one"
             )
         started = time.perf_counter()
-        self._box.confine_(self._locals())
+        self.box.confine_(self._locals())
         self.seconds["act"] += time.perf_counter() - started
 
     @contextmanager
@@ -348,9 +418,9 @@ class CapabilityGuard:
                     f"probe of {name!r}: expected a gradient, found none; call loss.backward() inside the block"
                 )
             with torch.no_grad():
-                a = self._stack.project(self._gradients(), name)
+                a = self.stack.project(self._gradients(), name)
             # A probe that is not finite leaves the sign of the one before.
-            if self.rule == "probed" and bool(self._stack.all_finite(a)):
+            if self.rule == "probed" and bool(self.stack.all_finite(a)):
                 self._probes.add(name, a)
             self.seconds["probe"] += time.perf_counter() - started
             self._probes.seconds += time.perf_counter() - entered
@@ -406,32 +476,33 @@ class CapabilityGuard:
         if path is not None:
             basis.save(path)
 
-    @torch.no_grad()
     def _adopt(self, basis: StoredBasis) -> None:
         """Adds a domain without starting the others' displacements afresh."""
         self._settle()
-        stack, parameters = self._stack, self._locals()
+        stack, parameters = self.stack, self._locals()
         stay = [name for name in self.history if name != basis.info.domain]
         acted = {name: stack.present(name) for name in stay}
-        if self._box is not None:
-            anchors = {name: (self._box.anchor[:, stack.columns(name)].clone(), acted[name]) for name in stay}
+        if self.box is not None:
+            anchors = {name: (self.box.anchor[:, stack.columns(name)].clone(), acted[name]) for name in stay}
             stack.put(basis, parameters)
             self._renew()
-            self._box.adopt(parameters, anchors)
+            self.box.adopt(parameters, anchors)
             return
-        remembered = self._steps.remembered()
+        remembered = self.steps.remembered()
         kept = {
             name: ({what: rows[:, stack.columns(name)].clone() for what, rows in remembered.items()}, acted[name])
             for name in stay
         }
         stack.put(basis, parameters)
         self._renew()
-        self._steps.adopt(parameters, kept)
+        self.steps.adopt(parameters, kept)
 
     # --------------------------------------------------------------------------------------------------- the step itself
 
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if inside_another_step(optimizer):
+            return
         if any(callable(a) for a in (*args, *kwargs.values()) if a is not optimizer):
             raise RuntimeError(
                 "a guarded optimizer.step() expected gradients that are there already, found a closure that computes them "
@@ -457,20 +528,20 @@ class CapabilityGuard:
             return
         own = self._own()
         if not self._edited:  # before any edit: history is made of raw gradients
-            wanted = bool(self._recording.active) or (len(self._stack) > 0 and self.apply_to == "grad")
+            wanted = bool(self._recording.active) or (len(self.stack) > 0 and self.apply_to == "grad")
             if wanted:
                 self._unscale(optimizer)
                 grads = self._gradients()
                 for basis in self._recording.update(own, grads):
                     self._adopt(basis)
                 self._settle_probes()
-                if len(self._stack) and self.apply_to == "grad":
-                    self._steps.edit_gradients(grads, own, self.max_grad_norm)
+                if len(self.stack) and self.apply_to == "grad":
+                    self.steps.edit_gradients(grads, own, self.max_grad_norm)
             else:
                 self._settle_probes()
-        if len(self._stack) and self.apply_to == "update":
-            if self._box is not None:
-                self._box.begin(self._locals(), own)
+        if len(self.stack) and self.apply_to == "update":
+            if self.box is not None:
+                self.box.begin(self._locals(), own)
             elif self.settings.track_energy:
                 self._snapshot = [p.clone() for p in self._locals()]
         recorded = self._recording.seconds - recorded_before
@@ -493,6 +564,8 @@ class CapabilityGuard:
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if inside_another_step(optimizer):
+            return
         self._stepped.add(id(optimizer))
         if len(self._stepped) == len(self._optimizers):
             self._end_step()
@@ -504,15 +577,15 @@ class CapabilityGuard:
             return
         started = time.perf_counter()
         if not self._looked_for_copies and self.apply_to == "update":
-            second = None if self._box is None else second_weights(self._optimizers, self.parameters)
+            second = None if self.box is None else second_weights(self._optimizers, self.parameters)
             refuse_copies(self._optimizers, self.parameters, second is not None)
-            if self._box is not None:
-                self._box.also = second
+            if self.box is not None:
+                self.box.also = second
             self._looked_for_copies = True
-        if len(self._stack) and self._box is not None:
-            self._box.step(self._locals())
-        elif len(self._stack) and self.apply_to == "update":
-            self._steps.edit_update(self._locals(), self._own(), self._snapshot)
+        if len(self.stack) and self.box is not None:
+            self.box.step(self._locals())
+        elif len(self.stack) and self.apply_to == "update":
+            self.steps.edit_update(self._locals(), self._own(), self._snapshot)
             self._snapshot = None
         shards, (elements, calls) = self.layout.shards, self._sent_before
         self._step_communication = {
@@ -569,8 +642,8 @@ class CapabilityGuard:
             for name, part in parts.items():
                 for basis in self._recording.update(name, part, others=False):
                     self._adopt(basis)
-                if len(self._stack):
-                    self._steps.edit_gradients(part, name)
+                if len(self.stack):
+                    self.steps.edit_gradients(part, name)
         first, *others = parts.values()
         for other in others:
             torch._foreach_add_(first, other)
@@ -583,7 +656,7 @@ class CapabilityGuard:
     @torch.no_grad()
     def remove_(self, gradient: Sequence[Tensor]) -> None:
         """Removes what lies in the span of all history from a gradient, in place, without any rule's memory (GPM)."""
-        stack = self._stack
+        stack = self.stack
         if len(stack):
             frame = stack.frame(None)
             stack.edit_(list(gradient), -frame.root(frame.root(stack.project(gradient))))
@@ -603,7 +676,7 @@ class CapabilityGuard:
             "history": self.history,
             "settings": self._deciding(),
             "weights": hash_parameters(self._locals(), self.layout.shards),
-            "correction": (self._box or self._steps).state_dict(),
+            "correction": (self.box or self.steps).state_dict(),
             "probes": self._probes.state_dict(),
             "statistics": self._statistics.state_dict(self.history, self.device),
             "steps_here": self._steps_here,
@@ -639,7 +712,7 @@ class CapabilityGuard:
                 f"guard state: expected the weights it was saved with (hash {state['weights']}), found others ({weights}); load "
                 "the checkpoint's weights first, or leave the state out and count from the present ones"
             )
-        (self._box or self._steps).load_state_dict(state["correction"])
+        (self.box or self.steps).load_state_dict(state["correction"])
         self._probes.load_state_dict(state["probes"])
         self._statistics.load_state_dict(state["statistics"])
         self._steps_here, self._moved = state["steps_here"], dict(state["moved"])
@@ -656,7 +729,7 @@ class CapabilityGuard:
         """What the guard did and what it cannot protect: plain numbers, see :class:`~carerl_kernels.guard.report.Report`."""
         domains: dict[str, DomainReport] = {}
         for name in self.history:
-            info = self._stack.infos[name]
+            info = self.stack.infos[name]
             moved = self._moved.get(name, 0.0) if self._steps_here == 0 else self._moved_now(name)
             size = self._recorded_size(name)
             domains[name] = {
@@ -664,7 +737,7 @@ class CapabilityGuard:
                 "net_displacement": None if moved is None or size == 0 else moved / size,
                 "moved": moved,
                 "capture": {"gradient": info.gradient_capture, "displacement": info.displacement_capture},
-                "acting": self._stack.acting(name),
+                "acting": self.stack.acting(name),
                 "steps": info.steps,
             }
         return {
@@ -672,10 +745,10 @@ class CapabilityGuard:
             "apply_to": self.apply_to,
             "basis": self.layout.kind,
             "k": self.layout.k,
-            "every": self.settings.every if self._box is not None else 1,
+            "every": self.settings.every if self.box is not None else 1,
             "steps": self._statistics.steps,
             "dropped_steps": self._statistics.dropped,
-            "waiting": 0 if self._box is None else self._box.waiting,
+            "waiting": 0 if self.box is None else self.box.waiting,
             "touched_share": self._statistics.touched_share,
             "domains": domains,
             "open_windows": [n for n in self._seen if n not in self.history] + [n for n in domains if self._blind(n)],
@@ -688,35 +761,44 @@ class CapabilityGuard:
                 "all_reduces": self.layout.shards.calls,
                 **self._step_communication,
             },
-            "memory": self._stack.memory() + (0 if self._box is None else self._box.memory()),
+            "memory": self.stack.memory() + (0 if self.box is None else self.box.memory()),
             "covered": self.layout.covered / self.layout.parameters,
         }
 
     # --------------------------------------------------------------------------------------------------------- internals
 
+    def _lay_out(self, layout: Any) -> None:
+        """Another layout, while there is no history yet: how weights are used is known once they were seen."""
+        if layout is self.layout:
+            return
+        self.layout = self._recording.layout = layout
+        self.stack = new_stack(layout, self.settings.basis_dtype, self.device, self.settings.room)
+        self._census.covered = set(layout.covered_names)
+        self._renew()
+
     def _renew(self) -> None:
         """Fresh memory for the present directions."""
-        self._box: Box | None = None
+        self.box: Box | None = None
         if self.settings.confines:
-            bounds = rule_params(self._stack, self.settings) if self.rule == "bounded" else None
+            bounds = rule_params(self.stack, self.settings) if self.rule == "bounded" else None
             tracked = self._statistics if self.settings.track_energy else None
-            self._box = Box(self._stack, self.layout.names, bounds, self.settings.every, tracked)
+            self.box = Box(self.stack, self.layout.names, bounds, self.settings.every, tracked)
             self._looked_for_copies = False
         else:
-            self._steps = StepCorrection(self._stack, self.settings, self._probes, self._statistics)
+            self.steps = StepCorrection(self.stack, self.settings, self._probes, self._statistics)
 
     def _blind(self, name: str) -> bool:
         """Whether a domain's directions hold no more than chance: random ones hold a share of any displacement."""
-        held = self._stack.infos[name].displacement_capture
-        known = held is None or held > noise_floor(self._stack.chance(name))
-        return not known or not self._stack.acting(name)
+        held = self.stack.infos[name].displacement_capture
+        known = held is None or held > noise_floor(self.stack.chance(name))
+        return not known or not self.stack.acting(name)
 
     def _recorded_size(self, name: str) -> float:
         """Norm of what the recorded stage moved along its directions."""
-        return self._stack.recorded_size(name)
+        return self.stack.recorded_size(name)
 
     def _moved_now(self, name: str) -> float | None:
-        return self._steps.moved(name) if self._box is None else self._box.moved(self._locals(), name)
+        return self.steps.moved(name) if self.box is None else self.box.moved(self._locals(), name)
 
     def _start_here(self) -> None:
         if not self._restored:
@@ -724,8 +806,10 @@ class CapabilityGuard:
 
     def _settle(self) -> None:
         """Corrects what steps since the last correction did, and ends their segment."""
-        if self._box is not None and len(self._stack):
-            self._box.close(self._locals())
+        if self._stepped:  # some of several optimizers took the step
+            self._end_step()
+        if self.box is not None and len(self.stack):
+            self.box.close(self._locals())
 
     def _close(self) -> None:
         """Keeps what the report says of the stage that ends here."""
@@ -742,14 +826,14 @@ class CapabilityGuard:
         """
         self._close()
         self._probes.restart()
-        if self._box is None:
-            self._steps.rebase(self._locals())
-        elif len(self._stack):
-            self._box.rebase(self._locals())
+        if self.box is None:
+            self.steps.rebase(self._locals())
+        elif len(self.stack):
+            self.box.rebase(self._locals())
 
     def _settle_probes(self) -> None:
-        if self._box is None:
-            self._steps.settle_probes()
+        if self.box is None:
+            self.steps.settle_probes()
 
     def _deciding(self) -> dict[str, Any]:
         """What decides how steps are corrected, for comparison with a saved state."""
@@ -764,7 +848,7 @@ class CapabilityGuard:
         }
 
     def _with_history(self, what: str, name: str) -> None:
-        if name not in self._stack.names:
+        if name not in self.stack.names:
             have = ", ".join(self.history) or "none yet"
             raise KeyError(f"{what}: expected a domain with history ({have}), found {name!r}")
 

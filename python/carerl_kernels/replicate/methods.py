@@ -7,7 +7,7 @@ from typing import Any, get_args
 from ..guard import CapabilityGuard
 from ..guard.editors import Editor, PCGrad, modular_surgery
 from ..subspace.layout import RowKind
-from .experiments import ExperimentalGuard
+from .experiments import RandomGuard
 from .grid import Method
 
 
@@ -20,9 +20,7 @@ def guard_of(method: Method, model: Any, seed: int, k: int | None = None) -> Cap
         options = {"k": k, **options}
     if isinstance(options.get("bound"), list):
         options["bound"] = tuple(options["bound"])
-    if method.experiment is None:
-        return CapabilityGuard(model, **options)
-    return ExperimentalGuard(model, experiment=method.experiment, strength=method.strength, seed=seed, **options)
+    return RandomGuard(model, seed=seed, **options) if method.experiment else CapabilityGuard(model, **options)
 
 
 def editor_of(method: Method, model: Any, seed: int) -> Editor | None:

@@ -53,7 +53,8 @@ class BlockRecorder:
         """Nothing to do: only start and end matter."""
 
     def end(self) -> None:
-        """Nothing to do."""
+        """The start of the stage is not needed any more."""
+        self.start.close()
 
     def discard(self) -> None:
         """Nothing to do."""
@@ -74,8 +75,8 @@ class BlockRecorder:
         left, right, values, moved = {}, {}, {}, {}
         for group in layout.groups:
             for at in group.chunks(parameters[group.indices[0]].device):
-                names = [layout.names[i] for i in group.indices[at]]
-                deltas = [self.start.delta(i, parameters[i]).view(group.m, group.n) for i in group.indices[at]]
+                names = layout.labels(group, at)
+                deltas = layout.local(group, lambda i: self.start.delta(i, parameters[i]), at)
                 with full_precision(deltas[0].device):
                     U, S, V = leading_factors(deltas, r, names, group.whole, layout.shards)
                     coefficients = U.double().mT @ times(deltas, V).double()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from carerl_kernels.subspace import FactoredBasis, InputRecorder, MatrixLayout
-from carerl_kernels.subspace.inputs import input_sites
+from carerl_kernels import CapabilityGuard
+from carerl_kernels.subspace import FactoredBasis
 from carerl_kernels.subspace.store import BasisInfo
 from factored_helpers import columns
 from safetensors.torch import load_file, save_file
@@ -113,16 +113,4 @@ def load(folder: Path) -> dict[str, torch.Tensor]:
 
 def observed(model, batches, domain: str, r: int, energy: float = 1.0) -> FactoredBasis:
     """What these batches feed into the model's matrices now."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    sites, parameters = input_sites(model, named), [p.detach() for _, p in named]
-    layout = MatrixLayout.of(named, "input", r, None, {name: side for name, (_, side) in sites.items()})
-    recorder = InputRecorder(domain, layout, parameters, sites, model, energy, architecture=type(model).__name__)
-    recorder.begin()
-    with torch.no_grad():
-        for batch in batches:
-            with recorder.observing():
-                model(**batch)
-    recorder.steps = 1
-    basis = recorder.finish(parameters)
-    recorder.end()
-    return basis
+    return CapabilityGuard(model, r=r, energy=energy).protect(domain, batches, progress=False)

@@ -195,16 +195,28 @@ def test_files_of_the_model_without_its_head(tmp_path):
 
 
 def expert_basis(model) -> FactoredBasis:
-    """Directions of every expert but one, beside those of the other layers."""
-    basis = observed(model, [{"input_ids": PROMPTS}], "old", r=6)
+    """Directions of every expert but the last one, as if a stage had moved along them."""
+    basis = observed(model, [{"input_ids": PROMPTS}], "old", r=12)
     draw = torch.Generator().manual_seed(0)
-    for name, p in model.named_parameters():
-        if p.dim() == 3:
-            for e in range(p.shape[0] - 1):
-                basis.right[f"{name}[{e}]"] = torch.linalg.qr(torch.randn(p.shape[2], 6, generator=draw))[0]
-                basis.values[f"{name}[{e}]"] = torch.ones(6, dtype=torch.float64)
-                basis.moved[f"{name}[{e}]"] = 0.01 * torch.randn(p.shape[1], 6, generator=draw).double()
+    for name in [name for name in basis.right if name.endswith("]")]:
+        if name.endswith("[3]"):
+            for by_name in (basis.right, basis.values, basis.moved):
+                by_name.pop(name)
+        else:
+            basis.moved[name] = 0.01 * torch.randn(basis.moved[name].shape, generator=draw).double()
     return basis
+
+
+def test_a_mixture_is_what_it_was_on_protected_prompts(tmp_path):
+    model = moe()
+    model.save_pretrained(tmp_path / "start")
+    basis, before = observed(model, [{"input_ids": PROMPTS}], "old", r=12), logits(model)
+    train(model, frozen=("embed", "norm", "lm_head"))
+    model.save_pretrained(tmp_path / "end")
+    confine(tmp_path / "start", tmp_path / "end", [basis], tmp_path / "out", room=1.0)
+    out = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert (logits(model) - before).norm() > 0.05 * before.norm()
+    assert (logits(out) - before).norm() < 1e-5 * before.norm()
 
 
 @pytest.mark.parametrize("bound", [0.0, 0.5])

@@ -109,18 +109,17 @@ def _pairs(experts: list[str]) -> Mapping[str, Path]:
 
 
 def _show(part: Confined) -> None:
+    from .subspace.matrices import some
+
     typer.echo(f"  change: norm {part.norm:.4g}, of whose energy {part.remained:.1%} remained")
     for name, share in part.domains.items():
         typer.echo(
             f"  along {name}: {share.before:.2%} of the change before, {share.after:.2%} now; taken out: norm {share.norm:.4g}"
         )
     if part.free:
-        typer.echo(f"  not covered, moved freely: {part.free:.2%} of the change: vectors{_some(part.uncovered)}")
-
-
-def _some(names: list[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f", {', '.join(names[:most])}{more}" if names else ""
+        typer.echo(
+            f"  not covered, moved freely: {part.free:.2%} of the change: {some(['vectors', *part.uncovered], 6)}"
+        )
 
 
 def _warn(left_out: list[str], warnings: list[str]) -> None:

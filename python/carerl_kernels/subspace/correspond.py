@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .factored import FactoredBasis
-from .matrices import Side
+from .matrices import Side, label, unlabel
 from .store import BasisError
 from .weights import Weights
 
@@ -61,13 +61,14 @@ class Correspondence:
         model = model_of(weights if weights.config or like is None else like)
         ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
         ties |= {source: target for target, source in ties.items()}
-        wanted = {unlabelled(label) for label in self._sides} | set(ties)
+        owners = {unlabel(name)[0] for name in self._sides}
+        wanted = owners | set(ties)
         cut, add = _prefix(weights.entries, wanted)
         keys = {key: add + key.removeprefix(cut) for key in weights.entries if key.startswith(cut)}
         self.names = {name: key for key, name in keys.items()}
         self.same = {cut + a.removeprefix(add): cut + b.removeprefix(add) for a, b in ties.items()}
         plain = set(self.names) | {ties[name] for name in self.names if name in ties}
-        self._pieces = _converted(model, {unlabelled(label) for label in self._sides} - plain)
+        self._pieces = _converted(model, owners - plain)
         self.units = {key: units for key, name in keys.items() if (units := self._units_of(key, name, ties))}
         self._check()
 
@@ -75,12 +76,10 @@ class Correspondence:
         if name in self._sides:
             return [Unit(name, self._sides[name])]
         entry = self.weights.entries[key]
-        if len(entry.shape) == 3 and any(unlabelled(label) == name for label in self._sides):
-            return [
-                Unit(label, self._sides[label], e)
-                for e in range(entry.shape[0])
-                if (label := f"{name}[{e}]") in self._sides
-            ]
+        if len(entry.shape) == 3:
+            slices = [(label(name, e), e) for e in range(entry.shape[0])]
+            if units := [Unit(text, self._sides[text], e) for text, e in slices if text in self._sides]:
+                return units
         if name in self._pieces:
             return self._from_rows(self._pieces[name], entry.shape)
         if name in ties and ties[name] in self._sides:
@@ -96,15 +95,15 @@ class Correspondence:
             rows = piece.rows if at is None else piece.rows[at]
             each = piece.shape[-2]
             slices = (rows // each).unique()
-            label = piece.name if len(piece.shape) == 2 else f"{piece.name}[{int(slices[0])}]"
-            side = self._sides.get(label)
+            text = label(piece.name, None if len(piece.shape) == 2 else int(slices[0]))
+            side = self._sides.get(text)
             if slices.numel() != 1 or side is None:
                 continue
             within = rows - int(slices[0]) * each
             whole = torch.equal(within, torch.arange(each))
             if side == "left" and not whole:
                 continue  # its directions would be cut apart
-            units.append(Unit(label, side, at, None if whole else within))
+            units.append(Unit(text, side, at, None if whole else within))
         return units
 
     def _check(self) -> None:
@@ -116,10 +115,10 @@ class Correspondence:
                     f"({first.architecture}), found {list(self.weights.entries[key].shape)}; record it on this model"
                 )
         there = {unit.label for units in self.units.values() for unit in units}
-        for label in self._sides:
-            if label not in there:
+        for text in self._sides:
+            if text not in there:
                 raise BasisError(
-                    f"{self.weights.path}: expected {label}, which the basis of domain {first.domain!r} ({first.architecture}) "
+                    f"{self.weights.path}: expected {text}, which the basis of domain {first.domain!r} ({first.architecture}) "
                     f"has directions for, found no tensor of that name and shape among {len(self.weights.entries)}; record it on "
                     "this model, or save the checkpoint with transformers' save_pretrained"
                 )
@@ -153,10 +152,10 @@ def sides_of(bases: Sequence[FactoredBasis]) -> dict[str, Side]:
                 "record both on one model"
             )
         for side, factors in (("left", basis.left), ("right", basis.right)):
-            for label in factors:
-                if sides.setdefault(label, side) != side:  # type: ignore[arg-type]
+            for name in factors:
+                if sides.setdefault(name, side) != side:  # type: ignore[arg-type]
                     raise BasisError(
-                        f"basis of domain {info.domain!r}: expected directions of {label} on its {sides[label]}, found them on "
+                        f"basis of domain {info.domain!r}: expected directions of {name} on its {sides[name]}, found them on "
                         f"its {side}; record both domains on one model"
                     )
     domains = [basis.info.domain for basis in bases]
@@ -165,11 +164,6 @@ def sides_of(bases: Sequence[FactoredBasis]) -> dict[str, Side]:
             f"bases: expected one per domain, found {doubled[0]!r} twice; merge them with carerl basis merge"
         )
     return sides
-
-
-def unlabelled(label: str) -> str:
-    """The parameter's name in ``name[e]``."""
-    return label[: label.rindex("[")] if label.endswith("]") else label
 
 
 def model_of(weights: Weights) -> Any:

@@ -370,6 +370,8 @@ def test_refused_by_name(two, tmp_path):
         kind=BasisError,
     )
     refused("expected b.weight in float32, bfloat16 or float16, found I8", e=whole)
+    coarse = save(tmp_path / "fp8", {**a, "b.weight": a["b.weight"].to(torch.float8_e4m3fn)})
+    refused("START: expected b.weight in float32, bfloat16 or float16, found torch.float8_e4m3fn", s=coarse)
     refused("END: expected finite numbers in b.weight", e=broken)
     refused("expected model.safetensors.*found pytorch_model.bin", e=tmp_path / "bin")
     refused("found no such file", e=index, kind=FileNotFoundError)

@@ -17,6 +17,7 @@ from ..subspace.correspond import Unit
 from ..subspace.factored import FactoredBasis
 from ..subspace.matrices import MatrixLayout, Side
 from ..subspace.portions import Portion
+from ..subspace.weights import DTYPES
 from .correct import rule_params
 from .factored import InputStack
 from .rules import RuleParams
@@ -113,6 +114,12 @@ def compared(
     Raises:
         ValueError: numbers that are not finite.
     """
+    for what, values in (("START", start), (whose, end)):
+        if values.dtype not in DTYPES.values():
+            raise ValueError(
+                f"{what}: expected {portion.key} in float32, bfloat16 or float16, found {values.dtype}; save the model "
+                "unquantised"
+            )
     if torch.equal(start, end):
         return None
     start, end = start.to(device, torch.float32), end.to(device, torch.float32)

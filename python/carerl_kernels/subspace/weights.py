@@ -142,10 +142,6 @@ class Weights:
             return file.get_tensor(name)
         return file.get_slice(name)[rows] if columns == slice(None) else file.get_slice(name)[rows, columns]
 
-    def close(self) -> None:
-        """Lets go of the files."""
-        self._open.clear()
-
 
 def _entries(file: Path) -> list[tuple[str, Entry]]:
     try:

@@ -254,6 +254,7 @@ def test_prefixes_of_files_and_bases(two, tmp_path):
 
 def test_single_files(two, tmp_path):
     start, end, _, _ = two
+    (tmp_path / "out").mkdir()  # empty: taken
     confine(start / "model.safetensors", end / "model.safetensors", bases(), tmp_path / "out")
     confine(start, end, bases(), tmp_path / "whole")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["model.safetensors"]

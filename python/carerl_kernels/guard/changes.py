@@ -79,7 +79,7 @@ class Confined:
         corrected: tensors that were changed; kept: number of those that are bitwise what they were.
         uncovered: tensors of two or more dimensions that moved without directions; free: share of the change's energy in them and
             in vectors.
-        left_out: files that were not copied, because they hold weights of another format.
+        left_out: files that were not copied, because they may hold weights of another format.
         warnings: sentences.
     """
 

@@ -17,7 +17,8 @@ from .cache import Cache
 from .judge import Judge, Verdict
 from .loop import run_sync
 from .protocol import Limits, Protocol
-from .untrusted import Controls, signs, without_signs
+from .signs import signs, without_signs
+from .untrusted import Controls
 
 if TYPE_CHECKING:
     from ...grpo.domain import Example

@@ -41,12 +41,14 @@ def last_object(text: str) -> tuple[dict[str, Any], int, int]:
     Raises:
         ValueError: None, or several that differ: which one is meant nobody can say.
     """
-    found = list(_objects(text))
+    problems: list[str] = []
+    found = list(_objects(text, problems))
     gaps = zip([0, *(end for _, _, end in found)], [*(start for _, start, _ in found), len(text)], strict=True)
     thought = max((text.rfind("</think>", a, b) for a, b in gaps), default=-1)
     found = [entry for entry in found if entry[1] > thought]
     if not found:
-        raise ValueError(f"expected a JSON object, found {text[:60]!r}")
+        why = f" ({problems[0]})" if problems else ""
+        raise ValueError(f"expected a JSON object, found {text[:60]!r}{why}")
     if any(value != found[-1][0] for value, _, _ in found):
         raise ValueError(f"expected one JSON object, found {len(found)} that differ")
     return found[-1]
@@ -59,9 +61,9 @@ def as_logprob(value: Any) -> float | None:
     return min(float(value), 0.0)
 
 
-def _objects(text: str) -> Iterator[tuple[dict[str, Any], int, int]]:
+def _objects(text: str, problems: list[str]) -> Iterator[tuple[dict[str, Any], int, int]]:
     """JSON objects that are in no other one, in order. What starts like one and is none costs what was read of it; a text
-    of nothing but such beginnings is given up after a few times its length."""
+    of nothing but such beginnings is given up after a few times its length. `problems` gets what was wrong with each."""
     at, budget = text.find("{"), 20 * len(text) + 1000
     while at >= 0 and budget > 0:
         try:
@@ -69,9 +71,11 @@ def _objects(text: str) -> Iterator[tuple[dict[str, Any], int, int]]:
             _check_depth(text[at:end])
             yield _whole(value, text), at, end
         except json.JSONDecodeError as error:
+            problems.append(str(error))
             budget -= error.pos - at + 1
             end = at + 1
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError) as error:
+            problems.append(str(error))
             budget -= len(text) - at
             end = at + 1
         at = text.find("{", end)

@@ -170,7 +170,7 @@ class Judge:
             | ({"violated": False} if isinstance(part, str) else {"score": f"0 to {protocol.scale}"})
             for key, part in protocol.parts(reverse)
         }
-        parts = [quoted(protocol.render(self.limits, reverse), "PROTOCOL"), quoted(text, "TASK")]
+        parts = [quoted(protocol.render(reverse, self.limits), "PROTOCOL"), quoted(text, "TASK")]
         if reference is not None:
             parts.append(quoted(reference, "REFERENCE"))
         parts.append(quoted(response, "RESPONSE"))

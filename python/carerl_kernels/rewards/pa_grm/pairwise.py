@@ -43,7 +43,7 @@ async def prefer(judge: Judge, prompt: Prompt, first: str, second: str, protocol
 
     async def ask() -> str:
         responses = (quoted(first, "RESPONSE A"), quoted(second, "RESPONSE B"))
-        rules = quoted(protocol.render(judge.limits), "PROTOCOL")
+        rules = quoted(protocol.render(limits=judge.limits), "PROTOCOL")
         user = "\n".join([rules, quoted(text, "TASK"), *responses])
         messages = ({"role": "system", "content": _SYSTEM}, {"role": "user", "content": user})
         max_tokens = judge.max_tokens

@@ -97,12 +97,14 @@ class Protocol(BaseModel):
         out: list[tuple[str, Criterion | str]] = [(f"d{i}", d) for i, d in enumerate(self.disqualifiers, 1)]
         return (criteria[::-1] if reverse else criteria) + (out[::-1] if reverse else out)
 
-    def render(self, limits: Limits, reverse: bool = False) -> str:
+    def render(self, reverse: bool = False, limits: Limits | None = None) -> str:
         """As the judge reads it: a line for every field, cut at `limits.text`, whatever a writer put into it."""
 
+        most = (limits or Limits()).text
+
         def line(text: str) -> str:
-            words = " ".join(text[: 2 * limits.text].split())
-            return words if len(words) <= limits.text else words[: limits.text - 3] + "..."
+            words = " ".join(text[: 2 * most].split())
+            return words if len(words) <= most else words[: most - 3] + "..."
 
         lines = [f"Task: {line(self.task)}", f"Levels: 0 to {self.scale}.", ""]
         for key, part in self.parts(reverse):

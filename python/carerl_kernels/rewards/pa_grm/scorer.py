@@ -86,8 +86,8 @@ class Scorer:
         calibration: What makes rewards comparable. "scale": the fixed scale 0..1. "anchors": that scale mapped per
             protocol so that its poor example answer is 0 and its good one 1, as this judge sees them. "group": the place
             in the prompt's own group, Phi((v - mean) / std); only for `score_all` and batches, which see groups.
-        on_signs: A response that tries to steer its judge is worth, "lower": no more than it is without the passages
-            (one more call); "zero": nothing; "note": what the judge says, the attempt being recorded only.
+        on_signs: A response that tries to steer its judge is worth, "lower": no more than it is without the sentences that
+            do (one more call); "zero": nothing; "note": what the judge says, the attempt being recorded only.
         rejudge: Share of the responses, chosen by a hash, that get a second independent verdict (`Score.again`).
         judge_options, builder_options: Passed on to `Judge` and `ProtocolBuilder`.
 
@@ -148,10 +148,9 @@ class Scorer:
             )
             value = verdict.value
             if found and self.on_signs == "lower":
-                rest = without_signs(response)
-                cleaned = None if self.controls.refusal(rest) else await self._judge(prompt, rest, protocol, reference)
-                if cleaned is None or cleaned.value < value:
-                    verdict, value = cleaned or verdict, 0.0 if cleaned is None else cleaned.value
+                cleaned = await self._judge(prompt, without_signs(response), protocol, reference)
+                if cleaned.value < value:
+                    verdict, value = cleaned, cleaned.value
             reward = value
             if self.calibration == "anchors":
                 reward = await self._on_anchors(value, prompt, protocol, reference)
@@ -203,7 +202,7 @@ class Scorer:
         """Scores as they are ready, each with its item's number; at most `window` items are worked on at once.
 
         Raises:
-            BackendRefusedError: As `score`; what is under way is given up.
+            BackendRefusedError: As `score`; what is ready comes first, what is under way is given up.
         """
         numbered = enumerate(items)
         working: set[asyncio.Task[tuple[int, Score]]] = set()
@@ -220,8 +219,13 @@ class Scorer:
                 if not working:
                     return
                 done, working = await asyncio.wait(working, return_when=asyncio.FIRST_COMPLETED)
+                refused = None
                 for task in done:
-                    yield task.result()
+                    refused = task.exception() or refused
+                    if task.exception() is None:
+                        yield task.result()
+                if refused is not None:  # after what else is ready: it was paid for
+                    raise refused
         finally:
             for task in working:
                 task.cancel()
@@ -261,8 +265,18 @@ class Scorer:
 
     # ---- as a reward function
 
+    @property
+    def compares(self) -> bool:
+        """Whether rewards come from comparing the completions of a prompt."""
+        return self.calibration == "group"
+
     def score_batch(self, examples: Sequence[Example], completions: Sequence[str]) -> list[float | None]:
-        """Rewards of a trainer's batch; an example's `answer` is the reference."""
+        """Rewards of a trainer's batch; an example's `answer` is the reference.
+
+        Raises:
+            BackendRefusedError: The backend refuses whatever it is asked. All else that a server does wrong is a None.
+            OSError: The cache's file cannot be read or written.
+        """
         return [s.reward for s in run_sync(self.score_all(_items(examples, completions)))]
 
     def __call__(self, example: Example, completion: str) -> float | None:

@@ -100,21 +100,27 @@ def signs(text: str) -> tuple[str, ...]:
 def without_signs(text: str) -> str:
     """`text` without the sentences that show such attempts and those that belong to them, and without invisible characters.
 
-    Where nothing would be left, the attempts alone are replaced by "[...]": the words around them are all there is to judge.
+    A sentence after an attempt may be what that led up to; it stays where nothing else would be left. Where that is nothing
+    either, the attempts alone are replaced by "[...]": the words around them are all there is to judge.
     """
     sentences = _read(text)
     if not any(s.found for s in sentences):
         return without_hidden(text).strip()
+    for follow in (True, False):
+        left = _cut(sentences, follow)
+        if _WORD.search(left):
+            return left
+    return "".join(_masked(s) + s.end for s in sentences).strip()
+
+
+def _cut(sentences: Sequence[_Sentence], follow: bool) -> str:
     kept, leads_on = [], False
     for s in sentences:
         cut = bool(s.found) or leads_on or (not s.code and bool(_GRADING.search(s.folded)))
         if s.folded.strip():
-            leads_on = any(name in _SPEAKS_ON for name, _, _ in s.found)
+            leads_on = follow and any(name in _SPEAKS_ON for name, _, _ in s.found)
         kept.append(s.end if cut and "\n" in s.end else "" if cut else without_hidden(s.text) + s.end)
-    left = "".join(kept).strip()
-    if _WORD.search(left):
-        return left
-    return "".join(_masked(s) + s.end for s in sentences).strip()
+    return "".join(kept).strip()
 
 
 def _masked(s: _Sentence) -> str:

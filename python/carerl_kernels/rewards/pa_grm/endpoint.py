@@ -188,7 +188,8 @@ class Endpoint:
             tokens = self._tokens(choice.get("logprobs"))
             usage = data.get("usage")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise TryAgainError(f"no chat completion in {words}") from error
+            why = self._client.redact(f"{type(error).__name__}: {error}"[:200])
+            raise TryAgainError(f"no chat completion in {words} ({why})") from None
         self._forbidden = None
         self._paid(usage)
         if refusal or ended == "content_filter":

@@ -234,12 +234,17 @@ class Scorer:
         self,
         items: Sequence[Item | tuple[Any, ...]],
         progress: Callable[[int, int, Score], None] | None = None,
+        groups: Sequence[object] | None = None,
     ) -> list[Score]:
         """Scores in the order of the items.
 
         Args:
             items: Any number.
             progress: Called with (done, total, score) whenever one is ready.
+            groups: Names, one per item, of what "group" calibration compares; None: items of one prompt and reference.
+
+        Raises:
+            BackendRefusedError: As `score`.
         """
         scores: list[Score | None] = [None] * len(items)
         done = 0
@@ -251,7 +256,7 @@ class Scorer:
         out = [s for s in scores if s is not None]
         assert len(out) == len(items)
         if self.calibration == "group":
-            out = by_group(out, [(prompt_text(i[0]), i[2] if len(i) > 2 else None) for i in items])
+            out = by_group(out, groups or [(prompt_text(i[0]), i[2] if len(i) > 2 else None) for i in items])
         LOGGER.info("%d scored: %s", len(out), self.usage())
         excluded = [s.reason for s in out if s.reward is None]
         if excluded:
@@ -277,15 +282,14 @@ class Scorer:
             BackendRefusedError: The backend refuses whatever it is asked. All else that a server does wrong is a None.
             OSError: The cache's file cannot be read or written.
         """
-        return [s.reward for s in run_sync(self.score_all(_items(examples, completions)))]
+        from ...grpo.domain import group_numbers
+
+        items = [Item(e.prompt, text, e.answer) for e, text in zip(examples, completions, strict=True)]
+        return [s.reward for s in run_sync(self.score_all(items, groups=group_numbers(examples)))]
 
     def __call__(self, example: Example, completion: str) -> float | None:
         """The reward of one completion."""
         return self.score_batch([example], [completion])[0]
-
-
-def _items(examples: Sequence[Example], completions: Sequence[str]) -> list[Item]:
-    return [Item(e.prompt, text, e.answer) for e, text in zip(examples, completions, strict=True)]
 
 
 def by_group(scores: Sequence[Score], groups: Sequence[object]) -> list[Score]:

@@ -13,7 +13,8 @@ from carerl_kernels.cli import app
 from carerl_kernels.grpo import Example, answer_loss, special_tokens
 from carerl_kernels.grpo.parallel import blocks
 from carerl_kernels.rewards.verifiers.sandbox import SandboxError
-from carerl_kernels.train.domains import Exact, read_rows
+from carerl_kernels._rows import read_rows
+from carerl_kernels.train.domains import Exact
 from carerl_kernels.train.models import byte_tokenizer, load_model
 from carerl_kernels.train.plan import plan_run
 from carerl_kernels.train.recipe import ModelSpec, Recipe, RecipeError, load_recipe
@@ -248,7 +249,7 @@ def test_rows_that_are_none(tmp_path):
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
-            list(read_rows(path, ("answer",)))
+            list(read_rows(path, ("prompt", "answer")))
 
 
 def test_chat_messages_meet_no_option_that_is_for_text(tmp_path):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..log import LOGGER
 from ..prompts import Prompt, prompt_text
+from ..reasoning import StripReasoning, graded_text
 from .backend import Backend, BackendError, BackendRefusedError
 from .builder import ProtocolBuilder
 from .cache import Cache
@@ -88,6 +89,8 @@ class Scorer:
             in the prompt's own group, Phi((v - mean) / std); only for `score_all` and batches, which see groups.
         on_signs: A response that tries to steer its judge is worth, "lower": no more than it is without the sentences that
             do (one more call); "zero": nothing; "note": what the judge says, the attempt being recorded only.
+        strip_reasoning: Judges what a response says after its reasoning; one whose reasoning never ends is worth 0. See
+            `rewards.reasoning.strip_reasoning`.
         rejudge: Share of the responses, chosen by a hash, that get a second independent verdict (`Score.again`).
         judge_options, builder_options: Passed on to `Judge` and `ProtocolBuilder`.
 
@@ -106,6 +109,7 @@ class Scorer:
         calibration: Calibration = "scale",
         on_signs: OnSigns = "lower",
         rejudge: float = 0.0,
+        strip_reasoning: StripReasoning = True,
         judge_options: dict[str, Any] | None = None,
         builder_options: dict[str, Any] | None = None,
     ) -> None:
@@ -124,6 +128,7 @@ class Scorer:
         self.builder = ProtocolBuilder(writer or judge, self.cache, limits, **(builder_options or {}))
         self.controls = controls or Controls()
         self.calibration, self.on_signs, self.rejudge = calibration, on_signs, rejudge
+        self.strip_reasoning: StripReasoning = strip_reasoning
         self.__name__ = "pa_grm"  # trainers name reward functions in their logs
 
     # ---- one response
@@ -135,8 +140,12 @@ class Scorer:
             BackendRefusedError: The backend will refuse every request: stop and repair.
         """
         refusal = self.controls.refusal(response)
-        if refusal is not None:
+        answer = graded_text(response, self.strip_reasoning) if refusal is None else None
+        if refusal is None:
+            refusal = "its reasoning never ends" if answer is None else self.controls.refusal(answer)
+        if refusal is not None or answer is None:
             return Score(0.0, refusal)
+        response = answer
         found = signs(response)
         if found and self.on_signs == "zero":
             return Score(0.0, "tries to steer the judge", signs=found)

@@ -13,12 +13,13 @@ DIGITS = 300  # of an integer: every number that is read fits a float
 _BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{}]', re.DOTALL)
 
 
-def parse_json(text: str | bytes, *, unique: bool = False) -> Any:
+def parse_json(text: str | bytes, *, unique: bool = False, lenient: bool = False) -> Any:
     """The value of a JSON text (UTF-8) whose numbers are finite and whose nesting is at most `DEPTH`.
 
     Args:
         text: The whole text.
         unique: Whether an object with the same key twice is refused; otherwise the last one counts.
+        lenient: Takes null for a number that is not finite, as loggers write them, instead of refusing it.
 
     Raises:
         ValueError: No such JSON; says in one line what was found.
@@ -27,7 +28,7 @@ def parse_json(text: str | bytes, *, unique: bool = False) -> Any:
         text = text.decode("utf-8-sig")
     _check_depth(text)
     try:
-        return _whole((_UNIQUE if unique else _PLAIN).decode(text), text)
+        return _whole((_LENIENT if lenient else _UNIQUE if unique else _PLAIN).decode(text), text)
     except RecursionError:
         raise ValueError(f"expected brackets nested at most {DEPTH} deep") from None
 
@@ -128,4 +129,9 @@ def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _PLAIN = json.JSONDecoder(parse_float=_float, parse_int=_integer, parse_constant=_constant)
 _UNIQUE = json.JSONDecoder(
     parse_float=_float, parse_int=_integer, parse_constant=_constant, object_pairs_hook=_no_twins
+)
+_LENIENT = json.JSONDecoder(
+    parse_float=lambda digits: value if math.isfinite(value := float(digits)) else None,
+    parse_int=lambda digits: int(digits) if len(digits) <= DIGITS else None,
+    parse_constant=lambda name: None,
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 DEPTH = 100  # brackets within brackets: far from Python's recursion limit, which whoever walks the value would meet
 DIGITS = 300  # of an integer: every number that is read fits a float
-_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{}]', re.DOTALL)
+_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)  # a text without an end takes all that follows
 
 
 def parse_json(text: str | bytes, *, unique: bool = False, lenient: bool = False) -> Any:

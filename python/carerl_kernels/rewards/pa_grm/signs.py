@@ -198,7 +198,7 @@ def _attempts(folded: str, code: bool) -> list[tuple[str, int, int]]:
         found += [] if role is None else [("role", 0, role.end())]
     words = [(m.group().casefold(), m.start(), m.end()) for m in _WORD.finditer(folded)]
     for i, (word, start, _) in enumerate(words):
-        if word not in _FIRST:
+        if word not in _FIRST or (code and word in ("score", "grade", "rate")):  # names of variables
             continue
         for name, links in _CHAINS:
             end = _chain(words, i, links)

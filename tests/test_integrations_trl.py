@@ -416,7 +416,9 @@ def test_evaluation_may_hold_what_training_does_not(tmp_path, held):
 
 
 def test_a_training_row_without_a_domain_is_refused_before_anything_runs(tmp_path):
-    data = datasets.Dataset.from_list([{**row, "domain": None if i == 3 else "math"} for i, row in enumerate(rows(["math"]))])
+    data = datasets.Dataset.from_list(
+        [{**row, "domain": None if i == 3 else "math"} for i, row in enumerate(rows(["math"]))]
+    )
     with pytest.raises(ValueError, match="expected a name in every row of the training data, found None"):
         trainer(tmp_path, data)
 

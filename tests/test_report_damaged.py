@@ -73,8 +73,12 @@ ODD = st.one_of(
     st.none(),
     st.booleans(),
     st.floats(),
-    st.sampled_from([10**400, -(10**30), 1e200, 5e-324, "", "x", "a\x1b[31mb", "\u202e", [], {}, [1], {"math": {}}, [[]]]),
-    st.recursive(st.integers() | st.text(max_size=3), lambda c: st.lists(c, max_size=3) | st.dictionaries(st.text(max_size=3), c)),
+    st.sampled_from(
+        [10**400, -(10**30), 1e200, 5e-324, "", "x", "a\x1b[31mb", "\u202e", [], {}, [1], {"math": {}}, [[]]]
+    ),
+    st.recursive(
+        st.integers() | st.text(max_size=3), lambda c: st.lists(c, max_size=3) | st.dictionaries(st.text(max_size=3), c)
+    ),
 )
 PLACES = [p for p in places(LINE) if p]
 
@@ -95,7 +99,7 @@ def test_a_line_of_any_shape_is_read_as_far_as_it_goes(tmp_path, changes, number
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(st.sampled_from([p for p in places(CONFIG)]), st.sampled_from([p for p in places(GUARD)]), ODD)
+@given(st.sampled_from(list(places(CONFIG))), st.sampled_from(list(places(GUARD))), ODD)
 def test_files_beside_it_of_any_shape(tmp_path, in_config, in_guard, new):
     for config, guard in ((replaced(CONFIG, in_config, new), GUARD), (CONFIG, replaced(GUARD, in_guard, new))):
         folder = write(tmp_path / "run", [LINE, LINE], config, guard)
@@ -115,7 +119,15 @@ def test_what_is_left_out_is_said(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ['{"step": true}', '{"step": -1}', '{"step": 1e3}', '{"step": ' + "9" * 500 + "}", "[" * 5000, '{"step": 1' + "}" * 9, "nul"],
+    [
+        '{"step": true}',
+        '{"step": -1}',
+        '{"step": 1e3}',
+        '{"step": ' + "9" * 500 + "}",
+        "[" * 5000,
+        '{"step": 1' + "}" * 9,
+        "nul",
+    ],
     ids=lambda text: text[:20],
 )
 def test_a_damaged_line_is_a_sentence(tmp_path, text):

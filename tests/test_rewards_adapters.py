@@ -239,7 +239,7 @@ def test_trl_groups_survive_what_belongs_to_single_samples():
     )
     z = 2**-0.5
     assert got == [pytest.approx(v) for v in (-z, z, -z, z)]
-    with pytest.raises(RewardError, match="TRL hands over one of each.*per_device_train_batch_size"):
+    with pytest.raises(RewardError, match=r"TRL hands over one of each.*per_device_train_batch_size"):
         trl_reward(COMPARES)(prompts=["a", "b"], completions=["x", "y"])
 
 
@@ -279,7 +279,7 @@ def test_trl_trains_on_a_composition(tmp_path, normalize):
 
 def test_verl_scores_batches_and_refuses_single_completions():
     compute_score = verl_compute_score({"a": COMPARES, "b": length})
-    with pytest.raises(RewardError, match="verl hands over one of each.*reward_manager=batch"):
+    with pytest.raises(RewardError, match=r"verl hands over one of each.*reward_manager=batch"):
         compute_score("a", "x", "4", {"question": "2+2?"})
     got = compute_score(
         data_sources=np.array(["a", "b", "a", "b"]),
@@ -330,13 +330,13 @@ def test_openrlhf_compares_and_takes_special_tokens_off():
     assert got["rewards"].tolist() == [1.0, 1.0, 1.0, 0.0]
     got = openrlhf_reward_func(COMPARES)(["ax", "axxx"], ["a", "a"], [np.int64(4)] * 2)
     assert got["rewards"].tolist() == [pytest.approx(-(2**-0.5)), pytest.approx(2**-0.5)]
-    with pytest.raises(RewardError, match="OpenRLHF hands over one of each.*micro_rollout_batch_size"):
+    with pytest.raises(RewardError, match=r"OpenRLHF hands over one of each.*micro_rollout_batch_size"):
         openrlhf_reward_func(COMPARES)(["ax", "by"], ["a", "b"], ["", ""])
 
 
 def test_slime_compares_groups_and_refuses_single_samples():
     custom_rm = slime_custom_rm(COMPARES)
-    with pytest.raises(RewardError, match="slime hands over one of each.*--group-rm"):
+    with pytest.raises(RewardError, match=r"slime hands over one of each.*--group-rm"):
         asyncio.run(custom_rm(None, sample("b")))
     group = [sample("b<|im_end|>"), sample("bbb")]
     expected = [pytest.approx(-(2**-0.5)), pytest.approx(2**-0.5)]
@@ -356,10 +356,12 @@ def test_verifiers_gets_a_group_function():
     assert {"prompts", "completions", "answers", "infos"} <= set(inspect.signature(function).parameters)
     prompt = [{"role": "user", "content": "a"}]
     got = asyncio.run(
-        function(prompts=[prompt] * 2, completions=[chat("b"), chat("bbb")], answers=["", ""], infos=[{}, {}], states=[1, 2])
+        function(
+            prompts=[prompt] * 2, completions=[chat("b"), chat("bbb")], answers=["", ""], infos=[{}, {}], states=[1, 2]
+        )
     )
     assert got == [pytest.approx(-(2**-0.5)), pytest.approx(2**-0.5)]
-    with pytest.raises(RewardError, match="verifiers hands over one of each.*score_group"):
+    with pytest.raises(RewardError, match=r"verifiers hands over one of each.*score_group"):
         asyncio.run(function(prompt=prompt, completion=chat("b"), answer="b", info={}))
 
 
@@ -381,7 +383,9 @@ def test_reasoning_is_left_out_where_it_is_asked_for(strip):
         assert [c for _, (c,) in seen.calls] == ([text, unfinished] if strip is False else ["4", ""])
 
 
-@pytest.mark.parametrize("body", [b"[" * 5000, b"\xff", b'{"query": ["ab"], "prompts": [1e999]}', b"3", b'{"query": 3, "prompts": 3}'])
+@pytest.mark.parametrize(
+    "body", [b"[" * 5000, b"\xff", b'{"query": ["ab"], "prompts": [1e999]}', b"3", b'{"query": 3, "prompts": 3}']
+)
 def test_openrlhf_server_answers_any_body(body):
     with openrlhf_server(length, port=0, excluded=0.0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

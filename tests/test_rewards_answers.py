@@ -77,7 +77,9 @@ def test_json_of_ours_comes_back(value):
     assert parse_json(text) == json.loads(text.replace("\\ud8", "\\ud8")) or "\\ud" in text
 
 
-@pytest.mark.parametrize("value", [1.0, 0.5, 1000, float("nan"), float("inf"), -float("inf"), None, "-1", True, [], 10**400])
+@pytest.mark.parametrize(
+    "value", [1.0, 0.5, 1000, float("nan"), float("inf"), -float("inf"), None, "-1", True, [], 10**400]
+)
 def test_what_is_no_log_probability(value):
     assert as_logprob(value) is None
 
@@ -123,11 +125,22 @@ def test_an_answer_that_is_none_is_no_reward(answer):
 
 @pytest.mark.parametrize(
     "usage",
-    ["none", 3, [], None, {"prompt_tokens": "12 tokens"}, {"prompt_tokens": -5, "completion_tokens": 10**30}, {"prompt_tokens": 1.5}],
+    [
+        "none",
+        3,
+        [],
+        None,
+        {"prompt_tokens": "12 tokens"},
+        {"prompt_tokens": -5, "completion_tokens": 10**30},
+        {"prompt_tokens": 1.5},
+    ],
     ids=str,
 )
 def test_a_usage_that_is_none_costs_no_reply(usage, caplog):
-    with RawServer(judging(lambda body: (200, chat(verdict(), usage=usage)))) as server, caplog.at_level(logging.WARNING):
+    with (
+        RawServer(judging(lambda body: (200, chat(verdict(), usage=usage)))) as server,
+        caplog.at_level(logging.WARNING),
+    ):
         s = scorer_of(server)
         assert run_sync(s.score("Why?", "So.")).reward == 0.75
         meter = s.judge.backend.meter
@@ -176,7 +189,9 @@ THING = st.recursive(
     | st.floats()
     | st.text(max_size=5)
     | st.sampled_from([10**400, "length", "content_filter", "\ud800", '{"c1": 1}', "</think>", "{" * 200]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["content", "token", "logprob"]), inner),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["content", "token", "logprob"]), inner)
+    ),
     max_leaves=4,
 )
 
@@ -301,10 +316,11 @@ def test_what_is_ready_comes_before_a_refusal():
             return prompt
 
         s.score = score
-        with pytest.raises(BackendRefusedError):
+        try:
             async for number, _ in s.stream([("a", "x"), ("b", "refused"), ("c", "y")]):
                 seen.append(number)
-        return seen
+        except BackendRefusedError:
+            return seen
 
     assert sorted(run_sync(both())) == [0, 2]
 
@@ -326,7 +342,11 @@ def only_with(*absent, message, status=400, param=None):
 @pytest.mark.parametrize(
     ("absent", "message", "present"),
     [
-        ("max_tokens", "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", "max_completion_tokens"),
+        (
+            "max_tokens",
+            "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.",
+            "max_completion_tokens",
+        ),
         ("temperature", "Unsupported value: 'temperature' does not support 0.0 with this model.", "max_tokens"),
         ("seed", "Extra inputs are not permitted: seed", "temperature"),
         ("logprobs", "You are not allowed to request logprobs from this model", "response_format"),
@@ -342,7 +362,9 @@ def test_what_a_server_minds_is_left_out_and_said_once(absent, message, present,
         run_sync(s.score("Why?", "Another."))
         assert len(server.requests) == asked + 1
         last = server.requests[-1]
-        assert absent not in last and present in last and last.get("max_completion_tokens", last.get("max_tokens")) == 2048
+        assert (
+            absent not in last and present in last and last.get("max_completion_tokens", last.get("max_tokens")) == 2048
+        )
     assert len([r for r in caplog.records if r.levelno == logging.WARNING]) == 1
 
 
@@ -406,7 +428,16 @@ def test_the_key_reaches_no_message_no_log_and_no_file(kind, tmp_path, monkeypat
     with RawServer(lambda body: None) as server, caplog.at_level(logging.DEBUG):
         server.behave = echoes(kind)(lambda: server.heads[-1])
         monkeypatch.setattr(RetryingClient, "_wait", lambda *_: 0.0)
-        arguments = ["--input", tmp_path / "x.jsonl", "--output", tmp_path / "y.jsonl", "--url", server.url, "--model", "m"]
+        arguments = [
+            "--input",
+            tmp_path / "x.jsonl",
+            "--output",
+            tmp_path / "y.jsonl",
+            "--url",
+            server.url,
+            "--model",
+            "m",
+        ]
         got = CliRunner().invoke(app, ["score", *map(str, arguments)])
     assert f"Bearer {KEY}\r\n" in server.heads[0].replace("authorization", "Authorization")
     written = "".join(p.read_bytes().decode("latin-1") for p in tmp_path.iterdir())
@@ -416,7 +447,9 @@ def test_the_key_reaches_no_message_no_log_and_no_file(kind, tmp_path, monkeypat
         assert "I was called with ***" in written
 
 
-@pytest.mark.parametrize("key", ["sk-abc\x00def-secret", "sk-secret\u20ac", "two words-secret", "sk-secret\r\nX-Evil: 1"])
+@pytest.mark.parametrize(
+    "key", ["sk-abc\x00def-secret", "sk-secret\u20ac", "two words-secret", "sk-secret\r\nX-Evil: 1"]
+)
 def test_a_key_that_no_header_can_carry_is_refused_unseen(key):
     for make in (
         lambda: Endpoint("http://127.0.0.1:9/v1", "m", api_key=key),
@@ -438,7 +471,9 @@ def test_a_password_in_the_url_is_sent_and_not_said():
         assert "uthorization: Basic " in server.heads[0]
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000/v1", "ftp://x/v1", "http://", "http://x y/v1", "http://[::1/v1", "http://h:99999/v1", ""])
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8000/v1", "ftp://x/v1", "http://", "http://x y/v1", "http://[::1/v1", "http://h:99999/v1", ""]
+)
 def test_a_url_that_is_none_is_named(url):
     with pytest.raises(ValueError, match="url: expected http://HOST:PORT/v1"):
         Endpoint(url, "m")

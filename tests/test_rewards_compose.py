@@ -447,7 +447,9 @@ def test_whatever_the_values_nothing_becomes_nan(values):
     judged = torch.ones(len(values), dtype=torch.bool)
     for mode in ("group", "running", "rank"):
         for whiten in (False, True):
-            composed = Composition([Component("x", lengths, normalize=mode)], whiten=whiten).compose({"x": v}, groups, judged)
+            composed = Composition([Component("x", lengths, normalize=mode)], whiten=whiten).compose(
+                {"x": v}, groups, judged
+            )
             assert composed.total.isfinite().all() and math.isfinite(attribution(composed)["x"])
     names = ["ab"[i % 2] for i in range(len(values))]
     report = domination(v, names)
@@ -460,7 +462,9 @@ def test_domination_prints_no_nan():
         assert "nan" not in text and "inf" not in text
 
 
-@pytest.mark.parametrize("value", [10**400, -(1 << 20_000), math.inf, "x", [1]], ids=["large", "larger", "inf", "text", "list"])
+@pytest.mark.parametrize(
+    "value", [10**400, -(1 << 20_000), math.inf, "x", [1]], ids=["large", "larger", "inf", "text", "list"]
+)
 def test_a_reward_that_no_float_holds_is_named(value):
     with pytest.raises(RewardError, match="expected a finite number") as error:
         Domain("d", lambda rng, n: [], lambda e, t: value).score(Example("p"), "t" * 5000)

@@ -174,7 +174,7 @@ def test_protocols_are_kept_by_prompt_reference_model_and_limits():
         ('a draft {"a": 1}</think>{"b": 2} Hope this helps.', {"b": 2}),  # templates that open the thought themselves
         ('{"quoted": "it says </think> here"}', {"quoted": "it says </think> here"}),
         ('<think>{"a": "</think>"}</think>Here: {"a": 2}', {"a": 2}),
-        ("It's set {1, 2}: {\"a\": {\"b\": []}}", {"a": {"b": []}}),
+        ('It\'s set {1, 2}: {"a": {"b": []}}', {"a": {"b": []}}),
         ('{"a": 1}\nAgain: {"a": 1}', {"a": 1}),
         ('{"a": "\\ud800"}', {"a": "?"}),
     ],
@@ -195,7 +195,7 @@ def test_json_is_found_among_what_models_put_around_it(text, found):
     ],
 )
 def test_what_is_no_single_object_is_refused_in_one_line(text):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="expected") as error:
         last_object(text)
     assert "\n" not in str(error.value) and len(str(error.value)) < 200
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from carerl_kernels._rows import read_rows
 from carerl_kernels.cli import app
 from carerl_kernels.grpo import Example, answer_loss, special_tokens
 from carerl_kernels.grpo.parallel import blocks
 from carerl_kernels.rewards.verifiers.sandbox import SandboxError
-from carerl_kernels._rows import read_rows
 from carerl_kernels.train.domains import Exact
 from carerl_kernels.train.models import byte_tokenizer, load_model
 from carerl_kernels.train.plan import plan_run
@@ -409,7 +409,10 @@ def test_rows_that_are_valid(tmp_path, data, found):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ('{"prompt": "a"}\n{"prompt": "\u00e9"}'.encode("latin-1"), r"a\.jsonl, line 2: expected UTF-8, found byte 0xe9"),
+        (
+            '{"prompt": "a"}\n{"prompt": "\u00e9"}'.encode("latin-1"),
+            r"a\.jsonl, line 2: expected UTF-8, found byte 0xe9",
+        ),
         ('{"prompt": "a"}'.encode("utf-16"), r"a\.jsonl: expected UTF-8, found UTF-16"),
         (b'{"prompt": "a"}\r{"prompt": "b"}', "line 1: expected a JSON object"),
         (b'{"prompt": [1, 2]}', 'line 1: expected "prompt" as text or chat'),

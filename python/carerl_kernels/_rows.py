@@ -35,7 +35,9 @@ def read_rows(
         try:
             text = line.decode()
         except UnicodeDecodeError as error:
-            raise ValueError(f"{place}: expected UTF-8, found byte 0x{line[error.start]:02x}; save it as UTF-8") from None
+            raise ValueError(
+                f"{place}: expected UTF-8, found byte 0x{line[error.start]:02x}; save it as UTF-8"
+            ) from None
         try:
             row = parse_json(text, unique=True)
         except ValueError as error:

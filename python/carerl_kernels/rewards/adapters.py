@@ -14,103 +14,28 @@ empty answer where the trace never ends. "opened": the prompt's template ends wi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from json import dumps
 from typing import Any
 
 from .._http import MAX_BODY
 from .._json import parse_json
-from ..grpo.domain import BatchReward, Example, RewardError, checked_rewards, group_numbers
+from ..grpo.domain import Example
+from .handed_over import Examples, Reward, as_example, as_number, judged, name_of, plain
 from .prompts import Prompt, completion_text
 from .reasoning import StripReasoning, strip_special_tokens
-from .reasoning import strip_reasoning as answer_of
-
-Reward = Callable[[Example, str], "float | None"] | BatchReward
-
-REMEDIES = {
-    "TRL": "make per_device_train_batch_size, and the batch of evaluation, a multiple of num_generations",
-    "verl": "set reward_model.reward_manager=batch, which scores a batch in one call",
-    "OpenRLHF": "make micro_rollout_batch_size a multiple of n_samples_per_prompt",
-    "slime": "start it with --group-rm",
-    "verifiers": "have the rubric score groups (score_group), which passes prompts= and completions=",
-}
-
-
-def _judge(
-    reward: Reward, examples: Sequence[Example], completions: Sequence[str], trainer: str, strip: StripReasoning
-) -> list[float | None]:
-    """Checked rewards: finite numbers or None.
-
-    Raises:
-        RewardError: A reward that compares sees every prompt once.
-    """
-    if getattr(reward, "compares", False) and examples and len(set(group_numbers(examples))) == len(examples):
-        raise RewardError(
-            f"{_name(reward)} compares the completions of a prompt, and {trainer} hands over one of each: all rewards would be 0; "
-            f"{REMEDIES[trainer]}, or use components with normalize 'running' or 'none'"
-        )
-    # a trace that never ends has no answer: that is the policy's doing, not the judge's failure
-    answers = completions if strip is False else [answer_of(text, strip) or "" for text in completions]
-    return checked_rewards(_name(reward), reward, examples, answers)
-
-
-def _name(reward: Reward) -> str:
-    return str(getattr(reward, "__name__", type(reward).__name__))
-
-
-def _number(value: float | None, excluded: float | None, trainer: str) -> float:
-    if value is not None:
-        return value
-    if excluded is None:
-        raise RewardError(
-            f"a completion could not be judged, and {trainer} cannot leave it out; pass excluded= the number it shall get"
-        )
-    return excluded
-
-
-def _plain(value: Any) -> Any:
-    """Python's own numbers, texts, lists and dicts for numpy's and torch's, as parquet files and tensors hold them."""
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if hasattr(value, "tolist") and hasattr(value, "dtype"):
-        return _plain(value.tolist())  # of a scalar: the number
-    return value
-
-
-def _text(answer: Any) -> str | None:
-    """A right answer as text; None for none, and for what is no single one."""
-    answer = _plain(answer)
-    while isinstance(answer, list) and len(answer) == 1:
-        answer = answer[0]
-    return None if answer is None or isinstance(answer, (list, dict)) else str(answer)
-
-
-def _example(prompt: Any, answer: Any, info: Mapping[str, Any], group: Hashable = None) -> Example:
-    prompt = _plain(prompt)
-    return Example(prompt if isinstance(prompt, str) else tuple(dict(m) for m in prompt), _text(answer), info, group)
-
-
-class _Examples:
-    """The same Example object for equal prompts, answers, columns and groups: rewards that work per object do it once."""
-
-    def __init__(self) -> None:
-        self._seen: dict[tuple[str, Hashable], Example] = {}
-
-    def __call__(self, prompt: Any, answer: Any, info: Mapping[str, Any], group: Hashable = None) -> Example:
-        prompt, answer, info = _plain(prompt), _plain(answer), _plain(info)
-        key = (dumps([prompt, answer, info], sort_keys=True, default=repr), group)
-        if key not in self._seen:
-            self._seen[key] = _example(prompt, answer, info, group)
-        return self._seen[key]
-
 
 # ----------------------------------------------------------------------------------------------------------------- TRL
 
 
-TRLS_OWN = ("completion_ids", "environments", "trainer_state", "log_extra", "log_metric")  # beside the data set's columns
+TRLS_OWN = (
+    "completion_ids",
+    "environments",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+)  # beside the data set's columns
 
 
 def trl_reward(
@@ -139,14 +64,14 @@ def trl_reward(
     def judge(
         prompts: Sequence[Prompt], completions: Sequence[Prompt], columns: Mapping[str, Any]
     ) -> list[float | None]:
-        example = _Examples()
-        columns = {k: _plain(v) for k, v in columns.items() if k not in TRLS_OWN}
+        example = Examples()
+        columns = {k: plain(v) for k, v in columns.items() if k not in TRLS_OWN}
         rows = {k: v for k, v in columns.items() if isinstance(v, list) and len(v) == len(prompts)}
         examples = [
             example(p, rows[answer][i] if answer in rows else None, {k: v[i] for k, v in rows.items()})
             for i, p in enumerate(prompts)
         ]
-        return _judge(reward, examples, [completion_text(c) for c in completions], "TRL", strip_reasoning)
+        return judged(reward, examples, [completion_text(c) for c in completions], "TRL", strip_reasoning)
 
     def sync(prompts: Sequence[Prompt], completions: Sequence[Prompt], **columns: Any) -> list[float | None]:
         return judge(prompts, completions, columns)
@@ -157,7 +82,7 @@ def trl_reward(
         return await asyncio.to_thread(judge, prompts, completions, columns)
 
     function: Callable[..., Any] = concurrent if asynchronous else sync
-    function.__name__ = name or _name(reward)
+    function.__name__ = name or name_of(reward)
     return function
 
 
@@ -183,11 +108,11 @@ def verl_compute_score(
     """
 
     def example(data_source: Any, ground_truth: Any, extra_info: Mapping[str, Any] | None) -> Example:
-        truth, source = _plain(ground_truth), str(data_source)
-        info = _plain(dict(extra_info or {})) | {"data_source": source, "ground_truth": truth}
+        truth, source = plain(ground_truth), str(data_source)
+        info = plain(dict(extra_info or {})) | {"data_source": source, "ground_truth": truth}
         index = info.get("index")
         group = None if index is None else (source, str(index))
-        return _example(info.get("question") or info.get("prompt") or source, truth, info, group)
+        return as_example(info.get("question") or info.get("prompt") or source, truth, info, group)
 
     def of_source(source: str) -> Reward:
         if not isinstance(rewards, Mapping):
@@ -210,8 +135,8 @@ def verl_compute_score(
     ) -> dict[str, float] | list[float]:
         if data_sources is None or solution_strs is None:
             only = example(data_source, ground_truth, extra_info)
-            value = _judge(of_source(str(data_source)), [only], [str(solution_str)], "verl", strip_reasoning)[0]
-            return {"score": _number(value, excluded, "verl"), "judged": float(value is not None)}
+            value = judged(of_source(str(data_source)), [only], [str(solution_str)], "verl", strip_reasoning)[0]
+            return {"score": as_number(value, excluded, "verl"), "judged": float(value is not None)}
         size = len(solution_strs)
         truths = [None] * size if ground_truths is None else ground_truths
         infos = [None] * size if extra_infos is None else extra_infos
@@ -221,9 +146,9 @@ def verl_compute_score(
         for source in dict.fromkeys(sources):
             rows = [i for i in range(size) if sources[i] == source]
             texts = [solution_strs[i] for i in rows]
-            values = _judge(of_source(source), [examples[i] for i in rows], texts, "verl", strip_reasoning)
+            values = judged(of_source(source), [examples[i] for i in rows], texts, "verl", strip_reasoning)
             for i, value in zip(rows, values, strict=True):
-                numbers[i] = _number(value, excluded, "verl")
+                numbers[i] = as_number(value, excluded, "verl")
         return numbers
 
     return compute_score
@@ -249,7 +174,7 @@ def openrlhf_reward_func(
         import torch
 
         values = _from_queries(reward, queries, prompts, labels, strip_reasoning)
-        numbers = torch.tensor([_number(v, excluded, "OpenRLHF") for v in values], dtype=torch.float32)
+        numbers = torch.tensor([as_number(v, excluded, "OpenRLHF") for v in values], dtype=torch.float32)
         judged = torch.tensor([float(v is not None) for v in values])
         return {"rewards": numbers, "scores": numbers.clamp(0, 1), "extra_logs": {"judged": judged}}
 
@@ -259,20 +184,20 @@ def openrlhf_reward_func(
 def _from_queries(
     reward: Reward, queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any] | None, strip: StripReasoning
 ) -> list[float | None]:
-    labels = _plain(labels)
+    labels = plain(labels)
     known = list(labels) if labels else [None] * len(queries)
     if not len(queries) == len(prompts) == len(known):
         raise ValueError(
             f"expected as many queries, prompts and labels, found {len(queries)}, {len(prompts)}, {len(known)}"
         )
-    example = _Examples()
+    example = Examples()
     examples = [example(p, label, {"label": label}) for p, label in zip(prompts, known, strict=True)]
     # a tokenizer's round trip may change the prompt's text at its edges; then there is no telling where it ends
     for query, prompt in zip(queries, prompts, strict=True):
         if not query.startswith(prompt):
             raise ValueError(f"expected a query to start with its prompt, found {query[:80]!r} for {prompt[:80]!r}")
     responses = [strip_special_tokens(q[len(p) :]) for q, p in zip(queries, prompts, strict=True)]
-    return _judge(reward, examples, responses, "OpenRLHF", strip)
+    return judged(reward, examples, responses, "OpenRLHF", strip)
 
 
 def openrlhf_server(
@@ -297,7 +222,7 @@ def openrlhf_server(
                     raise ValueError(f"expected a body of at most {MAX_BODY >> 20} MiB, found {size} bytes")
                 job = parse_json(self.rfile.read(size))
                 values = _from_queries(reward, job["query"], job["prompts"], job.get("labels"), strip_reasoning)
-                numbers = [_number(v, excluded, "OpenRLHF") for v in values]
+                numbers = [as_number(v, excluded, "OpenRLHF") for v in values]
                 logs = {"judged": [float(v is not None) for v in values]}
                 scores = [min(1.0, max(0.0, n)) for n in numbers]
                 self._answer(200, {"rewards": numbers, "scores": scores, "extra_logs": logs})
@@ -339,14 +264,14 @@ def slime_custom_rm(
     async def custom_rm(args: Any, sample: Any, **_: Any) -> Any:
         many = isinstance(sample, (list, tuple))
         samples = list(sample) if many else [sample]
-        example = _Examples()
+        example = Examples()
         examples = [
             example(s.prompt, s.label, dict(getattr(s, "metadata", None) or {}), getattr(s, "group_index", None))
             for s in samples
         ]
         texts = [strip_special_tokens(s.response) for s in samples]
-        values = await asyncio.to_thread(_judge, reward, examples, texts, "slime", strip_reasoning)
-        numbers = [_number(v, excluded, "slime") for v in values]
+        values = await asyncio.to_thread(judged, reward, examples, texts, "slime", strip_reasoning)
+        numbers = [as_number(v, excluded, "slime") for v in values]
         return numbers if many else numbers[0]
 
     return custom_rm
@@ -390,12 +315,12 @@ def verifiers_reward(
         answers: Sequence[Any],
         infos: Sequence[Mapping[str, Any] | None],
     ) -> list[float]:
-        example = _Examples()
+        example = Examples()
         examples = [example(p, a, dict(i or {})) for p, a, i in zip(prompts, answers, infos, strict=True)]
         texts = [completion_text(c) for c in completions]
-        values = await asyncio.to_thread(_judge, reward, examples, texts, "verifiers", strip_reasoning)
-        return [_number(v, excluded, "verifiers") for v in values]
+        values = await asyncio.to_thread(judged, reward, examples, texts, "verifiers", strip_reasoning)
+        return [as_number(v, excluded, "verifiers") for v in values]
 
     function: Callable[..., Awaitable[Any]] = group if getattr(reward, "compares", False) else single
-    function.__name__ = name or _name(reward)
+    function.__name__ = name or name_of(reward)
     return function

@@ -42,7 +42,9 @@ def score(
 
         rows: RowScorer
         if verifier:
-            rows = VerifierRows(verifier, _verifier(verifier), threads=min(concurrency, 8), strip_reasoning=strip_reasoning)
+            rows = VerifierRows(
+                verifier, _verifier(verifier), threads=min(concurrency, 8), strip_reasoning=strip_reasoning
+            )
         else:
             from .pa_grm import Endpoint, Limits, LocalModel, Scorer
 

@@ -16,7 +16,7 @@ LARGEST, SMALLEST = 1e100, 1e-100  # what a chart can do arithmetic with; below 
 _NUMBERS = {EACH: NUMBER}
 LINE: dict[str, Any] = {
     "stage": TEXT,
-    **{name: _NUMBERS for name in ("eval", "rewards", "reward_variance", "batch_share", "seconds")},
+    **dict.fromkeys(("eval", "rewards", "reward_variance", "batch_share", "seconds"), _NUMBERS),
     "monitor": {
         "alpha": NUMBER,
         "drop": NUMBER,

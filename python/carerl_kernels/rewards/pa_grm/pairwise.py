@@ -61,7 +61,13 @@ async def prefer(judge: Judge, prompt: Prompt, first: str, second: str, protocol
         raise BackendError(f"no valid preference in {judge.attempts} replies of {judge.backend.model}")
 
     key = cache_key(
-        "preference", version=2, prompt=text, first=first, second=second, protocol=protocol.digest, model=judge.backend.model
+        "preference",
+        version=2,
+        prompt=text,
+        first=first,
+        second=second,
+        protocol=protocol.digest,
+        model=judge.backend.model,
     )
     value, known = await judge.cache.get_or_make(key, ask)
     judge.backend.meter.cached += known

@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .untrusted import CONTROL, plain_lines, without_hidden
+from .untrusted import plain_lines, without_hidden
 
 MASK = "[...]"
 
@@ -36,7 +36,9 @@ _TEMPLATE = re.compile(
 )
 _PATTERNS = {"verdict": _VERDICT, "delimiter": _DELIMITER, "control": _TEMPLATE}
 
-_JUDGES = "judge judges grader graders evaluator evaluators reviewer reviewers scorer scorers rater raters assessor assessors"
+_JUDGES = (
+    "judge judges grader graders evaluator evaluators reviewer reviewers scorer scorers rater raters assessor assessors"
+)
 _MARKS = "score scores mark marks point points rating ratings level levels grade grades credit"
 # Words in this order, each at most so many words after the one before it.
 _CHAINS: tuple[tuple[str, tuple[tuple[int, frozenset[str]], ...]], ...] = tuple(
@@ -70,7 +72,14 @@ _GRADING = re.compile(
     r"disqualif\w{0,12}|instructions?|ignore|disregard)\b",
     re.IGNORECASE,
 )
-_SPEAKS_ON = ("override", "address", "demand", "role", "delimiter", "control")  # the next sentence may be what they lead up to
+_SPEAKS_ON = (
+    "override",
+    "address",
+    "demand",
+    "role",
+    "delimiter",
+    "control",
+)  # the next sentence may be what they lead up to
 
 _END = re.compile(r"(?<=[.!?。！？])[ \t]++|\n")
 _FENCE = re.compile(r"[ \t]{0,8}+(`{3,}+|~{3,}+)(.{0,80})")
@@ -212,9 +221,7 @@ def _attempts(folded: str, code: bool) -> list[tuple[str, int, int]]:
     return sorted(found, key=lambda span: span[1])
 
 
-def _chain(
-    words: Sequence[tuple[str, int, int]], i: int, links: Sequence[tuple[int, frozenset[str]]]
-) -> int | None:
+def _chain(words: Sequence[tuple[str, int, int]], i: int, links: Sequence[tuple[int, frozenset[str]]]) -> int | None:
     """Where a chain that starts at word i ends, or None."""
     if words[i][0] not in links[0][1]:
         return None

@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field
 QUOTE_MARK = "| "
 
 # Tokens of the chat templates at large. The first character gets replaced, which no tokenizer then takes for one of its special
-# tokens: ChatML, Llama 3 and 4, Phi, Command R, Harmony, GLM and Granite write <|name|>, DeepSeek the same with a wide bar, EXAONE
-# [|name|], MiniMax ]~b]; Llama 2 and Mistral [NAME] and <s>; Gemma <start_of_turn> and <|turn>; others names of their own.
+# tokens: ChatML, Llama 3 and 4, Phi, Command R, Harmony, GLM and Granite write <|name|>, DeepSeek the same with a wide bar,
+# EXAONE [|name|], MiniMax ]~b]; Llama 2 and Mistral [NAME] and <s>; Gemma <start_of_turn> and <|turn>; others their own.
 _ROLES = r"system|user|assistant|human|model|observation|developer|tool|bot"
 _ANGLED = (
     r"/?(?:s|bos|eos|pad|unk|mask|cls|sep|sop|eop|eo[adhmt]|eot_id|think|thinking|reasoning|analysis|image|audio|video|"
@@ -32,7 +32,8 @@ _SQUARE = (
     r"IMG(?:_[A-Z]{1,8})?|(?:BEGIN_)?AUDIO|CONTROL_?[0-9]{1,4}|UNUSED_TOKEN_[0-9]{1,6}|@?BOS@?|@?EOS@?|PAD|UNK|CLS|SEP|[gs]?MASK)"
 )
 CONTROL = re.compile(
-    rf"<(?=[|\uff5c])|<(?={_ANGLED}>)|<(?=</?SYS>>)|\[(?=\||{_SQUARE}\])|\](?=~[a-z!]{{1,8}}[\[\]])|\[(?=e~\[)", re.IGNORECASE
+    rf"<(?=[|\uff5c])|<(?={_ANGLED}>)|<(?=</?SYS>>)|\[(?=\||{_SQUARE}\])|\](?=~[a-z!]{{1,8}}[\[\]])|\[(?=e~\[)",
+    re.IGNORECASE,
 )
 _LOOKALIKE = {"<": "‹", "[": "［", "]": "］"}
 _LINE_END = re.compile(r"\r\n?|[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")

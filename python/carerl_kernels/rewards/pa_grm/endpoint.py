@@ -168,9 +168,9 @@ class Endpoint:
             BackendRefusedError, BackendError, TryAgainError: There is none.
         """
         status, words = answer.status, self._client.short(answer.text)
-        if status == 403 and self._forbidden is not None:
+        if status == 403 and self._forbidden is not None and not _OF_THE_ITEM.search(_complaint(answer)):
             self._forbidden += 1
-        if status in _REFUSED or (self._forbidden or 0) >= _FORBIDDEN:
+        if status in _REFUSED or (status == 403 and (self._forbidden or 0) >= _FORBIDDEN):
             raise BackendRefusedError(
                 f"{self.url} refuses model {self._model!r}: status {status}, {words}; check url, model and api_key"
             )

@@ -139,13 +139,13 @@ class Scorer:
         Raises:
             BackendRefusedError: The backend will refuse every request: stop and repair.
         """
-        refusal = self.controls.refusal(response)
-        answer = graded_text(response, self.strip_reasoning) if refusal is None else None
-        if refusal is None:
-            refusal = "its reasoning never ends" if answer is None else self.controls.refusal(answer)
-        if refusal is not None or answer is None:
-            return Score(0.0, refusal)
+        answer = graded_text(response, self.strip_reasoning)
+        if answer is None:
+            return Score(0.0, "its reasoning never ends")
         response = answer
+        refusal = self.controls.refusal(response)
+        if refusal is not None:
+            return Score(0.0, refusal)
         found = signs(response)
         if found and self.on_signs == "zero":
             return Score(0.0, "tries to steer the judge", signs=found)

@@ -73,7 +73,13 @@ def test_deciding_block_by_block_changes_nothing(rule, numbers, monkeypatch):
         assert run(walk) < 3e-6
         report, guard = walk.guard.report(), walk.guard
         found.append(
-            (numpy_of(walk.params), report["touched_share"], report["domains"], guard.memory.steps.q_prev, guard.memory.steps.q_start)
+            (
+                numpy_of(walk.params),
+                report["touched_share"],
+                report["domains"],
+                guard.memory.steps.q_prev,
+                guard.memory.steps.q_start,
+            )
         )
     (a, touched, domains, *q), (b, touched_by_blocks, domains_by_blocks, *q_by_blocks) = found
     for x, y in zip(a, b, strict=True):

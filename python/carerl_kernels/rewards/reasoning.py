@@ -11,9 +11,8 @@ StripReasoning = bool | Literal["opened"]
 _NAMES = "think|thinking|thought|thoughts|reasoning|reason|reflection|scratchpad|analysis|seed:think"
 _OPEN = rf"<(?:{_NAMES})>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|START_THINKING\|>|<\|inner_prefix\|>|<unused94>"
 _CLOSE = rf"</(?:{_NAMES})>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<\|END_THINKING\|>|<\|inner_suffix\|>|<unused95>"
-_TAG = re.compile(rf"(?P<open>{_OPEN})|(?P<close>{_CLOSE})", re.IGNORECASE)
-
 _QUOTES = {"'", '"', "`"}
+_TAG = re.compile(rf"(?P<open>{_OPEN})|(?P<close>{_CLOSE})", re.IGNORECASE)
 
 # Harmony and its relatives write channels: what is said to the user is in "final".
 _CHANNEL = re.compile(r"<\|channel\|>\s{0,8}(\w{1,32})[^<\n]{0,64}<\|message\|>")
@@ -22,8 +21,6 @@ _SPECIAL = re.compile(
     r"\s{0,64}(?:<\|[A-Za-z0-9_./:-]{1,48}\|>|<｜[^｜<>\n]{1,48}｜>|</s>|<s>|<eos>|<bos>|<pad>|\[PAD\]|<unk>"
     r"|<(?:start|end)_of_turn>|<end_of_utterance>|\[/?INST\]|\[(?:BOS|EOS|SEP|CLS)\])"
 )
-
-
 _STARTS_TRACE = re.compile(rf"{_OPEN}|<\|channel\|>", re.IGNORECASE)
 
 
@@ -36,9 +33,8 @@ def strip_special_tokens(text: str) -> str:
     while (found := _SPECIAL.match(text, start)) and not _STARTS_TRACE.match(found[0].strip()):
         start = found.end()
     end = len(text)
-    while True:
+    for _ in range(64):  # more of them are no accident of decoding
         stripped = len(text[start:end].rstrip()) + start
-        # A special token is short, so that looking at the end costs the same for every text.
         found = next(
             (m for m in _SPECIAL.finditer(text, max(start, stripped - 120), stripped) if m.end() == stripped), None
         )
@@ -52,8 +48,9 @@ def strip_reasoning(text: str, mode: StripReasoning = True) -> str | None:
     """What `text` says after its reasoning; None where the reasoning never ends, so that there is no answer to grade.
 
     A trace is what stands between tags such as <think> and </think>, if the opening one begins the text or a line; a trace
-    in a trace belongs to it. A closing tag whose opening one is missing closes a trace that the prompt opened, unless it stands in
-    quotes, as in a program that removes such tags. Of channels ("analysis", "final") the last final one is the answer. Takes time linear in the text.
+    in a trace belongs to it. A closing tag whose opening one is missing closes a trace that the prompt opened, unless it
+    stands in quotes, as in a program that removes such tags. Of channels ("analysis", "final") the last final one is the
+    answer. Takes time linear in the text.
 
     Args:
         text: A completion.

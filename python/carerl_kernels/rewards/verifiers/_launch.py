@@ -42,6 +42,7 @@ class Launched:
             nobody inside keeps the time.
         budget: Seconds, of either kind, that all parts may take.
         parts: How many parts with clocks of their own the program has.
+        own_user: Whether root's programs run as a user of their own.
 
     Attributes:
         child: The inside; its streams are the program's.
@@ -63,10 +64,11 @@ class Launched:
         cpu: float = 0.0,
         budget: float = 0.0,
         parts: int = 0,
+        own_user: bool = True,
     ) -> None:
         executable, *library = interpreter(python)
         self.isolated = isolated
-        self._uid = _draw_uid() if os.geteuid() == 0 else None
+        self._uid = _draw_uid() if own_user and os.geteuid() == 0 else None
         self._directory = None if isolated else tempfile.mkdtemp(prefix="carerl-sandbox-")
         job: dict[str, Any] = {
             "isolated": isolated,

@@ -13,6 +13,7 @@ import ctypes
 import json
 import os
 import resource
+import select
 import signal
 import sys
 import time
@@ -20,7 +21,7 @@ from typing import Any
 
 import _landlock
 import _seccomp
-from _usage import Usage
+from _usage import Usage, tasks_of
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
@@ -120,17 +121,18 @@ def become_program(job: dict[str, Any], status: int, progress: int | None) -> No
         os.set_inheritable(PROGRESS, True)
     if os.uname().machine in KEYCTL:
         libc.syscall(KEYCTL[os.uname().machine], 1, None)  # a session keyring of its own instead of the trainer's
-    limits = job["limits"]
+    limits = dict(job["limits"])
+    processes = limits.pop("NPROC")
     for name, value in limits.items():
-        if name != "NPROC":
-            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value + (name == "CPU")))
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value + (name == "CPU")))
     if job["uid"] is not None:
         os.setgroups([])
         os.setresgid(job["uid"], job["uid"], job["uid"])
-        resource.setrlimit(resource.RLIMIT_NPROC, (limits["NPROC"], limits["NPROC"]))
+    elif not job["isolated"]:
+        processes += tasks_of(os.getuid())  # the limit is one of the user, who has others
+    resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))
+    if job["uid"] is not None:
         os.setresuid(job["uid"], job["uid"], job["uid"])
-    else:
-        resource.setrlimit(resource.RLIMIT_NPROC, (limits["NPROC"], limits["NPROC"]))
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # another user than before: only now
     check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
     isolated = job["isolated"]
@@ -197,12 +199,19 @@ def supervise(job: dict[str, Any], status: int, usage: Usage) -> dict[str, Any]:
     let_go_of_output()
     os.write(status, b"started\n")
     try:
-        return watch(job, program, progress_read, usage)
+        return watch(job, program, status, progress_read, usage)
     except BaseException as error:
         return {"signal": signal.SIGKILL, "cpu": 0.0, "clock": 0.0, "why": f"{type(error).__name__}: {error}"}
 
 
-def watch(job: dict[str, Any], program: int, progress: int, usage: Usage) -> dict[str, Any]:
+def _orphaned(status: int) -> bool:
+    """Whether nobody reads `status` any more."""
+    poll = select.poll()
+    poll.register(status, 0)
+    return bool(poll.poll(0))
+
+
+def watch(job: dict[str, Any], program: int, status: int, progress: int, usage: Usage) -> dict[str, Any]:
     """Waits for the program's end; keeps its clocks, which start anew with every part (`PROGRESS`)."""
     # A program may share our user: in a namespace nothing but its end is listened to.
     ends = {signal.SIGCHLD} if job["isolated"] else {signal.SIGCHLD, signal.SIGTERM}
@@ -229,6 +238,8 @@ def watch(job: dict[str, Any], program: int, progress: int, usage: Usage) -> dic
         if asked is not None and asked.si_signo == signal.SIGTERM:
             return ended({"stopped": "asked"})
         now = time.monotonic()
+        if job["wall"] is None and _orphaned(status):
+            return ended({"stopped": "asked"})
         if job["wall"] is None or now < next_look:  # watched by who started it; or children that end all the time
             continue
         next_look = now + 0.04
@@ -276,12 +287,14 @@ def main() -> None:
     status = int(sys.argv[1])
     length = int(read_exactly(8))
     job = json.loads(read_exactly(length))
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if job["wall"] is not None:  # else the thread that started us may end long before us; `_orphaned` looks instead
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # nothing a program sends reaches us
     try:
         if job["isolated"]:
             enter_namespaces()
-            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # a new user namespace has cleared it
+            if job["wall"] is not None:
+                libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # a new user namespace has cleared it
             first = os.fork()  # the first process of the new namespace: when it ends, the kernel kills all others
             if first != 0:
                 let_go_of_output()

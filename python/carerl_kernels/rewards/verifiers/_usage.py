@@ -79,3 +79,29 @@ class Usage:
         except OSError:
             return []
         return [child for thread in threads for child in self._read(f"{pid}/task/{thread}/children").split()]
+
+
+def tasks_of(uid: int) -> int:
+    """Processes and threads that a user has."""
+    count = 0
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError):
+                if os.stat(f"/proc/{name}").st_uid == uid:
+                    count += len(os.listdir(f"/proc/{name}/task"))
+    return count
+
+
+def tree_cpu(pid: int) -> float:
+    """Seconds of processor time of a process and all below it, as the machine's /proc shows them."""
+    seconds, waiting = 0.0, [str(pid)]
+    while waiting:
+        one = waiting.pop()
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            with open(f"/proc/{one}/stat") as file:
+                fields = file.read().rpartition(")")[2].split()
+            seconds += sum(map(int, fields[11:15])) / _TICKS
+            for thread in os.listdir(f"/proc/{one}/task"):
+                with open(f"/proc/{one}/task/{thread}/children") as file:
+                    waiting += file.read().split()
+    return seconds

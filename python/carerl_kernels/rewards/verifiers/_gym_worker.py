@@ -26,7 +26,7 @@ LITERALS = (
 FUNCTIONS = frozenset(
     """sin cos tan cot sec csc asin acos atan acot asec acsc sinh cosh tanh coth sech csch asinh acosh atanh acoth exp log ln
     sqrt cbrt root Abs sign erf erfc erfi gamma factorial binomial floor ceiling Rational Integer Float Min Max Mod Pow Add Mul
-    Ei Si Ci li""".split()
+    Ei Si Ci li""".split()  # noqa: SIM905
 )
 FORMULA = re.compile(r"[0-9A-Za-z\s+\-*/^().,!]{0,5000}")
 
@@ -47,12 +47,16 @@ def harmless_formula(text: str) -> bool:
         return False
     called = set(re.findall(r"([0-9A-Za-z]{1,60})\(", squeezed))
     words = set(re.findall(r"[A-Za-z]{2,60}", text))
-    return all(name in FUNCTIONS or len(name) == 1 or name.isdigit() for name in called) and not words & set(keyword.kwlist)
+    return all(name in FUNCTIONS or len(name) == 1 or name.isdigit() for name in called) and not words & set(
+        keyword.kwlist
+    )
 
 
 def grade(dataset, job: dict) -> dict:  # type: ignore[no-untyped-def]
     answer, evaluates = job["answer"], job["evaluates"]
-    if (evaluates == "python" and not harmless_literal(answer)) or (evaluates == "sympy" and not harmless_formula(answer)):
+    if (evaluates == "python" and not harmless_literal(answer)) or (
+        evaluates == "sympy" and not harmless_formula(answer)
+    ):
         return {"score": 0.0, "refused": True}
     try:
         return {"score": float(dataset.score_answer(answer, pickle.loads(base64.b64decode(job["entry"]))))}

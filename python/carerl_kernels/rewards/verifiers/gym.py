@@ -18,6 +18,7 @@ from typing import Any, Literal
 from ...grpo.domain import Domain, Example
 from ..log import LOGGER
 from ..reasoning import StripReasoning, graded_text
+from .answers import tagged_answer
 from .worker import Failed, Worker
 
 # Ready mixtures: what a small model can begin to learn, by skill.
@@ -145,20 +146,15 @@ class GymReward:
         if graded is None:
             return 0.0
         if "error" in graded or "refused" in graded:
-            LOGGER.debug("%s: %s for %r", task, graded.get("error", "not an answer that may be evaluated"), answer[:200])
+            LOGGER.debug(
+                "%s: %s for %r", task, graded.get("error", "not an answer that may be evaluated"), answer[:200]
+            )
         score = graded.get("score")
         return min(1.0, max(0.0, score)) if isinstance(score, (int, float)) and math.isfinite(score) else 0.0
 
     def close(self) -> None:
         """Ends the graders' process; the next call starts another."""
         self._worker.close()
-
-
-def tagged_answer(text: str, tag: str = "answer") -> str | None:
-    """What stands between the last closing tag and the opening one before it; None without them."""
-    end = text.rfind(f"</{tag}>")
-    begin = text.rfind(f"<{tag}>", 0, max(end, 0))
-    return None if begin < 0 else text[begin + len(tag) + 2 : end].strip()
 
 
 @cache

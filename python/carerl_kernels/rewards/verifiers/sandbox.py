@@ -292,8 +292,8 @@ def _warn_of_missing(python: str, isolated: bool) -> None:
     if not missing:
         return
     LOGGER.warning(
-        "programs of the policy run without protection of %s: run this on Linux 6.12 or newer on x86_64 or aarch64, with seccomp, "
-        "Landlock and /proc, and allow user namespaces or run as root with CAP_SYS_ADMIN",
+        "programs of the policy run without protection of %s: run this on Linux 6.12 or newer on x86_64 or aarch64, with "
+        "seccomp, Landlock and /proc, and allow user namespaces or run as root with CAP_SYS_ADMIN",
         ", ".join(missing),
     )
 

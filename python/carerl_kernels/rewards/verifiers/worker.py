@@ -100,7 +100,9 @@ class Worker:
             if line is None and self._running.child.poll() is None:
                 before = tree_cpu(pid)
                 line = self._line(timeout / 2)
-                idle = line is None and self._running.child.poll() is None and tree_cpu(pid) - before < _BUSY * timeout / 2
+                idle = (
+                    line is None and self._running.child.poll() is None and tree_cpu(pid) - before < _BUSY * timeout / 2
+                )
             else:
                 idle = False
             answer = _parsed(line)
@@ -193,5 +195,3 @@ def _place() -> tuple[Sandbox | None, str | None]:
     there = sandbox.protections
     missing = [name for name in ("files", "network", "system calls") if not there[name]]
     return sandbox, f"no protection of {', '.join(missing)}" if missing else None
-
-

@@ -172,7 +172,7 @@ def is_words(gold: str) -> bool:
         return False
     found = [w.casefold() for w in re.findall(r"[^\W\d_]{1,100}", bare)]
     words = [w for w in found if w not in _MATHEMATICAL]
-    long = [w for w in words if (len(w) > 2 and (re.search(r"[aeiouy]", w) or not w.isascii())) or not w.isascii()]
+    long = [w for w in words if (len(w) > 2 and (re.search(r"[aeiou]", w) or not w.isascii())) or not w.isascii()]
     return bool(long) or (len(found) == 1 and found[0] in _SHORT_WORDS) or "\\text{" in gold
 
 

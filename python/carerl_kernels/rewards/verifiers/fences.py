@@ -146,9 +146,12 @@ def extract_code(completion: str, names: Sequence[str] = ()) -> str:
     plain = [b for b in blocks if not b.language]
     if names:
         one = "|".join(re.escape(name) for name in names)
-        define = rf"^[ \t]{{0,16}}(?:async[ ]{{1,4}})?(?:def|class)[ \t]{{1,8}}(?:{one})\b|^(?:{one})[ \t]{{0,8}}="
+        define = re.compile(
+            rf"^[ \t]{{0,16}}(?:async[ ]{{1,4}})?(?:def|class)[ \t]{{1,8}}(?:{one})\b|^(?:{one})[ \t]{{0,8}}=",
+            re.MULTILINE,
+        )
         for found in (marked, plain):
-            defining = [b for b in found if re.search(define, b.text, re.MULTILINE)]
+            defining = [b for b in found if define.search(b.text)]
             if defining:
                 return defining[-1].text
     programs = [b for b in plain if not _OUTPUT.match(b.before) and not b.text.lstrip().startswith(("$ ", ">>> "))]

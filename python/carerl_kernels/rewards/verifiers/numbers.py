@@ -17,7 +17,6 @@ _PLAIN = str.maketrans(
     | dict.fromkeys("\u2044\u2215\u00f7", "/")
     | dict.fromkeys("\u00d7\u22c5\u00b7\u2219\u2217", "*")
     | {chr(0xFF01 + i): chr(0x21 + i) for i in range(94) if 0xFF01 + i != 0xFF0D}
-    | {c: f"^{n}" for n, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
     | {
         "½": " 1/2",
         "⅓": " 1/3",
@@ -31,6 +30,8 @@ _PLAIN = str.maketrans(
     }
     | {"°": " degrees", "π": r"\pi ", "∞": r"\infty ", "µ": "μ", "٫": ".", "−": "-"}
 )
+_SUPERSCRIPT = re.compile(r"[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]{1,20}")
+_LOWERED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 _LATEX = (
     (re.compile(r"\\[dt]frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"\{,\}"), ","),
@@ -115,6 +116,8 @@ class Number:
 
 def plain(text: str) -> str:
     """`text` with plain signs and spaces, and without what LaTeX says about looks only."""
+    if not text.isascii():
+        text = _SUPERSCRIPT.sub(lambda m: f"^{{{m[0].translate(_LOWERED)}}}", text)
     text = text.translate(_PLAIN)
     if "\\" in text or "{,}" in text or "~" in text:
         for pattern, instead in _LATEX:

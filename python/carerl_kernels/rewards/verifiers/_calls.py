@@ -14,7 +14,7 @@ import sys
 import traceback
 
 
-def plain(value):  # type: ignore[no-untyped-def]
+def plain(value):
     """What JSON does not know as what it does: arrays and their scalars, ranges, views, queues as lists and numbers."""
     if hasattr(value, "tolist"):
         return value.tolist()
@@ -23,7 +23,7 @@ def plain(value):  # type: ignore[no-untyped-def]
     return list(value)
 
 
-def load():  # type: ignore[no-untyped-def]
+def load():
     """solution.py as the module `solution`, as far as it got if it ends itself."""
     spec = importlib.util.spec_from_file_location("solution", "solution.py")
     module = importlib.util.module_from_spec(spec)
@@ -33,7 +33,7 @@ def load():  # type: ignore[no-untyped-def]
     return module
 
 
-def function(module, name: str):  # type: ignore[no-untyped-def]
+def function(module, name: str):
     """The function of that name, or the method of a fresh object of class Solution."""
     if not hasattr(module, name) and hasattr(getattr(module, "Solution", None), name):
         return getattr(module.Solution(), name)

@@ -52,7 +52,7 @@ def harmless_formula(text: str) -> bool:
     )
 
 
-def grade(dataset, job: dict) -> dict:  # type: ignore[no-untyped-def]
+def grade(dataset, job: dict) -> dict:
     answer, evaluates = job["answer"], job["evaluates"]
     if (evaluates == "python" and not harmless_literal(answer)) or (
         evaluates == "sympy" and not harmless_formula(answer)
@@ -64,7 +64,7 @@ def grade(dataset, job: dict) -> dict:  # type: ignore[no-untyped-def]
         return {"score": 0.0, "error": f"{type(error).__name__}: {error}"[:200]}
 
 
-def in_a_process(dataset, job: dict) -> dict:  # type: ignore[no-untyped-def]
+def in_a_process(dataset, job: dict) -> dict:
     """The grade from a process of its own; 0 where the answer keeps it busy or kills it."""
     read, write = os.pipe()
     child = os.fork()

@@ -41,6 +41,7 @@ class Launched:
         wall, cpu: Seconds of the clock, and of processor time of the whole tree, that a part may take. Without `wall`
             nobody inside keeps the time.
         budget: Seconds, of either kind, that all parts may take.
+        patience: Seconds of the wall that a part may take, kept waiting for a processor as it may be.
         parts: How many parts with clocks of their own the program has.
         own_user: Whether root's programs run as a user of their own.
 
@@ -63,6 +64,7 @@ class Launched:
         wall: float | None = None,
         cpu: float = 0.0,
         budget: float = 0.0,
+        patience: float = 0.0,
         parts: int = 0,
         own_user: bool = True,
     ) -> None:
@@ -81,6 +83,7 @@ class Launched:
             "wall": wall,
             "cpu": cpu,
             "budget": budget,
+            "patience": patience,
             "parts": parts,
             "disk": disk,
             "limits": dict(limits),

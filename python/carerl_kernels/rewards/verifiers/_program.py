@@ -28,14 +28,14 @@ def start(packages: list[str]) -> None:
         name = os.fspath(file) if isinstance(file, (str, os.PathLike)) else file
         return streams.get(name) if isinstance(name, str) else None
 
-    def opened(file, *args, **kwargs):  # type: ignore[no-untyped-def]
+    def opened(file, *args, **kwargs):
         number = own(file)
         return open_file(file if number is None else os.dup(number), *args, **kwargs)
 
-    def descriptor(path, *args, **kwargs):  # type: ignore[no-untyped-def]
+    def descriptor(path, *args, **kwargs):
         number = own(path)
         return open_descriptor(path, *args, **kwargs) if number is None else os.dup(number)
 
-    builtins.open = io.open = opened  # type: ignore[assignment]
+    builtins.open = io.open = opened
     os.open = descriptor
     runpy.run_path("main.py", run_name="__main__")

@@ -32,7 +32,6 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38
 SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "ppc64le": 203, "s390x": 217}
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 
-PATIENCE = 3.0  # times its limit a program may wait for a busy machine
 PROGRESS = 3  # descriptor on which a program says that it begins its next part
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -256,7 +255,7 @@ def watch(job: dict[str, Any], program: int, status: int, progress: int, usage: 
         if clock - part_clock > job["wall"] or clock > job["budget"]:
             idle = used - part_used < 0.5 * min(job["cpu"], job["wall"])
             return ended({"stopped": "wall", "starved": waited is None and idle})
-        if now - part_began > PATIENCE * job["wall"]:
+        if now - part_began > job["patience"]:
             return ended({"stopped": "wall", "starved": True})
 
 

@@ -30,6 +30,7 @@ __all__ = ["Outcome", "Sandbox", "SandboxError", "SandboxLimits", "why_not_isola
 Isolation = Literal["namespaces", "none"]
 Status = Literal["ok", "error", "timeout", "cpu", "output", "killed"]
 _TURNS = Turns()
+_PATIENCE = 3.0  # times its limit that a program may be kept from its end by a busy machine
 
 
 class SandboxLimits(BaseModel):
@@ -209,12 +210,16 @@ def _run(
         wall=min(limits.wall, budget),
         cpu=cpu,
         budget=budget,
+        patience=_PATIENCE * limits.wall,
         parts=parts,
     )
     full = True
     try:
         full, out, err = talk(
-            launched, stdin.encode(errors="surrogatepass"), START_PATIENCE + 3 * budget, limits.output
+            launched,
+            stdin.encode(errors="surrogatepass"),
+            START_PATIENCE + _PATIENCE * max(budget, limits.wall),
+            limits.output,
         )
     finally:
         ended = launched.stop(at_once=full)

@@ -23,7 +23,7 @@ from ._usage import tree_cpu
 from .sandbox import Sandbox, SandboxError, SandboxLimits
 
 MAX_REPLY = 1 << 20
-_BUSY = 0.2  # share of a processor below which a silent grader was kept waiting by the machine
+_BUSY = 0.1  # seconds of processor time below which a silent grader was kept waiting by the machine
 
 
 class Failed(RuntimeError):
@@ -94,24 +94,18 @@ class Worker:
         if self._running is None or self._owner != os.getpid() or self._running.child.poll() is not None:
             self._start()
         assert self._running is not None
-        pid = self._running.child.pid
+        pid, line, idle = self._running.child.pid, b"", False
         if self._send(job):
-            line = self._line(timeout / 2)
-            if line is None and self._running.child.poll() is None:
+            found = self._line(timeout / 2)
+            if found is None:
                 before = tree_cpu(pid)
-                line = self._line(timeout / 2)
-                idle = (
-                    line is None and self._running.child.poll() is None and tree_cpu(pid) - before < _BUSY * timeout / 2
-                )
-            else:
-                idle = False
-            answer = _parsed(line)
-            if answer is not None:
-                return answer, False
+                found = self._line(timeout / 2)
+                idle = found is None and tree_cpu(pid) - before < _BUSY
+            line = found or b""
+        answer = _parsed(line)
+        if answer is None:
             self._kill()
-            return None, idle
-        self._kill()
-        return None, False
+        return answer, idle
 
     def _start(self) -> None:
         self._kill()
@@ -149,17 +143,18 @@ class Worker:
         return True
 
     def _line(self, timeout: float) -> bytes | None:
+        """The next line; empty if there will be none, None if there is none yet."""
         assert self._running is not None and self._running.child.stdout is not None
         stdout = self._running.child.stdout.fileno()
         deadline = time.monotonic() + timeout
         with selectors.DefaultSelector() as selector:
             selector.register(stdout, selectors.EVENT_READ)
             while b"\n" not in self._buffer:
-                if len(self._buffer) > MAX_REPLY or not selector.select(max(0.0, deadline - time.monotonic())):
+                if not selector.select(max(0.0, deadline - time.monotonic())):
                     return None
                 part = os.read(stdout, 65536)
-                if not part:
-                    return None
+                if not part or len(self._buffer) > MAX_REPLY:
+                    return b""
                 self._buffer += part
         line, _, self._buffer = self._buffer.partition(b"\n")
         return line

@@ -227,7 +227,8 @@ def watch(job: dict[str, Any], program: int, status: int, progress: int, usage: 
             while True:
                 pid, code = os.waitpid(-1, os.WNOHANG)
                 if pid == program:
-                    used, clock = usage.cpu(0), max(clock, usage.cpu(0))
+                    used = usage.cpu(0)
+                    clock = max(clock, used)
                     return ended(
                         {"signal": os.WTERMSIG(code)} if os.WIFSIGNALED(code) else {"code": os.WEXITSTATUS(code)}
                     )

@@ -83,7 +83,7 @@ class Gym(DomainSpec):
         tasks: Names of its data sets; None: the ready mixture of the domain's name (arithmetic, algebra, logic, ...).
         options: Settings per task.
         ask: Turns a question into the prompt; contains {question} and asks for <answer> tags.
-        seed, train_size, eval_size: See `gym_domain`.
+        seed, train_size, eval_size, timeout, allow_unisolated: See `gym_domain`.
     """
 
     kind: Literal["gym"]
@@ -93,6 +93,8 @@ class Gym(DomainSpec):
     seed: int = 0
     train_size: int = Field(default=10_000, ge=1)
     eval_size: int = Field(default=64, ge=1)
+    timeout: float = Field(default=5.0, gt=0)
+    allow_unisolated: bool = False
 
     @field_validator("ask")
     @classmethod
@@ -111,6 +113,8 @@ class Gym(DomainSpec):
             eval_size=self.eval_size,
             ask=None if ask is None else lambda question: ask.replace("{question}", question),
             options=self.options,
+            timeout=self.timeout,
+            allow_unisolated=self.allow_unisolated,
         )
 
 

@@ -91,15 +91,14 @@ def input_edit_kernel(
         if LOWER:
             under = d + tl.load(lower + at, mask=mask, other=0.0)
         x = tl.where(over > 0, over, 0.0) + tl.where(under < 0, under, 0.0)
-        broken = (over != over) | (under != under) | (tl.abs(d) == float("inf"))
+        broken = (over != over) | (under != under) | (finite(d) == 0)
     else:
         inside = row < rows
         up = tl.load(aligned + row, mask=inside, other=1.0)[None, :] - 1.0
         down = tl.load(conflict + row, mask=inside, other=1.0)[None, :] - 1.0
         tau = tl.load(threshold + row, mask=inside, other=0.0)[None, :]
         x = tl.where(c > tau, up * c, tl.where(c < -tau, down * c, 0.0))
-        broken = tl.abs(c) != tl.abs(c)
-        broken = broken | (tl.abs(c) == float("inf"))
+        broken = finite(c) == 0
     x = tl.where(mask, x, 0.0)
     broken = mask & (broken | (finite(x) == 0))
     whole = tl.max(broken.to(tl.int32), axis=1) == 0
@@ -113,8 +112,8 @@ def input_edit_kernel(
             v = load_directions(own, row, input, rows, inputs)
             w = load_tile(pointer, output, input, outputs, inputs, output_stride, input_stride)
             value = w + tl.dot(x, v, input_precision="ieee")
-            at = output.to(tl.int64)[:, None] * output_stride + input.to(tl.int64)[None, :] * input_stride
-            tl.store(pointer + at, value.to(like.dtype.element_ty), mask=moved[:, None] & (input < inputs)[None, :])
+            place = output.to(tl.int64)[:, None] * output_stride + input.to(tl.int64)[None, :] * input_stride
+            tl.store(pointer + place, value.to(like.dtype.element_ty), mask=moved[:, None] & (input < inputs)[None, :])
 
 
 def _outline(matrices, directions: Tensor, left: bool) -> tuple[tuple[int, ...], tuple, tuple[int, int, int]]:

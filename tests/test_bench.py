@@ -143,11 +143,10 @@ def test_list_tensors_are_separate_and_odd():
 @pytest.mark.parametrize(
     "case",
     [
-        tiny(Case(op, D=1, B=2))
-        for op in ("project", "gram", "edit_", "rotate_", "edit_rotate_", "dacsp_", "pca_update_")
-        + ("input_project", "input_confine_", "input_dacsp_")
-    ]
-    + [tiny(Case("dacsp_.list", tensors=20))],
+        *(tiny(Case(op, D=1, B=2)) for op in ("project", "gram", "edit_", "rotate_", "edit_rotate_", "dacsp_")),
+        *(tiny(Case(op, D=1, B=2)) for op in ("pca_update_", "input_project", "input_confine_", "input_dacsp_")),
+        tiny(Case("dacsp_.list", tensors=20)),
+    ],
     ids=lambda case: case.op,
 )
 def test_one_wrong_number_is_noticed(case):

@@ -90,7 +90,12 @@ class Expectation:
         if op == "input_dacsp_":
             return {"grads": g + (gain * c) @ u}
         if op in ("project", "input_project", "gram", "rotate_"):
-            return {"project": {"coeffs": c}, "input_project": {"coeffs": c}, "gram": {"gram": total}, "rotate_": {"rows": turned}}[op]
+            return {
+                "project": {"coeffs": c},
+                "input_project": {"coeffs": c},
+                "gram": {"gram": total},
+                "rotate_": {"rows": turned},
+            }[op]
         if op == "dacsp_":
             return {"coeffs": c, "grads": g + (gain * c) @ u}
         edited = x.scale.double().unsqueeze(1) * (g + x.mix.double() @ u)

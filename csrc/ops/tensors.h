@@ -56,8 +56,8 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const T
     CARERL_SHIM(aoti_torch_get_device_index(like->get(), &index));
   }
   AtenTensorHandle out = nullptr;
-  CARERL_SHIM(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), type, device, index, &out));
+  CARERL_SHIM(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), type, device,
+                                       index, &out));
   return Tensor(out);
 }
 

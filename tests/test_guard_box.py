@@ -195,6 +195,28 @@ def test_an_interrupted_segment_goes_on_exactly():
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("then", ["add", "stage", "protect"])
+def test_steps_that_wait_are_corrected_before_anything_counts_anew(then):
+    """What moved outside of the box since the last correction does not become the new anchor."""
+    walk = walk_of("input", "remove", 0.3, every=8, names=("math",))
+    optimizer = torch.optim.SGD(walk.params, lr=0.1)
+    walk.guard.attach(optimizer)
+    start = [dense(walk.params, [i]) for i in walk.oracles]
+    for _ in range(3):
+        for p in walk.params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    if then == "add":
+        walk.guard.add(make_factored(walk.model, "input", 3, 0.3, ("chat",), seed=5)[1][0])
+    elif then == "protect":
+        walk.guard.protect("chat", [(torch.randn(8, 13),)])
+    else:
+        with pytest.raises(KeyboardInterrupt), walk.guard.stage("chat"):
+            raise KeyboardInterrupt
+    for (index, oracle), old in zip(walk.oracles.items(), start, strict=True):
+        assert np.abs(oracle.A @ (dense(walk.params, [index]) - old)).max() < 1e-5
+
+
 def test_the_state_belongs_to_its_weights_and_version():
     walk = walk_of("input", "bounded", 0.5)
     state = walk.guard.state_dict()

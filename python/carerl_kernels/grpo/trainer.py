@@ -87,7 +87,7 @@ class GRPOTrainer:
         self.config = config or GRPOConfig()
         self.domains = domain_table(domains)
         self.history: list[dict[str, Any]] = []
-        self.guard_reports: dict[str, dict[str, Any]] = {}
+        self.guard_reports: dict[str, Mapping[str, Any]] = {}
         self._learner = Learner(model, tokenizer, self.domains, self.config, guard, monitor, editor, sampler)
         self.ranks = self._learner.ranks
         self.directory = None if run_dir is None else RunDirectory(run_dir, self.ranks)

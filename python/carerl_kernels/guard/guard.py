@@ -212,8 +212,9 @@ class CapabilityGuard:
                 f"{self.layout.kind!r}{'' if module is not None else ' over pairs of names and parameters'}"
             )
         options = {"run": run, "tokenizer": tokenizer, "positions": positions, "unseen": unseen, "progress": progress}
+        self.settle()  # what is shown to is what will be held
         with self._recording.paused():
-            moments = observe(module, batches, self.layout, group=self.data_group, **options)  # type: ignore[arg-type]
+            moments = observe(module, batches, self.layout, group=self.data_group, **options)
         if not len(self.stack):
             self._adapt(moments.layout(self.layout, self._locals()))
         basis = moments.basis(
@@ -616,6 +617,7 @@ class CapabilityGuard:
 
     def _start_here(self) -> None:
         if not self._following.restored:
+            self.settle()  # steps before this belong to what was before
             self.rebase()
 
     @torch.no_grad()

@@ -76,6 +76,7 @@ class Memory:
 
     def add(self, basis: StoredBasis, parameters: Sequence[Tensor]) -> None:
         """Takes a domain in; all displacements count from here on."""
+        self.settle(parameters)
         self.close(parameters)
         self.stack.put(basis, parameters)
         self._renew()

@@ -21,7 +21,6 @@ Bound = float | tuple[float, float] | Mapping[str, float | tuple[float, float]]
 class GuardOptions(TypedDict, total=False):
     """Keyword arguments of :class:`CapabilityGuard`, see :class:`Settings`."""
 
-    rule: Rule
     basis: Kind | None
     k: int | None
     r: int | None

@@ -328,7 +328,8 @@ class RowStack(Stack[Layout, DomainBasis]):
             )
             c[rows] = found.view(len(rows), K).to(c)
         c = torch.where(active & c.isfinite().all(), c, 0.0)
-        _, x = dacsp_core(c, *(w.double() for w in weights), root)
+        aligned, conflict, threshold = (w.double() for w in weights)
+        _, x = dacsp_core(c, aligned, conflict, threshold, root)
         return c, -x
 
     def root(self, own: str | None) -> Tensor:

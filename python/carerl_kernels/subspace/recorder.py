@@ -21,6 +21,7 @@ class Recorder(Protocol):
     """What the guard asks of the recorder of a stage, whatever the kind of basis."""
 
     domain: str
+    layout: Any
     steps: int
 
     def begin(self) -> None:

@@ -121,7 +121,7 @@ def _activations(recipe: Recipe, config: Any, rows: int, item: int) -> int:
 
 
 def _guard(recipe: Recipe, model: nn.Module, processes: int) -> dict[str, Any]:
-    from ..guard.build import kind_of, rank_of
+    from ..subspace.kinds import kind_of, rank_of
     from ..subspace.plan import plan
     from .run import basis_dtype, history_files
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..guard import CapabilityGuard
+from ._early import CapabilityGuard
 from ..guard.validate import as_random, random_basis
 from ..subspace import StoredBasis
 from ..subspace.factored import FactoredBasis

@@ -8,9 +8,10 @@ from .experiments import RULES, STRONG
 from .grid import Cell, GridError
 
 IGNORED = {
-    "lm": (),
-    "bandit": ("warm_up", "shares", "noise"),
-    "smollm2": ("warm_up", "shares", "noise"),
+    "lm": ("lora_rank",),
+    "bandit": ("warm_up", "shares", "noise", "lora_rank"),
+    "smollm2": ("warm_up", "shares", "noise", "lora_rank"),
+    "sft": ("warm_up", "shares", "noise", "k"),
 }
 """Fields of a setting, by kind, that its runner does not read."""
 BANDIT_TRAIN = {"replay_fraction", "rehearsal_weight", "stage_interpolation", "kl_beta", "kl_reference"}

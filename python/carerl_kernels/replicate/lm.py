@@ -15,7 +15,7 @@ from ..grpo import Domain, Example, GRPOConfig, GRPOTrainer, Stage, answer_loss,
 from ..guard import CapabilityGuard
 from ..guard.validate import validate
 from .grid import Cell, GridError
-from .methods import editor_of, guard_of
+from .methods import Shown, editor_of, guard_of
 
 Scores = list[float]
 
@@ -53,7 +53,7 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
             **method.train,
         }
     )
-    guard = guard_of(method, model, seed, setting.k)
+    guard = guard_of(method, model, seed, setting.k, shown_by(domains, tokenizer, method.shown))
     validity = Validity(guard, model, tokenizer, domains)
 
     def on_step(line: dict[str, Any]) -> None:
@@ -74,6 +74,19 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
     history = trainer.run([Stage(group, setting.steps, shares=shares_of(cell, group)) for group in setting.groups])
     validity.look(again=True)
     return {"scores": scores_of(history, setting.domains), "validity": validity.shares, **guard_figures(guard, trainer)}
+
+
+def shown_by(domains: Sequence[Domain], tokenizer: Any, n: int) -> Shown:
+    """Fresh training examples of a domain with their answers, padded at their ends, 16 at a time."""
+    sample = {d.name: d.sample for d in domains}
+
+    def batches(name: str) -> Iterator[dict[str, Tensor]]:
+        examples = sample[name](random.Random(f"shown-{name}"), n)
+        for start in range(0, n, 16):
+            rows = [tokenizer(e.prompt + (e.answer or ""))["input_ids"] for e in examples[start : start + 16]]
+            yield tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
+
+    return batches
 
 
 VALIDATED = 64

@@ -68,7 +68,7 @@ def make_factored(model, kind: str, r: int, overlap: float, names=("math", "chat
 class DenseMatrix:
     """All directions of one weight matrix as dense rows, domain after domain, and the rule's oracle over them."""
 
-    def __init__(self, rule: str, layout, group, name: str, bases, combine: str, **options):
+    def __init__(self, rule: str, layout, group, name: str, bases, **options):
         rows, moved = [], []
         for basis in bases:
             U = basis.left[name].double().numpy() if name in basis.left else None
@@ -90,27 +90,25 @@ class DenseMatrix:
         self.A = A * sign[:, None]
         self.per_domain = len(rows) // len(bases)
         present = (np.square(A).sum(1) > 0.5).astype(float)
-        self.rule = Rule(rule, self.A, np.abs(moved) * present, combine, **options)
+        self.rule = Rule(rule, self.A, np.abs(moved) * present, **options)
 
 
 class FactoredWalk:
     """A guard over a factored history, and dense oracles of every matrix."""
 
-    def __init__(self, model, rule, kind, *, r=3, overlap=0.5, combine="symmetric", names=("math", "chat"), **options):
+    def __init__(self, model, rule, kind, *, r=3, overlap=0.5, names=("math", "chat"), every=1, **options):
         sides = options.pop("sides", None)
         options.setdefault("room", 1.0)  # the matrices are small: all directions act
         self.model, self.names = model, names
         self.layout, bases = make_factored(model, kind, r, overlap, names, sides=sides)
-        self.guard = CapabilityGuard(model, rule, basis=kind, r=r, combine=combine, **options)
+        self.guard = CapabilityGuard(model, rule, basis=kind, r=r, every=every, **options)
         for basis in bases:
             self.guard.add(basis)
-        kept = {n: options[n] for n in ("aligned", "conflict", "z", "beta") if n in options}
+        kept = {n: options[n] for n in ("aligned", "conflict") if n in options}
         self.oracles = {}  # by index of the parameter
         for group in self.layout.groups:
             for position, name, _ in self.layout.matrices(group):
-                self.oracles[group.indices[position]] = DenseMatrix(
-                    rule, self.layout, group, name, bases, combine, **kept
-                )
+                self.oracles[group.indices[position]] = DenseMatrix(rule, self.layout, group, name, bases, **kept)
         self.params = list(model.parameters())
 
     def expect(self, index: int, raw: np.ndarray, own: str | None) -> np.ndarray:

@@ -101,21 +101,19 @@ def make_history(model, kind: str, k: int, overlap: float, names=("math", "chat"
 class Walk:
     """A guard over a hand-made history, and a dense oracle per coefficient row with the same numbers."""
 
-    def __init__(
-        self, rule, *, kind="per_matrix", k=4, overlap=0.5, combine="symmetric", dtype=torch.float32, **options
-    ):
+    def __init__(self, rule, *, kind="per_matrix", k=4, overlap=0.5, dtype=torch.float32, every=1, **options):
         self.model, self.kind, self.k = make_model(dtype=dtype), kind, k
         history = make_history(self.model, kind, k, overlap)
-        self.guard = CapabilityGuard(self.model, rule, basis=kind, k=k, combine=combine, **options)
+        self.guard = CapabilityGuard(self.model, rule, basis=kind, k=k, every=every, **options)
         for basis in history:
             self.guard.add(basis)
-        oracle_options = {name: options[name] for name in ("aligned", "conflict", "z", "beta") if name in options}
+        oracle_options = {name: options[name] for name in ("aligned", "conflict") if name in options}
         self.oracles = []
         rows = [dense(b.directions, self.model, kind, k) for b in history]
         for t in range(len(blocks(self.model, kind, k))):
             h = np.concatenate([b.displacement[t].numpy() for b in history])
             A = np.concatenate([r[t] for r in rows])
-            self.oracles.append(Rule(rule, A, h, combine, **oracle_options))
+            self.oracles.append(Rule(rule, A, h, **oracle_options))
         self.params = list(self.model.parameters())
 
     def active(self, own: str | None) -> np.ndarray:

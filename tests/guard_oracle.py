@@ -17,70 +17,42 @@ def root_of_pinv(S: np.ndarray, power: float, rcond: float = 1e-4) -> np.ndarray
     return vectors @ np.diag(powered) @ vectors.T
 
 
-def frame(S: np.ndarray, combine: str) -> tuple[np.ndarray, np.ndarray]:
-    if combine == "symmetric":
-        R = root_of_pinv(S, -0.5)
-        return R, R
-    present = np.diag((np.diag(S) > 0).astype(float))
-    return (present, present) if combine == "sum" else (present, root_of_pinv(S, -1.0))
-
-
 class Rule:
-    """One rule on one coefficient row. ``step`` returns the edited g and remembers what the rule remembers."""
+    """One rule on one coefficient row. ``step`` returns the edited g and remembers what the rule remembers.
 
-    def __init__(
-        self, rule, A, h, combine="symmetric", aligned=1.0, conflict=0.0, lower=0.1, upper=0.1, z=3.0, beta=0.95
-    ):
-        self.rule, self.A, self.h, self.combine = rule, A, h, combine
-        self.aligned, self.conflict, self.lower, self.upper, self.z, self.beta = (
-            aligned,
-            conflict,
-            lower,
-            upper,
-            z,
-            beta,
-        )
+    "bounded" and "remove" of parameters are a projection: ``net`` is how far the parameters are from their anchors.
+    """
+
+    def __init__(self, rule, A, h, aligned=1.0, conflict=0.0, lower=0.1, upper=0.1):
+        self.rule, self.A, self.h = rule, A, h
+        self.aligned, self.conflict, self.lower, self.upper = aligned, conflict, lower, upper
         K = A.shape[0]
         self.history = np.zeros(K)  # sum of raw c per row
-        self.mean, self.square, self.count = np.zeros(K), np.zeros(K), np.zeros(K)
+        self.net = np.zeros(K)
         self.probe = np.zeros(K)
 
-    def allowed(self, P, reach):
-        if self.rule == "remove":
-            return 0 * P
-        if self.rule == "integrated":
-            return np.array([p * (self.aligned if p > 0 else self.conflict) for p in P])
-        size = self.h * reach
-        return np.array([min(max(p, -self.lower * s), self.upper * s) for p, s in zip(P, size, strict=True)])
+    def weighted(self, P):
+        return np.array([p * (self.aligned if p > 0 else self.conflict) for p in P])
 
-    def step(self, g: np.ndarray, active: np.ndarray) -> np.ndarray:
+    def step(self, g: np.ndarray, active: np.ndarray, of_gradients: bool = False) -> np.ndarray:
         A = self.A * active[:, None]
         S, c = A @ A.T, A @ g
-        L, M = frame(S, self.combine)
-        if self.rule in ("integrated", "bounded", "remove"):
-            reach = np.sqrt(np.maximum(np.diag(L @ S @ L.T), 0))
-            P_old = L @ (self.history * active)
-            P_new = P_old + L @ c
+        R = root_of_pinv(S, -0.5)
+        if self.rule == "remove" and of_gradients:
+            return g - A.T @ R @ R @ c
+        if self.rule in ("bounded", "remove"):
+            size = self.h * np.sqrt(np.maximum(np.diag(R @ S @ R), 0)) * (self.rule == "bounded")
+            D = R @ (self.net * active + c)
+            X = D - np.clip(D, -self.lower * size, self.upper * size)
+            edited = g - A.T @ R @ X
+            self.net = self.net + np.where(active, self.A @ edited, 0)
+            return edited
+        if self.rule == "integrated":
+            P_old = R @ (self.history * active)
+            P_new = P_old + R @ c
             self.history = self.history + np.where(active, c, 0)
-            want = self.allowed(P_new, reach) - self.allowed(P_old, reach)
-            return g + A.T @ M @ (want - (P_new - P_old))
-        K = len(c)
-        sign = np.zeros(K)
-        for i in range(K):
-            if not active[i]:
-                continue
-            if self.rule == "instant":
-                sign[i] = np.sign(c[i])
-            elif self.rule == "significance":
-                if self.count[i] >= round(1 / (1 - self.beta)):  # a sigma of fewer steps is noise itself
-                    sigma = np.sqrt(self.square[i] / (1 - self.beta ** self.count[i]))
-                    sign[i] = np.sign(c[i]) if abs(c[i]) > self.z * sigma else 0
-            elif self.rule == "ema":
-                sign[i] = np.sign(self.beta * self.mean[i] + (1 - self.beta) * c[i])
-            else:
-                sign[i] = np.sign(c[i] * self.probe[i])
-            self.mean[i] = self.beta * self.mean[i] + (1 - self.beta) * c[i]
-            self.square[i] = self.beta * self.square[i] + (1 - self.beta) * c[i] ** 2
-            self.count[i] += 1
+            want = self.weighted(P_new) - self.weighted(P_old)
+            return g + A.T @ R @ (want - (P_new - P_old))
+        sign = np.sign(c) if self.rule == "instant" else np.sign(c * self.probe)
         w = np.where(sign > 0, self.aligned, np.where(sign < 0, self.conflict, 1.0))
-        return g + A.T @ M @ ((w - 1) * (L @ c))
+        return g + A.T @ R @ ((w - 1) * (R @ c))

@@ -242,7 +242,7 @@ def test_plan_equals_what_a_guard_really_holds(kind):
         for basis in make_factored(model, kind, R, 0.3)[1]:
             guard.add(basis)
     planned = plan(model, kind, size, domains=2)
-    stack = guard._stack
+    stack = guard.stack
     if size == K:
         assert planned.directions == stack.bases.nbytes
         kept = stack.bases.nbytes + stack.overlap.nbytes

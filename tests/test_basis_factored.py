@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from carerl_kernels import BasisError, CapabilityGuard, DomainBasis
-from carerl_kernels.guard import COMBINES
 from carerl_kernels.guard.factored import BLOCK
 from carerl_kernels.subspace import FactoredBasis, StoredBasis
 from carerl_kernels.subspace.block import leading_factors
@@ -49,21 +48,21 @@ def run(walk: FactoredWalk, steps: int = 9) -> float:
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.5, 0.99, 1.0])
-@pytest.mark.parametrize("rule", ["instant", "ema", "integrated", "bounded", "remove"])
+@pytest.mark.parametrize("rule", ["instant", "integrated", "bounded", "remove"])
 @pytest.mark.parametrize("kind", ["block", "input"])
 def test_acting_equals_dense_oracle(kind, rule, overlap):
     assert run(FactoredWalk(make_model(), rule, kind, r=R, overlap=overlap)) < 3e-6
 
 
 @pytest.mark.parametrize("numbers", [1, 4, 9, 20, 1000])
-@pytest.mark.parametrize("rule", ["instant", "significance", "ema", "integrated", "bounded", "remove"])
+@pytest.mark.parametrize("rule", ["instant", "integrated"])
 def test_deciding_block_by_block_changes_nothing(rule, numbers, monkeypatch):
     """Of a row, of a few, of several matrices: the same steps, sums and memory as all at once."""
     found = []
     for size in (1 << 20, 8 * 2 * R * numbers):
         monkeypatch.setitem(BLOCK, "cpu", size)
         walk = FactoredWalk(make_model(), rule, "input", r=R, overlap=0.6, track_energy=True)
-        blocks = walk.guard._stack.blocks
+        blocks = walk.guard.stack.blocks
         assert [b.start for b in blocks[1:]] == [b.stop for b in blocks[:-1]]
         assert (blocks[0].start, blocks[-1].stop) == (0, walk.layout.T)
         ends = {rows.stop for group in walk.layout.groups for _, _, rows in walk.layout.matrices(group)}
@@ -72,9 +71,11 @@ def test_deciding_block_by_block_changes_nothing(rule, numbers, monkeypatch):
             assert not inside or {block.start, block.stop} <= ends | {0}
             assert size == 1 << 20 or block.stop - block.start <= max(numbers, 1)
         assert len(blocks) == 1 or size < 1 << 20
-        assert run(walk) < 3e-6 or rule == "significance"
+        assert run(walk) < 3e-6
         report, guard = walk.guard.report(), walk.guard
-        found.append((numpy_of(walk.params), report["touched_share"], report["domains"], guard._q_prev, guard._q_start))
+        found.append(
+            (numpy_of(walk.params), report["touched_share"], report["domains"], guard.steps.q_prev, guard.steps.q_start)
+        )
     (a, touched, domains, *q), (b, touched_by_blocks, domains_by_blocks, *q_by_blocks) = found
     for x, y in zip(a, b, strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-6)
@@ -84,12 +85,11 @@ def test_deciding_block_by_block_changes_nothing(rule, numbers, monkeypatch):
     torch.testing.assert_close(q_by_blocks, q, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize("rule", ["integrated", "bounded"])
 @pytest.mark.parametrize("kind", ["block", "input"])
-def test_every_combine_with_three_domains(kind, combine):
+def test_three_domains(kind, rule):
     names = ("math", "chat", "logic")
-    walk = FactoredWalk(make_model(), "integrated", kind, r=2, overlap=0.6, combine=combine, names=names, aligned=1.3)
-    assert run(walk) < 5e-6
+    assert run(FactoredWalk(make_model(), rule, kind, r=2, overlap=0.6, names=names, aligned=1.3)) < 5e-6
 
 
 @pytest.mark.parametrize("rule", ["bounded", "integrated"])
@@ -350,7 +350,7 @@ def test_the_default_guard_knows_what_it_recorded_in_narrow_models_too(width):
     kept = {name: int((V != 0).any(0).sum()) for name, V in guard.basis("math").right.items()}
     rows = {"first.weight": 48, "last.weight": 4}
     total = sum(p.numel() for p in model.parameters())
-    assert guard._stack.chance("math") == pytest.approx(sum(kept[n] * rows[n] for n in rows) / total)
+    assert guard.stack.chance("math") == pytest.approx(sum(kept[n] * rows[n] for n in rows) / total)
     assert guard.report()["open_windows"] == []
 
 
@@ -377,7 +377,7 @@ def test_without_layers_to_watch_the_default_is_of_gradients():
 def test_untied_embedding_keeps_its_most_frequent_tokens():
     model = Small()
     model.head.weight = torch.nn.Parameter(model.embed.weight.detach().clone())
-    guard = CapabilityGuard(model, "remove", basis="input", r=3, energy=1.0, room=1.0)
+    guard = CapabilityGuard(model, "remove", basis="input", r=3, energy=1.0, room=1.0, every=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     guard.attach(optimizer)
     with guard.stage("math"):
@@ -434,7 +434,7 @@ def act_alike(model, one, other):
     gradient = [torch.randn_like(p) for p in model.parameters()]
     found, edited = [], []
     for guard in (one, other):
-        stack, tensors = guard._stack, [g.clone() for g in gradient]
+        stack, tensors = guard.stack, [g.clone() for g in gradient]
         parts = {n: (stack.project(gradient, n), stack.displacement[:, stack.columns(n)]) for n in one.history}
         mix = torch.zeros(guard.layout.T, stack.rows, dtype=torch.float64)
         for number, name in enumerate(one.history):
@@ -471,7 +471,7 @@ def test_what_there_is_no_room_for_gives_way(order, room):
         for matrix, factor in tight.basis(name).right.items():  # what is recorded stays, to be saved again
             torch.testing.assert_close(factor, basis.right[matrix])
     for group in layout.groups:
-        rows = torch.cat([tight._stack.present(name)[group.rows] for name in order], dim=1)
+        rows = torch.cat([tight.stack.present(name)[group.rows] for name in order], dim=1)
         assert rows.sum(1).max() <= max(1, room * group.n)
 
 
@@ -511,14 +511,14 @@ def test_a_domain_adopted_on_the_way_leaves_what_others_counted():
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     optimizer.step()
-    columns, before = guard._stack.columns("math"), guard._stack.present("math")
-    moved = (guard._q_start - guard._q_prev)[:, columns].clone()
-    guard._adopt(chat)
-    columns, after = guard._stack.columns("math"), guard._stack.present("math")
+    columns, before = guard.stack.columns("math"), guard.stack.present("math")
+    moved = (guard.steps.q_start - guard.steps.q_prev)[:, columns].clone()
+    guard.add(chat, rebase=False)
+    columns, after = guard.stack.columns("math"), guard.stack.present("math")
     assert (before & ~after).any() and (before & after).any()
-    now = (guard._q_start - guard._q_prev)[:, columns]
+    now = (guard.steps.q_start - guard.steps.q_prev)[:, columns]
     torch.testing.assert_close(now, torch.where(after, moved, 0.0))
-    assert not guard._q_prev[:, columns][~after].any()
+    assert not guard.steps.q_prev[:, columns][~after].any()
 
 
 def test_a_state_is_of_a_guard_with_the_same_room():
@@ -530,10 +530,7 @@ def test_a_state_is_of_a_guard_with_the_same_room():
     state = guards[1.0].state_dict()
     with pytest.raises(ValueError, match="same settings"):
         guards[0.5].load_state_dict(state)
-    del state["settings"]["room"]  # as earlier versions saved it: all directions acted
     guards[1.0].load_state_dict(state)
-    with pytest.raises(ValueError, match="same settings"):
-        guards[0.5].load_state_dict(state)
 
 
 def test_weight_one_is_bitwise_identity():

@@ -236,8 +236,7 @@ def test_what_per_domain_gradients_cannot_do_is_refused(tmp_path):
     grads = gradients(model, 2)
     for options in (
         {"rule": "remove"},
-        {"rule": "ema", "apply_to": "grad"},
-        {"rule": "remove", "apply_to": "grad", "norm_cap": 1.0},
+        {"rule": "remove", "apply_to": "grad", "max_grad_norm": 1.0},
     ):
         with pytest.raises(ValueError, match="edit_domains: expected"):
             CapabilityGuard(model, k=4, **options).edit_domains(grads)

@@ -154,8 +154,8 @@ def test_closed_loop_holds_with_int8_bases_and_bf16_parameters(rule):
             along = sum(np.square(o.A @ (a - b)).sum() for o, a, b in zip(walk.oracles, start, now, strict=True))
             moved = sum(np.square(a - b).sum() for a, b in zip(start, now, strict=True))
             far.append((along**0.5, moved**0.5))
-    state = walk.guard.state_dict()
-    assert all(v.isfinite().all() for v in state["state"].values()) and state["q_prev"].isfinite().all()
+    state = walk.guard.state_dict()["correction"]
+    assert all(v.isfinite().all() for v in state.values() if isinstance(v, torch.Tensor))
     if rule == "remove":
         assert far[1][0] < 0.05 * far[1][1]
     if rule == "bounded":

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from carerl_kernels import CapabilityGuard
-from carerl_kernels.guard import COMBINES, RULES
+from carerl_kernels.guard import RULES
 from guard_helpers import Walk, blocks, make_history, make_model
 
 OPTIMIZERS = {
@@ -58,29 +58,26 @@ def test_update_mode_equals_snapshot_oracle(rule, overlap, optimizer):
     # One fp32 rounding of parameters of size ~0.3 on steps of ~3e-3, and once more in q: 1e-6 of the parameters' norm (~2).
     worst = max(np.abs(got - want).max() for got, want in pairs)
     assert worst < 2e-6
-    if rule not in ("significance",):  # z = 3 rarely fires in 25 steps
-        edits = sum(np.square(want).sum() for _, want in pairs)
-        assert edits > 0
+    assert sum(np.square(want).sum() for _, want in pairs) > 0
 
 
 @pytest.mark.parametrize("kind", ["flat", "per_matrix"])
-@pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("rule", ["instant", "integrated", "bounded", "remove"])
-def test_every_combine_and_kind(rule, combine, kind):
-    pairs = run_update(Walk(rule, combine=combine, kind=kind, overlap=0.8), "adamw", steps=12)
+def test_every_kind(rule, kind):
+    pairs = run_update(Walk(rule, kind=kind, overlap=0.8), "adamw", steps=12)
     assert max(np.abs(got - want).max() for got, want in pairs) < 3e-6
 
 
-@pytest.mark.parametrize("rule", ["instant", "significance", "ema", "integrated", "probed"])
+@pytest.mark.parametrize("rule", ["instant", "integrated", "probed"])
 def test_amplifying_weights(rule):
-    pairs = run_update(Walk(rule, aligned=1.5, conflict=0.2, z=0.5), "sgd")
+    pairs = run_update(Walk(rule, aligned=1.5, conflict=0.2), "sgd")
     assert max(np.abs(got - want).max() for got, want in pairs) < 3e-6
 
 
-@pytest.mark.parametrize("combine", COMBINES)
-@pytest.mark.parametrize("rule", ["instant", "significance", "ema", "integrated", "remove"])
-def test_grad_mode_equals_oracle(rule, combine):
-    walk = Walk(rule, combine=combine, apply_to="grad", z=0.5)
+@pytest.mark.parametrize("kind", ["flat", "per_matrix"])
+@pytest.mark.parametrize("rule", ["instant", "integrated", "remove"])
+def test_grad_mode_equals_oracle(rule, kind):
+    walk = Walk(rule, kind=kind, apply_to="grad", aligned=1.5, conflict=0.25)
     walk.guard.attach(torch.optim.SGD(walk.params, lr=1e-2))
     optimizer = torch.optim.SGD(walk.params, lr=1e-2)
     walk.guard.detach()
@@ -93,7 +90,7 @@ def test_grad_mode_equals_oracle(rule, combine):
             optimizer.step()
         edited = walk.blocks_of([p.grad for p in walk.params])
         for oracle, g, got in zip(walk.oracles, raw, edited, strict=True):
-            np.testing.assert_allclose(got, oracle.step(g, walk.active(own)), atol=2e-6 * np.abs(g).max())
+            np.testing.assert_allclose(got, oracle.step(g, walk.active(own), True), atol=2e-6 * np.abs(g).max())
 
 
 def one_direction(rule: str, **options):
@@ -104,7 +101,7 @@ def one_direction(rule: str, **options):
     history.directions.zero_()
     history.directions[0, 0] = 1.0
     history.displacement.fill_(1.0)
-    guard = CapabilityGuard(model, rule, basis="flat", k=1, **options)
+    guard = CapabilityGuard(model, rule, basis="flat", k=1, every=1, **options)
     guard.add(history)
     optimizer = torch.optim.SGD([weight], lr=1.0)
     guard.attach(optimizer)
@@ -123,7 +120,7 @@ def one_direction(rule: str, **options):
     return step
 
 
-@pytest.mark.parametrize("rule", ["instant", "ema", "integrated", "probed"])
+@pytest.mark.parametrize("rule", ["instant", "integrated", "probed"])
 def test_aligned_motion_passes_and_conflicting_motion_is_removed(rule):
     """The sign of the whole construction: protecting against aligned instead of conflicting motion must fail here."""
     moved = one_direction(rule)(+1.0)
@@ -183,7 +180,7 @@ def test_instant_rectifies_noise_and_displacement_rules_do_not():
 
 
 def test_weight_one_leaves_the_update_bitwise_alone():
-    for rule in ("instant", "integrated", "ema"):
+    for rule in ("instant", "integrated"):
         walk = Walk(rule, aligned=1.0, conflict=1.0)
         plain = make_model()
         opts = torch.optim.AdamW(walk.params, lr=1e-2), torch.optim.AdamW(plain.parameters(), lr=1e-2)
@@ -213,6 +210,7 @@ def test_smallest_step_is_still_resolved():
     for _ in range(50):
         weight.grad = torch.full((4096,), 1e-3 / 64) + 1e-2 * torch.randn(4096)
         optimizer.step()
+    guard.detach()
     moved = float(start - weight.detach().double().sum() / 64)
     assert abs(moved) < 0.01 * 50 * 1e-3
 
@@ -256,29 +254,6 @@ def test_own_domain_is_never_held_back():
         np.testing.assert_allclose(rival @ (a - b), 0, atol=1e-6)
 
 
-def test_norm_cap_bounds_the_correction():
-    """The correction is at most the cap times the update's own component in the span of the rows, and reaches it."""
-    edits = {}
-    for cap in (None, 0.1):
-        walk, plain = Walk("instant", combine="min_norm", overlap=0.99, norm_cap=cap), make_model()
-        start = walk.blocks_of(list(plain.parameters()))
-        optimizer, other = torch.optim.SGD(walk.params, lr=0.1), torch.optim.SGD(plain.parameters(), lr=0.1)
-        walk.guard.attach(optimizer)
-        walk.backward(0)
-        for p, q in zip(walk.params, plain.parameters(), strict=True):
-            q.grad = p.grad.clone()
-        optimizer.step()
-        other.step()
-        guarded, unguarded = walk.blocks_of(walk.params), walk.blocks_of(list(plain.parameters()))
-        inside = 0.0
-        for oracle, old, new in zip(walk.oracles, start, unguarded, strict=True):
-            coordinates = np.linalg.lstsq(oracle.A.T, old - new, rcond=1e-4)[0]
-            inside += np.square(oracle.A.T @ coordinates).sum()
-        edits[cap] = sum(np.square(a - b).sum() for a, b in zip(guarded, unguarded, strict=True)) ** 0.5 / inside**0.5
-    assert edits[0.1] == pytest.approx(0.1, rel=1e-3)
-    assert edits[None] > 0.1
-
-
 def test_clipping_after_the_edit_in_grad_mode():
     walk = Walk("instant", apply_to="grad", aligned=3.0, max_grad_norm=0.01)
     optimizer = torch.optim.SGD(walk.params, lr=0.1)
@@ -312,6 +287,6 @@ def test_signs_within_the_rounding_of_int8_directions_count_for_nothing(dtype, s
             start, at[i] = start + n, 1
     assert all(at)
     before = [p.grad.clone() for p in walk.params]
-    walk.guard._edit_gradients(None, walk.guard._gradients())
+    walk.guard.steps.edit_gradients([p.grad for p in walk.params], None)
     changed = any(not torch.equal(p.grad, b) for p, b in zip(walk.params, before, strict=True))
     assert changed == seen

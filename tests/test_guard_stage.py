@@ -138,7 +138,7 @@ def test_non_finite_gradients_leave_everything_as_it_was():
         for key, before in moments.items():
             assert torch.equal(optimizer.state_dict()["state"][key]["exp_avg"], before)
         assert torch.equal(recorder.pca.rows, rows)
-        assert torch.equal(guard.state_dict()["state"]["p"], state["state"]["p"])
+        assert torch.equal(guard.state_dict()["correction"]["anchor"], state["correction"]["anchor"])
     assert guard.report()["dropped_steps"] == 2
 
 
@@ -284,12 +284,10 @@ def test_stage_that_fails_leaves_no_history(tmp_path):
 def test_arguments_out_of_range_are_named():
     model = make_model()
     for options, message in (
-        ({"rule": "magic"}, "rule: expected one of instant, significance"),
+        ({"rule": "magic"}, "rule: expected one of instant, integrated"),
         ({"basis": "cube"}, "basis kind: expected one of flat, per_matrix, block, input, found 'cube'"),
-        ({"combine": "max"}, "combine: expected one of symmetric"),
         ({"k": 0}, "k: expected at least one direction"),
-        ({"beta": 1.0}, "beta: expected 0 <= beta < 1"),
-        ({"norm_cap": -1.0}, "norm_cap: expected a positive number"),
+        ({"every": 0}, "every: expected at least 1, found 0"),
         ({"rule": "bounded", "apply_to": "grad"}, "expected apply_to='update'"),
         ({"max_grad_norm": 1.0}, "max_grad_norm belongs to apply_to='grad'"),
         ({"probe_every": 0}, "probe_every: expected at least 1"),
@@ -305,8 +303,8 @@ def test_arguments_out_of_range_are_named():
         p.requires_grad_(False)
     with pytest.raises(ValueError, match="at least one trainable parameter"):
         CapabilityGuard(frozen)
-    with pytest.raises(ValueError, match=r"oversample: expected at least 0, found -1"):
-        CapabilityGuard(model, oversample=-1)
+    with pytest.raises(TypeError, match=r"expected options among rule, basis.*found 'combine'"):
+        CapabilityGuard(model, combine="sum")
     with pytest.raises(ValueError, match=r"basis_dtype: expected one of .*found torch\.float64"):
         CapabilityGuard(model, basis_dtype=torch.float64)
     for options in ({"aligned": -1.0}, {"bound": {"math": (0.1, float("nan"))}}, {"conflict": "0"}):
@@ -332,7 +330,7 @@ def test_misuse_is_named():
     class BF16_Optimizer(torch.optim.SGD):
         pass
 
-    with pytest.raises(TypeError, match="keeps float32 masters"):
+    with pytest.raises(TypeError, match="keeps the weights elsewhere"):
         guard.attach(BF16_Optimizer(model.parameters(), lr=0.1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     guard.attach(optimizer)
@@ -395,7 +393,7 @@ def test_domains_without_history_are_open_windows():
     assert guard.report()["open_windows"] == ["chat"]
 
 
-@pytest.mark.parametrize("rule", ["integrated", "bounded", "ema"])
+@pytest.mark.parametrize("rule", ["integrated", "bounded", "remove"])
 @pytest.mark.parametrize("load_first", [True, False])
 def test_interrupted_stage_resumes_exactly(rule, load_first, tmp_path):
     def fresh():
@@ -505,7 +503,7 @@ def test_rebase_after_loading_weights():
     moved = {}
     for rebase in (True, False):
         model = make_model()
-        guard = CapabilityGuard(model, "remove", k=K)
+        guard = CapabilityGuard(model, "remove", k=K, every=1)
         guard.add(make_history(model, "per_matrix", K, 0.0)[0])
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         guard.attach(optimizer)

@@ -1,8 +1,7 @@
 """The capability guard: corrects what an optimizer step does along directions that earlier stages learned."""
 
-from .frames import COMBINES
 from .guard import CapabilityGuard
 from .probes import PromptStore
 from .rules import RULES
 
-__all__ = ["COMBINES", "RULES", "CapabilityGuard", "PromptStore"]
+__all__ = ["RULES", "CapabilityGuard", "PromptStore"]

@@ -1,38 +1,58 @@
-"""From a model to what the guard works with: named parameters, a layout, a stack, a recorder."""
+"""From a model to what the guard works with: named parameters, a layout, a stack."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, get_args
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..subspace.inputs import input_sites
-from ..subspace.layout import Kind, Layout, RowKind
-from ..subspace.matrices import FactoredKind, MatrixLayout, Side
-from .checks import one_of
+from ..subspace.kinds import KINDS
+from ..subspace.layout import Kind, Layout
+from ..subspace.matrices import MatrixLayout, Side
 from .factored import BlockStack, InputStack
-from .frames import Combine
 from .stack import RowStack, Stack
 
-RANKS: dict[Kind, int] = {"flat": 64, "per_matrix": 64, "block": 16, "input": 32}
-"""Default k or r. Of 32 input directions as few act as hold the guard's share of the inputs' energy."""
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # torch.compile, FSDP, checkpointing
 
 
-def trainable(model: nn.Module | Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
-    """Trainable parameters under the names they have without wrappers, so that a basis fits the model wrapped or not."""
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
+def chain(model: Any) -> Iterator[Any]:
+    """A model and what its wrappers (torch.compile, DDP, in any nesting) wrap, outermost first."""
+    yield model
+    while isinstance(model, nn.Module):
+        inner = (
+            model.module
+            if isinstance(model, nn.parallel.DistributedDataParallel)
+            else getattr(model, "_orig_mod", None)
+        )
+        if inner is None:
+            return
+        model = inner
+        yield model
+
+
+def unwrapped(model: Any) -> Any:
+    """The model itself, without torch.compile and DDP around it."""
+    return list(chain(model))[-1]
+
+
+def named_parameters(model: nn.Module | Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
+    """All parameters under the names they have without wrappers, so that a basis fits the model wrapped or not."""
+    model = unwrapped(model)
     named = list(model.named_parameters()) if isinstance(model, nn.Module) else list(model)
     out = []
     for name, parameter in named:
-        if parameter.requires_grad:
-            for wrapper in _WRAPPERS:
-                name = name.replace(wrapper, "")
-            out.append((name, parameter))
+        for wrapper in _WRAPPERS:
+            name = name.replace(wrapper, "")
+        out.append((name, parameter))
     return out
+
+
+def trainable(model: nn.Module | Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
+    """Those that are trained."""
+    return [(name, p) for name, p in named_parameters(model) if p.requires_grad]
 
 
 def architecture_of(model: Any) -> str:
@@ -43,32 +63,9 @@ def architecture_of(model: Any) -> str:
     return names[names.index("FSDPModule") + 1] if "FSDPModule" in names else names[0]
 
 
-def kind_of(basis: Kind | None, *, seen: bool = True, k: int | None = None, dtype: torch.dtype = torch.float32) -> Kind:
-    """The kind of basis where none is named: "input", or "per_matrix" where rows are asked for or no inputs can be seen.
-
-    Args:
-        basis: as named, or None.
-        seen: whether the model has layers whose inputs can be watched; pairs of names and parameters have none.
-        k: directions of a row basis, if given.
-        dtype: storage of the directions; that of factors is float32.
-    """
-    if basis is not None:
-        return basis
-    return "input" if seen and k is None and dtype == torch.float32 else "per_matrix"
-
-
-def rank_of(kind: Kind, k: int | None, r: int | None) -> int:
-    """Directions of a row basis, or rank of a factored one.
-
-    Raises:
-        ValueError: the other kind's number was given.
-    """
-    one_of("basis kind", kind, get_args(Kind))
-    wrong, right, number = ("r", "k", r) if kind in get_args(RowKind) else ("k", "r", k)
-    if number is not None:
-        raise ValueError(f"{wrong}: expected {right} with basis={kind!r}, found {wrong}={number}")
-    number = k if kind in get_args(RowKind) else r
-    return RANKS[kind] if number is None else number
+def sites_of(model: Any, named: list[tuple[str, nn.Parameter]], kind: Kind) -> dict[str, tuple[nn.Module, Side]] | None:
+    """Whose inputs an input basis records; None where that is not known or not needed."""
+    return input_sites(model, named) if KINDS[kind].sees == "inputs" and isinstance(model, nn.Module) else None
 
 
 def lay_out(
@@ -79,36 +76,28 @@ def lay_out(
     sites: dict[str, tuple[nn.Module, Side]] | None,
 ) -> Layout | MatrixLayout:
     """The layout of a kind of basis over these parameters."""
-    if kind in get_args(FactoredKind):
-        sides = None if sites is None else {name: side for name, (_, side) in sites.items()}
-        return MatrixLayout.of(named, kind, k, group, sides)  # type: ignore[arg-type]
-    return Layout.of(named, kind, k, group)  # type: ignore[arg-type]
+    sides = None if sites is None else {name: side for name, (_, side) in sites.items()}
+    return KINDS[kind].layout(named, kind, k, group, sides)
 
 
-def sites_of(model: Any, named: list[tuple[str, nn.Parameter]], kind: Kind) -> dict[str, tuple[nn.Module, Side]] | None:
-    """Whose inputs an input basis records; None where that is not known or not needed."""
-    return input_sites(model, named) if kind == "input" and isinstance(model, nn.Module) else None
-
-
-def new_stack(
-    layout: Layout | MatrixLayout, combine: Combine, dtype: torch.dtype, device: torch.device, room: float = 1.0
-) -> Stack:
+def new_stack(layout: Layout | MatrixLayout, dtype: torch.dtype, device: torch.device, room: float = 1.0) -> Stack:
     """The acting directions of a layout, none yet; ``room`` as input bases have it.
 
     Raises:
         ValueError: factored bases in another storage than float32.
     """
     if isinstance(layout, Layout):
-        return RowStack(layout, combine, dtype, device)
+        return RowStack(layout, dtype, device)
     if dtype != torch.float32:
         raise ValueError(
             f"basis_dtype: expected torch.float32 with basis={layout.kind!r} (its factors are small), found {dtype}"
         )
-    return BlockStack(layout, combine, device) if layout.kind == "block" else InputStack(layout, combine, device, room)
+    return BlockStack(layout, device) if KINDS[layout.kind].sees == "change" else InputStack(layout, device, room)
 
 
 def data_group(model: Any, layout: Layout | MatrixLayout) -> Any:
     """The process group over which batches are spread: DDP's, or that of the shards."""
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        return model.process_group
+    for part in chain(model):
+        if isinstance(part, nn.parallel.DistributedDataParallel):
+            return part.process_group
     return layout.shards.group

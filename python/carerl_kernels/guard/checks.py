@@ -5,29 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# These keep float32 masters and overwrite the parameters from them, so an edit of the parameters would be lost.
-MASTER_OPTIMIZERS = (
-    "BF16_Optimizer",
-    "DeepSpeedZeroOptimizer",
-    "DeepSpeedZeroOptimizer_Stage3",
-    "DistributedOptimizer",
-    "FP16_Optimizer",
-    "Float16OptimizerWithFloat16Params",
-)
-
-
-def refuse_masters(optimizer: Any) -> None:
-    """Refuses optimizers that would undo an edit of the parameters.
-
-    Raises:
-        TypeError: names the optimizer and what to do.
-    """
-    for name in {c.__name__ for c in type(optimizer).__mro__} & set(MASTER_OPTIMIZERS):
-        raise TypeError(
-            f"{name} keeps float32 masters and overwrites the parameters: an edit would be lost; "
-            "build the guard over its master parameters, or use an optimizer that updates the parameters in place"
-        )
-
 
 def pair(name: str, value: Any) -> tuple[float, float]:
     """A checked weight or bound, as (against, along)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..linalg import loewdin_root
 from ..subspace.factored import FactoredBasis, orthonormal
 from ..subspace.matrices import Group, MatrixLayout
 from ..thin import add_product_, full_precision, times, times_transposed
-from .frames import Combine, DenseSpan, Frame, PackedSpan, PairSpan, Span
+from .frames import DenseSpan, Frame, PackedSpan, PairSpan, Span, reach
+from .rules import RuleParams
 from .stack import Stack
 
 BLOCK = {"cpu": 1 << 20, "cuda": 256 << 20}
@@ -28,14 +30,16 @@ class FactoredStack(Stack[MatrixLayout, FactoredBasis]):
 
     Attributes:
         left: per group ``[G, m, D*r]`` or None; right: ``[G, n, D*r]`` or None.
-        sign: ``[T, K]`` orientation of the directions, 1 where there is none.
     """
 
-    def __init__(self, layout: MatrixLayout, combine: Combine, device: torch.device):
-        super().__init__(layout, combine, device)
+    def __init__(self, layout: MatrixLayout, device: torch.device):
+        super().__init__(layout, device)
         self.left: list[Tensor | None] = [None] * len(layout.groups)
         self.right: list[Tensor | None] = [None] * len(layout.groups)
-        self.sign = torch.ones(layout.T, 0, dtype=torch.float64, device=device)
+        self._moved: dict[
+            str, dict[str, Tensor]
+        ] = {}  # float32, gradient convention; empty for a domain without a stage
+        self._oriented: tuple[Tensor, Tensor] | None = None
         self._values: dict[str, Mapping[str, Tensor]] = {}
         self._left_grams: list[Tensor | None] = [None] * len(layout.groups)  # [G, D*r, D*r] float64
         self._right_grams: list[Tensor | None] = [None] * len(layout.groups)
@@ -44,10 +48,9 @@ class FactoredStack(Stack[MatrixLayout, FactoredBasis]):
     def _D(self) -> int:
         return len(self)
 
-    def _put(self, basis: FactoredBasis, others: list[int], parameters: Sequence[Tensor]) -> Tensor:
+    def _put(self, basis: FactoredBasis, others: list[int], parameters: Sequence[Tensor]) -> None:
         layout, r = self.layout, self.layout.k
         basis = basis.part_of(layout)
-        moved = torch.zeros(layout.T, layout.width, dtype=torch.float64, device=self.device)
         for number, group in enumerate(layout.groups):
             for side, factors, shards in (("left", basis.left, layout.shards), ("right", basis.right, None)):
                 if group.side not in ("both", side):
@@ -61,22 +64,45 @@ class FactoredStack(Stack[MatrixLayout, FactoredBasis]):
                 gram = wide.mT @ wide
                 grams = getattr(self, f"_{side}_grams")
                 grams[number] = gram if shards is None else shards.sum_(gram)
-            for _, name, rows in layout.matrices(group):
-                moved[rows] = basis.moved[name].to(self.device, torch.float64).reshape(-1, layout.width)
+        moved = {name: t.to(self.device, torch.float32) for name, t in basis.moved.items()}
+        self._moved[basis.info.domain] = moved if any(bool(t.any()) for t in moved.values()) else {}
         self._values[basis.info.domain] = basis.values
-        self._sign_put(moved, others)
-        return moved.abs()
+        self._oriented = None
 
-    def _sign_put(self, moved: Tensor, others: list[int]) -> None:
-        sign = torch.where(moved < 0, -1.0, 1.0).to(moved.dtype)
-        for group in self.layout.groups:
-            size = moved[group.rows].unflatten(0, (-1, group.each)).abs() if group.each else moved[group.rows]
-            if size.numel():
-                largest = size.amax(dim=(1, 2)).repeat_interleave(group.each).unsqueeze(1)
-                faint = moved[group.rows].abs() < UNORIENTED * largest
-                sign[group.rows] = torch.where(faint, 1.0, sign[group.rows])
-        kept = [self.sign.unflatten(1, (-1, self.layout.width))[:, others].flatten(1)] if others else []
-        self.sign = torch.cat([*kept, sign], dim=1)
+    @property
+    def displacement(self) -> Tensor:
+        return self._orientation()[0]
+
+    @property
+    def sign(self) -> Tensor:
+        """``[T, K]`` orientation of the directions, 1 where there is none."""
+        return self._orientation()[1]
+
+    def recorded_size(self, domain: str) -> float:
+        squares = torch.zeros(self.layout.T, self.layout.width, dtype=torch.float64, device=self.device)
+        for group in self.layout.groups if self._moved[domain] else ():
+            for _, name, rows in self.layout.matrices(group):
+                squares[rows] = self._moved[domain][name].reshape(-1, self.layout.width).double().square()
+        return float(self.column_sums(squares).sum().sqrt())
+
+    def _orientation(self) -> tuple[Tensor, Tensor]:
+        """Displacement and sign of every coefficient, made when a rule that decides step by step asks for them."""
+        if self._oriented is None:
+            moved = torch.zeros(self.layout.T, self.rows, dtype=torch.float64, device=self.device)
+            for domain in self.names:
+                for group in self.layout.groups if self._moved[domain] else ():
+                    for _, name, rows in self.layout.matrices(group):
+                        part = self._moved[domain][name].reshape(-1, self.layout.width)
+                        moved[rows, self.columns(domain)] = part.to(moved.dtype)
+            sign = torch.where(moved < 0, -1.0, 1.0).to(moved.dtype)
+            for group in self.layout.groups:
+                size = moved[group.rows].abs().unflatten(0, (-1, group.each)) if group.each else moved[group.rows]
+                size = size.unflatten(-1, (-1, self.layout.width)) if size.numel() else size
+                if size.numel():  # [G, each, D, width]
+                    faint = size < UNORIENTED * size.amax(dim=(1, 3), keepdim=True)
+                    sign[group.rows] = torch.where(faint.flatten(2).flatten(0, 1), 1.0, sign[group.rows])
+            self._oriented = moved.abs(), sign
+        return self._oriented
 
     def get(self, domain: str) -> FactoredBasis:
         r, at = self.layout.k, self.names.index(domain)
@@ -152,7 +178,8 @@ class FactoredStack(Stack[MatrixLayout, FactoredBasis]):
     def memory(self) -> int:
         factors = [t for t in (*self.left, *self.right) if t is not None]
         grams = [t for t in (*self._left_grams, *self._right_grams) if t is not None]
-        kept = (*factors, *grams, *self._more_factors(), self.sign)
+        moved = [t for by_name in self._moved.values() for t in by_name.values()]
+        kept = (*factors, *grams, *self._more_factors(), *moved, *(self._oriented or ()))
         return sum(t.numel() * t.element_size() for t in kept) + self._frames_memory()
 
     def _more_factors(self) -> list[Tensor]:
@@ -217,7 +244,7 @@ class BlockStack(FactoredStack):
         active = self.active(own)
         domains = [i for i, name in enumerate(self.names) if name != own]
         D, r, width = len(domains), self.layout.k, self.layout.width
-        reach = torch.zeros(self.layout.T, self.rows, dtype=torch.float64, device=self.device)
+        far = torch.zeros(self.layout.T, self.rows, dtype=torch.float64, device=self.device)
         spans: list[Span] = []
         columns = active.nonzero().squeeze(1)
         for number, group in enumerate(self.layout.groups):
@@ -226,22 +253,22 @@ class BlockStack(FactoredStack):
             GL = left.unflatten(2, (-1, r)).unflatten(1, (-1, r))[:, domains][:, :, :, domains]
             GR = right.unflatten(2, (-1, r)).unflatten(1, (-1, r))[:, domains][:, :, :, domains]
             if D <= 1:  # orthonormal factors: S is the identity
-                reach[group.rows, columns] = 1.0
+                far[group.rows, columns] = 1.0
                 spans.append(Span(group.rows))
                 continue
             if D == 2:
-                pair = PairSpan(group.rows, GL[:, 0, :, 1], GR[:, 0, :, 1], self.combine)
-                reach[group.rows, columns] = pair.reach
+                pair = PairSpan(group.rows, GL[:, 0, :, 1], GR[:, 0, :, 1])
+                far[group.rows, columns] = pair.reach
                 spans.append(pair)
                 continue
             for start in range(0, len(group.indices), 16):  # dense overlaps are large: some matrices at a time
                 overlap = torch.einsum("gdiek,gdjel->gdijekl", GL[start : start + 16], GR[start : start + 16])
                 rows = slice(group.first + start, group.first + start + overlap.shape[0])
                 kind = PackedSpan if self.device.type == "cpu" else DenseSpan
-                span = kind(rows, 1, overlap.reshape(-1, D * width, D * width), self.combine)
-                reach[rows, columns] = span.reach
+                span = kind(rows, 1, overlap.reshape(-1, D * width, D * width))
+                far[rows, columns] = span.reach
                 spans.append(span)
-        return Frame(active, spans, reach, self.sign)
+        return Frame(active, spans, far, self.sign)
 
 
 class InputStack(FactoredStack):
@@ -251,19 +278,20 @@ class InputStack(FactoredStack):
     nothing is sent. Of the r columns of a domain those that no matrix of a group has take no part in products.
 
     Args:
-        layout, combine, device: see :class:`Stack`.
+        layout, device: see :class:`Stack`.
         room: directions of all domains together that a matrix has at most, as a share of its inputs. Those with the smallest
             shares of their own domain's inputs become zero, whatever the order in which domains came.
     """
 
-    def __init__(self, layout: MatrixLayout, combine: Combine, device: torch.device, room: float = 1.0):
-        super().__init__(layout, combine, device)
+    def __init__(self, layout: MatrixLayout, device: torch.device, room: float = 1.0):
+        super().__init__(layout, device)
         self.room = room
         self._recorded: dict[str, FactoredBasis] = {}  # whole: what has no room now may have it later
         self._shares: dict[str, list[Tensor]] = {}  # by domain, [G, r] of each group
         self._room: dict[str, list[Tensor]] = {}  # the same, bool: what acts
         self._kept: list[Tensor] = []  # of each group, the columns that any of its matrices has
         self._acting: list[Tensor] = []  # [G, n or m, columns kept]
+        self._boxes: tuple[str | None, dict[int, tuple[Tensor, Tensor, Tensor, Tensor]]] | None = None
 
     def _sum_(self, coeffs: Tensor) -> None:
         shards = self.layout.shards
@@ -356,7 +384,7 @@ class InputStack(FactoredStack):
         ]
         for name in names[same.index(False) :]:  # from the first that changes, so that their order stays
             super().put(self._trimmed(name), parameters)
-        self._kept, self._acting = [], []
+        self._kept, self._acting, self._boxes = [], [], None
         for number, group in enumerate(self.layout.groups):
             factors = self.left[number] if group.side == "left" else self.right[number]
             assert factors is not None
@@ -408,6 +436,105 @@ class InputStack(FactoredStack):
             basis, left=kept(basis.left), right=kept(basis.right), values=kept(basis.values), moved=kept(basis.moved)
         )
 
+    # The box. Coefficients are float32 and as the factors give them, without orientation: one number each is remembered.
+
+    def measure(self, parameters: Sequence[Tensor], domain: str | None = None) -> Tensor:
+        width = self.rows if domain is None else self.layout.width
+        out = torch.zeros(self.layout.T, width, dtype=torch.float32, device=self.device)
+        with full_precision(self.device):
+            for number, group in enumerate(self.layout.groups):
+                if group.m:
+                    self._coefficients(out, number, group, parameters, domain)
+        self._sum_(out)
+        return out
+
+    def confine_(
+        self,
+        parameters: Sequence[Tensor],
+        anchor: Tensor,
+        bounds: RuleParams | None,
+        own: str | None,
+        exempt: Set[int] = frozenset(),
+        tight: Set[int] = frozenset(),
+    ) -> Tensor:
+        energy = torch.zeros((), dtype=torch.float64, device=self.device)
+        with full_precision(self.device):
+            for number, group in enumerate(self.layout.groups):
+                columns, directions, root, far = self._box(number, own)
+                if not group.m or not columns.numel():
+                    continue
+                each = max(1, BLOCK.get(self.device.type, BLOCK["cuda"]) // (4 * group.each * columns.numel()))
+                free = [at for at, index in enumerate(group.indices) if index not in exempt]
+                for start in range(0, len(free), each):
+                    at = free[start : start + each]
+                    rows = anchor[group.rows].unflatten(0, (-1, group.each))[at]
+                    lower, upper = self._bounds(group, at, columns, far, bounds, tight)
+                    energy += self._confine_(
+                        [parameters[group.indices[i]].view(group.m, group.n) for i in at],
+                        directions[at] if len(at) < len(group.indices) else directions,
+                        rows[..., columns] @ root[at],  # [c, each, A]
+                        lower,
+                        upper,
+                        group,
+                    )
+        return energy
+
+    def _box(self, number: int, own: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What acts in a group on a domain's steps: columns ``[A]``, orthonormal directions ``[G, A, n or m]``, R ``[G, A, A]``,
+        all float32, and reach ``[G, A]``. Of the last set of acting domains they are kept."""
+        key = own if own in self.names else None
+        if self._boxes is None or self._boxes[0] != key:
+            self._boxes = key, {}
+        if number not in self._boxes[1]:
+            active = self.active(own)[self._kept[number]]
+            columns = self._kept[number][active]
+            overlap = self._gram(number)[:, columns][:, :, columns]
+            root = loewdin_root(overlap)
+            directions = self._acting[number][:, :, active].double() @ root
+            far = reach(root, overlap).float()
+            self._boxes[1][number] = columns, directions.mT.float().contiguous(), root.float(), far
+        return self._boxes[1][number]
+
+    def _bounds(
+        self, group: Group, at: Sequence[int], columns: Tensor, far: Tensor, bounds: RuleParams | None, tight: Set[int]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """How far rows may go below and above their anchors ``[c, each, A]``; None: nowhere."""
+        domains = [name for name in self.names if self._moved[name]]
+        if not domains or bounds is None:
+            return None, None
+        moved = torch.zeros(len(at), group.each, self.rows, device=self.device)
+        for domain in domains:
+            names = [self.layout.names[group.indices[i]] for i in at]
+            moved[..., self.columns(domain)] = torch.stack([self._moved[domain][name] for name in names])
+        moved = moved[..., columns]
+        size = moved.abs() * far[at].unsqueeze(1)
+        size[[position for position, i in enumerate(at) if group.indices[i] in tight]] = 0
+        against, along = (t[columns].float() * size for t in (bounds.lower, bounds.upper))
+        return torch.where(moved < 0, along, against), torch.where(moved < 0, against, along)
+
+    def _confine_(
+        self,
+        matrices: Sequence[Tensor],
+        directions: Tensor,
+        anchor: Tensor,
+        lower: Tensor | None,
+        upper: Tensor | None,
+        group: Group,
+    ) -> Tensor:
+        """Some matrices of a group; the energy of what was taken out of them."""
+        left = group.side == "left"
+        d = anchor - (times_transposed if left else times)(matrices, directions.mT)
+        if left and self.layout.shards.sharded:  # d is a difference of sums over processes
+            d = anchor - self.layout.shards.sum_(anchor - d)
+        x = d if lower is None or upper is None else d - torch.minimum(torch.maximum(d, -lower), upper)
+        x = torch.where(x.isfinite().all(-1, keepdim=True), x, 0.0)
+        if left:
+            add_product_(matrices, directions.mT, x)
+        else:
+            add_product_(matrices, x, directions.mT)
+        energy = x.double().square().sum()
+        return energy if not left or self.layout.shards.rank == 0 else torch.zeros_like(energy)
+
     def _coefficients(
         self, out: Tensor, number: int, group: Group, tensors: Sequence[Tensor], domain: str | None
     ) -> None:
@@ -445,4 +572,4 @@ class InputStack(FactoredStack):
             for number, group in enumerate(self.layout.groups)
             if group.each
         ]
-        return Frame.dense(overlaps, self.active(own), self.combine, self.layout.T, self.sign)
+        return Frame.dense(overlaps, self.active(own), self.layout.T, self.sign)

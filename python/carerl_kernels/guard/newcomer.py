@@ -49,7 +49,7 @@ class Newcomer:
         return basis if self.acting else None
 
     def _share(self, grads: Sequence[Tensor]) -> Tensor:
-        inside = self.stack.frame(None).inside(self.stack.project(grads)).square()
+        inside = self.stack.frame(None).root(self.stack.project(grads)).square()
         total = torch.stack([g.double().square().sum() for g in grads]).sum()
         return self.stack.column_sums(inside).sum() / self.stack.layout.shards.sum_(total).clamp_min(1e-300)
 

@@ -1,37 +1,32 @@
-"""The rules: how much of each component of an update passes. Float64, ``[T, K]``, no host synchronisation.
+"""The rules that decide step by step how much of each component passes. Float64, ``[T, K]``, no host synchronisation.
 
-Two families. *Weight* rules give each component of this step a weight w (1 passes, 0 removes):
     instant         sign of this minibatch's coefficient. The literal reading of CARE-RL; its sign is mostly minibatch
                     noise, which the rule rectifies into a drift. Kept for comparison.
-    significance    sign only where ``|c| > z * sigma``, sigma from a moving average of c^2
-    ema             sign of a moving average of c
+    integrated      acts on P, the displacement accumulated since the stage began: a step applies ``f(P_new) - f(P_old)``,
+                    f(P) = w P with w = aligned for P > 0 and conflict for P < 0, so that noise averages out
     probed          a direction counts as aligned when it lowers the earlier domain's loss *now*, by a recent probe gradient;
-                    without one that can be trusted, bounded
-*Displacement* rules act on P, the displacement accumulated since the stage began, in the combine rule's frame: a step applies
-``f(P_new) - f(P_old)``, so the net displacement always is f(P) and noise averages out instead of accumulating.
-    integrated      f(P) = w P with w = aligned for P > 0, conflict for P < 0
-    bounded         f(P) = clip(P, -lower, upper), bounds a fraction of the recorded stage's own displacement
-    remove          f(P) = 0: nothing moves along historical directions (the limit of GPM)
+                    one without a probe that can be trusted is held as by "bounded"
+    remove          of gradients: nothing along historical directions passes (GPM)
+
+Of parameters, "bounded" and "remove" decide nothing step by step: they are a projection, :mod:`carerl_kernels.guard.box`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from .frames import Frame
 
-Rule = Literal["instant", "significance", "ema", "integrated", "bounded", "remove", "probed"]
+Rule = Literal["instant", "integrated", "bounded", "remove", "probed"]
 RULES: tuple[Rule, ...] = get_args(Rule)
 MEMORY: dict[Rule, tuple[str, ...]] = {
     "instant": (),
-    "significance": ("square", "count"),
-    "ema": ("mean",),
     "integrated": ("p",),
-    "bounded": ("p",),
+    "bounded": (),
     "remove": (),
     "probed": ("p", "probe"),
 }
@@ -40,27 +35,17 @@ MEMORY: dict[Rule, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class RuleParams:
-    """Numbers of a rule; tensors are ``[K]`` float64 so that domains may differ, or ``[T, K]``.
+    """Numbers of a rule, ``[K]`` float64 so that domains may differ.
 
     Attributes:
         aligned, conflict: weights of components along and against prior learning.
-        lower, upper: bounds of ``bounded``, as fractions of the recorded displacement.
-        z: significance level; beta: decay of the moving averages.
+        lower, upper: bounds of "bounded", as fractions of the recorded displacement.
     """
 
     aligned: Tensor
     conflict: Tensor
     lower: Tensor
     upper: Tensor
-    z: float
-    beta: float
-
-    def part(self, rows: slice) -> RuleParams:
-        """For some coefficient rows, where numbers differ between rows."""
-        by_row: dict[str, Any] = {
-            f.name: v[rows] for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor) and v.dim() == 2
-        }
-        return replace(self, **by_row) if by_row else self
 
 
 @dataclass
@@ -69,14 +54,10 @@ class RuleState:
 
     Attributes:
         p: raw displacement accumulated since the stage began (gradient convention), before any edit.
-        mean, square: moving averages of c and c^2, not yet bias-corrected; count: steps in them.
         probe: sign of the last probe gradient's coefficient; 0 where none arrived.
     """
 
     p: Tensor
-    mean: Tensor
-    square: Tensor
-    count: Tensor
     probe: Tensor
 
     @classmethod
@@ -103,12 +84,10 @@ def _by_sign(sign: Tensor, params: RuleParams) -> Tensor:
     return torch.where(sign > 0, params.aligned, torch.where(sign < 0, params.conflict, one))
 
 
-def _attained(rule: Rule, P: Tensor, params: RuleParams, reach: Tensor, displacement: Tensor) -> Tensor:
-    """f(P): the net displacement that a displacement rule allows when the raw one is P."""
-    if rule == "integrated":
-        return _by_sign(P, params) * P
+def beyond(D: Tensor, params: RuleParams, reach: Tensor, displacement: Tensor) -> Tensor:
+    """What of the components of a displacement lies outside of the box of "bounded"."""
     size = displacement * reach
-    return torch.minimum(torch.maximum(P, -params.lower * size), params.upper * size)
+    return D - torch.minimum(torch.maximum(D, -params.lower * size), params.upper * size)
 
 
 def decide(
@@ -126,7 +105,7 @@ def decide(
     """The correction of one step, and the rule's memory moved on (MATH: rules).
 
     Args:
-        rule: one of :data:`RULES`.
+        rule: "instant", "integrated", "probed" or "remove".
         c: raw coefficients of this step ``[T, K]`` in the gradient convention (positive repeats prior learning).
         active: ``[K]`` bool, the rows that act: those of every domain but the batch's own.
         state: changed in place, on active rows only, and only when every c is finite.
@@ -141,55 +120,19 @@ def decide(
     """
     acting = active & (c.isfinite().all() if finite is None else finite)
     c = torch.where(active, c, 0.0)
-    if "p" in MEMORY[rule]:
-        inside, before = frame.into(torch.stack([c, state.p]))  # both at once: the map may be large
-        bounded = _by_displacement(
-            "bounded" if rule == "probed" else rule, c, inside, before, acting, state, params, frame, displacement
-        )
-        if rule != "probed":
-            return frame.out(bounded)
-    else:
-        inside = frame.into(c)
-    if rule == "remove":  # f = 0 whatever came before: nothing to remember
-        return frame.out(inside)
+    if rule == "remove":
+        return frame.root(frame.root(c))
     if rule == "instant":
         sign = torch.where(c.abs() > floor, c, 0.0)
-    elif rule == "significance":
-        # sigma from the steps before this one; nothing is significant before the average has seen its own length of steps
-        # (sigma of a single step would call a fifth of pure noise significant)
-        sigma = (state.square / (1 - params.beta**state.count).clamp_min(1e-300)).sqrt()
-        settled = state.count * (1 - params.beta) >= 1 - 1e-9
-        sign = torch.where((c.abs() > params.z * sigma) & (c.abs() > floor) & settled, c, 0.0)
-    elif rule == "ema":
-        sign = params.beta * state.mean + (1 - params.beta) * c
-    else:
-        sign = c * state.probe
-    for name, value in (("mean", c), ("square", c.square())):
-        if name in MEMORY[rule]:
-            old = getattr(state, name)
-            old.copy_(torch.where(acting, params.beta * old + (1 - params.beta) * value, old))
-    if "count" in MEMORY[rule]:
-        state.count.add_(acting.to(state.count.dtype))
-    change = (1 - _by_sign(sign, params)) * inside
-    if rule == "probed" and fallback is not None:
-        change = torch.where(fallback, bounded, change)
-    return frame.out(change)
-
-
-def _by_displacement(
-    rule: Rule,
-    c: Tensor,
-    inside: Tensor,
-    before: Tensor,
-    acting: Tensor,
-    state: RuleState,
-    params: RuleParams,
-    frame: Frame,
-    displacement: Tensor,
-) -> Tensor:
-    """Change of components by a displacement rule, given the components of c and of p; moves p on."""
+        return frame.root((1 - _by_sign(sign, params)) * frame.root(c))
+    inside, before = frame.root(torch.stack([c, state.p]))  # both at once: the map may be large
     after = before + inside
     state.p.copy_(torch.where(acting, state.p + c, state.p))
-    kept = _attained(rule, after, params, frame.reach, displacement)
-    kept = kept - _attained(rule, before, params, frame.reach, displacement)
-    return (after - before) - kept
+    if rule == "integrated":
+        change = (after - _by_sign(after, params) * after) - (before - _by_sign(before, params) * before)
+        return frame.root(change)
+    change = (1 - _by_sign(c * state.probe, params)) * inside
+    if fallback is not None:
+        out = beyond(after, params, frame.reach, displacement) - beyond(before, params, frame.reach, displacement)
+        change = torch.where(fallback, out, change)
+    return frame.root(change)

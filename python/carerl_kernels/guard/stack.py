@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from .._ops import SCALED_DTYPES
+from ..linalg import dacsp_core
 from ..subspace.layout import Layout
 from ..subspace.matrices import MatrixLayout
 from ..subspace.store import BasisError, BasisInfo, DomainBasis, StoredBasis
-from .frames import Combine, Frame
+from .frames import Frame
+from .rules import RuleParams, beyond
 
 ROUNDING = {
     torch.float32: 0.0,
@@ -43,20 +45,17 @@ class Stack(ABC, Generic[L, B]):
 
     Args:
         layout: of the guarded parameters.
-        combine: rule for overlapping rows.
         device: of the parameters.
 
     Attributes:
         names: domains with history, oldest first; infos: what is known about their bases.
-        displacement: h ``[T, K]``, at least zero: how far each recorded stage moved along its directions.
     """
 
-    def __init__(self, layout: L, combine: Combine, device: torch.device):
+    def __init__(self, layout: L, device: torch.device):
         self.layout: L = layout
-        self.combine, self.device = combine, device
+        self.device = device
         self.names: list[str] = []
         self.infos: dict[str, BasisInfo] = {}
-        self.displacement = torch.zeros(layout.T, 0, dtype=torch.float64, device=device)
         self._frames: dict[str | None, Frame] = {}
 
     def __len__(self) -> int:
@@ -66,6 +65,15 @@ class Stack(ABC, Generic[L, B]):
     def rows(self) -> int:
         """K, coefficients of all domains per row of the layout."""
         return len(self) * self.layout.width
+
+    @property
+    @abstractmethod
+    def displacement(self) -> Tensor:
+        """h ``[T, K]`` float64, at least zero: how far each recorded stage moved along its directions."""
+
+    @abstractmethod
+    def recorded_size(self, domain: str) -> float:
+        """Norm of what the recorded stage moved along its directions; 0 without a stage."""
 
     @property
     def rounding(self) -> float:
@@ -103,11 +111,7 @@ class Stack(ABC, Generic[L, B]):
         self._check_kind(basis)
         info = basis.info
         others = [i for i, other in enumerate(self.names) if other != info.domain]
-        moved = self._put(basis, others, parameters)
-        kept: list[Tensor] = (
-            [self.displacement.unflatten(1, (-1, self.layout.width))[:, others].flatten(1)] if others else []
-        )
-        self.displacement = torch.cat([*kept, moved.to(self.device, torch.float64)], dim=1)
+        self._put(basis, others, parameters)
         self.names = [self.names[i] for i in others] + [info.domain]
         self.infos = {**{name: self.infos[name] for name in self.names[:-1]}, info.domain: info}
         self._frames.clear()
@@ -135,8 +139,8 @@ class Stack(ABC, Generic[L, B]):
         return self._frames[key]
 
     @abstractmethod
-    def _put(self, basis: B, others: list[int], parameters: Sequence[Tensor]) -> Tensor:
-        """Stores directions after those of the other domains (positions to keep); returns h ``[T, width]``."""
+    def _put(self, basis: B, others: list[int], parameters: Sequence[Tensor]) -> None:
+        """Stores directions, and how far the stage moved, after those of the other domains (positions to keep)."""
 
     @abstractmethod
     def _frame(self, own: str | None) -> Frame: ...
@@ -152,6 +156,38 @@ class Stack(ABC, Generic[L, B]):
     @abstractmethod
     def edit_(self, tensors: Sequence[Tensor], mix: Tensor, scale: Tensor | None = None) -> None:
         """``t <- scale*(t + A^T mix)`` in place, scale 0-d; nothing moves where mix or scale is not finite."""
+
+    def measure(self, parameters: Sequence[Tensor], domain: str | None = None) -> Tensor:
+        """Coefficients of the parameters as the box remembers them: ``[T, K]``, or ``[T, width]`` of one domain."""
+        return self.project(parameters, domain)
+
+    def confine_(
+        self,
+        parameters: Sequence[Tensor],
+        anchor: Tensor,
+        bounds: RuleParams | None,
+        own: str | None,
+        exempt: Set[int] = frozenset(),
+        tight: Set[int] = frozenset(),
+    ) -> Tensor:
+        """Puts parameters back into the box around an anchor, in place (MATH: confinement).
+
+        Args:
+            parameters: local parts.
+            anchor: from :meth:`measure`.
+            bounds: how far "bounded" lets every row move; None: nowhere.
+            own: domain whose rows do not act.
+            exempt: indices of parameters that move freely; tight: of those that no bound is for.
+
+        Returns:
+            0-d float64, the energy of the correction here; processes add up.
+        """
+        q, frame = self.project(parameters), self.frame(own)
+        D = frame.root(torch.where(self.active(own) & self.all_finite(q), anchor - q, 0.0))
+        out = D if bounds is None else beyond(D, bounds, frame.reach, self.displacement)
+        self.edit_(parameters, frame.root(out))
+        energy = out.square().sum()
+        return energy if self.layout.shards.rank == 0 else torch.zeros_like(energy)
 
     @abstractmethod
     def overlap_times(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
@@ -192,23 +228,31 @@ class RowStack(Stack[Layout, DomainBasis]):
     """Flat and per-matrix bases: one ``[D, k, N]`` tensor, so that one pass serves all domains.
 
     Args:
-        layout, combine, device: see :class:`Stack`.
+        layout, device: see :class:`Stack`.
         dtype: float32, bfloat16, float16, int8 or float8_e4m3fn (both block-scaled) storage.
     """
 
-    def __init__(self, layout: Layout, combine: Combine, dtype: torch.dtype, device: torch.device):
-        super().__init__(layout, combine, device)
+    def __init__(self, layout: Layout, dtype: torch.dtype, device: torch.device):
+        super().__init__(layout, device)
         self.dtype = dtype
         self.bases = torch.zeros(0, layout.k, layout.size, dtype=dtype, device=device)  # [D, k, N]
         self.scales: Tensor | None = None
         self.overlap = torch.zeros(layout.T, 0, 0, dtype=torch.float64, device=device)  # S [T, K, K]
+        self._moved = torch.zeros(layout.T, 0, dtype=torch.float64, device=device)
         self._spectra: dict[str, Tensor] = {}
+
+    @property
+    def displacement(self) -> Tensor:
+        return self._moved
+
+    def recorded_size(self, domain: str) -> float:
+        return float(self._moved[:, self.columns(domain)].square().sum().sqrt())
 
     @property
     def rounding(self) -> float:
         return ROUNDING[self.dtype]
 
-    def _put(self, basis: DomainBasis, others: list[int], parameters: Sequence[Tensor]) -> Tensor:
+    def _put(self, basis: DomainBasis, others: list[int], parameters: Sequence[Tensor]) -> None:
         rows, scales = self._converted(basis)
         self.bases = torch.cat([self.bases[others], rows.unsqueeze(0)])
         if scales is not None:
@@ -217,7 +261,8 @@ class RowStack(Stack[Layout, DomainBasis]):
         self._spectra[basis.info.domain] = basis.singular_values
         K = (len(others) + 1) * self.layout.k
         self.overlap = self.layout.gram(self.bases, parameters, self.scales)[:, :K, :K].contiguous()
-        return basis.displacement
+        kept = [self._moved.unflatten(1, (-1, self.layout.k))[:, others].flatten(1)] if others else []
+        self._moved = torch.cat([*kept, basis.displacement.to(self.device, torch.float64)], dim=1)
 
     def _converted(self, basis: DomainBasis) -> tuple[Tensor, Tensor | None]:
         basis = basis.part_of(self.layout)
@@ -229,7 +274,7 @@ class RowStack(Stack[Layout, DomainBasis]):
 
     def _frame(self, own: str | None) -> Frame:
         everything = (slice(0, self.layout.T), 1, self.overlap)
-        return Frame.dense([everything], self.active(own), self.combine, self.layout.T)
+        return Frame.dense([everything], self.active(own), self.layout.T)
 
     def get(self, domain: str) -> DomainBasis:
         at = self.names.index(domain)
@@ -251,6 +296,50 @@ class RowStack(Stack[Layout, DomainBasis]):
                 return  # nothing to correct; asking costs nothing where it needs no synchronisation
             scale = torch.ones((), device=mix.device)
         self.layout.edit_(tensors, self.bases, mix, scale.float().expand(mix.shape[0]).contiguous(), self.scales)
+
+    def dacsp_(
+        self, grads: Sequence[Tensor], own: str | None, params: RuleParams, floor: Tensor | float
+    ) -> tuple[Tensor, Tensor]:
+        """The literal rule on gradients in one op: projected, classified by sign, reweighted, edited in place.
+
+        Args:
+            grads: whole, finite or left alone.
+            own: domain whose rows do not act.
+            params: weights.
+            floor: smallest coefficient whose sign counts.
+
+        Returns:
+            Coefficients of the rows that act, and what was taken out along them: ``[T, K]`` float64.
+        """
+        active, T, K = self.active(own), self.layout.T, self.rows
+        span = self.frame(own).spans[0]
+        root = torch.zeros(T, K, K, dtype=torch.float64, device=self.device)
+        columns = active.nonzero().squeeze(1)
+        root[:, columns.unsqueeze(1), columns] = span.tensors()[0]
+        threshold = torch.as_tensor(floor, dtype=torch.float32, device=self.device).expand(K).contiguous()
+        weights = (params.aligned.float(), params.conflict.float(), threshold)
+        c = torch.zeros(T, K, dtype=torch.float64, device=self.device)
+        for call in self.layout.calls:
+            rows = list(call.rows)
+            found, _ = torch.ops.carerl.dacsp_.list_tensor(
+                [grads[i] for i in call.indices],
+                self.bases,
+                [self.layout.offsets[i] for i in call.indices],
+                *weights,
+                root[rows] if call.per_tensor else root[rows[0]],
+                self.scales,
+                call.per_tensor,
+            )
+            c[rows] = found.view(len(rows), K).to(c)
+        c = torch.where(active & c.isfinite().all(), c, 0.0)
+        _, x = dacsp_core(c, *(w.double() for w in weights), root)
+        return c, -x
+
+    @property
+    def one_call_each(self) -> bool:
+        """Whether one call sees everything that belongs to a coefficient row: pooled tensors of several dtypes take several."""
+        rows = [row for call in self.layout.calls for row in call.rows]
+        return len(rows) == len(set(rows))
 
     def overlap_times(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
         return (self.overlap[rows] @ x.unsqueeze(-1)).squeeze(-1)

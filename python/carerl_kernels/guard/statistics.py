@@ -13,10 +13,16 @@ if TYPE_CHECKING:
     from .stack import Stack
 
 
-def energies(c: Tensor, x: Tensor, overlapped: Tensor) -> Tensor:
-    """``[3, T, K]`` of coefficients c, correction x and S x: energy aligned, conflicting, and of the correction."""
+def energies(c: Tensor) -> Tensor:
+    """``[2, T, K]`` of coefficients c: energy aligned, and conflicting."""
     energy = c.square()
-    return torch.stack([torch.where(c > 0, energy, 0.0), torch.where(c < 0, energy, 0.0), x * overlapped])
+    return torch.stack([torch.where(c > 0, energy, 0.0), torch.where(c < 0, energy, 0.0)])
+
+
+def squared_distance(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
+    """``|a - b|^2`` over all tensors, 0-d float64."""
+    steps = ((a.double() - b.double()).square().sum() for a, b in zip(before, after, strict=True))
+    return torch.stack(list(steps)).sum()
 
 
 class Statistics:
@@ -32,15 +38,15 @@ class Statistics:
         self._energies: dict[str, Tensor] = {}  # domain -> [aligned, conflicting, total while it was history]
         self._touched: Tensor | None = None  # [energy of corrections, total energy]
 
-    def count(self, stack: Stack, sums: Tensor, total: Tensor | None) -> None:
-        """Adds one step: sums of :func:`energies` ``[3, K]`` and the squared norm of the raw update if it is known."""
+    def count(self, stack: Stack, sums: Tensor, touched: Tensor, total: Tensor | None) -> None:
+        """Adds an update: sums of :func:`energies` ``[2, K]``, the energy of its correction, and its squared norm if known."""
         known = (
             torch.full((), torch.nan, dtype=sums.dtype, device=sums.device) if total is None else total.to(sums.dtype)
         )
         for name in stack.names:
-            add = torch.cat([sums[:2, stack.columns(name)].sum(1), known.unsqueeze(0)])
+            add = torch.cat([sums[:, stack.columns(name)].sum(1), known.unsqueeze(0)])
             self._energies[name] = self._energies[name] + add if name in self._energies else add
-        add = torch.stack([sums[2].sum(), known])
+        add = torch.stack([touched.to(known), known])
         self._touched = add if self._touched is None else self._touched + add
 
     def shares(self, name: str) -> dict[str, float | None] | None:

@@ -74,7 +74,7 @@ def validate(basis: StoredBasis, model: nn.Module, losses: Iterable[Callable[[],
     stacks = []
     with torch.no_grad():
         for one in (basis, as_random(basis, random_basis(layout, seed))):
-            stack: Stack = new_stack(layout, "symmetric", torch.float32, device)
+            stack: Stack = new_stack(layout, torch.float32, device)
             stack.put(one, [local(p) for p in parameters])
             stacks.append(stack)
     kept = [p.grad for p in parameters]
@@ -92,7 +92,7 @@ def validate(basis: StoredBasis, model: nn.Module, losses: Iterable[Callable[[],
                         f"validate: expected a finite gradient other than zero, found |g|^2 = {float(total)}"
                     )
                 for stack, out in zip(stacks, shares, strict=True):
-                    inside = stack.frame(None).inside(stack.project(grads)).square()
+                    inside = stack.frame(None).root(stack.project(grads)).square()
                     out.append(float(stack.column_sums(inside).sum() / total))
     finally:
         for p, grad in zip(parameters, kept, strict=True):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .._files import write_atomically
 from ..guard import CapabilityGuard
-from . import report_numbers
+from ..guard.report import flat_numbers
 
 try:
     from transformers import TrainerCallback
@@ -74,7 +74,7 @@ class GuardCallback(TrainerCallback):
 
     def metrics(self) -> dict[str, float]:
         """The guard's report as flat numbers for a log."""
-        return {} if self.guard is None else report_numbers(self.guard.report())
+        return {} if self.guard is None else flat_numbers(self.guard.report())
 
     def abandon(self) -> None:
         """Training ended by an exception: leaves the optimizer alone; a stage in progress does not become history."""
@@ -177,7 +177,7 @@ def _same_everywhere(guard: CapabilityGuard) -> None:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not distributed or torch.distributed.get_world_size() == 1:
         return
-    if guard.layout.kind == "input" and guard._data_group is None:
+    if guard.layout.kind == "input" and guard.data_group is None:
         raise ValueError(
             "basis 'input' averages what all processes feed forward: expected a guard built from the DDP-wrapped model, found "
             "one built from the model inside; use carerl_kernels.integrations.trl.CareGRPOTrainer, or another basis"

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..guard import CapabilityGuard
-from . import report_numbers
+from ..guard.report import flat_numbers
 
 MakeGuard = Callable[[nn.Module], CapabilityGuard]
 
@@ -93,7 +93,7 @@ def guarded(
             outputs = super().train_batch(data, loss_function)
             self._batch = None
             if self.guard is not None and self.is_mp_src_rank_with_outputs():
-                outputs["metrics"].update(report_numbers(self.guard.report()))
+                outputs["metrics"].update(flat_numbers(self.guard.report()))
             return outputs
 
         def optimizer_step(self) -> Any:

@@ -12,8 +12,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .experiments import Experiment
-
 PRESETS = ("small", "full")
 CHOOSING = 100
 """Seeds from here on chose methods and their numbers; those below confirm and are all that verdicts use."""
@@ -35,7 +33,7 @@ class Method(_Strict):
         lr: Times the setting's learning rate: a cell for each, so that a method is a front and not a point.
         train: Fields of `GRPOConfig`.
         guard: Options of `CapabilityGuard`, or None.
-        experiment: Something that only the study knows (`experiments.ExperimentalGuard`), and its strength.
+        experiment: "random": a control with random directions (`experiments.RandomGuard`).
         editor: Combines one gradient per domain of the batch.
         stored: Examples kept of every earlier domain, for rehearsal, probes and replay; None: all that the domain has.
         shown: Examples of every domain that its guard is shown once, when the domain's stage has ended, for the directions of
@@ -46,8 +44,7 @@ class Method(_Strict):
     lr: tuple[float, ...] = (0.5,)
     train: dict[str, Any] = Field(default_factory=dict)
     guard: dict[str, Any] | None = None
-    experiment: Experiment | None = None
-    strength: float = Field(default=1.0, gt=0)
+    experiment: Literal["random"] | None = None
     editor: Literal["pcgrad", "modular_surgery"] | None = None
     stored: int | None = Field(default=32, ge=0)
     shown: int = Field(default=0, ge=0)

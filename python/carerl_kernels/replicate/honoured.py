@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from .experiments import RULES, STRONG
 from .grid import Cell, GridError
 
 IGNORED = {
@@ -36,17 +35,8 @@ def refuse_ignored(cell: Cell) -> None:
         refuse(f"a {setting.kind} setting without what it does not know", ", ".join(ignored))
     if CELLS_OWN & train.keys():
         refuse("lr and seed from the cell's name, not from train", ", ".join(sorted(CELLS_OWN & train.keys())))
-    rule = (method.guard or {}).get("rule")
-    if method.experiment and rule != RULES[method.experiment]:
-        refuse(
-            f"a guard with rule {RULES[method.experiment]!r} to go with experiment {method.experiment!r}", repr(rule)
-        )
-    if "strength" in method.model_fields_set and method.experiment not in STRONG:
-        refuse(
-            f"strength with experiment {', '.join(STRONG)}, which alone know it", f"experiment {method.experiment!r}"
-        )
-    if "strength" not in method.model_fields_set and method.experiment in STRONG:
-        refuse(f"a strength with experiment {method.experiment!r}", "none")
+    if method.experiment and method.guard is None:
+        refuse(f"a guard to go with experiment {method.experiment!r}", "none")
     stores = train.get("replay_fraction", 0) > 0 or train.get("rehearsal_weight", 0) > 0 or _probes(cell)
     if stores and method.stored == 0:
         refuse("stored examples for replay, rehearsal or probes", "stored: 0")

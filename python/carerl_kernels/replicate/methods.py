@@ -8,10 +8,10 @@ from typing import Any, get_args
 
 from torch import Tensor
 
+from ..guard import CapabilityGuard
 from ..guard.editors import Editor, PCGrad, modular_surgery
 from ..subspace.layout import RowKind
-from ._early import CapabilityGuard
-from .experiments import ExperimentalGuard
+from .experiments import RandomGuard
 from .grid import Method
 
 Shown = Callable[[str], Iterable[Mapping[str, Tensor]]]
@@ -50,8 +50,8 @@ def guard_of(
         options = {"k": k, **options}
     if isinstance(options.get("bound"), list):
         options["bound"] = tuple(options["bound"])
-    if method.experiment is not None:
-        return ExperimentalGuard(model, experiment=method.experiment, strength=method.strength, seed=seed, **options)
+    if method.experiment:
+        return RandomGuard(model, seed=seed, **options)
     if method.shown:
         assert shown is not None
         return ShownGuard(model, shown, **options)

@@ -116,6 +116,11 @@ class Layout:
         return self.parameters
 
     @property
+    def covered_names(self) -> tuple[str, ...]:
+        """Names of the parameters among them: all."""
+        return self.names
+
+    @property
     def chance(self) -> float:
         """Share of a displacement's energy that random directions would hold."""
         return self.k * self.T / self.parameters

@@ -151,6 +151,11 @@ class MatrixLayout:
         return sum(self.shards.pieces[i].numel for group in self.groups for i in group.indices)
 
     @property
+    def covered_names(self) -> list[str]:
+        """Names of the parameters among them."""
+        return [self.names[i] for group in self.groups for i in group.indices]
+
+    @property
     def chance(self) -> float:
         """Share of a displacement's energy that random directions would hold."""
         rows = sum(len(g.indices) * {"both": 1, "right": g.whole, "left": g.n}[g.side] for g in self.groups)
@@ -161,6 +166,14 @@ class MatrixLayout:
         for position, index in enumerate(group.indices):
             start = group.first + position * group.each
             yield position, self.names[index], slice(start, start + group.each)
+
+    def rows_of(self, index: int) -> slice:
+        """Coefficient rows of a parameter; none where it is not covered."""
+        for group in self.groups:
+            if index in group.indices:
+                start = group.first + group.indices.index(index) * group.each
+                return slice(start, start + group.each)
+        return slice(0, 0)
 
     def local(self, group: Group, tensors: Sequence[Tensor], at: slice = slice(None)) -> list[Tensor]:
         """Matrices ``[m, n]`` of the group, all or those at these positions: views of the tensors."""

@@ -1,0 +1,205 @@
+"""Corrections of single steps: of the update that the optimizer made, or of the gradient before it.
+
+The rules that look at every step ("instant", "integrated", "probed"; of gradients "remove", too) act here. What is a projection
+of the parameters ("bounded", "remove") is in :mod:`carerl_kernels.guard.box`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .probes import Probes
+from .rules import RuleParams, RuleState, decide
+from .settings import Settings
+from .stack import RowStack, Stack
+from .statistics import Statistics, energies, squared_distance
+
+
+class StepCorrection:
+    """A rule's memory, and the edit of one step.
+
+    Args:
+        stack: directions of all domains.
+        settings: of the guard.
+        probes: of rule "probed".
+        statistics: where energies are counted.
+
+    Attributes:
+        params, state: of the rule.
+        q_prev, q_start: coefficients ``[T, K]`` of the parameters after the last step and when the stage began.
+    """
+
+    def __init__(self, stack: Stack, settings: Settings, probes: Probes, statistics: Statistics):
+        self.stack, self.settings, self.probes, self.statistics = stack, settings, probes, statistics
+        rows, device = stack.rows, stack.device
+        self.params = rule_params(stack, settings)
+        self.state = RuleState.zeros(settings.rule, stack.layout.T, rows, device)
+        size = rows if settings.apply_to == "update" else 0
+        self.q_prev = torch.zeros(stack.layout.T, size, dtype=torch.float64, device=device)
+        self.q_start = self.q_prev.clone()
+        # where a step's coefficients and its correction go: memory that is there already costs no page faults
+        self._q, self._x = torch.empty_like(self.q_prev), torch.empty_like(self.q_prev)
+
+    def rebase(self, parameters: Sequence[Tensor]) -> None:
+        """Counts from the present parameters on."""
+        self.state.begin_stage()
+        if len(self.stack) and self.settings.apply_to == "update":
+            self.q_start = self.stack.project(parameters)
+            self.q_prev = self.q_start.clone()
+
+    def moved(self, domain: str) -> float | None:
+        """Norm of the net displacement along a domain's directions; None in grad mode, where it is not measured."""
+        if self.settings.apply_to == "grad":
+            return None
+        columns = self.stack.columns(domain)
+        return float(self.stack.column_sums((self.q_start - self.q_prev)[:, columns].square()).sum().sqrt())
+
+    def remembered(self) -> dict[str, Tensor]:
+        """Everything that is remembered per coefficient."""
+        state = {name: rows for name, rows in vars(self.state).items() if rows.shape[1]}
+        if self.settings.apply_to == "update":
+            state |= {"q_prev": self.q_prev, "q_start": self.q_start}
+        return state
+
+    def adopt(self, parameters: Sequence[Tensor], kept: Mapping[str, tuple[Mapping[str, Tensor], Tensor]]) -> None:
+        """On a changed stack: what was remembered of domains that stay goes on; the rest begins here.
+
+        Args:
+            kept: by domain, its part of :meth:`remembered` and what of it acted ``[T, width]``.
+        """
+        self.rebase(parameters)
+        now = self.remembered()
+        for name, (before, acted) in kept.items():
+            columns, same = self.stack.columns(name), self.stack.present(name) & acted
+            for what, rows in before.items():
+                now[what][:, columns] = torch.where(same, rows, now[what][:, columns])
+
+    def settle_probes(self) -> None:
+        """Takes in the probes since the last step."""
+        for name in self.probes.pending():
+            columns = self.stack.columns(name)
+            self.state.probe[:, columns] = self.probes.settle(name, self.state.probe[:, columns], self.stack)
+
+    def edit_update(self, parameters: Sequence[Tensor], own: str | None, snapshot: Sequence[Tensor] | None) -> None:
+        """Corrects the step just taken by projecting the parameters themselves (MATH: apply_to="update").
+
+        Rows are in the gradient convention, so a step that repeats prior learning lowers q: c = q_prev - q. The coefficients
+        after the edit are predicted as q + S x; what rounding of the parameters makes of it shows up in the next c and is
+        corrected there, so errors do not accumulate.
+
+        Args:
+            parameters: local parts, after the step.
+            own: the step's domain.
+            snapshot: of the parameters before the step, where energy is tracked.
+        """
+        stack = self.stack
+        q = stack.project(parameters, out=self._q)  # [T, K]
+        finite = stack.all_finite(q)
+        total = None if snapshot is None else stack.layout.shards.sum_(squared_distance(snapshot, parameters))
+        correction = self._x
+        sums = torch.zeros(2, stack.rows, dtype=q.dtype, device=q.device)
+        touched = torch.zeros(stack.rows, dtype=q.dtype, device=q.device)
+        free = ~stack.active(own)
+        # Coefficients of input bases outnumber their directions by far: block by block they stay in the caches.
+        for rows in stack.blocks:
+            before, start = self.q_prev[rows], self.q_start[rows]
+            c = torch.where(finite, before - q[rows], 0.0)
+            x = self._decide(c, own, total, finite, rows)
+            overlapped = stack.overlap_times(x, rows)
+            sums += stack.own_sums(energies(c), rows)
+            touched += stack.own_sums(x * overlapped, rows)
+            correction[rows] = x
+            moved = overlapped - c
+            # The batch's own rows move freely: their baseline goes along instead of counting as displacement.
+            start += torch.where(free, moved, 0.0)
+            before += moved
+        sums, touched = stack.summed(torch.cat([sums, touched.unsqueeze(0)])).split([2, 1])
+        self.statistics.count(stack, sums, touched.sum(), total)
+        stack.edit_(parameters, correction)
+
+    def edit_gradients(self, grads: Sequence[Tensor], own: str | None, max_grad_norm: float | None = None) -> None:
+        """Edits a gradient in place; clipping folds into the scale, known before the second pass."""
+        stack = self.stack
+        total = None
+        if (
+            self.settings.track_energy
+            or max_grad_norm is not None
+            or (stack.rounding and self.settings.rule == "instant")
+        ):
+            squares = torch.stack([g.norm(dtype=torch.float32).double().square() for g in grads])
+            total = stack.layout.shards.sum_(squares.sum())
+        if self._fused(max_grad_norm):
+            assert isinstance(stack, RowStack)
+            c, x = stack.dacsp_(grads, own, self.params, self._floor(total))
+            overlapped = stack.overlap_times(x)
+        else:
+            c = stack.project(grads)  # [T, K]
+            x = self._decide(c, own, total, stack.all_finite(c))
+            overlapped = stack.overlap_times(x)
+            scale = torch.ones((), dtype=torch.float64, device=c.device)
+            if max_grad_norm is not None and total is not None:
+                change = stack.column_sums(x * (overlapped - 2 * c)).sum()  # |g - A^T x|^2 - |g|^2
+                scale = (max_grad_norm / (total + change).clamp_min(0.0).sqrt().clamp_min(1e-30)).clamp_max(1.0)
+            # In place; a parameter without gradient took no part in the step and stays out of it.
+            stack.edit_(grads, -x, scale)
+        touched = stack.column_sums(x * overlapped).sum()
+        self.statistics.count(
+            stack, stack.column_sums(energies(c)), touched, total if self.settings.track_energy else None
+        )
+
+    def _fused(self, max_grad_norm: float | None) -> bool:
+        """Whether one fused op can do it: the literal rule on rows that live here whole, and no clipping after the edit."""
+        stack = self.stack
+        whole = isinstance(stack, RowStack) and not stack.layout.shards.sharded and stack.one_call_each
+        return whole and self.settings.rule == "instant" and max_grad_norm is None
+
+    def _floor(self, total: Tensor | None) -> Tensor | float:
+        """Three times what rounding of the directions alone makes of a coefficient, where the step's norm is known."""
+        return 0.0 if total is None else 3 * self.stack.rounding * (total / self.stack.layout.parameters).sqrt()
+
+    def _decide(
+        self, c: Tensor, own: str | None, total: Tensor | None, finite: Tensor, rows: slice = slice(None)
+    ) -> Tensor:
+        """The correction of all rows or a block, given its raw coefficients and, where known, the squared norm of the step."""
+        return decide(
+            self.settings.rule,
+            c,
+            self.stack.active(own),
+            self.state.part(rows),
+            self.params,
+            self.stack.frame(own).part(rows),
+            self.stack.displacement[rows],
+            finite,
+            self._fallback(),
+            self._floor(total),
+        )
+
+    def _fallback(self) -> Tensor | None:
+        """``[K]`` bool: rows whose probes cannot be trusted; None where none are."""
+        if self.settings.rule != "probed" or not (names := self.probes.distrusted(self.stack.names)):
+            return None
+        mask = torch.zeros(self.stack.rows, dtype=torch.bool, device=self.stack.device)
+        for name in names:
+            mask[self.stack.columns(name)] = True
+        return mask
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: self.stack.unpack(rows) for name, rows in self.remembered().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, rows in self.remembered().items():
+            self.stack.pack_(rows, state[name])
+
+
+def rule_params(stack: Stack, settings: Settings) -> RuleParams:
+    """Numbers of every domain, spread over its rows."""
+    by_domain = [settings.numbers_of(name) for name in stack.names]
+    spread = {
+        key: [numbers[key] for numbers in by_domain for _ in range(stack.layout.width)]
+        for key in ("aligned", "conflict", "lower", "upper")
+    }
+    return RuleParams(**{k: torch.tensor(v, dtype=torch.float64, device=stack.device) for k, v in spread.items()})

@@ -1,0 +1,108 @@
+"""Stages and newcomers: what is being recorded while the model trains."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..subspace.inputs import InputRecorder
+from ..subspace.kinds import KINDS
+from ..subspace.layout import Layout
+from ..subspace.matrices import MatrixLayout, Side
+from ..subspace.recorder import Recorder
+from ..subspace.store import StoredBasis
+from .newcomer import Newcomer
+from .settings import Settings
+
+
+@dataclass
+class Recording:
+    """The recorders of a guard.
+
+    Attributes:
+        layout, settings, architecture, data_group: of the guard.
+        module: whose calls are seen; None where the guard was built from pairs.
+        sites: see :func:`carerl_kernels.guard.build.sites_of`.
+        locals: gives the parameters' local parts.
+        stage: the recorder of the stage in progress; newcomers: of domains that appeared on the way.
+        seconds: spent.
+    """
+
+    layout: Layout | MatrixLayout
+    settings: Settings
+    architecture: str
+    data_group: Any
+    module: nn.Module | None
+    sites: dict[str, tuple[nn.Module, Side]] | None
+    locals: Callable[[], list[Tensor]]
+    stage: Recorder | None = None
+    newcomers: dict[str, Newcomer] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def sees(self) -> str:
+        """What recorders look at: "gradients", "change" or "inputs"."""
+        return KINDS[self.layout.kind].sees
+
+    def recorder(self, name: str, start_checkpoint: Path | str | None = None) -> Recorder:
+        """A new recorder of this guard's kind.
+
+        Raises:
+            RuntimeError: an input basis of a guard without a module.
+        """
+        options: dict[str, Any] = {"start_checkpoint": start_checkpoint, "architecture": self.architecture}
+        if self.sees == "gradients":
+            options |= {"k": self.layout.k, "every": self.settings.record_every}
+        if self.sees == "inputs":
+            if self.sites is None or self.module is None:
+                raise RuntimeError(
+                    "an input basis is made of what the model is fed: expected a guard built from a module, found one built "
+                    "from pairs of names and parameters"
+                )
+            return InputRecorder(
+                name,
+                self.layout,  # type: ignore[arg-type]
+                self.locals(),
+                self.sites,
+                self.module,
+                self.settings.energy,
+                every=self.settings.record_every,
+                group=self.data_group,
+                **options,
+            )
+        return KINDS[self.layout.kind].recorder(name, self.layout, self.locals(), **options)
+
+    @property
+    def active(self) -> list[Recorder]:
+        """All recorders in progress."""
+        return ([] if self.stage is None else [self.stage]) + [n.recorder for n in self.newcomers.values()]
+
+    def discard(self) -> None:
+        """What was seen since the last step belongs to no step: it was dropped."""
+        for recorder in self.active:
+            recorder.discard()
+
+    def update(self, own: str | None, gradient: Sequence[Tensor], others: bool = True) -> list[StoredBasis]:
+        """Feeds the recordings of this step's domain, and tells the others that it was not theirs.
+
+        Returns:
+            Bases of newcomers that may act from now on, or have been renewed.
+        """
+        started, found = time.perf_counter(), []
+        if self.stage is not None and own == self.stage.domain:
+            self.stage.update(gradient)
+        elif self.stage is not None and others:
+            self.stage.discard()
+        for name, newcomer in self.newcomers.items():
+            if name == own:
+                basis = newcomer.look(gradient, self.locals())
+                found += [] if basis is None else [basis]
+            elif others:
+                newcomer.recorder.discard()
+        self.seconds += time.perf_counter() - started
+        return found

@@ -1,0 +1,78 @@
+"""What a guard did and what it cannot protect, as plain numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+
+class DomainReport(TypedDict):
+    """One domain with history.
+
+    Attributes:
+        energy: shares of raw updates aligned, conflicting and orthogonal, where energy is tracked or every step is projected.
+        net_displacement: along its directions in this stage or, between stages, the last one, relative to the recorded
+            stage's own; None where no stage was recorded, and in grad mode. moved: its norm.
+        capture: share of what was recorded that the directions hold: "gradient" of the energy of gradients or inputs,
+            "displacement" of the squared displacement of the stage (None without one).
+        acting: share of what its directions hold that acts: less than 1 where ``room`` was short.
+        steps: recorded.
+    """
+
+    energy: dict[str, float | None] | None
+    net_displacement: float | None
+    moved: float | None
+    capture: dict[str, float | None]
+    acting: float
+    steps: int
+
+
+class Report(TypedDict, total=False):
+    """The whole report; JSON can hold it.
+
+    Attributes:
+        rule, apply_to, basis, k, every: of the guard.
+        steps, dropped_steps: optimizer steps taken; those dropped for a gradient that is not finite.
+        waiting: steps since the last correction; the weights may be outside of their box by what these did.
+        touched_share: energy of corrections over energy of updates; None unless tracked.
+        domains: by name.
+        open_windows: domains that nothing protects: no basis, or one that holds no more than chance.
+        unguarded: parameters of the optimizer that move freely, by reason, with their number and how many elements they have.
+        recording: of newcomers. probes: of rule "probed".
+        seconds: spent acting, recording and probing. communication: numbers summed over processes, and all-reduces.
+        memory: bytes of directions, anchors and what belongs to them in this process.
+        covered: share of the guarded parameters that directions exist for.
+    """
+
+    rule: str
+    apply_to: str
+    basis: str
+    k: int
+    every: int
+    steps: int
+    dropped_steps: int
+    waiting: int
+    touched_share: float | None
+    domains: dict[str, DomainReport]
+    open_windows: list[str]
+    unguarded: dict[str, dict[str, int]]
+    recording: dict[str, Any]
+    probes: dict[str, Any]
+    seconds: dict[str, float]
+    communication: dict[str, int]
+    memory: int
+    covered: float
+
+
+def flat_numbers(report: Mapping[str, Any]) -> dict[str, float]:
+    """The report's numbers under names for a trainer's log; what is not known is left out."""
+    numbers = {
+        "guard/touched_share": report["touched_share"],
+        "guard/dropped_steps": report["dropped_steps"],
+        "guard/open_windows": len(report["open_windows"]),
+        "guard/seconds": sum(report["seconds"].values()),
+    }
+    for name, domain in report["domains"].items():
+        numbers |= {f"guard/{name}/{key}": domain[key] for key in ("net_displacement", "moved")}
+        numbers |= {f"guard/{name}/{share}": value for share, value in (domain["energy"] or {}).items()}
+    return {name: float(value) for name, value in numbers.items() if value is not None}

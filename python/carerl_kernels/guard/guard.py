@@ -191,6 +191,15 @@ class CapabilityGuard:
         self._renew()
         self.rebase()
 
+    @torch.no_grad()
+    def protect(self, name: str, batches: Any, path: Any = None) -> None:
+        """TEMPORARY, until the guard's own lands."""
+        from ..subspace.observe import observe
+
+        self._settle()
+        moments = observe(self._recording.module, batches, self.layout, progress=False)
+        self.add(moments.basis(self.layout, name, energy=self.settings.energy, architecture=self.architecture, parameters=self._locals()))
+
     def basis(self, name: str) -> Any:
         """The recorded basis of a domain (rows rounded to ``basis_dtype``): to inspect, or to save once more.
 

@@ -122,7 +122,7 @@ class Bed:
         """Train a stage, with what the method does from the second one on."""
         start = {n: p.detach().clone() for n, p in self.trained.items()}
         part = self.cell.method.train.get("stage_interpolation", 1.0)
-        if index == 0 or self.guard is None or self.guard.every >= self.cell.setting.steps:
+        if index == 0 or self.guard is None or self.guard.settings.every >= self.cell.setting.steps:
             self.plain(index, domain)
         else:
             self.train(domain, self.rate(index), self.guard)

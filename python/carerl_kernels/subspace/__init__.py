@@ -10,6 +10,8 @@ from .factored import FactoredBasis
 from .inputs import InputRecorder
 from .layout import Layout
 from .matrices import MatrixLayout
+from .moments import Moments
+from .observe import observe
 from .pca import StreamingPCA
 from .recorder import StageRecorder
 from .store import BasisError, DomainBasis, StoredBasis
@@ -22,7 +24,9 @@ __all__ = [
     "InputRecorder",
     "Layout",
     "MatrixLayout",
+    "Moments",
     "StageRecorder",
     "StoredBasis",
     "StreamingPCA",
+    "observe",
 ]

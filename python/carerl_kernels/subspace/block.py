@@ -74,8 +74,8 @@ class BlockRecorder:
         left, right, values, moved = {}, {}, {}, {}
         for group in layout.groups:
             for at in group.chunks(parameters[group.indices[0]].device):
-                names = [layout.names[i] for i in group.indices[at]]
-                deltas = [self.start.delta(i, parameters[i]).view(group.m, group.n) for i in group.indices[at]]
+                names = layout.labels(group, at)
+                deltas = layout.local(group, lambda i: self.start.delta(i, parameters[i]), at)
                 with full_precision(deltas[0].device):
                     U, S, V = leading_factors(deltas, r, names, group.whole, layout.shards)
                     coefficients = U.double().mT @ times(deltas, V).double()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..linalg import loewdin_root
-from .matrices import Group, MatrixLayout
+from .matrices import Group, MatrixLayout, unlabel
 from .saving import Part
 from .shards import Shards
 from .store import BasisError, BasisInfo, StoredBasis
@@ -131,7 +131,9 @@ class FactoredBasis(StoredBasis):
             raise BasisError(f"{path}: expected displacements and values of the same matrices, found others")
         for what, by_name in (("left", self.left), ("right", self.right), ("moved", self.moved)):
             for name, t in by_name.items():
-                shape = shapes.get(name, ())
+                whole, index = unlabel(name)
+                shape = shapes.get(whole, ())
+                shape = shape if index is None else shape[1:]
                 m, n = (shape[0], torch.Size(shape).numel() // max(shape[0], 1)) if shape else (0, 0)
                 rows = {"left": m, "right": n}.get(
                     what, self.info.k if self.info.kind == "block" else n if name in self.left else m

@@ -1,12 +1,14 @@
 """How weight matrices lie under factored bases.
 
-A factored basis has directions for every weight matrix W ``[m, n]`` (a tensor of two or more dimensions, flattened to
-``[shape[0], rest]``); vectors (biases, norms) are not covered and move freely.
+A factored basis has directions for every weight matrix W ``[m, n]``: a tensor of two dimensions, a slice ``W[e]`` of a stack of
+matrices ``[E, m, n]`` (fused experts), or a tensor of more dimensions flattened to ``[shape[0], rest]`` (convolutions, in block
+bases). Vectors (biases, norms) are not covered and move freely.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -26,10 +28,11 @@ class Group:
     """Matrices of equal shape, handled together.
 
     Attributes:
-        indices: of the parameters.
+        indices: of the parameters, one for each matrix: a stack of matrices has its index several times.
         m: rows that live here; whole: rows of the whole matrix; n: columns.
         side: which factors a direction has: "both" (u v^T), "right" (any column times v^T), "left" (u times any row).
         first: first coefficient row; each: coefficient rows per matrix.
+        slices: which slice of its parameter each matrix is; None where it is the whole of it.
     """
 
     indices: tuple[int, ...]
@@ -39,6 +42,7 @@ class Group:
     side: Side
     first: int
     each: int
+    slices: tuple[int | None, ...]
 
     @property
     def rows(self) -> slice:
@@ -93,7 +97,8 @@ class MatrixLayout:
             named: names and parameters.
             kind, k: see the class.
             group: process group of plain local parts.
-            sides: of input bases, by name; a matrix that is not named is not covered. None: all are right-sided.
+            sides: of input bases, by name; a matrix that is not named is not covered. None: all are right-sided. Tensors of
+                three dimensions that are named are stacks of matrices, in block bases, too.
 
         Raises:
             ValueError: as :meth:`Layout.of`; no matrix among the tensors; parts of matrices that are not whole rows.
@@ -106,27 +111,58 @@ class MatrixLayout:
                 f"a {kind} basis needs whole rows of matrices: expected DTensors or whole parameters, found plain local "
                 "parts of a process group; use basis='per_matrix', or FSDP2"
             )
-        buckets: dict[tuple, list[int]] = {}
-        for index, ((name, tensor), piece) in enumerate(zip(parts, shards.pieces, strict=True)):
-            side = "both" if kind == "block" else "right" if sides is None else sides.get(name)
+        return cls._over([name for name, _ in parts], [tensor for _, tensor in parts], kind, k, shards, sides)
+
+    def with_sides(self, sides: Mapping[str, Side], parameters: Sequence[Tensor]) -> MatrixLayout:
+        """The layout of the same parameters (local parts) with these sides; itself where nothing changes."""
+        out = self._over(self.names, parameters, self.kind, self.k, self.shards, sides)
+        return self if out.groups == self.groups else out
+
+    @classmethod
+    def _over(
+        cls,
+        names: Sequence[str],
+        parameters: Sequence[Tensor],
+        kind: FactoredKind,
+        k: int,
+        shards: Shards,
+        sides: Mapping[str, Side] | None,
+    ) -> MatrixLayout:
+        buckets: dict[tuple, list[tuple[int, int | None]]] = {}
+        spread: list[str] = []  # stacks of matrices whose slices live in several processes
+        for index, (name, tensor, piece) in enumerate(zip(names, parameters, shards.pieces, strict=True)):
+            known = None if sides is None else sides.get(name)
+            side: Side | None = "both" if kind == "block" else "right" if sides is None else known
             if side is None or len(piece.shape) < 2 or piece.numel == 0:
                 continue
-            inner = piece.numel // piece.shape[0]
-            buckets.setdefault((side, piece.shape[0], inner, str(tensor.dtype), str(tensor.device)), []).append(index)
+            stacked = len(piece.shape) == 3 and known is not None
+            if stacked and shards.sharded:
+                spread.append(name)
+                continue
+            whole, inner = piece.shape[1:] if stacked else (piece.shape[0], piece.numel // piece.shape[0])
+            m = whole if stacked else tensor.numel() // inner
+            bucket = buckets.setdefault((side, whole, m, inner, str(tensor.dtype), str(tensor.device)), [])
+            bucket += [(index, e) for e in range(piece.shape[0])] if stacked else [(index, None)]
+        if spread:
+            warnings.warn(
+                f"a {kind} basis does not cover {some(spread)}: stacks of matrices (fused experts) that FSDP2 splits over "
+                "processes; they move freely. Leave these modules out of fully_shard, or use basis='per_matrix'",
+                stacklevel=4,
+            )
         if not buckets:
             raise ValueError(
                 f"a {kind} basis covers weight matrices: expected at least one trainable one, found none among "
-                f"{len(parts)} parameters; use basis='per_matrix'"
+                f"{len(names)} parameters; use basis='per_matrix'"
             )
         groups: list[Group] = []
         end = 0
-        for (side, whole, inner, *_), indices in sorted(buckets.items(), key=lambda item: item[1][0]):
-            m = parts[indices[0]][1].numel() // inner
+        for (side, whole, m, inner, *_), units in sorted(buckets.items(), key=lambda item: item[1][0][0]):
             each = {"both": 1, "right": m, "left": inner}[side]
-            groups.append(Group(tuple(indices), m, whole, inner, side, end, each))
-            end += each * len(indices)
+            indices, slices = zip(*units, strict=True)
+            groups.append(Group(indices, m, whole, inner, side, end, each, slices))
+            end += each * len(units)
         return cls(
-            names=tuple(name for name, _ in parts),
+            names=tuple(names),
             shapes=tuple(piece.shape for piece in shards.pieces),
             kind=kind,
             k=k,
@@ -148,7 +184,7 @@ class MatrixLayout:
     @property
     def covered(self) -> int:
         """Parameters that a basis of this kind has directions for: those in matrices."""
-        return sum(self.shards.pieces[i].numel for group in self.groups for i in group.indices)
+        return sum(group.whole * group.n * len(group.indices) for group in self.groups)
 
     @property
     def covered_names(self) -> list[str]:
@@ -161,23 +197,38 @@ class MatrixLayout:
         rows = sum(len(g.indices) * {"both": 1, "right": g.whole, "left": g.n}[g.side] for g in self.groups)
         return min(1.0, self.width * rows / self.parameters)
 
-    def matrices(self, group: Group) -> Iterator[tuple[int, str, slice]]:
-        """Position in the group, parameter name and coefficient rows of each matrix."""
-        for position, index in enumerate(group.indices):
-            start = group.first + position * group.each
-            yield position, self.names[index], slice(start, start + group.each)
+    def labels(self, group: Group, at: slice = slice(None)) -> list[str]:
+        """Names of the group's matrices: the parameter's, ``name[e]`` of a slice."""
+        return [label(self.names[i], e) for i, e in zip(group.indices[at], group.slices[at], strict=True)]
 
     def rows_of(self, index: int) -> slice:
         """Coefficient rows of a parameter; none where it is not covered."""
         for group in self.groups:
             if index in group.indices:
                 start = group.first + group.indices.index(index) * group.each
-                return slice(start, start + group.each)
+                return slice(start, start + group.each * group.indices.count(index))
         return slice(0, 0)
 
-    def local(self, group: Group, tensors: Sequence[Tensor], at: slice = slice(None)) -> list[Tensor]:
-        """Matrices ``[m, n]`` of the group, all or those at these positions: views of the tensors."""
-        return [tensors[i].view(group.m, group.n) for i in group.indices[at]]
+    def matrices(self, group: Group) -> Iterator[tuple[int, str, slice]]:
+        """Position in the group, label and coefficient rows of each matrix."""
+        for position, name in enumerate(self.labels(group)):
+            start = group.first + position * group.each
+            yield position, name, slice(start, start + group.each)
+
+    def local(
+        self, group: Group, tensors: Sequence[Tensor] | Callable[[int], Tensor], at: slice = slice(None)
+    ) -> list[Tensor]:
+        """Matrices ``[m, n]`` of the group, all or those at these positions: views of the tensors.
+
+        Args:
+            tensors: of all parameters, or a function that gives one; asked once where slices of one follow each other.
+        """
+        out, last = [], (-1, torch.empty(0))
+        for i, e in zip(group.indices[at], group.slices[at], strict=True):
+            if last[0] != i:
+                last = i, tensors(i) if callable(tensors) else tensors[i]
+            out.append((last[1] if e is None else last[1][e]).view(group.m, group.n))
+        return out
 
     def unpack(self, rows: Tensor) -> Any:
         """Numbers per coefficient row ``[T, ...]`` for checkpoints: where rows are spread over processes, by parameter."""
@@ -198,3 +249,22 @@ class MatrixLayout:
         for group in self.groups:
             for _, name, at in self.matrices(group):
                 rows[at] = local(parts[name]).to(rows)
+
+
+def label(name: str, index: int | None) -> str:
+    """Of a matrix: the parameter's name, with the slice where it is one of a stack."""
+    return name if index is None else f"{name}[{index}]"
+
+
+def unlabel(text: str) -> tuple[str, int | None]:
+    """The inverse of :func:`label`."""
+    if not text.endswith("]"):
+        return text, None
+    name, _, index = text[:-1].rpartition("[")
+    return name, int(index)
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """A few of the names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -39,7 +39,8 @@ class BasisInfo:
         steps: gradients streamed in; skipped: gradients refused because they were not finite.
         gradient_capture: share of the stage's gradient energy that the directions hold, 0..1; None where gradients were not
             looked at (block bases come from the parameter change alone).
-        displacement_capture: share of the stage's squared parameter change that they hold, 0..1.
+        displacement_capture: share of the stage's squared parameter change that they hold, 0..1; None where no stage was
+            recorded: the directions are of inputs that a finished model was shown.
     """
 
     domain: str
@@ -53,7 +54,7 @@ class BasisInfo:
     steps: int
     skipped: int
     gradient_capture: float | None
-    displacement_capture: float
+    displacement_capture: float | None
 
 
 class StoredBasis(ABC):

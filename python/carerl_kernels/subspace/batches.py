@@ -1,0 +1,207 @@
+"""What a model is shown: batches of several forms, how a model is called with them, and which of their positions are text."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+BATCH = 8
+"""Texts, or rows of token ids, that are shown at a time."""
+_NOT_PADDING = ("loss", "completion", "label", "prompt", "special", "assistant", "global", "head", "token_type", "tool")
+"""Masks that say something else than which positions are text, by a part of their name."""
+
+
+def prepared(batches: Iterable[Any], tokenizer: Any, max_length: int | None = None) -> Iterator[Any]:
+    """Batches as the model is called with: texts and rows of token ids put together, padded and masked.
+
+    Raises:
+        ValueError: texts without a tokenizer.
+    """
+    rows: list[list[int]] = []
+    for batch in batches:
+        new = _token_rows(batch, tokenizer)
+        if new is None:
+            yield batch
+            continue
+        rows += [row[:max_length] for row in new if row]
+        while len(rows) >= 4 * BATCH:  # of similar length together
+            rows.sort(key=len)
+            yield _padded(rows[-BATCH:], tokenizer)
+            del rows[-BATCH:]
+    rows.sort(key=len)
+    for start in range(0, len(rows), BATCH):
+        yield _padded(rows[start : start + BATCH], tokenizer)
+
+
+def _token_rows(batch: Any, tokenizer: Any) -> list[list[int]] | None:
+    """Token ids of a text, of several, or of a row of a data set; None: a batch as it is."""
+    if isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), list):
+        ids = batch["input_ids"]
+        return ids if ids and isinstance(ids[0], list) else [ids]
+    texts = [batch] if isinstance(batch, str) else batch
+    if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
+        return None
+    if tokenizer is None:
+        raise ValueError(
+            f"expected a tokenizer with batches that are texts, found none (first text: {texts[0][:40]!r}); pass tokenizer="
+        )
+    return [tokenizer(text)["input_ids"] for text in texts]
+
+
+def _padded(rows: list[list[int]], tokenizer: Any) -> dict[str, Tensor]:
+    pad = getattr(tokenizer, "pad_token_id", None) or 0
+    length = max(map(len, rows))
+    ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """Calls a model with a batch: keyword arguments, a tuple of arguments, or both as ``(args, kwargs)``, or one argument."""
+    args, kwargs = arguments(batch)
+    return model(*args, **kwargs)
+
+
+def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a batch."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, tuple | list):
+        if len(batch) == 2 and isinstance(batch[0], tuple) and isinstance(batch[1], dict):
+            return batch[0], batch[1]
+        return tuple(batch), {}
+    return (batch,), {}
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on a device; mappings of other types become dictionaries."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        parts = [to_device(value, device) for value in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    return batch
+
+
+def text_positions(model: nn.Module, batch: Any) -> tuple[Tensor | None, str | None]:
+    """Which positions of a batch are text, by the mask in it, wherever that stands.
+
+    ``attention_mask`` first, by key or by the name that the model's ``forward`` gives an argument; then another mask, of which
+    those with "padding" in their name say what is *not* text. Unnamed: a tensor of zeros and ones shaped as the first.
+
+    Returns:
+        bool ``[B, T]``, or None: all are; and the name of a mask that is there and of no use, or None.
+    """
+    args, kwargs = arguments(batch)
+    found: list[tuple[str, Tensor]] = []
+    try:
+        bound = inspect.signature(model.forward).bind(*args, **kwargs)
+        named = {
+            ("" if parameter.kind is parameter.VAR_POSITIONAL else name): bound.arguments[name]
+            for name, parameter in inspect.signature(model.forward).parameters.items()
+            if name in bound.arguments
+        }
+    except (TypeError, ValueError):
+        named = {"": args, **kwargs}
+    _collect("", named, found)
+    masks = [(name, t) for name, t in found if "mask" in name and not any(word in name for word in _NOT_PADDING)]
+    masks.sort(key=lambda item: item[0] != "attention_mask")
+    useless = None
+    for name, mask in masks:
+        if mask.dim() == 2:
+            return (~mask.bool() if "padding" in name else mask > 0 if mask.dtype != torch.bool else mask), None
+        useless = useless or name
+    for name, t in found[1:]:
+        alike = t.dim() == 2 and t.shape == found[0][1].shape and len(name) <= 1 and not t.is_floating_point()
+        if alike and bool(((t == 0) | (t == 1)).all()) and bool(t.any()):
+            return t.bool(), None
+    return None, useless
+
+
+def _collect(name: str, value: Any, found: list[tuple[str, Tensor]]) -> None:
+    if isinstance(value, Tensor):
+        found.append((name, value))
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            _collect(str(key), part, found)
+    elif isinstance(value, tuple | list):
+        for part in value:
+            _collect(name if hasattr(value, "_fields") else "", part, found)
+    elif hasattr(value, "__dataclass_fields__"):
+        for key in value.__dataclass_fields__:
+            _collect(key, getattr(value, key), found)
+
+
+def sequences(batch: Any) -> list[Any]:
+    """A batch cut along its first dimension into sequences, cloned to the CPU; one piece where that is not known.
+
+    The size is that of the first tensor; what has another first dimension belongs to all.
+    """
+    leaves, spec = pytree.tree_flatten(batch)
+    tensors = [t for t in leaves if isinstance(t, Tensor) and t.dim()]
+    size = tensors[0].shape[0] if tensors else 1
+    return [_Sequence.cut(leaves, spec, size, i) for i in range(size)]
+
+
+def joined(items: Sequence[Any], most: int = BATCH) -> Iterator[Any]:
+    """Batches again, of sequences that fit together."""
+    waiting: dict[Any, list[_Sequence]] = {}
+    for item in items:
+        key = item.key()
+        waiting.setdefault(key, []).append(item)
+        if len(waiting[key]) == most:
+            yield _Sequence.join(waiting.pop(key))
+    for rest in waiting.values():
+        yield _Sequence.join(rest)
+
+
+class _Sequence:
+    """One sequence of a batch: its leaves, and which of them it shares with the others.
+
+    Args:
+        leaves, spec: of the batch's tree, tensors on the CPU.
+        own: per leaf, whether it is this sequence's row ``[1, ...]``.
+    """
+
+    def __init__(self, leaves: list[Any], spec: Any, own: list[bool]):
+        self.leaves, self.spec, self.own = leaves, spec, own
+
+    @classmethod
+    def cut(cls, leaves: list[Any], spec: Any, size: int, at: int) -> _Sequence:
+        own = [isinstance(t, Tensor) and t.dim() > 0 and t.shape[0] == size for t in leaves]
+        parts = [
+            (t[at : at + 1] if mine else t).detach().cpu().clone() if isinstance(t, Tensor) else t
+            for t, mine in zip(leaves, own, strict=True)
+        ]
+        return cls(parts, spec, own)
+
+    def key(self) -> Any:
+        """Equal for sequences that can stand in one batch."""
+        parts = [
+            (t.shape[1:], t.dtype)
+            if mine
+            else (tuple(t.shape), str(t.dtype), tuple(t.flatten().tolist()[:4096]))
+            if isinstance(t, Tensor)
+            else repr(t)
+            for t, mine in zip(self.leaves, self.own, strict=True)
+        ]
+        return str(self.spec), tuple(parts)
+
+    @staticmethod
+    def join(items: Sequence[_Sequence]) -> Any:
+        first = items[0]
+        leaves = [
+            torch.cat([item.leaves[i] for item in items]) if mine else first.leaves[i]
+            for i, mine in enumerate(first.own)
+        ]
+        return pytree.tree_unflatten(leaves, first.spec)
+
+
+Positions = Callable[[Any], Tensor]

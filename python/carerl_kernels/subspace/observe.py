@@ -1,0 +1,221 @@
+"""History from a look: a model is shown batches, and every covered weight is watched at work (see :mod:`.watch`)."""
+
+from __future__ import annotations
+
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .batches import Positions, call, prepared, text_positions, to_device
+from .matrices import MatrixLayout, some, unlabel
+from .moments import Accumulator, Moments
+from .rows import Rows
+from .sites import guess_sides, plain_name, unwrapped
+from .watch import Watch
+
+SHOWN_AFTER = 2.0
+"""Seconds after which a progress bar appears."""
+
+
+@torch.no_grad()
+def observe(
+    model: nn.Module,
+    batches: Iterable[Any],
+    layout: MatrixLayout,
+    *,
+    run: Callable[[Any], Any] | None = None,
+    tokenizer: Any = None,
+    positions: Positions | None = None,
+    group: Any = None,
+    unseen: Literal["error", "free"] = "error",
+    progress: bool = True,
+) -> Moments:
+    """Shows batches to a model and sums up the inputs of every covered weight, however it is used.
+
+    The pass is the caller's in nothing: no gradients, eager, without dropout and autocast, and afterwards modes, random numbers
+    and compiled code are as they were. Of a padded batch only text counts. Under FSDP2 every process calls it, each with
+    its own share of the batches; a process that runs out shows its last one again, uncounted, until all are done.
+
+    Args:
+        model: bare, or inside ``DistributedDataParallel``, ``torch.compile`` or ``fully_shard``.
+        batches: each a mapping of keyword arguments, a tuple of arguments, or a tensor (token ids); or a text, a list of texts,
+            or a row with a list of ``input_ids``, which are put together, padded and masked.
+        layout: which weights are covered; its k is the rank that will be asked for.
+        run: ``run(batch)`` calls the model, where it is not called as ``model(**batch)``.
+        tokenizer: of texts.
+        positions: ``positions(batch) -> bool [B, T]``, which positions count, where the batch does not hold the mask.
+        group: process group over which batches are spread; None: this process has all of them, or FSDP2's processes have.
+        unseen: "error" refuses a covered weight of which nothing was seen; "free" warns and leaves it without directions.
+        progress: shows a bar on stderr where it takes longer than two seconds.
+
+    Raises:
+        ValueError: no batch; a covered weight that no batch reached; inputs that are not finite.
+    """
+    if unseen not in ("error", "free"):
+        raise ValueError(f"unseen: expected 'error' or 'free', found {unseen!r}")
+    inner = unwrapped(model)
+    group = group if group is not None else layout.shards.group
+    named = [(plain_name(name), p) for name, p in inner.named_parameters()]
+    sides = guess_sides(inner, [(name, p) for name, p in named if name in layout.names])
+    accumulator = Accumulator(2 * layout.k + 16)
+    watch = Watch(inner, layout.names, accumulator)
+    device = next(p for name, p in named if name in layout.names).device
+    shown, unknown, useless = 0, set[int](), set[str]()
+    with _quiet(inner), _bar(batches, progress, group) as step:
+        for batch, counts in _together(prepared(batches, tokenizer), layout):
+            batch = to_device(batch, device)
+            mask, name = (positions(batch), None) if positions is not None else text_positions(inner, batch)
+            watch.rows = Rows(None if mask is None else mask.to(device=device, dtype=torch.bool))
+            with watch if counts else ExitStack():
+                run(batch) if run is not None else call(inner, batch)
+            accumulator.settle()
+            shown += counts
+            unknown |= watch.rows.unknown
+            useless |= {name} - {None}  # type: ignore[arg-type]
+            step()
+    other = watch.other
+    if group is not None:
+        found: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(found, (shown, other), group=group)
+        shown = sum(part[0] for part in found)
+        names = {name for part in found for name in part[1]}
+        other = {name: set().union(*(part[1].get(name, ()) for part in found)) for name in names}
+    if not shown:
+        raise ValueError(
+            "expected at least one batch to show the model, found none; pass batches of what it is called with"
+        )
+    if group is not None:
+        accumulator.reduce(group)
+    moments = Moments(accumulator, sides, shown, {})
+    moments.check_finite()
+    if useless or unknown:
+        what = (
+            f"mask {sorted(useless)[0]!r} is no [B, T]"
+            if useless
+            else "some layers get other numbers of vectors than it has"
+        )
+        warnings.warn(
+            f"padding was not told apart everywhere ({what}): it counts there; show batches without padding, or pass positions=",
+            stacklevel=3,
+        )
+    _settle(moments, layout, sides, other, unseen)
+    return moments
+
+
+def _settle(
+    moments: Moments, layout: MatrixLayout, sides: dict[str, Any], other: dict[str, set[str]], unseen: str
+) -> None:
+    """What of the covered weights was not seen: idle experts, weights without products, and the rest, which is refused."""
+    labels = [name for group in layout.groups for name in layout.labels(group)]
+    missing = [name for name in labels if not moments.saw(name)]
+    seen = {name for name in labels if moments.saw(name)}
+    families = {_family(name) for name in seen}
+    idle = [name for name in missing if _family(name) != name and _family(name) in families]
+    rest = [name for name in missing if name not in set(idle)]
+    unused = {name: sorted(other[name]) for name in dict.fromkeys(unlabel(n)[0] for n in rest) if name in other}
+    free = [name for name in rest if unlabel(name)[0] not in unused]
+    moments.idle, moments.uncoverable, moments.free = tuple(idle), {n: tuple(o) for n, o in unused.items()}, tuple(free)
+    if free and unseen == "error":
+        raise ValueError(
+            f"expected inputs of every covered weight, found none of {some(list(dict.fromkeys(unlabel(n)[0] for n in free)))}; "
+            "show batches that use them, pass run= where the model is called otherwise, freeze them (requires_grad_(False)), or "
+            "leave them unprotected with unseen='free'"
+        )
+    if free:
+        warnings.warn(
+            f"nothing was seen of {some(list(dict.fromkeys(unlabel(n)[0] for n in free)))}: nothing protects them",
+            stacklevel=4,
+        )
+    if unused:
+        how = "; ".join(f"{name} ({', '.join(ops)})" for name, ops in list(unused.items())[:3])
+        more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+        warnings.warn(
+            f"not coverable, for no input is multiplied by them: {how}{more}; they move freely, freeze them to protect them",
+            stacklevel=4,
+        )
+
+
+def _family(text: str) -> str:
+    """Experts of one layer have the same: the stack's name, or the module's without its number."""
+    name, index = unlabel(text)
+    return name + "[]" if index is not None else re.sub(r"(experts?\.)\d+(?=\.)", r"\1*", name)
+
+
+def _together(batches: Iterator[Any], layout: MatrixLayout) -> Iterator[tuple[Any, bool]]:
+    """Batches, and whether they count: where parameters are sharded all processes call the model equally often."""
+    if not layout.shards.sharded:
+        yield from ((batch, True) for batch in batches)
+        return
+    last: Any = None
+    while True:
+        batch = next(batches, None)
+        more = torch.tensor([batch is not None, batch is None and last is None], dtype=torch.int32)
+        more = more.to(layout.shards.mesh.device_type if layout.shards.mesh is not None else "cpu")
+        dist.all_reduce(more, group=layout.shards.group)
+        if not int(more[0]):
+            return
+        if int(more[1]):
+            raise ValueError(
+                "expected at least one batch in every process, found a process without any; spread them evenly"
+            )
+        last = batch if batch is not None else last
+        yield last, batch is not None
+
+
+@contextmanager
+def _quiet(model: nn.Module) -> Iterator[None]:
+    """Inside, the model runs in eager mode without dropout, autocast, fused fast paths and random numbers of the caller's."""
+    training = [module for module in model.modules() if module.training]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    cuda = [d.index for d in {p.device for p in model.parameters()} if d.type == "cuda"]
+    kinds = {p.device.type for p in model.parameters()}
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=cuda))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for kind in kinds - {"meta"}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        torch.backends.mha.set_fastpath_enabled(False)
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+            for module in training:
+                module.training = True
+
+
+@contextmanager
+def _bar(batches: Any, progress: bool, group: Any) -> Iterator[Callable[[], None]]:
+    """A function to call after every batch; shows a bar when it has taken a while."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    shown: list[Any] = []
+    began, done = time.monotonic(), 0
+    total = len(batches) if hasattr(batches, "__len__") else None
+    quiet = not progress or (group is not None and dist.get_rank(group) > 0)
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if quiet or (not shown and time.monotonic() - began < SHOWN_AFTER):
+            return
+        if not shown:
+            bar = Progress(console=Console(stderr=True), transient=True)
+            shown[:] = bar, bar.add_task("observing", total=total)
+            bar.start()
+        shown[0].update(shown[1], completed=done)
+
+    try:
+        yield step
+    finally:
+        if shown:
+            shown[0].stop()

@@ -38,6 +38,8 @@ class Method(_Strict):
         stored: Examples kept of every earlier domain, for rehearsal, probes and replay; None: all that the domain has.
         shown: Examples of every domain that its guard is shown once, when the domain's stage has ended, for the directions of
             their inputs; 0: the guard records stages as they are trained.
+        ties: Settings of kind "merge": experts are merged by TIES, with this share of every change; None: their changes are
+            summed, and confined off the other domains' inputs where the method has a guard.
     """
 
     text: str
@@ -48,6 +50,7 @@ class Method(_Strict):
     editor: Literal["pcgrad", "modular_surgery"] | None = None
     stored: int | None = Field(default=32, ge=0)
     shown: int = Field(default=0, ge=0)
+    ties: float | None = Field(default=None, gt=0, le=1)
 
     @property
     def memory(self) -> str:
@@ -64,7 +67,7 @@ class Setting(_Strict):
     Attributes:
         text: What it is, for the report.
         kind: Which runner: "lm" (the demonstration's language model), "bandit" (an MLP policy), "smollm2" (LoRA, GRPO),
-            "sft" (the same model, supervised; scores are minus nats a token).
+            "sft" (the same model, supervised; scores are minus nats a token), "merge" (experts of the demonstration's model).
         stages: Domain names, or lists of names for mixed stages.
         steps: GRPO steps per stage.
         lr: Learning rate that methods scale.
@@ -77,7 +80,7 @@ class Setting(_Strict):
     """
 
     text: str
-    kind: Literal["lm", "bandit", "smollm2", "sft"]
+    kind: Literal["lm", "bandit", "smollm2", "sft", "merge"]
     stages: tuple[str | tuple[str, ...], ...]
     steps: int = Field(ge=1)
     lr: float = Field(gt=0)

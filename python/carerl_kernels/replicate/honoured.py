@@ -10,6 +10,7 @@ IGNORED = {
     "lm": ("lora_rank",),
     "bandit": ("warm_up", "shares", "noise", "lora_rank"),
     "smollm2": ("warm_up", "shares", "noise", "lora_rank"),
+    "merge": ("shares", "noise", "k", "lora_rank"),
     "sft": ("warm_up", "shares", "noise", "k"),
 }
 """Fields of a setting, by kind, that its runner does not read."""

@@ -40,19 +40,7 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
         pools.limit(noisy(domain, setting.noise.get(domain.name, 0.0), seed), method.stored)
         for domain in tasks.demo_domains(seed, setting.domains)
     ]
-    config = GRPOConfig(
-        **{
-            "max_new_tokens": tasks.MAX_NEW_TOKENS,
-            "lr": setting.lr * cell.lr,
-            "eval_batch_size": 512,
-            "record_last": False,
-            "seed": seed,
-            "progress": False,
-            "plots": False,
-            **setting.train,
-            **method.train,
-        }
-    )
+    config = config_of(cell, setting.lr * cell.lr)
     guard = guard_of(method, model, seed, setting.k, shown_by(domains, tokenizer, method.shown))
     validity = Validity(guard, model, tokenizer, domains)
 
@@ -74,6 +62,23 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
     history = trainer.run([Stage(group, setting.steps, shares=shares_of(cell, group)) for group in setting.groups])
     validity.look(again=True)
     return {"scores": scores_of(history, setting.domains), "validity": validity.shares, **guard_figures(guard, trainer)}
+
+
+def config_of(cell: Cell, lr: float) -> GRPOConfig:
+    """How the demonstration's model is trained."""
+    return GRPOConfig(
+        **{
+            "max_new_tokens": tasks.MAX_NEW_TOKENS,
+            "lr": lr,
+            "eval_batch_size": 512,
+            "record_last": False,
+            "seed": cell.seed,
+            "progress": False,
+            "plots": False,
+            **cell.setting.train,
+            **cell.method.train,
+        }
+    )
 
 
 def shown_by(domains: Sequence[Domain], tokenizer: Any, n: int) -> Shown:

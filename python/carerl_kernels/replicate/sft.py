@@ -5,9 +5,11 @@ Scores are minus nats: higher is better, as everywhere in the study. The stage `
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from .._files import write_bytes_atomically
+from ..grpo.parallel import Ranks
 from ..grpo.rundir import load_tensors, save_tensors
 from ..guard import CapabilityGuard
 from ..smollm2 import load_smollm2
-from ..grpo.parallel import Ranks
 from . import texts
 from .grid import Cell
 from .methods import guard_of
@@ -43,7 +45,7 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
         scores and extras, as `cells.Record` has them.
     """
     bed = Bed(cell, cache, report)
-    measured = [bed.start()]
+    measured = [bed.measure()]
     for index, (domain,) in enumerate(cell.setting.groups):
         if domain != TEXT:
             bed.stage(index, domain)
@@ -67,7 +69,8 @@ class Bed:
 
     def __init__(self, cell: Cell, cache: Path, report: Callable[[Any], None]) -> None:
         self.cell, self.cache, self.report = cell, cache, report
-        self.model, self.tokenizer = load_smollm2()
+        model, self.tokenizer = pretrained()
+        self.model = deepcopy(model)
         rank = cell.setting.lora_rank
         if rank:
             from peft import LoraConfig, get_peft_model
@@ -87,20 +90,24 @@ class Bed:
         self.further["facts"] = texts.pairs_batch(self.tokenizer, texts.facts())
         self.guard = guard_of(cell.method, self.model, cell.seed, shown=self.shown, measure=False)
         self.seconds = 0.0
+        # What was measured of the weights as they are; None where a method had a hand in them.
+        self.known: Path | None = cache / "sft" / "start.json"
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
         """Minus nats a token of every domain, of facts and of text of another kind; exact answers of every task."""
-        nats = {name: -float(loss(self.model, batch)) for name, batch in (self.held_out | self.further).items()}
-        return nats | {f"exact {d}": exact(self.model, self.held_out[d]) for d in self.pairs}
-
-    def start(self) -> dict[str, float]:
-        """The same of the pretrained model, measured once: a fresh adapter changes nothing."""
-        path = self.cache / "sft" / f"start-{'-'.join(self.held_out)}.json"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_bytes_atomically(path, json.dumps(self.measure()).encode())
-        return dict(json.loads(path.read_bytes()))
+        found: dict[str, float] = json.loads(self.known.read_bytes()) if self.known and self.known.exists() else {}
+        before = len(found)
+        for name, batch in (self.held_out | self.further).items():
+            if name not in found:
+                found[name] = -float(loss(self.model, batch))
+            if name in self.pairs and f"exact {name}" not in found:
+                found[f"exact {name}"] = exact(self.model, batch)
+        if self.known and len(found) > before:
+            self.known.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes_atomically(self.known, json.dumps(found).encode())
+        wanted = [*self.held_out, *self.further, *(f"exact {task}" for task in self.pairs)]
+        return {name: found[name] for name in wanted}
 
     def remember(self, domain: str) -> None:
         """Show the guard examples of a domain whose stage has ended."""
@@ -126,12 +133,15 @@ class Bed:
             self.plain(index, domain)
         else:
             self.train(domain, self.rate(index), self.guard)
+            self.known = None
         if index and self.guard is not None:
             self.guard.confine_()
+            self.known = None
         if index and part != 1:
             with torch.no_grad():
                 for n, p in self.trained.items():
                     p.copy_(torch.lerp(start[n], p, part))
+            self.known = None
 
     def figures(self) -> dict[str, Any]:
         """Seconds of the guard over those of the training that it guarded; nothing where it looked at checkpoints alone."""
@@ -140,11 +150,15 @@ class Bed:
         return {"guard_share": self.guard.seconds["act"] / self.seconds}
 
     def plain(self, index: int, domain: str) -> None:
-        """Train a stage with nothing else, or load what that came to."""
+        """Train a stage with nothing else, or load what that came to from weights that were trained plainly."""
         setting, seed = self.cell.setting, self.cell.seed
+        if self.known is None:
+            self.train(domain, self.rate(index))
+            return
         rates = {d: self.rate(i) for i, (d,) in enumerate(setting.groups[: index + 1]) if d != TEXT}
         done = "-".join(f"{d}@{lr:g}" for d, lr in rates.items())
         path = self.cache / "sft" / f"{done}-lora{setting.lora_rank}-{setting.steps}-{seed}.safetensors"
+        self.known = path.with_suffix(".json")
         if path.exists():
             load_tensors(path, self.trained)
             return
@@ -173,6 +187,12 @@ class Bed:
         if guard is not None:
             guard.detach()
             self.seconds += time.perf_counter() - started
+
+
+@functools.cache
+def pretrained() -> tuple[nn.Module, Any]:
+    """The model and its tokenizer, read once: its file's numbers take a while to unpack."""
+    return load_smollm2()
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:

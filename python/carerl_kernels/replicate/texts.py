@@ -26,7 +26,7 @@ WORDS = (
     "apple river stone cloud tiger lemon piano grape tower candle button window basket ladder mirror pillow garden rocket "
     "saddle turtle violin wagon zebra anchor bridge castle dragon engine forest guitar hammer island jacket kettle lantern "
     "magnet needle orange pencil quartz ribbon silver ticket umbrella valley walnut yellow"
-).split()
+)
 SORTED: dict[str, tuple[str, Callable[[list[str]], list[str]]]] = {
     "backwards": ("Sorted backwards:", lambda words: sorted(words, reverse=True)),
     "shortest": ("Shortest first:", lambda words: sorted(words, key=len)),
@@ -120,7 +120,7 @@ def task_pairs(task: str, seed: str, apart: Iterable[Pair] = ()) -> Iterator[Pai
     rng, (asked, answer) = random.Random(f"{task}-{seed}"), SORTED[task]
     excluded = set(apart)
     while True:
-        words = rng.sample(WORDS, 4)
+        words = rng.sample(WORDS.split(), 4)
         pair = f"Words: {' '.join(words)}\n{asked}", f" {' '.join(answer(words))}\n"
         if pair not in excluded:
             yield pair

@@ -94,6 +94,27 @@ def dacsp(
     return edit(g, rows, x, np.ones(len(g))), c, classes, gains
 
 
+def input_project(W: Array, V: Array) -> Array:
+    """c = W V^T ``[G, outputs, K]`` of matrices ``[G, outputs, inputs]`` and directions ``[G, K, inputs]``."""
+    return W @ V.swapaxes(1, 2)
+
+
+def input_confine(W: Array, V: Array, anchor: Array, lower: Array | float, upper: Array | float) -> Array:
+    """What the coefficients move by, x: the displacement d = anchor - c beyond its box [-lower, upper]."""
+    d = anchor - input_project(W, V)
+    x = np.where(d > upper, d - upper, np.where(d < -np.asarray(lower), d + lower, 0.0))
+    return np.where(np.isfinite(d).all(2, keepdims=True), x, 0.0)
+
+
+def input_dacsp(
+    W: Array, V: Array, aligned: float | Array, conflict: float | Array, threshold: float | Array
+) -> tuple[Array, Array]:
+    """Coefficients c and what the literal rule moves them by, x."""
+    c = input_project(W, V)
+    gain = np.where(c > threshold, aligned - 1.0, np.where(c < -np.asarray(threshold), conflict - 1.0, 0.0))
+    return c, gain * c
+
+
 def batch_pca(data: Array, k: int) -> tuple[Array, Array]:
     """Top k right singular vectors ``[k, N]`` and all singular values of the (uncentred) data ``[T, N]``."""
     _, values, right = np.linalg.svd(data, full_matrices=False)

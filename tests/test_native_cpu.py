@@ -69,6 +69,15 @@ def every_matrix_result(grad: str) -> dict[str, torch.Tensor]:
         out[f"block_project {m}"] = dispatched("block_project")(matrices, left, right, 3)
         dispatched("block_edit_")(matrices, left, draw("mix", count, 3, 16, 16), right)
         out[f"block_edit {m}"] = torch.stack(matrices)
+        for side, inputs in ((False, n), (True, m)):  # every time from the same matrices: roundings do not add up
+            parts = [[draw(f"matrix{i}", m, n, dtype=DTYPES[grad]) for i in range(count)] for _ in range(2)]
+            directions = draw("directions", count, 40, inputs) / inputs**0.5
+            before = dispatched("input_project")(parts[0], directions, side)
+            anchor, bound = before + draw("away", *before.shape), torch.full_like(before, 0.1)
+            energies = [dispatched("input_confine_")(parts[0], directions, anchor, bound, None, side)]
+            energies.append(dispatched("input_dacsp_")(parts[1], directions, 1.5, 0.5, 0.0, side))
+            out |= {f"input {side} {m}": before, f"energies {side} {m}": torch.stack(energies)}
+            out[f"inputs {side} {m}"] = torch.stack(parts[0] + parts[1])
     out["packed_times"] = dispatched("packed_times")(draw("packed", 7, 5050), draw("x", 2, 7, 100).double())
     return out
 

@@ -37,8 +37,8 @@ def _other_isas() -> list[str]:
 
 @pytest.mark.parametrize("isa", _other_isas())
 def test_kernels_of_every_instruction_set(isa: str):
-    """The process picks one set of kernels for good, so the others of this CPU go through both passes in a child."""
-    files = [str(Path(__file__).with_name(f"test_ops_{name}.py")) for name in ("project", "edit", "quantize")]
+    """The process picks one set of kernels for good, so the others of this CPU go through both passes and matrices in a child."""
+    files = [str(Path(__file__).with_name(f"test_ops_{name}.py")) for name in ("project", "edit", "quantize", "inputs")]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *files]
     command += ["-k", "cpu and not threads and not long and not unbiased"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")} | {"CARERL_CPU_ISA": isa}

@@ -52,12 +52,22 @@ def good(overload: str) -> dict[str, Any]:
         "left": torch.randn(3, 7, 4),
         "right": torch.randn(3, 5, 4),
         "domains": 2,
+        "directions": torch.randn(3, 4, 5),
+        "anchor": torch.randn(3, 7, 4),
+        "lower": torch.rand(3, 7, 4),
+        "upper": None,
         "packed": torch.randn(3, 15),
         "x": torch.randn(2, 3, 5, dtype=torch.float64),
         "tensors": [torch.randn(7), torch.randn(2, 3).bfloat16()],
     }
     if is_list:
         args |= {"offsets": [0, 128], "per_tensor": False}
+    if overload == "input_dacsp_.tensor":
+        rows = 4
+    if overload == "input_project":
+        args |= {"directions": torch.randn(3, 4, 7), "left": True}
+    elif overload.startswith("input_"):
+        args["left"] = False
     if overload.endswith("tensor"):
         args |= {name: torch.full((rows,), float(args[name])) for name in ("aligned", "conflict", "threshold")}
     if overload == "block_edit_":
@@ -99,6 +109,8 @@ WITH_Q = ("rotate_", "edit_rotate_", "rotate_.list", "edit_rotate_.list")
 SCALAR_RULE, TENSOR_RULE = ("dacsp_", "dacsp_.list"), ("dacsp_.tensor", "dacsp_.list_tensor")
 QUANTIZE = ("quantize_bases",)
 BLOCKS = ("block_project", "block_edit_")
+INPUTS = ("input_project", "input_confine_", "input_dacsp_", "input_dacsp_.tensor")
+MATRICES = (*BLOCKS, *INPUTS)
 STACKED = tuple(n for n in (*DENSE, *LISTS) if not n.startswith(("rotate_", "pca_update_", "gram")))
 
 # what is wrong: (overloads, change to the arguments, what the message says)
@@ -184,14 +196,27 @@ MISTAKES: dict[str, tuple[tuple[str, ...], Callable[[dict], dict], str]] = {
     "block_not_a_power": (QUANTIZE, put(block=96), r"power of two of at least 32.*96"),
     "block_negative": (QUANTIZE, put(block=-128), r"power of two of at least 32.*-128"),
     "quantised_to_bf16": (QUANTIZE, put(dtype=torch.bfloat16), r"dtype int8 or float8_e4m3fn.*bfloat16"),
-    "no_matrices": (BLOCKS, put(matrices=[]), r"at least one tensor in matrices.*empty"),
-    "matrices_3d": (BLOCKS, put(matrices=lambda w: [t[None] for t in w]), r"matrices with 2 dimensions.*1, 7, 5"),
-    "matrix_of_another_shape": (BLOCKS, put(matrices=lambda w: [*w[:2], w[2].t().contiguous()]),
+    "no_matrices": (MATRICES, put(matrices=[]), r"at least one tensor in matrices.*empty"),
+    "matrices_3d": (MATRICES, put(matrices=lambda w: [t[None] for t in w]), r"matrices with 2 dimensions.*1, 7, 5"),
+    "matrix_of_another_shape": (MATRICES, put(matrices=lambda w: [*w[:2], w[2].t().contiguous()]),
                                 r"matrices \[7, 5\] like the first.*\[5, 7\] at index 2"),
-    "matrix_strided": (BLOCKS, put(matrices=lambda w: [*w[:2], torch.randn(5, 7).t()]), r"contiguous matrices.*index 2"),
-    "matrices_of_two_dtypes": (BLOCKS, put(matrices=lambda w: [*w[:2], w[2].half()]), r"one dtype.*float16 at index 2"),
-    "matrices_double": (BLOCKS, put(matrices=lambda w: [t.double() for t in w]), r"one dtype.*float64 at index 0"),
-    "matrix_on_meta": (BLOCKS, put(matrices=lambda w: [*w[:2], w[2].to("meta")]), r"matrices\[2\] on cpu.*meta"),
+    "matrix_strided": (MATRICES, put(matrices=lambda w: [*w[:2], torch.randn(5, 7).t()]), r"contiguous matrices.*index 2"),
+    "matrices_of_two_dtypes": (MATRICES, put(matrices=lambda w: [*w[:2], w[2].half()]), r"one dtype.*float16 at index 2"),
+    "matrices_double": (MATRICES, put(matrices=lambda w: [t.double() for t in w]), r"one dtype.*float64 at index 0"),
+    "matrix_on_meta": (MATRICES, put(matrices=lambda w: [*w[:2], w[2].to("meta")]), r"matrices\[2\] on cpu.*meta"),
+    "directions_of_fewer": (INPUTS, put(directions=lambda v: v[:2]), r"directions \[3, 4, [57]\].*\[2, 4, [57]\]"),
+    "directions_2d": (INPUTS, put(directions=lambda v: v[0]), r"directions \[3, 0, [57]\].*\[4, [57]\]"),
+    "directions_of_outputs": (INPUTS, put(left=lambda side: not side), r"directions \[3, 4, [57]\].*\[3, 4, [57]\]"),
+    "directions_strided": (INPUTS, put(directions=lambda v: v.mT.contiguous().mT), r"contiguous directions.*strides"),
+    "directions_half": (INPUTS, put(directions=lambda v: v.half()), r"directions.*float32 or bfloat16.*float16"),
+    "anchor_of_inputs": (("input_confine_",), put(anchor=torch.zeros(3, 5, 4)), r"anchor \[3, 7, 4\].*\[3, 5, 4\]"),
+    "anchor_double": (("input_confine_",), put(anchor=lambda a: a.double()), r"anchor.*float32, found float64"),
+    "lower_of_directions": (("input_confine_",), put(lower=torch.zeros(4)), r"lower \[3, 7, 4\].*\[4\]"),
+    "upper_strided": (("input_confine_",), put(upper=torch.zeros(3, 4, 7).mT), r"contiguous upper.*strides"),
+    "upper_on_meta": (("input_confine_",), put(upper=torch.zeros(3, 7, 4, device="meta")), r"upper on cpu.*meta"),
+    "input_aligned_nan": (("input_dacsp_",), put(aligned=float("nan")), r"finite aligned.*nan"),
+    "input_threshold_negative": (("input_dacsp_",), put(threshold=-0.5), r"threshold of at least 0.*-0.5"),
+    "input_conflict_short": (("input_dacsp_.tensor",), put(conflict=torch.ones(3)), r"conflict \[4\].*\[3\]"),
     "left_of_fewer": (BLOCKS, put(left=lambda u: u[:2]), r"left \[3, 7, 4\].*\[2, 7, 4\]"),
     "left_2d": (BLOCKS, put(left=lambda u: u[0]), r"left \[3, 7, 0\].*\[7, 4\]"),
     "left_strided": (BLOCKS, put(left=lambda u: u.mT.contiguous().mT), r"contiguous left.*strides"),

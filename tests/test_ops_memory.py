@@ -39,6 +39,27 @@ def arguments(overload: str, n: int) -> tuple:
     }[overload]
 
 
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+def test_peak_memory_does_not_grow_with_matrices(op, left):
+    if op.device != "cpu":
+        pytest.skip("resident memory is that of the host")
+
+    def confine(m: int, n: int) -> None:
+        matrix = torch.ones(m, n, dtype=torch.bfloat16)
+        directions = torch.zeros(1, 8, m if left else n)
+        directions[0, torch.arange(8), torch.arange(8)] = 1.0
+        anchor = op("input_project", [matrix], directions, left).add_(0.1)
+        CLEAR.write_text("5")
+        before = resident("VmRSS")
+        op("input_confine_", [matrix], directions, anchor, None, None, left)
+        peaks.append(resident("VmHWM") - before)
+
+    peaks: list[int] = []
+    confine(64, 64)
+    confine(4000, 3000)  # 24 MB, and 48 in fp32
+    assert peaks[-1] <= ALLOWED
+
+
 OVERLOADS = "project project.list gram edit_ edit_.list rotate_ edit_rotate_ edit_rotate_.list dacsp_ pca_update_"
 
 

@@ -78,6 +78,28 @@ def list_loop(grads, bases, root):
 
 @on_devices
 @pytest.mark.parametrize("backend", COMPILERS)
+def test_compiled_confinement_mutates_what_eager_mutates(device, backend):
+    args = to_device(good("input_confine_"), device)
+    eager, copies = args["matrices"], [m.clone() for m in args["matrices"]]
+
+    def body(matrices):
+        seen = []
+        for _ in range(2):
+            seen.append(torch.ops.carerl.input_project(matrices, args["directions"]))
+            seen.append(torch.ops.carerl.input_confine_(matrices, args["directions"], args["anchor"], args["lower"]))
+            seen.append(torch.ops.carerl.input_dacsp_(matrices, args["directions"], 1.5, 0.5, 0.1))
+        return seen
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    found, expected = torch.compile(body, backend=counter, fullgraph=True)(copies), body(eager)
+    assert counter.frame_count == 1
+    assert all(same_bits(a, b) for a, b in zip([*found, *copies], [*expected, *eager], strict=True))
+    assert not torch.equal(found[0], found[3])
+
+
+@on_devices
+@pytest.mark.parametrize("backend", COMPILERS)
 @pytest.mark.parametrize("body", [loop, list_loop])
 def test_compiled_loops_are_one_graph_and_mutate_what_eager_mutates(device, backend, body):
     args = to_device(good("dacsp_.list" if body is list_loop else "dacsp_"), device)
@@ -111,6 +133,8 @@ def test_fake_tensors_carry_shapes_without_data(device):
         grads, bases = torch.empty(5, 1000, device=device), torch.empty(3, 8, 1000, device=device)
         assert torch.ops.carerl.project(grads, bases).shape == (5, 3, 8)
         assert torch.ops.carerl.gram(bases, grads).shape == (29, 29)
+        matrices, directions = [torch.empty(7, 9, device=device)] * 2, torch.empty(2, 4, 7, device=device)
+        assert torch.ops.carerl.input_project(matrices, directions, True).shape == (2, 9, 4)
         codes, scales = torch.ops.carerl.quantize_bases(bases)
         assert codes.dtype == torch.int8
         assert scales.shape == (3, 8, 8)

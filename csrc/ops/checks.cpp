@@ -95,17 +95,18 @@ void check_dense(const char* op, const char* name, const Tensor& rows) {
   }
 }
 
+// Float32, or `other` where that is allowed.
 void check_small(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape,
-                 bool double_allowed, const Tensor& like, const char* like_name = "bases") {
+                 std::optional<ScalarType> other, const Tensor& like, const char* like_name = "bases") {
   const auto sizes = tensor.sizes();
   bool same = sizes.size() == shape.size();
   size_t i = 0;
   for (int64_t size : shape) same = same && sizes[i++] == size;
   const ScalarType dtype = tensor.scalar_type();
-  if (!same || !(dtype == ScalarType::Float || (double_allowed && dtype == ScalarType::Double))) {
+  if (!same || !(dtype == ScalarType::Float || (other && dtype == *other))) {
     fail(op,
          std::string(name) + " " + list({shape.begin(), shape.size()}) + " of dtype float32" +
-             (double_allowed ? " or float64" : ""),
+             (other ? std::string(" or ") + name_of(*other) : ""),
          std::string(name_of(dtype)) + " " + list(sizes));
   }
   if (!tensor.is_contiguous()) fail(op, std::string("contiguous ") + name, "strides " + tuple(tensor.strides()));
@@ -220,8 +221,8 @@ void check_list(const char* op, const List& grads, const Offsets& offsets, const
 
 void check_mix(const char* op, const Tensor& mix, const Tensor& scale, int64_t batch, int64_t rows,
                const Tensor& bases) {
-  check_small(op, "mix", mix, {batch, rows}, false, bases);
-  check_small(op, "scale", scale, {batch}, false, bases);
+  check_small(op, "mix", mix, {batch, rows}, {}, bases);
+  check_small(op, "scale", scale, {batch}, {}, bases);
 }
 
 void check_q(const char* op, const Tensor& q, const Tensor& bases, int64_t batch, int64_t groups) {
@@ -249,21 +250,22 @@ void check_out_dtype(const char* op, ScalarType dtype) {
   if (!is_core(dtype)) fail(op, "out_dtype float32 or float64", std::string("torch.") + name_of(dtype));
 }
 
-void check_weight(const char* name, double value, bool negative_allowed) {
-  if (!std::isfinite(value)) fail("dacsp_", std::string("finite ") + name, short_of(value));
-  if (value < 0 && !negative_allowed) fail("dacsp_", std::string(name) + " of at least 0", short_of(value));
+void check_weight(const char* op, const char* name, double value, bool negative_allowed) {
+  if (!std::isfinite(value)) fail(op, std::string("finite ") + name, short_of(value));
+  if (value < 0 && !negative_allowed) fail(op, std::string(name) + " of at least 0", short_of(value));
 }
 
-void check_weight(const char* name, const Tensor& value, int64_t rows, const Tensor& bases) {
-  check_small("dacsp_", name, value, {rows}, false, bases);
+void check_weight(const char* op, const char* name, const Tensor& value, int64_t rows, const Tensor& like,
+                  const char* like_name) {
+  check_small(op, name, value, {rows}, {}, like, like_name);
 }
 
 void check_root(const Optional& root, int64_t rows, int64_t groups, const Tensor& bases) {
   if (!root) return;
   if (groups < 0) {
-    check_small("dacsp_", "root", *root, {rows, rows}, true, bases);
+    check_small("dacsp_", "root", *root, {rows, rows}, ScalarType::Double, bases);
   } else {
-    check_small("dacsp_", "root", *root, {groups, rows, rows}, true, bases);
+    check_small("dacsp_", "root", *root, {groups, rows, rows}, ScalarType::Double, bases);
   }
 }
 
@@ -281,7 +283,10 @@ void check_quantize(const Tensor& bases, int64_t block, ScalarType dtype) {
   if (!is_scaled(dtype)) fail(op, "dtype int8 or float8_e4m3fn", name_of(dtype));
 }
 
-void check_matrices(const char* op, const List& matrices, const Tensor& left, const Tensor& right) {
+namespace {
+
+// A list of dense matrices of one shape and dtype, on the device of `like`.
+void check_alike(const char* op, const List& matrices, const Tensor& like, const char* like_name) {
   if (matrices.empty()) fail(op, "at least one tensor in matrices", "an empty list");
   if (matrices[0].dim() != 2) fail(op, "matrices with 2 dimensions", tuple(matrices[0].sizes()));
   const int64_t count = static_cast<int64_t>(matrices.size()), m = matrices[0].size(0), n = matrices[0].size(1);
@@ -299,11 +304,18 @@ void check_matrices(const char* op, const List& matrices, const Tensor& left, co
     if (!matrix.is_contiguous()) {
       fail(op, "contiguous matrices", "strides " + tuple(matrix.strides()) + index(), "call .contiguous() first");
     }
-    check_device(op, "matrices[" + std::to_string(t) + "]", matrix, left, "left");
+    check_device(op, "matrices[" + std::to_string(t) + "]", matrix, like, like_name);
   }
+}
+
+}  // namespace
+
+void check_matrices(const char* op, const List& matrices, const Tensor& left, const Tensor& right) {
+  check_alike(op, matrices, left, "left");
+  const int64_t count = static_cast<int64_t>(matrices.size()), m = matrices[0].size(0), n = matrices[0].size(1);
   const int64_t q = left.dim() == 3 ? left.size(2) : 0;
-  check_small(op, "left", left, {count, m, q}, false, left, "left");
-  check_small(op, "right", right, {count, n, q}, false, left, "left");
+  check_small(op, "left", left, {count, m, q}, {}, left, "left");
+  check_small(op, "right", right, {count, n, q}, {}, left, "left");
 }
 
 void check_block_domains(int64_t domains, const Tensor& left) {
@@ -318,7 +330,20 @@ void check_block_mix(const Tensor& mix, const Tensor& left) {
   if (domains < 1 || q % domains != 0) {
     fail("block_edit_", "mix [G, D, r, r] with D r = " + std::to_string(q) + " like left", list(mix.sizes()));
   }
-  check_small("block_edit_", "mix", mix, {left.size(0), domains, r, r}, false, left, "left");
+  check_small("block_edit_", "mix", mix, {left.size(0), domains, r, r}, {}, left, "left");
+}
+
+void check_input(const char* op, const List& matrices, const Tensor& directions, bool left) {
+  check_alike(op, matrices, directions, "directions");
+  const int64_t rows = directions.dim() == 3 ? directions.size(1) : 0, count = static_cast<int64_t>(matrices.size());
+  const int64_t inputs = matrices[0].size(left ? 0 : 1);
+  check_small(op, "directions", directions, {count, rows, inputs}, ScalarType::BFloat16, directions, "directions");
+}
+
+void check_bound(const char* op, const char* name, const Tensor& bound, const List& matrices, const Tensor& directions,
+                 bool left) {
+  check_small(op, name, bound, {directions.size(0), matrices[0].size(left ? 1 : 0), directions.size(1)}, {}, directions,
+              "directions");
 }
 
 void check_packed(const Tensor& packed, const Tensor& x) {
@@ -327,7 +352,7 @@ void check_packed(const Tensor& packed, const Tensor& x) {
   if (dim != 3 || x.scalar_type() != ScalarType::Double || !x.is_contiguous()) {
     fail(op, "contiguous float64 x [B, G, A]", std::string(name_of(x.scalar_type())) + " " + list(x.sizes()));
   }
-  check_small(op, "packed", packed, {matrices, size * (size + 1) / 2}, false, x, "x");
+  check_small(op, "packed", packed, {matrices, size * (size + 1) / 2}, {}, x, "x");
 }
 
 void check_numbers(const List& tensors) {
@@ -372,7 +397,7 @@ void check_logits(const char* op, const Tensor& logits, const Tensor& ids, doubl
 }
 
 void check_vector(const char* op, const char* name, const Tensor& tensor, const Tensor& logits) {
-  check_small(op, name, tensor, {logits.size(0)}, false, logits, "logits");
+  check_small(op, name, tensor, {logits.size(0)}, {}, logits, "logits");
 }
 
 }  // namespace carerl

@@ -43,14 +43,20 @@ void check_mix(const char* op, const Tensor& mix, const Tensor& scale, int64_t b
 void check_q(const char* op, const Tensor& q, const Tensor& bases, int64_t batch, int64_t groups);
 void check_domain(const char* op, int64_t domain, const Tensor& bases);
 void check_out_dtype(const char* op, ScalarType dtype);
-void check_weight(const char* name, double value, bool negative_allowed);
-void check_weight(const char* name, const Tensor& value, int64_t rows, const Tensor& bases);
+void check_weight(const char* op, const char* name, double value, bool negative_allowed);
+void check_weight(const char* op, const char* name, const Tensor& value, int64_t rows, const Tensor& like,
+                  const char* like_name = "bases");
 void check_root(const Optional& root, int64_t rows, int64_t groups, const Tensor& bases);
 void check_quantize(const Tensor& bases, int64_t block, ScalarType dtype);
 // Weight matrices of one shape with left [G, m, q] and right [G, n, q].
 void check_matrices(const char* op, const List& matrices, const Tensor& left, const Tensor& right);
 void check_block_domains(int64_t domains, const Tensor& left);
 void check_block_mix(const Tensor& mix, const Tensor& left);
+// Weight matrices of one shape with directions [G, K, n] (left: [G, K, m]).
+void check_input(const char* op, const List& matrices, const Tensor& directions, bool left);
+// Float32 [G, outputs, K].
+void check_bound(const char* op, const char* name, const Tensor& bound, const List& matrices, const Tensor& directions,
+                 bool left);
 void check_packed(const Tensor& packed, const Tensor& x);
 void check_numbers(const List& tensors);
 // Shapes, dtypes and, on the CPU, the range of the ids.

@@ -172,12 +172,12 @@ void edit_rotate_list(const List& grads, const Tensor& bases, const Offsets& off
 using Pair = std::tuple<Tensor, Tensor>;
 
 cpu::Weights checked(const char* name, double value, const Tensor&, int64_t, bool negative_allowed = true) {
-  check_weight(name, value, negative_allowed);
+  check_weight("dacsp_", name, value, negative_allowed);
   return {value, nullptr};
 }
 
 cpu::Weights checked(const char* name, const Tensor& value, const Tensor& bases, int64_t rows, bool = true) {
-  check_weight(name, value, rows, bases);
+  check_weight("dacsp_", name, value, rows, bases);
   return {0.0, data<float>(value)};
 }
 

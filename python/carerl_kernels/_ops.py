@@ -66,6 +66,13 @@ SCHEMAS: dict[str, str] = {
     "quantize_bases": "(Tensor bases, int block=128, ScalarType dtype=int8) -> (Tensor, Tensor)",
     "block_project": "(Tensor[] matrices, Tensor left, Tensor right, int domains=1) -> Tensor",
     "block_edit_": "(Tensor(a!)[] matrices, Tensor left, Tensor mix, Tensor right) -> ()",
+    "input_project": "(Tensor[] matrices, Tensor directions, bool left=False) -> Tensor",
+    "input_confine_": "(Tensor(a!)[] matrices, Tensor directions, Tensor anchor, Tensor? lower=None, Tensor? upper=None,"
+    " bool left=False) -> Tensor",
+    "input_dacsp_": "(Tensor(a!)[] matrices, Tensor directions, float aligned, float conflict, float threshold,"
+    " bool left=False) -> Tensor",
+    "input_dacsp_.tensor": "(Tensor(a!)[] matrices, Tensor directions, Tensor aligned, Tensor conflict, Tensor threshold,"
+    " bool left=False) -> Tensor",
     "packed_times": "(Tensor packed, Tensor x) -> Tensor",
     "all_finite": "(Tensor[] tensors) -> Tensor",
     "token_logprobs": "(Tensor logits, Tensor ids, float temperature=1.0) -> (Tensor, Tensor)",
@@ -80,7 +87,15 @@ OP_NAMES: tuple[str, ...] = tuple(dict.fromkeys(name.split(".")[0] for name in S
 COMPOSITE: dict[str, tuple[str, ...]] = {"pca_update_": ("gram", "rotate_"), "group_advantages": ()}
 """Ops without an N-sized pass of their own, and the ops that make theirs: torch does the rest on any device."""
 
-CPU_ONLY: tuple[str, ...] = ("block_project", "block_edit_", "packed_times", "all_finite")
+CPU_ONLY: tuple[str, ...] = (
+    "block_project",
+    "block_edit_",
+    "input_project",
+    "input_confine_",
+    "input_dacsp_",
+    "packed_times",
+    "all_finite",
+)
 """Ops with kernels for the CPU alone, where torch's thin products and reductions run at a third of what the machine can do. On
 GPUs the reference calls torch's, and those are good."""
 
@@ -387,14 +402,19 @@ def _edit_rotate_list_fake(grads, bases, offsets, mix, scale, domain, q, per_ten
     check_edit_rotate_list(grads, bases, offsets, mix, scale, domain, q, per_tensor)
 
 
-def _check_rule(weights: Sequence[Tensor | float], root: Tensor | None, bases: Tensor, groups: tuple[int, ...]) -> None:
-    rows = bases.shape[0] * bases.shape[1]
+def _check_weights(op: str, weights: Sequence[Tensor | float], rows: int, like: Tensor, like_name: str) -> None:
+    """Aligned, conflict and threshold of the literal rule: a number each, or one per row."""
     for name, weight in zip(("aligned", "conflict", "threshold"), weights, strict=True):
         if isinstance(weight, Tensor):
-            _check_small("dacsp_", name, weight, (rows,), bases, _F32)
+            _check_small(op, name, weight, (rows,), like, _F32, like_name)
         else:
-            _require(math.isfinite(weight), "dacsp_", f"finite {name}", weight)
-            _require(name != "threshold" or weight >= 0, "dacsp_", "threshold of at least 0", weight)
+            _require(math.isfinite(weight), op, f"finite {name}", weight)
+            _require(name != "threshold" or weight >= 0, op, "threshold of at least 0", weight)
+
+
+def _check_rule(weights: Sequence[Tensor | float], root: Tensor | None, bases: Tensor, groups: tuple[int, ...]) -> None:
+    rows = bases.shape[0] * bases.shape[1]
+    _check_weights("dacsp_", weights, rows, bases, "bases")
     if root is not None:
         _check_small("dacsp_", "root", root, (*groups, rows, rows), bases, _CORE)
 
@@ -475,8 +495,8 @@ def _quantize_fake(bases, block=128, dtype=torch.int8):
 # -------------------------------------------------------------------------------------------------- weight matrices
 
 
-def check_matrices(op: str, matrices: Sequence[Tensor], left: Tensor, right: Tensor) -> None:
-    """Matrices of one shape with left factors [G, m, q] and right ones [G, n, q]."""
+def _check_alike(op: str, matrices: Sequence[Tensor], like: Tensor, like_name: str) -> tuple[int, int]:
+    """A list of dense matrices of one shape and dtype, on the device of ``like``; returns the shape."""
     _require(len(matrices) > 0, op, "at least one tensor in matrices", "an empty list")
     first = matrices[0]
     _require(first.dim() == 2, op, "matrices with 2 dimensions", tuple(first.shape))
@@ -500,9 +520,15 @@ def check_matrices(op: str, matrices: Sequence[Tensor], left: Tensor, right: Ten
             f"strides {tuple(matrix.stride())} at index {t}",
             "call .contiguous() first",
         )
-        _check_device(op, f"matrices[{t}]", matrix, left, "left")
+        _check_device(op, f"matrices[{t}]", matrix, like, like_name)
+    return first.shape[0], first.shape[1]
+
+
+def check_matrices(op: str, matrices: Sequence[Tensor], left: Tensor, right: Tensor) -> None:
+    """Matrices of one shape with left factors [G, m, q] and right ones [G, n, q]."""
+    m, n = _check_alike(op, matrices, left, "left")
     q = left.shape[2] if left.dim() == 3 else 0
-    for name, factors, size in (("left", left, first.shape[0]), ("right", right, first.shape[1])):
+    for name, factors, size in (("left", left, m), ("right", right, n)):
         _check_small(op, name, factors, (len(matrices), size, q), left, _F32, "left")
 
 
@@ -534,6 +560,55 @@ def check_block_edit(matrices: Sequence[Tensor], left: Tensor, mix: Tensor, righ
 @_fake("block_edit_")
 def _block_edit_fake(matrices, left, mix, right):
     check_block_edit(matrices, left, mix, right)
+
+
+DIRECTION_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def _check_input(op: str, matrices: Sequence[Tensor], directions: Tensor, left: bool) -> tuple[int, int, int]:
+    """Matrices with directions of their inputs ``[G, K, n]`` (left: ``[G, K, m]``); returns the shape ``[G, outputs, K]``."""
+    m, n = _check_alike(op, matrices, directions, "directions")
+    rows = directions.shape[1] if directions.dim() == 3 else 0
+    shape = (len(matrices), rows, m if left else n)
+    _check_small(op, "directions", directions, shape, directions, DIRECTION_DTYPES, "directions")
+    return len(matrices), n if left else m, rows
+
+
+def check_input_project(matrices: Sequence[Tensor], directions: Tensor, left: bool) -> tuple[int, int, int]:
+    """Returns the shape of the coefficients."""
+    return _check_input("input_project", matrices, directions, left)
+
+
+@_fake("input_project")
+def _input_project_fake(matrices, directions, left=False):
+    return directions.new_empty(check_input_project(matrices, directions, left), dtype=torch.float32)
+
+
+def check_input_confine(matrices, directions, anchor, lower, upper, left) -> None:
+    op = "input_confine_"
+    shape = _check_input(op, matrices, directions, left)
+    for name, tensor in (("anchor", anchor), ("lower", lower), ("upper", upper)):
+        if tensor is not None:
+            _check_small(op, name, tensor, shape, directions, _F32, "directions")
+
+
+@_fake("input_confine_")
+def _input_confine_fake(matrices, directions, anchor, lower=None, upper=None, left=False):
+    check_input_confine(matrices, directions, anchor, lower, upper, left)
+    return directions.new_empty((len(matrices),), dtype=torch.float64)
+
+
+def check_input_dacsp(matrices, directions, aligned, conflict, threshold, left) -> None:
+    op = "input_dacsp_"
+    _, _, rows = _check_input(op, matrices, directions, left)
+    _check_weights(op, (aligned, conflict, threshold), rows, directions, "directions")
+
+
+@_fake("input_dacsp_")
+@_fake("input_dacsp_.tensor")
+def _input_dacsp_fake(matrices, directions, aligned, conflict, threshold, left=False):
+    check_input_dacsp(matrices, directions, aligned, conflict, threshold, left)
+    return directions.new_empty((len(matrices),), dtype=torch.float64)
 
 
 def check_packed_times(packed: Tensor, x: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import _ops
 from .linalg import dacsp_core, pca_core
-from .thin import add_product_, times, workspace
+from .thin import add_product_, full_precision, times, times_transposed, workspace
 
 CHUNK = 1 << 16  # elements of a row handled at once; K * CHUNK floats are the largest temporary
 
@@ -383,6 +383,58 @@ def block_edit_(matrices, left, mix, right):
         add_product_(matrices[at], mixed.transpose(1, 2).flatten(2), right[at])
 
 
+def _input_products(matrices: Sequence[Tensor], directions: Tensor, left: bool) -> Tensor:
+    """``W V^T`` ``[c, m, K]``, or ``W^T U^T`` ``[c, n, K]``, float32."""
+    with full_precision(directions.device):
+        return (times_transposed if left else times)(matrices, directions.float().mT)
+
+
+def input_project(matrices, directions, left=False):
+    out = directions.new_empty(_ops.check_input_project(matrices, directions, left), dtype=torch.float32)
+    for at in _stacks(matrices):
+        out[at] = _input_products(matrices[at], directions[at], left)
+    return out
+
+
+def _input_edit(matrices: Sequence[Tensor], directions: Tensor, left: bool, correction: Callable) -> Tensor:
+    """``W <- W + x V`` with ``x [c, outputs, K]`` and whether it is finite ``[c, outputs]`` from ``correction(at, W V^T)``.
+
+    An output whose x is zero or not finite keeps its bits. Returns the sum of x^2 of every matrix.
+    """
+    energy = directions.new_zeros(len(matrices), dtype=torch.float64)
+    for at in _stacks(matrices):
+        some, rows = matrices[at], directions[at].float()
+        x, finite = correction(at, _input_products(some, rows, left))
+        x = torch.where((finite & x.isfinite().all(-1)).unsqueeze(-1), x, 0.0)
+        moved = (x != 0).any(-1)
+        energy[at] = x.double().square().sum((1, 2))
+        with full_precision(rows.device):
+            factors = (rows.mT, x) if left else (x, rows.mT)
+            add_product_(some, *factors, moved.unsqueeze(1) if left else moved.unsqueeze(2))
+    return energy
+
+
+def input_confine_(matrices, directions, anchor, lower=None, upper=None, left=False):
+    _ops.check_input_confine(matrices, directions, anchor, lower, upper, left)
+
+    def correction(at: slice, products: Tensor) -> tuple[Tensor, Tensor]:
+        d = anchor[at] - products
+        zero = torch.zeros_like(d)
+        low, high = (zero if bound is None else bound[at] for bound in (lower, upper))
+        return d - torch.maximum(torch.minimum(d, high), -low), d.isfinite().all(-1)
+
+    return _input_edit(matrices, directions, left, correction)
+
+
+def input_dacsp_(matrices, directions, aligned, conflict, threshold, left=False):
+    _ops.check_input_dacsp(matrices, directions, aligned, conflict, threshold, left)
+
+    def correction(at: slice, products: Tensor) -> tuple[Tensor, Tensor]:
+        return dacsp_core(products, aligned, conflict, threshold)[1], products.isfinite().all(-1)
+
+    return _input_edit(matrices, directions, left, correction)
+
+
 def packed_times(packed, x):
     _ops.check_packed_times(packed, x)
     size = x.shape[-1]
@@ -426,6 +478,10 @@ KERNELS: dict[str, Callable] = {
     "quantize_bases": quantize_bases,
     "block_project": block_project,
     "block_edit_": block_edit_,
+    "input_project": input_project,
+    "input_confine_": input_confine_,
+    "input_dacsp_": input_dacsp_,
+    "input_dacsp_.tensor": input_dacsp_,
     "packed_times": packed_times,
     "all_finite": all_finite,
     "token_logprobs": token_logprobs,

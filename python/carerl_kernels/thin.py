@@ -38,10 +38,11 @@ def full_precision(device: torch.device) -> Iterator[None]:
             torch.set_float32_matmul_precision(before)
 
 
-def _row_blocks(matrix: Tensor) -> Iterator[slice]:
-    """All rows at once in float32, else as many as fit the workspace when converted."""
+def _row_blocks(matrix: Tensor, copied: bool = False) -> Iterator[slice]:
+    """All rows at once in float32, else (or when ``copied``) as many as fit the workspace in float32."""
     m, n = matrix.shape
-    step = max(m, 1) if matrix.dtype == torch.float32 else max(1, workspace(matrix.device) // max(4 * n, 1))
+    whole = matrix.dtype == torch.float32 and not copied
+    step = max(m, 1) if whole else max(1, workspace(matrix.device) // max(4 * n, 1))
     for start in range(0, m, step):
         yield slice(start, min(start + step, m))
 
@@ -68,15 +69,25 @@ def times_transposed(matrices: Sequence[Tensor], left: Tensor) -> Tensor:
     return out
 
 
-def add_product_(matrices: Sequence[Tensor], left: Tensor, right: Tensor) -> None:
-    """``W <- W + L R^T`` in place; L ``[c, m, q]``, R ``[c, n, q]`` float32; one rounding in low precision."""
+def add_product_(matrices: Sequence[Tensor], left: Tensor, right: Tensor, moved: Tensor | None = None) -> None:
+    """``W <- W + L R^T`` in place; L ``[c, m, q]``, R ``[c, n, q]`` float32; one rounding in low precision.
+
+    ``moved`` ``[c, m or 1, n or 1]``: what shall change; everything else keeps its bits, also of NaN and -0.
+    """
     if len(matrices) > 1:
-        edited = torch.baddbmm(torch.stack(list(matrices)).float(), left, right.mT)
+        before = torch.stack(list(matrices))
+        edited = torch.baddbmm(before.float(), left, right.mT)
+        if moved is not None:
+            edited = torch.where(moved, edited.to(before.dtype), before)
         torch._foreach_copy_(list(matrices), list(edited.unbind()))
         return
     (matrix,) = matrices
-    for rows in _row_blocks(matrix):
-        if matrix.dtype == torch.float32:
-            matrix[rows].addmm_(left[0, rows], right[0].mT)
+    for rows in _row_blocks(matrix, copied=moved is not None):
+        part = matrix[rows]
+        if moved is not None:
+            edited = torch.addmm(part.float(), left[0, rows], right[0].mT).to(part.dtype)
+            part.copy_(torch.where(moved[0, rows] if moved.shape[1] > 1 else moved[0], edited, part))
+        elif matrix.dtype == torch.float32:
+            part.addmm_(left[0, rows], right[0].mT)
         else:
-            matrix[rows] = torch.addmm(matrix[rows].float(), left[0, rows], right[0].mT).to(matrix.dtype)
+            part.copy_(torch.addmm(part.float(), left[0, rows], right[0].mT))

@@ -9,19 +9,27 @@
 namespace carerl::cpu {
 namespace {
 
-// body(i) for every i in [0, count), in one contiguous share per thread.
+// body(begin, end) for contiguous shares of [0, count), one per thread.
 template <class Body>
-void for_each(int64_t count, int64_t threads, const Pool& pool, const Body& body) {
+void for_shares(int64_t count, int64_t threads, const Pool& pool, const Body& body) {
   struct Context {
     const Body& body;
     int64_t count, threads;
   } context{body, count, std::min<int64_t>({threads, count, pool.threads})};
   auto work = [](void* raw, int thread) {
     const Context& c = *static_cast<Context*>(raw);
-    for (int64_t i = c.count * thread / c.threads; i < c.count * (thread + 1) / c.threads; ++i) c.body(i);
+    c.body(c.count * thread / c.threads, c.count * (thread + 1) / c.threads);
   };
   if (context.threads > 1) return pool.run(static_cast<int>(context.threads), work, &context);
-  for (int64_t i = 0; i < count; ++i) body(i);
+  body(0, count);
+}
+
+// body(i) for every i in [0, count).
+template <class Body>
+void for_each(int64_t count, int64_t threads, const Pool& pool, const Body& body) {
+  for_shares(count, threads, pool, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(i);
+  });
 }
 
 // How matrices are cut into pieces of rows; a function of their shape alone, so that sums do not depend on the threads.
@@ -55,6 +63,34 @@ struct Pieces {
   }
 };
 
+// The outputs that are worked on together: as many as fit L2, and enough to use directions in L1 some times. A function
+// of the shape alone, so that sums do not depend on the threads.
+int64_t outputs_at_once(const Input& in) {
+  const int64_t fit = (int64_t{512} << 10) / (4 * std::max<int64_t>(in.inputs(), 1));
+  const int64_t most = in.left ? 256 : 96, least = in.left ? 128 : 24, unit = in.left ? 64 : 24;
+  return std::clamp(fit / unit * unit, least, most);
+}
+
+// body(input, matrix, begin, end, block, first block): outputs [begin, end) of one matrix. A thread has as many of them
+// as it can, since it packs the directions of each matrix once.
+template <class Body>
+void for_outputs(const Inputs& inputs, const Body& body) {
+  Input in = inputs.first;
+  const int64_t block = outputs_at_once(in), outputs = in.outputs(), blocks = (outputs + block - 1) / block;
+  const int64_t matrices = inputs.matrices.size(), work = matrices * in.rows * in.columns * in.count;
+  const int64_t bytes = in.count * in.inputs() * element_size(in.direction_dtype);
+  for_shares(matrices * blocks, 1 + work / (int64_t{1} << 19), inputs.pool, [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin; at < end;) {
+      const int64_t g = at / blocks, first = at % blocks, last = std::min(blocks, first + end - at);
+      Input own = in;
+      own.matrix = inputs.matrices[g];
+      own.directions = static_cast<const char*>(in.directions) + g * bytes;
+      body(own, g, first * block, std::min(last * block, outputs), block, at);
+      at += last - first;
+    }
+  });
+}
+
 }  // namespace
 
 void block_project(const Blocks& blocks, double* out) {
@@ -79,6 +115,34 @@ void block_edit(const Blocks& blocks, const float* mix) {
     const bool moves = std::any_of(first, last, [](float x) { return x != 0.0f; });
     if (finite && moves) kernels().block_edit(block, begin, end, first);
   });
+}
+
+void input_project(const Inputs& inputs, float* out) {
+  if (inputs.first.count == 0) return;
+  for_outputs(inputs, [&](const Input& in, int64_t g, int64_t begin, int64_t end, int64_t block, int64_t) {
+    kernels().input_project(in, begin, end, block, out + g * in.outputs() * in.count);
+  });
+}
+
+void input_edit(const Inputs& inputs, const InputRule& rule, double* energies) {
+  const Input& first = inputs.first;
+  const int64_t block = outputs_at_once(first), blocks = (first.outputs() + block - 1) / block;
+  const int64_t matrices = inputs.matrices.size();
+  std::vector<double> parts(matrices * blocks, 0.0);
+  if (first.count > 0) {
+    for_outputs(inputs, [&](const Input& in, int64_t g, int64_t begin, int64_t end, int64_t block, int64_t part) {
+      const int64_t skipped = g * in.outputs() * in.count;
+      InputRule own = rule;
+      for (const float** numbers : {&own.anchor, &own.lower, &own.upper}) {
+        if (*numbers != nullptr) *numbers += skipped;
+      }
+      kernels().input_edit(in, begin, end, block, own, parts.data() + part);
+    });
+  }
+  for (int64_t g = 0; g < matrices; ++g) {
+    energies[g] = 0.0;
+    for (int64_t i = g * blocks; i < (g + 1) * blocks; ++i) energies[g] += parts[i];
+  }
 }
 
 void packed_times(const float* packed, int64_t matrices, int64_t size, int64_t vectors, const double* x, double* out,

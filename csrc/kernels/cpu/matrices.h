@@ -22,6 +22,18 @@ void block_project(const Blocks& blocks, double* out);
 // W <- W + sum_d U_d X_d V_d^T, mix X [matrices, domains, rank, rank]; matrices with a non-finite X are left alone.
 void block_edit(const Blocks& blocks, const float* mix);
 
+// Weight matrices of one shape and directions of their inputs, [matrices, count, inputs]; see Input.
+struct Inputs {
+  std::vector<void*> matrices;
+  Input first;  // of the first matrix, whatever its pointer
+  Pool pool;
+};
+
+// out [matrices, outputs, count]
+void input_project(const Inputs& inputs, float* out);
+// Anchors and bounds [matrices, outputs, count]; energies [matrices]: the sum of x^2.
+void input_edit(const Inputs& inputs, const InputRule& rule, double* energies);
+
 // out [vectors, matrices, size] = R x, packed [matrices, size (size + 1) / 2], x like out
 void packed_times(const float* packed, int64_t matrices, int64_t size, int64_t vectors, const double* x, double* out,
                   const Pool& pool);

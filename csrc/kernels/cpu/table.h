@@ -4,6 +4,7 @@
 #include "block.h"
 #include "finite.h"
 #include "gram.h"
+#include "inputs.h"
 #include "logprobs.h"
 #include "packed.h"
 #include "project.h"
@@ -23,6 +24,8 @@ const KernelTable table = {CARERL_STRING(CARERL_ISA),
                            quantize,
                            block_project,
                            block_edit,
+                           input_project,
+                           input_edit,
                            packed_times,
                            finite,
                            logprobs,

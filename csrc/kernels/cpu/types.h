@@ -57,6 +57,32 @@ struct Block {
   DType dtype;
 };
 
+// A weight matrix W [rows, columns] and directions V [count, columns] of its inputs: every row w of W is an output with
+// coefficients w V^T. With `left`, directions are [count, rows] and the outputs are the columns.
+struct Input {
+  void* matrix;
+  const void* directions;
+  int64_t rows, columns, count;
+  bool left;
+  DType dtype, direction_dtype;
+
+  int64_t outputs() const { return left ? columns : rows; }
+  int64_t inputs() const { return left ? rows : columns; }
+};
+
+// One number, or one per direction. Of the number of a weight the one less than it, its gain.
+struct InputWeight {
+  float value;
+  const float* rows;
+};
+
+// What an output moves by: w <- w + x V, x a function of its coefficients c.
+struct InputRule {
+  const float* anchor;                       // [outputs, count]: x = d - clip(d, -lower, upper) with d = anchor - c;
+  const float *lower, *upper;                // null: zero
+  InputWeight aligned, conflict, threshold;  // without an anchor x = (weight - 1) c by the class of c
+};
+
 // Rows of logits and what is asked of each.
 struct Logits {
   const void* data;
@@ -93,6 +119,10 @@ struct KernelTable {
   void (*block_project)(const Block&, int64_t begin, int64_t end, double* totals);
   // W <- W + sum_d U_d X_d V_d^T on rows [begin, end), mix X [domains, rank, rank]
   void (*block_edit)(const Block&, int64_t begin, int64_t end, const float* mix);
+  // out [outputs, count] on outputs [begin, end) of W, `block` at a time
+  void (*input_project)(const Input&, int64_t begin, int64_t end, int64_t block, float* out);
+  // Edits outputs [begin, end), `block` at a time; energies [blocks]: their sum of x^2.
+  void (*input_edit)(const Input&, int64_t begin, int64_t end, int64_t block, const InputRule&, double* energies);
   // y = R x [vectors, size] for a symmetric R, of which the upper triangle is there
   void (*packed_times)(const float* packed, int64_t size, int64_t vectors, const double* x, double* y);
   // Whether n numbers of `bytes` each are finite: `exponent` has the bits that are all set in those that are not.

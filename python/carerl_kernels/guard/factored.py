@@ -56,7 +56,7 @@ class FactoredStack(Stack[MatrixLayout, FactoredBasis]):
                 if group.side not in ("both", side):
                     continue
                 stored = getattr(self, side)
-                fresh = torch.stack([factors[layout.names[i]].to(self.device, torch.float32) for i in group.indices])
+                fresh = torch.stack([factors[n].to(self.device, torch.float32) for n in layout.labels(group)])
                 fresh = orthonormal(fresh, shards)  # also after rounding to bfloat16
                 kept = [] if stored[number] is None else [stored[number].unflatten(2, (-1, r))[:, :, others].flatten(2)]
                 stored[number] = torch.cat([*kept, fresh], dim=2)
@@ -400,7 +400,7 @@ class InputStack(FactoredStack):
         """Per group ``[G, r]``: of what the directions hold of the inputs of each matrix, the share of each."""
         out = []
         for group in self.layout.groups:
-            names = [self.layout.names[i] for i in group.indices]
+            names = self.layout.labels(group)
             factors = basis.left if group.side == "left" else basis.right
             norms = torch.stack([factors[name].to(self.device, torch.float64).square().sum(0) for name in names])
             if group.side == "left":
@@ -427,7 +427,7 @@ class InputStack(FactoredStack):
         room: dict[str, Tensor] = {}
         basis = self._recorded[domain]
         for group, part in zip(self.layout.groups, self._room[domain], strict=True):
-            room.update(zip((self.layout.names[i] for i in group.indices), part, strict=True))
+            room.update(zip(self.layout.labels(group), part, strict=True))
 
         def kept(by_name: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {name: t * room[name].to(t.device) for name, t in by_name.items()}
@@ -463,19 +463,15 @@ class InputStack(FactoredStack):
                 columns, directions, root, far = self._box(number, own)
                 if not group.m or not columns.numel():
                     continue
-                each = max(1, BLOCK.get(self.device.type, BLOCK["cuda"]) // (4 * group.each * columns.numel()))
-                free = [at for at, index in enumerate(group.indices) if index not in exempt]
-                for start in range(0, len(free), each):
-                    at = free[start : start + each]
+                most = max(1, BLOCK.get(self.device.type, BLOCK["cuda"]) // (4 * group.each * columns.numel()))
+                for at in _runs([index not in exempt for index in group.indices], most):
                     rows = anchor[group.rows].unflatten(0, (-1, group.each))[at]
-                    lower, upper = self._bounds(group, at, columns, far, bounds, tight)
                     energy += self._confine_(
-                        [parameters[group.indices[i]].view(group.m, group.n) for i in at],
-                        directions[at] if len(at) < len(group.indices) else directions,
-                        rows[..., columns] @ root[at],  # [c, each, A]
-                        lower,
-                        upper,
                         group,
+                        self.layout.local(group, parameters, at),
+                        directions[at],
+                        rows[..., columns] @ root[at],  # [c, each, A]
+                        *self._bounds(group, at, columns, far, bounds, tight),
                     )
         return energy
 
@@ -496,30 +492,30 @@ class InputStack(FactoredStack):
         return self._boxes[1][number]
 
     def _bounds(
-        self, group: Group, at: Sequence[int], columns: Tensor, far: Tensor, bounds: RuleParams | None, tight: Set[int]
+        self, group: Group, at: slice, columns: Tensor, far: Tensor, bounds: RuleParams | None, tight: Set[int]
     ) -> tuple[Tensor | None, Tensor | None]:
         """How far rows may go below and above their anchors ``[c, each, A]``; None: nowhere."""
         domains = [name for name in self.names if self._moved[name]]
         if not domains or bounds is None:
             return None, None
-        moved = torch.zeros(len(at), group.each, self.rows, device=self.device)
+        names, indices = self.layout.labels(group, at), group.indices[at]
+        moved = torch.zeros(len(names), group.each, self.rows, device=self.device)
         for domain in domains:
-            names = [self.layout.names[group.indices[i]] for i in at]
             moved[..., self.columns(domain)] = torch.stack([self._moved[domain][name] for name in names])
         moved = moved[..., columns]
         size = moved.abs() * far[at].unsqueeze(1)
-        size[[position for position, i in enumerate(at) if group.indices[i] in tight]] = 0
+        size[[position for position, index in enumerate(indices) if index in tight]] = 0
         against, along = (t[columns].float() * size for t in (bounds.lower, bounds.upper))
         return torch.where(moved < 0, along, against), torch.where(moved < 0, against, along)
 
     def _confine_(
         self,
+        group: Group,
         matrices: Sequence[Tensor],
         directions: Tensor,
         anchor: Tensor,
         lower: Tensor | None,
         upper: Tensor | None,
-        group: Group,
     ) -> Tensor:
         """Some matrices of a group; the energy of what was taken out of them."""
         left = group.side == "left"
@@ -573,3 +569,13 @@ class InputStack(FactoredStack):
             if group.each
         ]
         return Frame.dense(overlaps, self.active(own), self.layout.T, self.sign)
+
+
+def _runs(wanted: Sequence[bool], most: int) -> Iterator[slice]:
+    """Positions that are wanted, as slices of at most so many."""
+    start = 0
+    for at in range(len(wanted) + 1):
+        if at == len(wanted) or not wanted[at] or at - start == most:
+            if at > start:
+                yield slice(start, at)
+            start = at if at < len(wanted) and wanted[at] else at + 1

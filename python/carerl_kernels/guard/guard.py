@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..subspace import BasisError, StoredBasis
 from ..subspace.fingerprint import hash_parameters
 from ..subspace.kinds import KINDS, kind_of, rank_of
+from ..subspace.observe import observe
 from ..subspace.recorder import Recorder
 from ..subspace.shards import local
 from ..subspace.store import read_info
@@ -24,7 +25,7 @@ from .checks import at_least
 from .correct import StepCorrection, rule_params
 from .gradients import finite_parts, gradients, set_aside
 from .newcomer import Newcomer
-from .optimizers import Census, real_optimizer, refuse_copies, second_weights
+from .optimizers import Census, inside_another_step, real_optimizer, refuse_copies, second_weights
 from .probes import Probes
 from .recording import Recording
 from .report import DomainReport, Report
@@ -93,6 +94,11 @@ class CapabilityGuard:
         self.settings = Settings.of({"rule": rule, **options})
         settings, inner = self.settings, unwrapped(model)
         if not isinstance(inner, nn.Module):
+            if not isinstance(inner, Iterable):
+                raise TypeError(
+                    f"expected a module, or pairs of name and parameter, found {type(inner).__name__}; give the model as it was "
+                    "before torch.compile"
+                )
             model = inner = list(inner)
         named = trainable(model)
         sites = sites_of(inner, named, "input")
@@ -172,6 +178,62 @@ class CapabilityGuard:
                 )
         return guard
 
+    def protect(
+        self,
+        name: str,
+        batches: Iterable[Any],
+        path: Path | str | None = None,
+        *,
+        run: Callable[[Any], Any] | None = None,
+        tokenizer: Any = None,
+        positions: Callable[[Any], Tensor] | None = None,
+        unseen: Literal["error", "free"] = "error",
+        progress: bool = True,
+    ) -> StoredBasis:
+        """Protects what the model can do now, from prompts alone: no stage has to have been recorded.
+
+        The model is shown the batches once, and the leading directions of what every weight matrix is fed become history: from
+        here on nothing moves along them (``energy``, ``r``, ``room``; docs/evidence.md has what that keeps). 64 prompts with
+        answers are a good number; prompts alone do, too.
+
+        Args:
+            name: of the domain.
+            batches: what the model is called with: mappings of keyword arguments, tensors of token ids, tuples of arguments, or
+                texts with a ``tokenizer``. Attention masks are honoured.
+            path: safetensors file to write, atomically.
+            run, positions, unseen, progress: see :func:`carerl_kernels.subspace.observe.observe`.
+
+        Returns:
+            The recorded basis.
+
+        Raises:
+            ValueError: a basis of another kind than "input"; no batch; a covered weight of which nothing was seen.
+        """
+        self._known(name, recorded=True)
+        self._census.check_model()
+        module = self._recording.module
+        if self._recording.sees != "inputs" or module is None:
+            raise ValueError(
+                "protect looks at what weights are fed: expected a guard with basis='input' built from a module, found basis="
+                f"{self.layout.kind!r}{'' if module is not None else ' over pairs of names and parameters'}"
+            )
+        options = {"run": run, "tokenizer": tokenizer, "positions": positions, "unseen": unseen, "progress": progress}
+        with self._recording.paused():
+            moments = observe(module, batches, self.layout, group=self.data_group, **options)  # type: ignore[arg-type]
+        if not len(self.stack):
+            self._lay_out(moments.layout(self.layout, self._locals()))
+        basis = moments.basis(
+            self.layout,
+            name,
+            energy=self.settings.energy,
+            architecture=self.architecture,
+            parameters=self._locals(),
+        )
+        self.add(basis)
+        if path is not None:
+            basis.save(path)
+        return basis
+
     @torch.no_grad()
     def add(self, basis: StoredBasis | Path | str, *, rebase: bool = True) -> None:
         """Takes a recorded domain (or its file) into the history; an earlier recording of the same domain is replaced.
@@ -190,15 +252,6 @@ class CapabilityGuard:
         self.stack.put(basis, self._locals())
         self._renew()
         self.rebase()
-
-    @torch.no_grad()
-    def protect(self, name: str, batches: Any, path: Any = None) -> None:
-        """TEMPORARY, until the guard's own lands."""
-        from ..subspace.observe import observe
-
-        self._settle()
-        moments = observe(self._recording.module, batches, self.layout, progress=False)
-        self.add(moments.basis(self.layout, name, energy=self.settings.energy, architecture=self.architecture, parameters=self._locals()))
 
     def basis(self, name: str) -> Any:
         """The recorded basis of a domain (rows rounded to ``basis_dtype``): to inspect, or to save once more.
@@ -448,6 +501,8 @@ class CapabilityGuard:
 
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if inside_another_step(optimizer):
+            return
         if any(callable(a) for a in (*args, *kwargs.values()) if a is not optimizer):
             raise RuntimeError(
                 "a guarded optimizer.step() expected gradients that are there already, found a closure that computes them "
@@ -509,6 +564,8 @@ class CapabilityGuard:
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if inside_another_step(optimizer):
+            return
         self._stepped.add(id(optimizer))
         if len(self._stepped) == len(self._optimizers):
             self._end_step()
@@ -710,6 +767,15 @@ class CapabilityGuard:
 
     # --------------------------------------------------------------------------------------------------------- internals
 
+    def _lay_out(self, layout: Any) -> None:
+        """Another layout, while there is no history yet: how weights are used is known once they were seen."""
+        if layout is self.layout:
+            return
+        self.layout = self._recording.layout = layout
+        self.stack = new_stack(layout, self.settings.basis_dtype, self.device, self.settings.room)
+        self._census.covered = set(layout.covered_names)
+        self._renew()
+
     def _renew(self) -> None:
         """Fresh memory for the present directions."""
         self.box: Box | None = None
@@ -740,6 +806,8 @@ class CapabilityGuard:
 
     def _settle(self) -> None:
         """Corrects what steps since the last correction did, and ends their segment."""
+        if self._stepped:  # some of several optimizers took the step
+            self._end_step()
         if self.box is not None and len(self.stack):
             self.box.close(self._locals())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -45,6 +46,21 @@ def real_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"expected a torch.optim.Optimizer, found {type(optimizer).__name__}")
     return optimizer
+
+
+_STEP = torch.optim.Optimizer.profile_hook_step(lambda optimizer: None).__code__
+
+
+def inside_another_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether hooks run once more within one step: torch calls them for a subclass's step and for ``super().step()`` in it.
+
+    Only the stack knows: a count of begun steps would be off for good after one that raised.
+    """
+    frame, found = sys._getframe(1), 0
+    while frame is not None:
+        found += frame.f_code is _STEP and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back  # type: ignore[assignment]
+    return found > 1
 
 
 def second_weights(
@@ -107,7 +123,7 @@ class Census:
     """
 
     def __init__(self, guarded: Mapping[str, nn.Parameter], covered: Iterable[str], module: nn.Module | None):
-        self._guarded, self._covered, self._module = dict(guarded), set(covered), module
+        self._guarded, self.covered, self._module = dict(guarded), set(covered), module
         self._ids = {id(p) for p in guarded.values()}
         self._looked_at: frozenset[int] = frozenset()
         self._free: dict[str, dict[str, int]] = {}
@@ -134,7 +150,7 @@ class Census:
             strangers.setdefault(reason, []).append(name)
             self._count(reason, p)
         for name, p in self._guarded.items():
-            if id(p) in new and name not in self._covered:
+            if id(p) in new and name not in self.covered:
                 self._count("not a weight matrix that directions exist for", p)
         for reason, found in strangers.items():
             some = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,15 @@ class Recording:
     def active(self) -> list[Recorder]:
         """All recorders in progress."""
         return ([] if self.stage is None else [self.stage]) + [n.recorder for n in self.newcomers.values()]
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, no recorder looks: what the model is called with is not the stage's."""
+        with ExitStack() as stack:
+            for recorder in self.active:
+                if hasattr(recorder, "paused"):
+                    stack.enter_context(recorder.paused())
+            yield
 
     def discard(self) -> None:
         """What was seen since the last step belongs to no step: it was dropped."""

@@ -53,7 +53,8 @@ class BlockRecorder:
         """Nothing to do: only start and end matter."""
 
     def end(self) -> None:
-        """Nothing to do."""
+        """The start of the stage is not needed any more."""
+        self.start.close()
 
     def discard(self) -> None:
         """Nothing to do."""

@@ -189,7 +189,7 @@ class MatrixLayout:
     @property
     def covered_names(self) -> list[str]:
         """Names of the parameters among them."""
-        return [self.names[i] for group in self.groups for i in group.indices]
+        return list(dict.fromkeys(self.names[i] for group in self.groups for i in group.indices))
 
     @property
     def chance(self) -> float:
@@ -201,19 +201,19 @@ class MatrixLayout:
         """Names of the group's matrices: the parameter's, ``name[e]`` of a slice."""
         return [label(self.names[i], e) for i, e in zip(group.indices[at], group.slices[at], strict=True)]
 
-    def rows_of(self, index: int) -> slice:
-        """Coefficient rows of a parameter; none where it is not covered."""
-        for group in self.groups:
-            if index in group.indices:
-                start = group.first + group.indices.index(index) * group.each
-                return slice(start, start + group.each * group.indices.count(index))
-        return slice(0, 0)
-
     def matrices(self, group: Group) -> Iterator[tuple[int, str, slice]]:
         """Position in the group, label and coefficient rows of each matrix."""
         for position, name in enumerate(self.labels(group)):
             start = group.first + position * group.each
             yield position, name, slice(start, start + group.each)
+
+    def rows_of(self, index: int) -> slice:
+        """Coefficient rows of a parameter, all of its slices; none where it is not covered."""
+        for group in self.groups:
+            if index in group.indices:
+                start = group.first + group.indices.index(index) * group.each
+                return slice(start, start + group.each * group.indices.count(index))
+        return slice(0, 0)
 
     def local(
         self, group: Group, tensors: Sequence[Tensor] | Callable[[int], Tensor], at: slice = slice(None)

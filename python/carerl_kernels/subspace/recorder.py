@@ -80,7 +80,8 @@ class StageRecorder:
         """Nothing to do: gradients come by themselves."""
 
     def end(self) -> None:
-        """Nothing to do."""
+        """The start of the stage is not needed any more."""
+        self.start.close()
 
     def discard(self) -> None:
         """Nothing to do."""

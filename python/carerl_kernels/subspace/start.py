@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,21 +42,30 @@ class StageStart:
         checkpoint: Path | str | None = None,
     ):
         self.domain, self.names, self.shards = domain, tuple(names), shards
-        self._temporary: tempfile.TemporaryDirectory | None = None
+        self._temporary: weakref.finalize | None = (
+            None  # removes the directory, at the latest when this object goes away
+        )
         if checkpoint is None:
             self._keep(dict(zip(self.names, tensors, strict=True)))
         else:
             self._refer(Path(checkpoint))
         self.hash = hash_parameters(self.tensors(), shards)
 
+    def close(self) -> None:
+        """Removes the temporary file; nothing is asked of the start after this."""
+        if self._temporary is not None:
+            self._temporary()
+
     def _keep(self, tensors: Mapping[str, Tensor]) -> None:
-        self._temporary = tempfile.TemporaryDirectory(prefix="carerl-stage-")
-        self.path = Path(self._temporary.name) / "start.safetensors"
+        self.close()
+        directory = tempfile.mkdtemp(prefix="carerl-stage-")
+        self._temporary = weakref.finalize(self, shutil.rmtree, directory, True)
+        self.path = Path(directory) / "start.safetensors"
         try:
             # Tied tensors cannot stand twice in one file, but parameters are listed once.
             save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, self.path)
         except Exception as error:
-            self._temporary.cleanup()
+            self.close()
             raise OSError(
                 f"could not keep the start of stage {self.domain!r} in {self.path.parent}: {error}; free space, set TMPDIR, "
                 "or pass start_checkpoint="
@@ -105,6 +116,7 @@ class StageStart:
     def load(self, state: Any) -> None:
         """Goes on from :meth:`state`."""
         if isinstance(state, str):
+            self.close()
             self._temporary = None
             self._refer(Path(state))
         else:

@@ -188,6 +188,9 @@ class GRPOTrainer:
                 last = done + 1 == stage.steps
                 due = last or (config.eval_every > 0 and (done + 1) % config.eval_every == 0)
                 if last:
+                    if self.guard is not None and self.guard.settings.confines and self.guard.history:
+                        with self._clock("guard"):
+                            self.guard.confine_()  # what is evaluated is what stays
                     self._earlier.interpolate()
                 position = {"step": self._step, "stage": name, "stage_step": done + 1, "lr": lr}
                 line = self._watched({**position, **metrics}, evaluate=due)

@@ -52,13 +52,12 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
         for domain in domains:
             experts[domain.name] = expert(cell, model, tokenizer, domain, start, cache)
             out.append(scores())
-        shown = {d.name: Path(folder) / f"{d.name}.safetensors" for d in domains}
-        guard = guard_of(cell.method, model, seed, shown=shown_by(domains, tokenizer, cell.method.shown), measure=False)
+        batches = shown_by(domains, tokenizer, cell.method.shown)
+        guard = guard_of(cell.method, model, seed, shown=batches, measure=False)
         if guard is not None:
-            batches = shown_by(domains, tokenizer, cell.method.shown)
             for name, path in experts.items():
                 load_weights(path, model)
-                guard.protect(name, batches(name), path=shown[name])
+                guard.protect(name, batches(name), progress=False)
             merged = Path(folder) / "merged.safetensors"
             bases = [guard.basis(name) for name in experts]
             merge(start, experts, bases, merged, scale=cell.lr, room=guard.settings.room)

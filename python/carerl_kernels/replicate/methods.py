@@ -36,7 +36,9 @@ class ShownGuard(CapabilityGuard):
         """Records nothing; at its end the domain is observed."""
         with self.domain(name):
             yield None
-        self.protect(name, self._shown(name), path)
+        if self.history:
+            self.confine_()
+        self.protect(name, self._shown(name), path, progress=False)
 
 
 def guard_of(

@@ -172,6 +172,8 @@ def write_report(grid: Grid, records: Sequence[Record], out: Path) -> str:
     Raises:
         GridError: None is left; nothing was written.
     """
+    from .measures import measures_table
+
     records, left = current(grid, records)
     if not records:
         raise GridError(f"expected records of cells as the grid defines them, found none. {left_out(left)}".rstrip())
@@ -183,6 +185,7 @@ def write_report(grid: Grid, records: Sequence[Record], out: Path) -> str:
         parts += [f"## {setting}: {grid.settings[setting].text}", ""]
         if rows:
             parts += [table(grid, setting, rows), "", *verdicts(rows), ""]
+            parts += [measures_table(rows), ""] if measures_table(rows) else []
             for row in rows if len(rows) > 1 else []:
                 if row.variant.split("@")[0] == DEFAULT and len(row.records) > 1:
                     parts += [

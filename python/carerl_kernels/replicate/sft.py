@@ -112,7 +112,7 @@ class Bed:
     def remember(self, domain: str) -> None:
         """Show the guard examples of a domain whose stage has ended."""
         if self.guard is not None:
-            self.guard.protect(domain, self.shown(domain))
+            self.guard.protect(domain, self.shown(domain), progress=False)
 
     def shown(self, domain: str) -> Iterator[dict[str, Tensor]]:
         """What the model is called with on text that is not held out, or on answers to fresh prompts; 16 at a time."""

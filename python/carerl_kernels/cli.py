@@ -12,6 +12,7 @@ import typer
 
 from .basis_command import basis
 from .bench.command import bench
+from .confine_command import Several, confine, merge
 from .replicate.command import replicate
 from .report_command import report
 from .rewards.command import score
@@ -78,6 +79,8 @@ def demo(
 app.command()(bench)  # these import what they need when they run, too
 app.command()(score)
 app.command()(train)
+app.command(cls=Several)(confine)
+app.command(cls=Several)(merge)
 app.command()(report)
 app.command()(replicate)
 app.add_typer(basis, name="basis")

@@ -170,12 +170,13 @@ def _write(path: Path, parts: Mapping[str, Part], metadata: dict[str, str], gath
             base, inner = start + header[name]["data_offsets"][0], prod(part.shape[1:])
             if part.dim == 0:
                 file.seek(base + where.start * inner * part.dtype.itemsize)
-                file.write(_bytes(piece))
+                file.write(bytes_of(piece))
                 continue
             for row in range(part.shape[0]):
                 file.seek(base + (row * inner + where.start) * part.dtype.itemsize)
-                file.write(_bytes(piece[row]))
+                file.write(bytes_of(piece[row]))
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """A tensor on the CPU as it stands in a file."""
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data

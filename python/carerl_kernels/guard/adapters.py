@@ -1,0 +1,160 @@
+"""LoRA adapters as checkpoints: what an adapter adds is B A x, and A alone sees x.
+
+With A off the directions U of what is fed into the base layer, ``A <- A (I - U^T U)``, the adapter adds nothing on protected
+inputs whatever B is. So A is confined around zero, and B stays what it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..subspace.correspond import Correspondence, Unit
+from ..subspace.factored import FactoredBasis
+from ..subspace.portions import Portion
+from ..subspace.weights import Weights, copied
+from .changes import Confined, DomainShare, Matrix, compared, confined
+
+_PREFIX = "base_model.model."
+_PAIRS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
+_STARTS = ("pissa", "olora", "loftq", "corda", "lora_ga")
+"""Initialisations that change the base weights: the adapter alone is not what was added to them."""
+
+
+def confine_adapter(
+    there: Correspondence,
+    adapter: Weights,
+    bases: Sequence[FactoredBasis],
+    out: Path | str,
+    bound: float,
+    room: float,
+    device: torch.device,
+) -> Confined:
+    """Writes the adapter with every A off the protected inputs of its base layer. Whole tensors that were trained beside it
+    (``modules_to_save``) are confined as those of a model.
+
+    Args:
+        there: of the base model.
+        adapter: directory that PEFT saved.
+        bases, out, bound, room, device: see :func:`~carerl_kernels.guard.checkpoints.confine`.
+
+    Raises:
+        ValueError: an adapter of another form than W + B A, named with the setting or the tensor.
+    """
+    config = adapter.config
+    _check(adapter, config)
+    result = Confined(str(out), domains={basis.info.domain: DomainShare() for basis in bases})
+    with copied(adapter, out) as (copy, result.left_out):
+        for key in adapter.entries:
+            if any(key.endswith(b) for b in _PAIRS.values()):
+                continue
+            portion = Portion(key, adapter.entries[key], None)
+            matrix = _factor(there, adapter, portion, config, result, device) or _whole(
+                there, adapter, portion, result, device
+            )
+            if matrix is None:
+                continue
+            (new,) = confined([matrix], bases, bound if matrix.gain is None else 0.0, room, portion.entry.dtype, result)
+            if not torch.equal(new, matrix.end):
+                portion.write(copy, new)
+                result.corrected.append(key)
+        result.kept = len(adapter.entries) - len(result.corrected)
+    result.shares()
+    return result
+
+
+def _check(adapter: Weights, config: Mapping[str, Any]) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"{adapter.path}: expected an adapter_config.json with peft_type LORA, found {kind}")
+    wrong = [name for name, value in config.items() if name.startswith("use_") and name != "use_rslora" and value]
+    wrong += [name for name in ("lora_bias", "target_parameters", "layer_replication") if config.get(name)]
+    if str(config.get("init_lora_weights")).lower().startswith(_STARTS):
+        wrong.append(f"init_lora_weights={config['init_lora_weights']}")
+    if wrong:
+        raise ValueError(
+            f"{adapter.path}: expected an adapter that adds B A to the weights of its model, found one with {', '.join(wrong)}; "
+            "put it into the model with PEFT's merge_and_unload and confine the two models"
+        )
+
+
+def _factor(
+    there: Correspondence,
+    adapter: Weights,
+    portion: Portion,
+    config: Mapping[str, Any],
+    result: Confined,
+    device: torch.device,
+) -> Matrix | None:
+    """A of an adapter, to be confined around zero; None where the key is no A."""
+    end = next((end for end in _PAIRS if portion.key.endswith(end)), None)
+    if end is None:
+        return None
+    layer, other = portion.key.removeprefix(_PREFIX).removesuffix(end), portion.key.removesuffix(end) + _PAIRS[end]
+    if other not in adapter.entries:
+        raise ValueError(f"{adapter.path}: expected {other} beside {portion.key}, found none")
+    a, b = (_matrix(adapter.read(name)).to(device, torch.float32) for name in (portion.key, other))
+    for name, values in ((portion.key, a), (other, b)):
+        if not bool(values.isfinite().all()):
+            raise ValueError(f"{adapter.path}: expected finite numbers in {name}, found NaN or infinity")
+    base = there.names.get(f"{layer}.weight")
+    if base is None:
+        raise ValueError(
+            f"{adapter.path}: expected adapters of layers in {there.weights.path}, found {portion.key}; START has to be the "
+            "model that the adapter was trained on"
+        )
+    units = there.units.get(base, ())
+    unit = None
+    if len(units) == 1 and units[0].rows is None and (end == ".lora_A.weight" or units[0].side == "left"):
+        inputs = _inputs(there.weights.entries[base].shape, units[0])
+        unit = Unit(units[0].label, "right") if inputs == a.shape[1] else None
+    gain = b.double().mT @ b.double() * _scale(config, layer, a.shape[0]) ** 2
+    matrix = Matrix(unit, slice(None), torch.zeros_like(a), a, gain)
+    energy = matrix.energy(a)
+    result.norm += energy
+    if unit is None and energy:
+        result.free += energy
+        result.uncovered.append(portion.key)
+    return matrix
+
+
+def _whole(
+    there: Correspondence, adapter: Weights, portion: Portion, result: Confined, device: torch.device
+) -> Matrix | None:
+    """A tensor of the model itself that was trained with the adapter; None where it did not move."""
+    name = there.names.get(portion.key.removeprefix(_PREFIX).replace(".base_layer.", "."))
+    if name is None or there.weights.entries[name].shape != portion.entry.shape:
+        raise ValueError(
+            f"{adapter.path}: expected lora_A, lora_B or tensors of {there.weights.path}, found {portion.key} "
+            f"{list(portion.entry.shape)}; put the adapter into its model with PEFT's merge_and_unload and confine the two models"
+        )
+    units = there.units.get(name, ())
+    found = Portion(portion.key, portion.entry, units[0] if len(units) == 1 and units[0].at is None else None)
+    start = there.weights.read(name).reshape(found.shape)
+    return compared(found, start, found.read(adapter), result, device)
+
+
+def _inputs(shape: Sequence[int], unit: Unit) -> int:
+    """Length of the vectors that a weight of this shape multiplies."""
+    return shape[0] if unit.side == "left" else torch.Size(shape[1:]).numel()
+
+
+def _matrix(t: Tensor) -> Tensor:
+    return t.reshape(t.shape[0], -1)
+
+
+def _scale(config: Mapping[str, Any], layer: str, r: int) -> float:
+    """What PEFT multiplies B A of a layer by."""
+    alpha = next(
+        (a for key, a in (config.get("alpha_pattern") or {}).items() if re.match(rf"(.*\.)?({key})$", layer)),
+        config.get("lora_alpha", r),
+    )
+    return alpha / r**0.5 if config.get("use_rslora") else alpha / r
+
+
+__all__ = ["confine_adapter"]

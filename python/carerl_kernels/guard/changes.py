@@ -1,0 +1,262 @@
+"""Changes of weight matrices between two checkpoints, confined: the part that needs no files.
+
+The projection is that of :class:`~carerl_kernels.guard.factored.InputStack` (MATH: confinement).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..subspace.correspond import Unit
+from ..subspace.factored import FactoredBasis
+from ..subspace.matrices import MatrixLayout, Side
+from ..subspace.portions import Portion
+from .correct import rule_params
+from .factored import InputStack
+from .rules import RuleParams
+from .settings import Settings
+
+PASSES = 5
+"""Roundings tried in low precision, see :func:`_storable`."""
+NOISE = 1e-6
+"""A correction this small against its matrix is float32's rounding: none is needed."""
+
+
+@dataclass
+class Matrix:
+    """A matrix of two checkpoints, ``[m, n]`` float32.
+
+    Attributes:
+        unit: of its directions, None where it has none; across: rows of a right-sided one, columns of a left-sided one, among
+            those of the unit.
+        start, end: values. gain: ``[m, m]`` float64 where a matrix of LoRA's stands for a larger one, with |G X|^2 = <X, gain X>.
+    """
+
+    unit: Unit | None
+    across: slice
+    start: Tensor
+    end: Tensor
+    gain: Tensor | None = None
+
+    @property
+    def side(self) -> Side:
+        return "right" if self.unit is None else self.unit.side
+
+    def energy(self, rows: Tensor) -> float:
+        """Of some change ``[m, ...]`` of it, or its coefficients."""
+        rows = rows.double()
+        return float((rows * (rows if self.gain is None else self.gain @ rows)).sum())
+
+
+@dataclass
+class DomainShare:
+    """How much of a change lies along a domain's directions, as shares of the energy of the whole change.
+
+    Attributes:
+        before, after: shares; norm: of what was taken out along them.
+    """
+
+    before: float = 0.0
+    after: float = 0.0
+    norm: float = 0.0
+
+
+@dataclass
+class Confined:
+    """What was done to a change.
+
+    Attributes:
+        out: directory; seconds: of all of it.
+        norm: of the change; remained: share of its energy that is left.
+        domains: by name. Domains overlap: their shares do not add up.
+        corrected: tensors that were changed; kept: number of those that are bitwise what they were.
+        uncovered: tensors of two or more dimensions that moved without directions; free: share of the change's energy in them and
+            in vectors.
+        left_out: files that were not copied, because they hold weights of another format.
+        warnings: sentences.
+    """
+
+    out: str
+    seconds: float = 0.0
+    norm: float = 0.0
+    remained: float = 0.0
+    domains: dict[str, DomainShare] = field(default_factory=dict)
+    corrected: list[str] = field(default_factory=list)
+    kept: int = 0
+    uncovered: list[str] = field(default_factory=list)
+    free: float = 0.0
+    left_out: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def shares(self) -> None:
+        """From sums of squares, as they are gathered, to shares and norms."""
+        whole = self.norm or 1.0
+        for share in self.domains.values():
+            share.before, share.after, share.norm = share.before / whole, share.after / whole, share.norm**0.5
+        self.remained, self.free, self.norm = self.remained / whole, self.free / whole, self.norm**0.5
+
+
+def compared(
+    portion: Portion, start: Tensor, end: Tensor, result: Confined, device: torch.device, whose: str = "END"
+) -> Matrix | None:
+    """A matrix of two checkpoints, counted as part of the change; None where they are the same.
+
+    Raises:
+        ValueError: numbers that are not finite.
+    """
+    if torch.equal(start, end):
+        return None
+    start, end = start.to(device, torch.float32), end.to(device, torch.float32)
+    for what, values in (("START", start), (whose, end)):
+        if not bool(values.isfinite().all()):
+            raise ValueError(
+                f"{what}: expected finite numbers in {portion.key}, found NaN or infinity; take an earlier checkpoint"
+            )
+    matrix = Matrix(portion.unit, portion.columns if portion.left else portion.rows, start, end)
+    energy = matrix.energy(end - start)
+    result.norm += energy
+    if portion.unit is None:
+        result.free += energy
+        if len(portion.entry.shape) > 1 and portion.key not in result.uncovered[-1:]:
+            result.uncovered.append(portion.key)
+    return matrix
+
+
+def confined(
+    matrices: Sequence[Matrix],
+    bases: Sequence[FactoredBasis],
+    bound: float,
+    room: float,
+    dtype: torch.dtype | None,
+    result: Confined,
+) -> list[Tensor]:
+    """The matrices' ends inside the box around their starts, float32 numbers that this dtype can store.
+
+    Args:
+        matrices: on one device.
+        bases: that act; bound, room: see :func:`confine`.
+        dtype: of the file; float32 where nothing is stored yet.
+        result: gathers energies along every domain's directions, and of what remains.
+    """
+    new = [matrix.end for matrix in matrices]
+    covered = [i for i, matrix in enumerate(matrices) if matrix.unit is not None]
+    if covered and bases:
+        inside = _confined([matrices[i] for i in covered], bases, bound, room, dtype, result)
+        for i, values in zip(covered, inside, strict=True):
+            new[i] = values
+    result.remained += sum(matrix.energy(t - matrix.start) for matrix, t in zip(matrices, new, strict=True))
+    return new
+
+
+def storable(
+    matrices: Sequence[Matrix], bases: Sequence[FactoredBasis], room: float, dtype: torch.dtype | None
+) -> list[Tensor]:
+    """Sums, whose start and end are the same, rounded so that little of them is lost along any domain's directions."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return [matrix.end for matrix in matrices]
+    unseen = Confined("", domains={basis.info.domain: DomainShare() for basis in bases})
+    return confined(matrices, bases, 0.0, room, dtype, unseen)
+
+
+def _confined(
+    matrices: Sequence[Matrix],
+    bases: Sequence[FactoredBasis],
+    bound: float,
+    room: float,
+    dtype: torch.dtype | None,
+    result: Confined,
+) -> list[Tensor]:
+    device, k = matrices[0].end.device, max(basis.info.k for basis in bases)
+    ends = [matrix.end for matrix in matrices]
+    names = [str(number) for number in range(len(matrices))]
+    sides = {name: matrix.side for name, matrix in zip(names, matrices, strict=True)}
+    stack = InputStack(MatrixLayout.of(zip(names, ends, strict=True), "input", k, None, sides), device, room)
+    for basis in bases:
+        stack.put(_part_of(basis, matrices, k), ends)
+    bounds = rule_params(stack, Settings(bound=bound)) if bound else None
+    anchor = stack.measure([matrix.start for matrix in matrices])
+    new = _storable(stack, matrices, anchor, bounds, dtype or torch.float32)
+    before, after = anchor - stack.measure(ends), anchor - stack.measure(new)
+    for group in stack.layout.groups:
+        for _, name, rows in stack.layout.matrices(group):
+            matrix = matrices[int(name)]
+            for domain in stack.names:
+                share, columns = result.domains[domain], stack.columns(domain)
+                a, b = before[rows, columns], after[rows, columns]
+                share.before += matrix.energy(a)
+                share.after += matrix.energy(b)
+                share.norm += matrix.energy(a - b)
+    return new
+
+
+def _storable(
+    stack: InputStack, matrices: Sequence[Matrix], anchor: Tensor, bounds: RuleParams | None, dtype: torch.dtype
+) -> list[Tensor]:
+    """Confined ends, rounded to a dtype once.
+
+    A small correction spread over many elements is lost when every one of them is rounded to the nearest number by itself. So
+    rounding takes part: what it left outside the box is added to the unrounded matrix, which is rounded again, a few times; of
+    every row that rounding is kept which is nearest to the box.
+    """
+    exact = [matrix.end.clone() for matrix in matrices]
+    stack.confine_(exact, anchor, bounds, None)
+    best = exact
+    if dtype != torch.float32:
+        best, least = [], []
+        for _ in range(PASSES):
+            stored = [t.to(dtype).float() for t in exact]
+            again = [t.clone() for t in stored]
+            stack.confine_(again, anchor, bounds, None)
+            for i, matrix in enumerate(matrices):
+                outside = again[i] - stored[i]
+                off = outside.norm(dim=0 if matrix.side == "left" else 1, keepdim=True)
+                if len(best) <= i:
+                    best.append(stored[i])
+                    least.append(off)
+                else:
+                    best[i] = torch.where(off < least[i], stored[i], best[i])
+                    least[i] = torch.minimum(off, least[i])
+                exact[i] += outside
+    return [
+        matrix.end if (new - matrix.end).norm() <= NOISE * matrix.end.norm() else new
+        for matrix, new in zip(matrices, best, strict=True)
+    ]
+
+
+def _part_of(basis: FactoredBasis, matrices: Sequence[Matrix], k: int) -> FactoredBasis:
+    """What a basis has for these matrices, under their numbers and with k columns; nothing where it has no directions."""
+    left: dict[str, Tensor] = {}
+    right: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
+    moved: dict[str, Tensor] = {}
+    for number, matrix in enumerate(matrices):
+        name, unit, (m, n) = str(number), matrix.unit, matrix.end.shape
+        assert unit is not None
+        factors = basis.left if unit.label in basis.left else basis.right
+        mine, size, across = (left, m, n) if unit.side == "left" else (right, n, m)
+        if unit.label not in factors:
+            mine[name], values[name], moved[name] = torch.zeros(size, k), torch.zeros(k), torch.zeros(across, k)
+            continue
+        wider = (0, k - basis.info.k)
+        mine[name], values[name] = pad(factors[unit.label], wider), pad(basis.values[unit.label], wider)
+        if matrix.gain is None:
+            rows = basis.moved[unit.label]
+            moved[name] = pad((rows if unit.rows is None else rows[unit.rows])[matrix.across], wider)
+        else:
+            moved[name] = torch.zeros(across, k)
+    info = replace(
+        basis.info,
+        k=k,
+        names=tuple(map(str, range(len(matrices)))),
+        shapes=tuple(tuple(matrix.end.shape) for matrix in matrices),
+    )
+    return FactoredBasis(info, left, right, values, moved)

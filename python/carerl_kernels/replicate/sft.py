@@ -110,9 +110,17 @@ class Bed:
         return {name: found[name] for name in wanted}
 
     def remember(self, domain: str) -> None:
-        """Show the guard examples of a domain whose stage has ended."""
-        if self.guard is not None:
-            self.guard.protect(domain, self.shown(domain), progress=False)
+        """Show the guard examples of a domain whose stage has ended, or give it what they showed before."""
+        guard, path = self.guard, None
+        if guard is None:
+            return
+        if self.known is not None:  # of weights that other cells come to as well
+            what = f"{domain}-{self.cell.method.shown}-{guard.layout.k}-{guard.settings.energy:g}"
+            path = self.known.with_name(f"{self.known.stem}-shown-{what}.safetensors")
+        if path is not None and path.exists():
+            guard.add(path)
+        else:
+            guard.protect(domain, self.shown(domain), path, progress=False)
 
     def shown(self, domain: str) -> Iterator[dict[str, Tensor]]:
         """What the model is called with on text that is not held out, or on answers to fresh prompts; 16 at a time."""

@@ -58,10 +58,10 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
             for name, path in experts.items():
                 load_weights(path, model)
                 guard.protect(name, batches(name), progress=False)
-            merged = Path(folder) / "merged.safetensors"
+            merged = Path(folder) / "merged"
             bases = [guard.basis(name) for name in experts]
             merge(start, experts, bases, merged, scale=cell.lr, room=guard.settings.room)
-            load_weights(merged, model)
+            load_weights(merged / start.name, model)
         else:
             add(cell, model, start, experts)
     out.append(scores())

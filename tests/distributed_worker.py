@@ -48,6 +48,10 @@ class Run:
         share = slice(self.rank * BATCH // self.world, (self.rank + 1) * BATCH // self.world)
         return list(zip(x[share].chunk(parts), (x @ target)[share].chunk(parts), strict=True))
 
+    def inputs(self, guard, steps):
+        """What a stage of input directions is shown: this process's share of these steps' data."""
+        return {"inputs": [(self.batch(step)[0][0],) for step in steps]} if guard.layout.kind == "input" else {}
+
     def train(self, model, optimizer, steps, parts=1, clip=None, lr_model=None):
         for step in steps:
             optimizer.zero_grad()
@@ -69,7 +73,7 @@ def stages(run: Run, model, guard, name, parts=1, clip=None):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     guard.attach(optimizer)
     path = run.folder / f"{name}-{run.world}.safetensors"
-    with guard.stage("math", path=path):
+    with guard.stage("math", path=path, **run.inputs(guard, range(8))):
         run.train(model, optimizer, range(8), parts, clip)
     recording = guard.report()["communication"]
     with guard.domain("chat"):
@@ -91,10 +95,7 @@ def fsdp(run: Run, kind: str, rule: str) -> None:
     model = run.shard(make_model())
     size = {"k": K} if kind in ("flat", "per_matrix") else {"r": R}
     guard = CapabilityGuard(model, rule, basis=kind, track_energy=True, **size)
-    parts = (
-        1 if kind == "input" else 2
-    )  # input bases look at the first micro-batch of a step: other data on other worlds
-    stages(run, model, guard, f"fsdp_{kind}", parts, clip=1.0)
+    stages(run, model, guard, f"fsdp_{kind}", parts=2, clip=1.0)
 
 
 def ddp(run: Run, kind: str) -> None:
@@ -102,6 +103,33 @@ def ddp(run: Run, kind: str) -> None:
     model = plain if run.single else torch.nn.parallel.DistributedDataParallel(plain)
     guard = CapabilityGuard(model, "remove", basis=kind, **({"k": K} if kind == "per_matrix" else {"r": R}))
     stages(run, model, guard, f"ddp_{kind}")
+
+
+def observed(run: Run) -> None:
+    """A look at batches of which processes have different numbers; an embedding and a wide layer, whose inputs are sketched."""
+    from carerl_kernels.subspace import MatrixLayout, observe
+    from carerl_kernels.subspace.moments import EXACT
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(29, 12), torch.nn.Linear(12, EXACT + 3), torch.nn.Linear(EXACT + 3, 5)
+    )
+    if not run.single:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (run.world,))
+        fully_shard(model[1], mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    named = list(model.named_parameters())
+    layout = MatrixLayout.of(named, "input", 3, None, {"0.weight": "left", "1.weight": "right", "2.weight": "right"})
+    batches = [torch.randint(0, 29, (3, 7), generator=torch.Generator().manual_seed(i)) for i in range(9)]
+    share = batches if run.single else [b for i, b in enumerate(batches) if min(i, run.world - 1) == run.rank]
+    moments = observe(model, share, layout)
+    basis = moments.basis(layout, "a", energy=1.0, architecture="x", parameters=[local(p) for _, p in named])
+    path = run.folder / f"observed-{run.world}.safetensors"
+    basis.save(path)
+    run.save("observed", values=dict(basis.values), batches=moments.batches)
 
 
 def lists(run: Run) -> None:
@@ -141,7 +169,7 @@ def probed(run: Run, kind: str) -> None:
     guard = CapabilityGuard(model, "probed", basis=kind, probe_every=2, probe_adaptive=True, **size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     guard.attach(optimizer)
-    with guard.stage("math"):
+    with guard.stage("math", **run.inputs(guard, range(8))):
         run.train(model, optimizer, range(8))
     for step in range(100, 108):
         if guard.probes_due():
@@ -307,6 +335,7 @@ SCENARIOS = {
     "fsdp_input": lambda run: fsdp(run, "input", "remove"),
     "ddp_per_matrix": lambda run: ddp(run, "per_matrix"),
     "ddp_input": lambda run: ddp(run, "input"),
+    "observed": observed,
     "lists": lists,
     "probed_per_matrix": lambda run: probed(run, "per_matrix"),
     "probed_input": lambda run: probed(run, "input"),

@@ -223,3 +223,18 @@ def test_gradient_cosines_of_shards_are_those_of_the_whole(folder, world):
         assert one["cosine"] == pytest.approx(single["cosine"], abs=1e-6)
         assert one["norm"] == pytest.approx(single["norm"], rel=1e-6)
         assert_close(one["parameters"], single["parameters"])
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_observation_equals_single_process(folder, world):
+    """Moments are summed over processes; one that runs out of batches shows its last one uncounted."""
+    (single,) = results(folder, "observed", 1)
+    whole = StoredBasis.load(folder / "observed-1.safetensors")
+    for result in results(folder, "observed", world):
+        assert result["batches"] == single["batches"] == 9
+        for name, values in result["values"].items():
+            torch.testing.assert_close(values, single["values"][name], rtol=1e-5, atol=1e-6)
+    basis = StoredBasis.load(folder / f"observed-{world}.safetensors")
+    for side in ("left", "right"):
+        for name, columns in getattr(whole, side).items():
+            torch.testing.assert_close(getattr(basis, side)[name].abs(), columns.abs(), rtol=0, atol=1e-3)

@@ -340,6 +340,9 @@ class WatchingGuard:
     def detach(self):
         self.told.append(("detach",))
 
+    def settle(self):
+        self.told.append(("settle",))
+
     @contextmanager
     def stage(self, name, path=None):
         self.told.append(("stage", name, None if path is None else path.name))
@@ -393,9 +396,10 @@ def test_guard_is_told_stage_domain_and_nothing_else_changes(tmp_path):
 
 GUARDS = {
     "remove": {"rule": "remove", "k": 4, "track_energy": True},
+    "input": {"every": 3},
     "bounded_flat": {"rule": "bounded", "basis": "flat", "k": 4},
     "probed": {"rule": "probed", "k": 4, "probe_every": 2},
-    "ema_gradient": {"rule": "ema", "k": 4, "apply_to": "grad"},
+    "integrated_gradient": {"rule": "integrated", "k": 4, "apply_to": "grad"},
 }
 
 

@@ -39,7 +39,8 @@ class Guard(Protocol):
     def domain(self, name: str | None) -> AbstractContextManager[Any]: ...
     def probe(self, name: str) -> AbstractContextManager[Any]: ...
     def probes_due(self) -> bool: ...
-    def report(self) -> dict[str, Any]: ...
+    def settle(self) -> Any: ...
+    def report(self) -> Mapping[str, Any]: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: Any) -> Any: ...
 
@@ -96,6 +97,7 @@ class Learner:
         self.sampler = sampler or ModelSampler(model, self.tokens)
         self.rng = random.Random(config.seed)
         self.reference: FrozenWeights | None = None
+        self.recorder: Any = None  # of the guard's stage in progress: told what every step is made of
         self.clock = PhaseClock()
 
     def step(
@@ -147,6 +149,9 @@ class Learner:
                     if self.monitor is not None and self.monitor.gradients_due():
                         with self.clock("monitor"):
                             show_gradients(self.monitor, self.model, self.tokenizer, self.tokens, self.domains)
+                    if self.recorder is not None:
+                        sampled = batch.rollout.select(rows)
+                        self.recorder.see({"input_ids": sampled.input_ids, "attention_mask": sampled.attention_mask})
                     self._optimizer_step(optimizer, owner)
                 else:  # one poisoned batch must not reach weights, moments or bases
                     skipped += 1

@@ -188,9 +188,9 @@ class GRPOTrainer:
                 last = done + 1 == stage.steps
                 due = last or (config.eval_every > 0 and (done + 1) % config.eval_every == 0)
                 if last:
-                    if self.guard is not None and self.guard.settings.confines and self.guard.history:
+                    if self.guard is not None:
                         with self._clock("guard"):
-                            self.guard.confine_()  # what is evaluated is what stays
+                            self.guard.settle()  # what is evaluated is what stays
                     self._earlier.interpolate()
                 position = {"step": self._step, "stage": name, "stage_step": done + 1, "lr": lr}
                 line = self._watched({**position, **metrics}, evaluate=due)
@@ -223,7 +223,8 @@ class GRPOTrainer:
                 self.guard.attach(optimizer)
                 stack.callback(self.guard.detach)
             inside = self.guard.stage(name, path=path) if recorded else self.guard.domain(name)
-            stack.enter_context(self._clock.around("guard", inside))
+            self._learner.recorder = stack.enter_context(self._clock.around("guard", inside))
+            stack.callback(setattr, self._learner, "recorder", None)
             yield
 
     def _basis_path(self, name: str) -> Path | None:

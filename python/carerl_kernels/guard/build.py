@@ -2,52 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..subspace.inputs import input_sites
 from ..subspace.kinds import KINDS
 from ..subspace.layout import Kind, Layout
 from ..subspace.matrices import MatrixLayout, Side
+from ..subspace.sites import guess_sides, plain_name, unwrapped, wrappers
 from .factored import BlockStack, InputStack
 from .stack import RowStack, Stack
-
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # torch.compile, FSDP, checkpointing
-
-
-def chain(model: Any) -> Iterator[Any]:
-    """A model and what its wrappers (torch.compile, DDP, in any nesting) wrap, outermost first."""
-    yield model
-    while isinstance(model, nn.Module):
-        inner = (
-            model.module
-            if isinstance(model, nn.parallel.DistributedDataParallel)
-            else getattr(model, "_orig_mod", None)
-        )
-        if inner is None:
-            return
-        model = inner
-        yield model
-
-
-def unwrapped(model: Any) -> Any:
-    """The model itself, without torch.compile and DDP around it."""
-    return list(chain(model))[-1]
 
 
 def named_parameters(model: nn.Module | Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
     """All parameters under the names they have without wrappers, so that a basis fits the model wrapped or not."""
-    model = unwrapped(model)
-    named = list(model.named_parameters()) if isinstance(model, nn.Module) else list(model)
-    out = []
-    for name, parameter in named:
-        for wrapper in _WRAPPERS:
-            name = name.replace(wrapper, "")
-        out.append((name, parameter))
-    return out
+    named = unwrapped(model).named_parameters() if isinstance(model, nn.Module) else model
+    return [(plain_name(name), parameter) for name, parameter in named]
 
 
 def trainable(model: nn.Module | Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
@@ -63,9 +35,9 @@ def architecture_of(model: Any) -> str:
     return names[names.index("FSDPModule") + 1] if "FSDPModule" in names else names[0]
 
 
-def sites_of(model: Any, named: list[tuple[str, nn.Parameter]], kind: Kind) -> dict[str, tuple[nn.Module, Side]] | None:
-    """Whose inputs an input basis records; None where that is not known or not needed."""
-    return input_sites(model, named) if KINDS[kind].sees == "inputs" and isinstance(model, nn.Module) else None
+def sides_of(model: Any, named: list[tuple[str, nn.Parameter]]) -> dict[str, Side] | None:
+    """From which side each weight is multiplied; None where there are no modules to tell."""
+    return guess_sides(unwrapped(model), named) if isinstance(model, nn.Module) else None
 
 
 def lay_out(
@@ -73,10 +45,9 @@ def lay_out(
     kind: Kind,
     k: int,
     group: Any,
-    sites: dict[str, tuple[nn.Module, Side]] | None,
+    sides: dict[str, Side] | None,
 ) -> Layout | MatrixLayout:
     """The layout of a kind of basis over these parameters."""
-    sides = None if sites is None else {name: side for name, (_, side) in sites.items()}
     return KINDS[kind].layout(named, kind, k, group, sides)
 
 
@@ -97,7 +68,7 @@ def new_stack(layout: Layout | MatrixLayout, dtype: torch.dtype, device: torch.d
 
 def data_group(model: Any, layout: Layout | MatrixLayout) -> Any:
     """The process group over which batches are spread: DDP's, or that of the shards."""
-    for part in chain(model):
+    for part in wrappers(model) if isinstance(model, nn.Module) else ():
         if isinstance(part, nn.parallel.DistributedDataParallel):
             return part.process_group
     return layout.shards.group

@@ -374,7 +374,9 @@ class InputStack(FactoredStack):
     def put(self, basis: FactoredBasis, parameters: Sequence[Tensor]) -> None:
         self._check_kind(basis)
         domain, before = basis.info.domain, self._room
-        self._recorded[domain] = basis.part_of(self.layout)
+        part = basis.part_of(self.layout)
+        moved = {name: t.to(self.device, torch.float32) for name, t in part.moved.items()}
+        self._recorded[domain] = replace(part, moved=moved)
         self._shares[domain] = self._shares_of(self._recorded[domain])
         names = [name for name in self.names if name != domain] + [domain]
         self._room = self._make_room(names)
@@ -430,7 +432,7 @@ class InputStack(FactoredStack):
             room.update(zip(self.layout.labels(group), part, strict=True))
 
         def kept(by_name: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {name: t * room[name].to(t.device) for name, t in by_name.items()}
+            return {name: t if bool(room[name].all()) else t * room[name].to(t.device) for name, t in by_name.items()}
 
         return replace(
             basis, left=kept(basis.left), right=kept(basis.right), values=kept(basis.values), moved=kept(basis.moved)
@@ -518,18 +520,16 @@ class InputStack(FactoredStack):
         upper: Tensor | None,
     ) -> Tensor:
         """Some matrices of a group; the energy of what was taken out of them."""
-        left = group.side == "left"
-        d = anchor - (times_transposed if left else times)(matrices, directions.mT)
-        if left and self.layout.shards.sharded:  # d is a difference of sums over processes
-            d = anchor - self.layout.shards.sum_(anchor - d)
+        left, shards = group.side == "left", self.layout.shards
+        if not (left and shards.sharded):
+            return torch.ops.carerl.input_confine_(matrices, directions, anchor, lower, upper, left).sum()
+        # Columns of a sharded matrix are spread over processes: nothing can be decided before they are summed.
+        d = anchor - shards.sum_(torch.ops.carerl.input_project(matrices, directions, left))
         x = d if lower is None or upper is None else d - torch.minimum(torch.maximum(d, -lower), upper)
         x = torch.where(x.isfinite().all(-1, keepdim=True), x, 0.0)
-        if left:
-            add_product_(matrices, directions.mT, x)
-        else:
-            add_product_(matrices, x, directions.mT)
+        add_product_(matrices, directions.mT, x)
         energy = x.double().square().sum()
-        return energy if not left or self.layout.shards.rank == 0 else torch.zeros_like(energy)
+        return energy if shards.rank == 0 else torch.zeros_like(energy)
 
     def _coefficients(
         self, out: Tensor, number: int, group: Group, tensors: Sequence[Tensor], domain: str | None

@@ -18,9 +18,10 @@ from ..subspace.kinds import KINDS, kind_of, rank_of
 from ..subspace.observe import observe
 from ..subspace.recorder import Recorder
 from ..subspace.shards import local
+from ..subspace.sites import unwrapped
 from ..subspace.store import read_info
 from .box import Box
-from .build import architecture_of, data_group, lay_out, new_stack, sites_of, trainable, unwrapped
+from .build import architecture_of, data_group, lay_out, new_stack, sides_of, trainable
 from .checks import at_least
 from .correct import StepCorrection, rule_params
 from .gradients import finite_parts, gradients, set_aside
@@ -92,33 +93,29 @@ class CapabilityGuard:
         **options: Unpack[GuardOptions],
     ):
         self.settings = Settings.of({"rule": rule, **options})
-        settings, inner = self.settings, unwrapped(model)
-        if not isinstance(inner, nn.Module):
-            if not isinstance(inner, Iterable):
-                raise TypeError(
-                    f"expected a module, or pairs of name and parameter, found {type(inner).__name__}; give the model as it was "
-                    "before torch.compile"
-                )
-            model = inner = list(inner)
+        settings = self.settings
+        module = model if isinstance(model, nn.Module) else None
+        inner = None if module is None else unwrapped(module)
+        if module is None and not isinstance(model, Iterable):
+            raise TypeError(
+                f"expected a module, or pairs of name and parameter, found {type(model).__name__}; give the model as it was "
+                "before torch.compile"
+            )
         named = trainable(model)
-        sites = sites_of(inner, named, "input")
-        kind = kind_of(settings.basis, seen=bool(sites), k=settings.k, dtype=settings.basis_dtype)
-        sites = sites if KINDS[kind].sees == "inputs" else None
+        sides = sides_of(model, named)
+        kind = kind_of(settings.basis, seen=bool(sides), k=settings.k, dtype=settings.basis_dtype)
         self.architecture = architecture_of(inner)
         self.parameters = [p for _, p in named]
-        self.layout: Any = lay_out(named, kind, rank_of(kind, settings.k, settings.r), process_group, sites)
+        self.layout: Any = lay_out(named, kind, rank_of(kind, settings.k, settings.r), process_group, sides)
         self.data_group = data_group(model, self.layout)
         self.max_grad_norm = settings.max_grad_norm
         self.domains = None if settings.domains is None else tuple(settings.domains)
         self.seconds = {"act": 0.0, "record": 0.0, "probe": 0.0}
         self.device = local(self.parameters[0]).device
 
-        module = inner if isinstance(inner, nn.Module) else None
         self.stack = new_stack(self.layout, settings.basis_dtype, self.device, settings.room)
-        self._recording = Recording(
-            self.layout, settings, self.architecture, self.data_group, module, sites, self._locals
-        )
-        self._census = Census(dict(named), self.layout.covered_names, module)
+        self._recording = Recording(self.layout, settings, self.architecture, self.data_group, module, self._locals)
+        self._census = Census(dict(named), self.layout.covered_names, inner)
         self._statistics = Statistics()
         self._probes = Probes(settings.probe_every, settings.probe_adaptive)
         self._optimizers: list[torch.optim.Optimizer] = []
@@ -221,7 +218,7 @@ class CapabilityGuard:
         with self._recording.paused():
             moments = observe(module, batches, self.layout, group=self.data_group, **options)  # type: ignore[arg-type]
         if not len(self.stack):
-            self._lay_out(moments.layout(self.layout, self._locals()))
+            self._adapt(moments.layout(self.layout, self._locals()))
         basis = moments.basis(
             self.layout,
             name,
@@ -309,7 +306,7 @@ class CapabilityGuard:
             return
         for handle in self._handles:
             handle.remove()
-        self._settle()
+        self.settle()
         self._handles, self._optimizers = [], []
         if self.box is not None:
             self.box.also = None
@@ -346,9 +343,23 @@ class CapabilityGuard:
         self.box.confine_(self._locals())
         self.seconds["act"] += time.perf_counter() - started
 
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Corrects what waits for a correction: nothing, with a rule that corrects every step. For trainers, before they evaluate
+        what a stage came to; its end and :meth:`detach` do it by themselves."""
+        if self._stepped:  # some of several optimizers took the step
+            self._end_step()
+        if self.box is not None and len(self.stack):
+            self.box.close(self._locals())
+
     @contextmanager
     def stage(
-        self, name: str, path: Path | str | None = None, start_checkpoint: Path | str | None = None
+        self,
+        name: str,
+        path: Path | str | None = None,
+        start_checkpoint: Path | str | None = None,
+        inputs: Iterable[Any] | None = None,
+        **shown: Any,
     ) -> Iterator[Recorder]:
         """Records a stage: on exit what it learned becomes history.
 
@@ -359,6 +370,9 @@ class CapabilityGuard:
             name: of the domain.
             path: safetensors file to write on exit, atomically.
             start_checkpoint: safetensors file with the parameters as they are now; None keeps a temporary one.
+            inputs: basis "input": batches of the domain to show at the stage's end, as :meth:`protect` takes them; None keeps a
+                sample of what the model is called with.
+            shown: ``run``, ``tokenizer``, ``positions``, ``unseen``: see :meth:`protect`.
 
         Raises:
             RuntimeError: inside another stage, or no finite gradient arrived.
@@ -370,18 +384,19 @@ class CapabilityGuard:
         current = self._recording.stage
         if current is not None and not (self._restored and current.domain == name):
             raise RuntimeError(f"expected no stage in progress, found {current.domain!r}; stages do not nest")
-        recorder = current or self._recording.recorder(name, start_checkpoint)
+        recorder = current or self._recorder(name, start_checkpoint, inputs=inputs, **shown)
         self._recording.stage = recorder
         self._start_here()
         before, self._current = self._current, name
         recorder.begin()
         try:
             yield recorder
-            self._settle()
+            self.settle()
             basis = recorder.finish(self._locals())
         finally:
             recorder.end()
             self._recording.stage, self._current = None, before
+        self._adapt(recorder.layout)
         self.add(basis)
         if path is not None:
             basis.save(path)
@@ -411,7 +426,8 @@ class CapabilityGuard:
         self._with_history("probe", name)
         entered = time.perf_counter()
         with set_aside(self.parameters):
-            yield
+            with self._recording.paused():
+                yield
             started = time.perf_counter()
             if all(p.grad is None for p in self.parameters):
                 raise RuntimeError(
@@ -452,7 +468,7 @@ class CapabilityGuard:
             )
         if name in [recorder.domain for recorder in self._recording.active]:
             raise RuntimeError(f"domain {name!r} is being recorded already")
-        recorder = self._recording.recorder(name)
+        recorder = self._recorder(name)
         recorder.begin()
         stack = new_stack(self.layout, torch.float32, self.device)
         self._recording.newcomers[name] = Newcomer(recorder, stack, check_every)
@@ -478,7 +494,7 @@ class CapabilityGuard:
 
     def _adopt(self, basis: StoredBasis) -> None:
         """Adds a domain without starting the others' displacements afresh."""
-        self._settle()
+        self.settle()
         stack, parameters = self.stack, self._locals()
         stay = [name for name in self.history if name != basis.info.domain]
         acted = {name: stack.present(name) for name in stay}
@@ -528,17 +544,16 @@ class CapabilityGuard:
             return
         own = self._own()
         if not self._edited:  # before any edit: history is made of raw gradients
-            wanted = bool(self._recording.active) or (len(self.stack) > 0 and self.apply_to == "grad")
-            if wanted:
+            edits = len(self.stack) > 0 and self.apply_to == "grad"
+            grads: list[Tensor] = []
+            if edits or self._recording.wants_gradients:
                 self._unscale(optimizer)
                 grads = self._gradients()
-                for basis in self._recording.update(own, grads):
-                    self._adopt(basis)
-                self._settle_probes()
-                if len(self.stack) and self.apply_to == "grad":
-                    self.steps.edit_gradients(grads, own, self.max_grad_norm)
-            else:
-                self._settle_probes()
+            for basis in self._recording.update(own, grads):
+                self._adopt(basis)
+            self._settle_probes()
+            if edits:
+                self.steps.edit_gradients(grads, own, self.max_grad_norm)
         if len(self.stack) and self.apply_to == "update":
             if self.box is not None:
                 self.box.begin(self._locals(), own)
@@ -627,8 +642,8 @@ class CapabilityGuard:
             raise ValueError("edit_domains: expected a gradient for at least one domain, found none")
         if self._recording.active and self._recording.sees == "inputs":
             raise ValueError(
-                "edit_domains: a recording of basis 'input' watches what the model is fed and cannot tell whose it is in a mixed "
-                "batch; record the stage by itself, or use a basis of gradients"
+                "edit_domains: a recording of basis 'input' looks at calls of the model and cannot tell whose they are in a "
+                "mixed batch; record the stage by itself, or use a basis of gradients"
             )
         started, recorded = time.perf_counter(), self._recording.seconds
         for name in gradients:
@@ -720,7 +735,7 @@ class CapabilityGuard:
         if state["recorder"] is not None:
             name = state["recorder"]["domain"]
             if self._recording.stage is None or self._recording.stage.domain != name:
-                self._recording.stage = self._recording.recorder(name)
+                self._recording.stage = self._recorder(name)
             self._recording.stage.load_state_dict(state["recorder"])
         self._restored = True
 
@@ -767,9 +782,12 @@ class CapabilityGuard:
 
     # --------------------------------------------------------------------------------------------------------- internals
 
-    def _lay_out(self, layout: Any) -> None:
+    def _recorder(self, name: str, start_checkpoint: Path | str | None = None, **shown: Any) -> Recorder:
+        return self._recording.recorder(name, start_checkpoint, fixed=len(self.stack) > 0, **shown)
+
+    def _adapt(self, layout: Any) -> None:
         """Another layout, while there is no history yet: how weights are used is known once they were seen."""
-        if layout is self.layout:
+        if layout is self.layout or len(self.stack):
             return
         self.layout = self._recording.layout = layout
         self.stack = new_stack(layout, self.settings.basis_dtype, self.device, self.settings.room)
@@ -803,13 +821,6 @@ class CapabilityGuard:
     def _start_here(self) -> None:
         if not self._restored:
             self.rebase()
-
-    def _settle(self) -> None:
-        """Corrects what steps since the last correction did, and ends their segment."""
-        if self._stepped:  # some of several optimizers took the step
-            self._end_step()
-        if self.box is not None and len(self.stack):
-            self.box.close(self._locals())
 
     def _close(self) -> None:
         """Keeps what the report says of the stage that ends here."""

@@ -11,10 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..subspace.inputs import InputRecorder
 from ..subspace.kinds import KINDS
 from ..subspace.layout import Layout
-from ..subspace.matrices import MatrixLayout, Side
+from ..subspace.matrices import MatrixLayout
 from ..subspace.recorder import Recorder
 from ..subspace.store import StoredBasis
 from .newcomer import Newcomer
@@ -27,8 +26,7 @@ class Recording:
 
     Attributes:
         layout, settings, architecture, data_group: of the guard.
-        module: whose calls are seen; None where the guard was built from pairs.
-        sites: see :func:`carerl_kernels.guard.build.sites_of`.
+        module: that the training calls; None where the guard was built from pairs.
         locals: gives the parameters' local parts.
         stage: the recorder of the stage in progress; newcomers: of domains that appeared on the way.
         seconds: spent.
@@ -39,7 +37,6 @@ class Recording:
     architecture: str
     data_group: Any
     module: nn.Module | None
-    sites: dict[str, tuple[nn.Module, Side]] | None
     locals: Callable[[], list[Tensor]]
     stage: Recorder | None = None
     newcomers: dict[str, Newcomer] = field(default_factory=dict)
@@ -50,33 +47,40 @@ class Recording:
         """What recorders look at: "gradients", "change" or "inputs"."""
         return KINDS[self.layout.kind].sees
 
-    def recorder(self, name: str, start_checkpoint: Path | str | None = None) -> Recorder:
+    def recorder(self, name: str, start_checkpoint: Path | str | None = None, *, fixed: bool, **shown: Any) -> Recorder:
         """A new recorder of this guard's kind.
+
+        Args:
+            name: of the domain.
+            start_checkpoint: see :meth:`CapabilityGuard.stage`.
+            fixed: there is history, so that the layout has to stay.
+            shown: what an input basis shows the model, and how.
 
         Raises:
             RuntimeError: an input basis of a guard without a module.
+            ValueError: inputs to show, and a basis that does not look at them.
         """
         options: dict[str, Any] = {"start_checkpoint": start_checkpoint, "architecture": self.architecture}
+        shown = {key: value for key, value in shown.items() if value is not None}
+        if self.sees != "inputs" and shown:
+            raise ValueError(
+                f"stage {name!r}: expected {', '.join(shown)} with basis='input' alone, found {self.layout.kind!r}"
+            )
         if self.sees == "gradients":
             options |= {"k": self.layout.k, "every": self.settings.record_every}
         if self.sees == "inputs":
-            if self.sites is None or self.module is None:
+            if self.module is None:
                 raise RuntimeError(
                     "an input basis is made of what the model is fed: expected a guard built from a module, found one built "
                     "from pairs of names and parameters"
                 )
-            return InputRecorder(
-                name,
-                self.layout,  # type: ignore[arg-type]
-                self.locals(),
-                self.sites,
-                self.module,
-                self.settings.energy,
-                every=self.settings.record_every,
-                group=self.data_group,
-                **options,
-            )
-        return KINDS[self.layout.kind].recorder(name, self.layout, self.locals(), **options)
+            options |= {"model": self.module, "energy": self.settings.energy, "group": self.data_group, "fixed": fixed}
+        return KINDS[self.layout.kind].recorder(name, self.layout, self.locals(), **options, **shown)
+
+    @property
+    def wants_gradients(self) -> bool:
+        """Whether gradients are looked at: newcomers ask of every one how much of it is known."""
+        return bool(self.newcomers) or (self.stage is not None and self.sees == "gradients")
 
     @property
     def active(self) -> list[Recorder]:
@@ -88,8 +92,7 @@ class Recording:
         """Inside, no recorder looks: what the model is called with is not the stage's."""
         with ExitStack() as stack:
             for recorder in self.active:
-                if hasattr(recorder, "paused"):
-                    stack.enter_context(recorder.paused())
+                stack.enter_context(recorder.paused())
             yield
 
     def discard(self) -> None:

@@ -14,7 +14,7 @@ from ..subspace.factored import FactoredBasis
 from ..subspace.layout import Layout
 from ..subspace.shards import local
 from ..subspace.store import BasisInfo, DomainBasis, StoredBasis
-from .build import architecture_of, lay_out, new_stack, sites_of, trainable
+from .build import architecture_of, lay_out, new_stack, sides_of, trainable
 from .stack import Stack, noise_floor
 
 # two-sided 95 % points of Student's t for 2, 3, ... degrees of freedom; beyond the last the normal's
@@ -67,7 +67,7 @@ def validate(basis: StoredBasis, model: nn.Module, losses: Iterable[Callable[[],
     """
     named = trainable(model)
     info = basis.info
-    layout = lay_out(named, info.kind, info.k, None, sites_of(model, named, info.kind))
+    layout = lay_out(named, info.kind, info.k, None, sides_of(model, named))
     basis.check_model(layout, architecture_of(model))
     parameters = [p for _, p in named]
     device = local(parameters[0]).device

@@ -55,6 +55,7 @@ class GuardCallback(TrainerCallback):
         self._make: MakeGuard | None = None if isinstance(guard, CapabilityGuard) else guard
         self.stage, self.path, self.probe_loss = stage, path, probe_loss
         self._domain = domain
+        self.recorder: Any = None  # of the stage in progress
         self._training = ExitStack()
         self._step = ExitStack()
 
@@ -101,7 +102,8 @@ class GuardCallback(TrainerCallback):
         guard.attach(optimizer)
         self._training.callback(guard.detach)
         if self.stage is not None:
-            self._training.enter_context(guard.stage(self.stage, path=self.path))
+            self.recorder = self._training.enter_context(guard.stage(self.stage, path=self.path))
+            self._training.callback(setattr, self, "recorder", None)
         if state.global_step:
             self._load(guard, Path(args.output_dir) / f"checkpoint-{state.global_step}")
 

@@ -141,6 +141,13 @@ class CareMixin:
     ) -> Tensor:
         parent: Any = super()
         trainer: Any = self
+        recorder = None if self.guard_callback is None else self.guard_callback.recorder
+        if recorder is not None and trainer.model.training:
+            parts = (
+                torch.cat([inputs[f"{part}_{what}"] for part in ("prompt", "completion")], 1)
+                for what in ("ids", "mask")
+            )
+            recorder.see(dict(zip(("input_ids", "attention_mask"), parts, strict=True)))
         if self.domain_names and trainer.model.training:
             self._step_domains[inputs["domain_ids"].unique().cpu()] = True
             if self._losses is not None:

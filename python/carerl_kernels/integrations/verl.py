@@ -71,6 +71,7 @@ def guarded(
     class GuardedEngine(parent):
         guard: CapabilityGuard | None = None
         _batch: Any = None
+        _recorder: Any = None
 
         def initialize(self) -> None:
             super().initialize()
@@ -86,10 +87,17 @@ def guarded(
             self.guard.attach(self.optimizer)
             self._stage = ExitStack()  # held open: verl does not say when it ends
             if stage is not None:
-                self._stage.enter_context(self.guard.stage(stage))
+                self._recorder = self._stage.enter_context(self.guard.stage(stage))
 
         def train_batch(self, data: Any, loss_function: Any) -> Any:
             self._batch = data
+            if self._recorder is not None:
+                shown = {key: data[key] for key in ("input_ids", "attention_mask") if key in data}
+                if len(shown) == 2 and not any(
+                    t.is_nested for t in shown.values()
+                ):  # packed ones are heard at the model's call
+                    self._recorder.discard()  # of a step that verl did not take
+                    self._recorder.see(shown)
             outputs = super().train_batch(data, loss_function)
             self._batch = None
             if self.guard is not None and self.is_mp_src_rank_with_outputs():

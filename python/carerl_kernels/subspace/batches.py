@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 BATCH = 8
 """Texts, or rows of token ids, that are shown at a time."""
@@ -137,71 +136,6 @@ def _collect(name: str, value: Any, found: list[tuple[str, Tensor]]) -> None:
     elif hasattr(value, "__dataclass_fields__"):
         for key in value.__dataclass_fields__:
             _collect(key, getattr(value, key), found)
-
-
-def sequences(batch: Any) -> list[Any]:
-    """A batch cut along its first dimension into sequences, cloned to the CPU; one piece where that is not known.
-
-    The size is that of the first tensor; what has another first dimension belongs to all.
-    """
-    leaves, spec = pytree.tree_flatten(batch)
-    tensors = [t for t in leaves if isinstance(t, Tensor) and t.dim()]
-    size = tensors[0].shape[0] if tensors else 1
-    return [_Sequence.cut(leaves, spec, size, i) for i in range(size)]
-
-
-def joined(items: Sequence[Any], most: int = BATCH) -> Iterator[Any]:
-    """Batches again, of sequences that fit together."""
-    waiting: dict[Any, list[_Sequence]] = {}
-    for item in items:
-        key = item.key()
-        waiting.setdefault(key, []).append(item)
-        if len(waiting[key]) == most:
-            yield _Sequence.join(waiting.pop(key))
-    for rest in waiting.values():
-        yield _Sequence.join(rest)
-
-
-class _Sequence:
-    """One sequence of a batch: its leaves, and which of them it shares with the others.
-
-    Args:
-        leaves, spec: of the batch's tree, tensors on the CPU.
-        own: per leaf, whether it is this sequence's row ``[1, ...]``.
-    """
-
-    def __init__(self, leaves: list[Any], spec: Any, own: list[bool]):
-        self.leaves, self.spec, self.own = leaves, spec, own
-
-    @classmethod
-    def cut(cls, leaves: list[Any], spec: Any, size: int, at: int) -> _Sequence:
-        own = [isinstance(t, Tensor) and t.dim() > 0 and t.shape[0] == size for t in leaves]
-        parts = [
-            (t[at : at + 1] if mine else t).detach().cpu().clone() if isinstance(t, Tensor) else t
-            for t, mine in zip(leaves, own, strict=True)
-        ]
-        return cls(parts, spec, own)
-
-    def key(self) -> Any:
-        """Equal for sequences that can stand in one batch."""
-        parts = [
-            (t.shape[1:], t.dtype)
-            if mine
-            else (tuple(t.shape), str(t.dtype), tuple(t.flatten().tolist()[:4096]))
-            if isinstance(t, Tensor)
-            else repr(t)
-            for t, mine in zip(self.leaves, self.own, strict=True)
-        ]
-        return str(self.spec), tuple(parts)
-
-    @staticmethod
-    def join(items: Sequence[_Sequence]) -> Any:
-        first = items[0]
-        leaves = [
-            torch.cat([item.leaves[i] for item in items]) if mine else first.leaves[i]
-            for i, mine in enumerate(first.own)
-        ]
-        return pytree.tree_unflatten(leaves, first.spec)
 
 
 Positions = Callable[[Any], Tensor]

@@ -14,6 +14,7 @@ from ..thin import full_precision, times, times_transposed
 from .factored import FactoredBasis, orthonormal
 from .fingerprint import hash_parameters
 from .matrices import MatrixLayout
+from .recorder import GradientRecorder
 from .shards import Shards
 from .start import StageStart
 from .store import BasisInfo
@@ -27,7 +28,7 @@ NEGLIGIBLE = 1e-5
 """Singular values below this share of the first are rounding of float32 differences: no directions."""
 
 
-class BlockRecorder:
+class BlockRecorder(GradientRecorder):
     """Keeps the start of a stage on disk; at its end factors the change of every matrix. Gradients are only counted.
 
     Args:
@@ -48,16 +49,6 @@ class BlockRecorder:
         self.domain, self.layout, self.architecture = domain, layout, architecture
         self.steps = 0
         self.start = StageStart(domain, layout.names, parameters, layout.shards, start_checkpoint)
-
-    def begin(self) -> None:
-        """Nothing to do: only start and end matter."""
-
-    def end(self) -> None:
-        """The start of the stage is not needed any more."""
-        self.start.close()
-
-    def discard(self) -> None:
-        """Nothing to do."""
 
     def update(self, grads: Sequence[Tensor]) -> None:
         """Counts a step."""

@@ -126,6 +126,7 @@ class FactoredBasis(StoredBasis):
         return basis if layout is None else basis.part_of(layout)
 
     def _check_numbers(self, path: Path) -> None:
+        r = self.info.k
         shapes = dict(zip(self.info.names, self.info.shapes, strict=True))
         if not self.moved or set(self.moved) != set(self.values):
             raise BasisError(f"{path}: expected displacements and values of the same matrices, found others")
@@ -144,6 +145,16 @@ class FactoredBasis(StoredBasis):
                     )
                 if not t.isfinite().all():
                     raise BasisError(f"{path}: damaged basis file: {what}.{name} is not finite")
+        for name, t in self.values.items():
+            if tuple(t.shape) != (r,) or not t.isfinite().all() or (t < 0).any():
+                raise BasisError(
+                    f"{path}: damaged basis file: expected values.{name} [{r}], finite and at least 0, found {list(t.shape)}"
+                )
+        if not any(bool(t.any()) for by_name in (self.left, self.right) for t in by_name.values()):
+            raise BasisError(
+                f"{path}: the basis of domain {self.info.domain!r} has no directions, all of them are zero: it would protect "
+                "nothing; record the domain again"
+            )
 
     def check_model(self, layout: Any, architecture: str) -> None:
         super().check_model(layout, architecture)

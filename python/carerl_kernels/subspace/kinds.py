@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .block import BlockRecorder
-from .inputs import InputRecorder
 from .layout import Kind, Layout
 from .matrices import MatrixLayout, Side
 from .recorder import Recorder, StageRecorder
+from .replay import ReplayRecorder
 
 Sees = Literal["gradients", "change", "inputs"]
 Named = Iterable[tuple[str, Tensor]]
@@ -46,7 +46,7 @@ KINDS: dict[Kind, BasisKind] = {
     "flat": BasisKind("k", 64, "gradients", _rows, StageRecorder),
     "per_matrix": BasisKind("k", 64, "gradients", _rows, StageRecorder),
     "block": BasisKind("r", 16, "change", MatrixLayout.of, BlockRecorder),
-    "input": BasisKind("r", 32, "inputs", MatrixLayout.of, InputRecorder),
+    "input": BasisKind("r", 32, "inputs", MatrixLayout.of, ReplayRecorder),
 }
 """Of 32 input directions as few act as hold the guard's share of the inputs' energy."""
 

@@ -67,7 +67,8 @@ class Sum:
             with full_precision(part.device):
                 product = part.mT @ (part if n == columns else part @ omega(n, columns, part.device).to(part.dtype))
             self.values += product
-            self.trace += product.diagonal().sum() if n == columns else part.double().square().sum()
+            squares = product.diagonal() if n == columns else torch.linalg.vector_norm(part, dim=1).double().square()
+            self.trace += squares.sum()
         self.vectors += rows.shape[0]
 
     def leading(self, r: int) -> tuple[Tensor, Tensor]:
@@ -91,6 +92,11 @@ class Sum:
 def exact(n: int, width: int) -> bool:
     """Whether sums of vectors of n elements are kept whole: a sketch of this width has to be much smaller to pay."""
     return n <= max(EXACT, 2 * width)
+
+
+def sketch_width(r: int) -> int:
+    """Columns of a sketch from which r directions are taken."""
+    return 2 * r + 16
 
 
 _OMEGAS: dict[tuple[int, int, torch.device], Tensor] = {}

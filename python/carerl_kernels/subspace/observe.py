@@ -15,7 +15,7 @@ from torch import nn
 
 from .batches import Positions, call, prepared, text_positions, to_device
 from .matrices import MatrixLayout, some, unlabel
-from .moments import Accumulator, Moments
+from .moments import Accumulator, Moments, sketch_width
 from .rows import Rows
 from .sites import guess_sides, plain_name, unwrapped
 from .watch import Watch
@@ -64,10 +64,10 @@ def observe(
     group = group if group is not None else layout.shards.group
     named = [(plain_name(name), p) for name, p in inner.named_parameters()]
     sides = guess_sides(inner, [(name, p) for name, p in named if name in layout.names])
-    accumulator = Accumulator(2 * layout.k + 16)
+    accumulator = Accumulator(sketch_width(layout.k))
     watch = Watch(inner, layout.names, accumulator)
     device = next(p for name, p in named if name in layout.names).device
-    shown, unknown, useless = 0, set[int](), set[str]()
+    shown, useless = 0, set[str]()
     with _quiet(inner), _bar(batches, progress, group) as step:
         for batch, counts in _together(prepared(batches, tokenizer), layout):
             batch = to_device(batch, device)
@@ -77,7 +77,6 @@ def observe(
                 run(batch) if run is not None else call(inner, batch)
             accumulator.settle()
             shown += counts
-            unknown |= watch.rows.unknown
             useless |= {name} - {None}  # type: ignore[arg-type]
             step()
     other = watch.other
@@ -95,14 +94,10 @@ def observe(
         accumulator.reduce(group)
     moments = Moments(accumulator, sides, shown, {})
     moments.check_finite()
-    if useless or unknown:
-        what = (
-            f"mask {sorted(useless)[0]!r} is no [B, T]"
-            if useless
-            else "some layers get other numbers of vectors than it has"
-        )
+    if useless or watch.untold:
+        what = f"mask {min(useless)!r} is no [B, T]" if useless else f"inputs of {some(sorted(watch.untold))}"
         warnings.warn(
-            f"padding was not told apart everywhere ({what}): it counts there; show batches without padding, or pass positions=",
+            f"padding was not told apart ({what}) and counts there; show batches without padding, or pass positions=",
             stacklevel=3,
         )
     _settle(moments, layout, sides, other, unseen)

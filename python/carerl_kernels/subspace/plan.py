@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from .._ops import SCALED_DTYPES
 from ..thin import WORKSPACE
-from .inputs import OVERSAMPLE, TOKENS, input_sites
 from .layout import Kind, Layout
 from .matrices import MatrixLayout
+from .moments import exact, sketch_width
+from .sites import guess_sides
 
 OVERSAMPLED_ROWS = 4  # what StreamingPCA stores beyond k while recording
-STATE = 5  # q_prev, q_start, the rule's own number, and where a step's q and correction go: float64 per coefficient
+STATE = 5  # float64 per coefficient of rows and blocks: q_prev, q_start, the rule's, and where q and correction go
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,9 @@ def plan(
     if kind in get_args(Kind)[:2]:
         parts: dict[str, Any] = _rows(named, kind, k, domains, world_size, dtype, parameter_bytes)
     else:
-        sides = None
-        if kind == "input":
-            sides = {name: side for name, (_, side) in input_sites(model, named).items()}
+        sides = guess_sides(model, named)
+        if world_size > 1:  # FSDP2 spreads stacks of matrices over processes: they are not covered
+            named = [(name, p) for name, p in named if name not in sides or p.dim() < 3]
         layout = MatrixLayout.of(_floats(named), kind, k, None, sides)  # type: ignore[arg-type]
         parts = (_block if kind == "block" else _input)(layout, domains, world_size, parameter_bytes)
     seconds = parts["read"] / bandwidth + parts["flops"] / flops
@@ -175,7 +176,7 @@ def _block(layout: MatrixLayout, D: int, world: int, parameter_bytes: int) -> di
 def _input(layout: MatrixLayout, D: int, world: int, parameter_bytes: int) -> dict[str, int]:
     r = layout.k
     K = D * r
-    factors = rows = N = sketch = left_rows = whole = outputs = matrices = 0
+    factors = rows = N = sums = left_rows = whole = outputs = matrices = 0
     for g in layout.groups:
         count, m = len(g.indices), -(-g.whole // world)
         size = g.n if g.side == "right" else m
@@ -185,20 +186,21 @@ def _input(layout: MatrixLayout, D: int, world: int, parameter_bytes: int) -> di
         rows += count * (m if g.side == "right" else g.n)
         left_rows += count * (0 if g.side == "right" else g.n)
         N += count * m * g.n
-        sketch += count * (g.n if g.side == "right" else g.whole)
+        size = g.n if g.side == "right" else g.whole
+        sums += count * size * (size if exact(size, sketch_width(r)) else sketch_width(r))
         matrices += count
-    frames = D * ((D - 1) * r) ** 2 + K**2
     return {
         "covered": layout.covered,
-        "directions": 4 * K * factors,
-        "cores": 8 * matrices * (K**2 + frames),
-        "state": rows * K * 8 * (STATE + 3) + 4 * K * factors,  # displacement and directions as recorded, too
-        "recording": 4 * sketch * (r + OVERSAMPLE + TOKENS),
+        "directions": 2 * 4 * K * factors,  # as they are, and orthonormal as those act together that act now
+        "cores": (8 + 4) * matrices * K**2,  # overlaps, and the root of those that act
+        "state": 2 * 4 * rows * K
+        + 4 * K * factors,  # anchors and displacements; directions as recorded, for later room
+        "recording": 8 * sums,  # at most: matrices that are fed the same share theirs
         "disk": 4 * r * whole + 8 * outputs * r,
         "read": 3 * N * parameter_bytes,
         "flops": 4 * N * K,
-        "communicated": (left_rows * K + 3 * K + 3) if world > 1 else 0,
-        "recorded": TOKENS * sketch if world > 1 else 0,
+        "communicated": (left_rows * K + 1) if world > 1 else 0,
+        "recorded": 0,  # the sums, once, at the stage's end
     }
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,16 +24,22 @@ class Recorder(Protocol):
     steps: int
 
     def begin(self) -> None:
-        """The stage begins: forward hooks go on, where the kind needs them."""
+        """The stage begins."""
 
     def end(self) -> None:
         """The stage is over, however it ended."""
+
+    def see(self, batch: Any) -> None:
+        """A trainer says what the model is called with for the step that comes."""
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Inside, calls of the model are not the stage's."""
 
     def update(self, grads: Sequence[Tensor]) -> None:
         """Takes in the gradient of one optimizer step."""
 
     def discard(self) -> None:
-        """A step of another domain was taken: what forward passes fed in since the last one was not this domain's."""
+        """A step was dropped, or another domain's was taken: what the model was called with since the last one does not count."""
 
     def finish(self, parameters: Sequence[Tensor]) -> StoredBasis:
         """The basis of the stage, given the parameters at its end."""
@@ -42,7 +49,31 @@ class Recorder(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class StageRecorder:
+class GradientRecorder:
+    """What recorders have in common that look at gradients and parameters alone: calls of the model are nothing to them."""
+
+    start: StageStart
+
+    def begin(self) -> None:
+        """Nothing to do."""
+
+    def end(self) -> None:
+        """The start of the stage is not needed any more."""
+        self.start.close()
+
+    def see(self, batch: Any) -> None:
+        """Nothing to do."""
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing to pause."""
+        yield
+
+    def discard(self) -> None:
+        """Nothing to do."""
+
+
+class StageRecorder(GradientRecorder):
     """Collects the directions along which one domain learns during one stage.
 
     The start of the stage is kept on disk (a file that this object removes when it goes away, or a checkpoint of the
@@ -75,16 +106,6 @@ class StageRecorder:
         self.pca = StreamingPCA(layout, k, oversample, dtype, parameters[0].device)
         self.steps = 0
         self.start = StageStart(domain, layout.names, parameters, layout.shards, start_checkpoint)
-
-    def begin(self) -> None:
-        """Nothing to do: gradients come by themselves."""
-
-    def end(self) -> None:
-        """The start of the stage is not needed any more."""
-        self.start.close()
-
-    def discard(self) -> None:
-        """Nothing to do."""
 
     def update(self, grads: Sequence[Tensor]) -> None:
         """Takes in the gradient of one optimizer step (every n-th of them)."""

@@ -30,24 +30,19 @@ class Rows:
 
     Args:
         mask: ``[B, T]`` or ``[B]`` bool, which positions count; None: all.
-
-    Attributes:
-        unknown: numbers of rows of inputs that could not be told from padding, and that counted as a whole.
     """
 
     def __init__(self, mask: Tensor | None):
         self.mask = None if mask is None or bool(mask.all()) else mask
-        self.unknown: set[int] = set()
         self._known = WeakTensorKeyDictionary()  # tensor: bool of its first dimension
 
     def of(self, tensor: Tensor, dims: int) -> Tensor | None:
-        """bool over the first dimensions of a tensor, which are its vectors; None: all count."""
+        """bool over the first dimensions of a tensor, which are its vectors; None: all count, or it is not known."""
         if self.mask is None or not tensor.numel():
             return None
         shape = tensor.shape[:dims]
         mask = self._by_shape(tensor)
         if mask is None:
-            self.unknown.add(shape.numel())
             return None
         mask = mask.to(tensor.device)
         while mask.dim() < dims:
@@ -84,9 +79,14 @@ class Rows:
         return mask if shape[0] == mask.shape[0] else None
 
     def follow(self, name: str, args: Any, out: Any) -> None:
-        """Keeps track of rows that an operator folds together or gathers."""
-        if self.mask is None or not isinstance(out, Tensor) or not out.dim() or not args:
+        """Keeps track of rows that an operator folds together, gathers or keeps."""
+        if self.mask is None or not args:
             return
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor) and tensor.dim():
+                self._follow(name, args, tensor)
+
+    def _follow(self, name: str, args: Any, out: Tensor) -> None:
         source = args[0]
         if name in _FOLDS and isinstance(source, Tensor) and source.dim() and source.shape[0] != out.shape[0]:
             mask = self._by_shape(source)

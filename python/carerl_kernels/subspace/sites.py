@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
@@ -11,15 +11,22 @@ from .matrices import Side
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # torch.compile, FSDP, checkpointing
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside any nesting of ``DistributedDataParallel`` and ``torch.compile``."""
+def wrappers(model: nn.Module) -> Iterator[nn.Module]:
+    """The model and what is inside it, through any nesting of ``DistributedDataParallel`` and ``torch.compile``."""
+    yield model
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
-        elif "_orig_mod" in vars(model).get("_modules", {}):
-            model = model._orig_mod  # type: ignore[assignment]
+        elif "_orig_mod" in model._modules:
+            model = model._modules["_orig_mod"]  # type: ignore[assignment]
         else:
-            return model
+            return
+        yield model
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The innermost of :func:`wrappers`: the model itself."""
+    return list(wrappers(model))[-1]
 
 
 def plain_name(name: str) -> str:

@@ -256,8 +256,15 @@ class DomainBasis(StoredBasis):
         rows = self.directions.shape[0] if self.directions.dim() == 2 else -1
         if rows != self.info.k or self.singular_values.shape[1:] != (rows,):
             raise BasisError(f"{path}: expected {self.info.k} directions, found shape {list(self.directions.shape)}")
-        if not (self.displacement.isfinite().all() and self.singular_values.isfinite().all()):
-            raise BasisError(f"{path}: damaged basis file: displacement or singular values are not finite")
+        stored = {"directions": self.directions, "scales": self.scales}
+        for what, t in {**stored, "displacement": self.displacement, "singular_values": self.singular_values}.items():
+            if t is not None and t.is_floating_point() and not all(bool(row.float().isfinite().all()) for row in t):
+                raise BasisError(f"{path}: damaged basis file: {what} is not finite")
+        if self.layout is None and not any(bool(row.float().any()) for row in self.directions):
+            raise BasisError(
+                f"{path}: the basis of domain {self.info.domain!r} has no directions, all of them are zero: it would protect "
+                "nothing; record the domain again"
+            )
 
     def check_model(self, layout: Any, architecture: str) -> None:
         super().check_model(layout, architecture)

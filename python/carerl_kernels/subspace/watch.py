@@ -52,6 +52,7 @@ class Watch(TorchDispatchMode):
     Attributes:
         rows: which positions of the present batch count.
         other: by name, the operators that used a weight without multiplying an input by it.
+        untold: labels of matrices with inputs that could not be told from padding; all of them counted.
     """
 
     supports_higher_order_operators = True  # they are let through; what is inside one is not seen
@@ -61,6 +62,7 @@ class Watch(TorchDispatchMode):
         self.model, self.names, self.accumulator = model, frozenset(names), accumulator
         self.rows = Rows(None)
         self.other: dict[str, set[str]] = {}
+        self.untold: set[str] = set()
         self._weights: dict[int, list[Weight]] = {}  # by storage
         self._storages: dict[int, Any] = {}  # keeps them, so that no other gets the number
         self._derived = WeakTensorKeyDictionary()  # tensor: its terms
@@ -208,6 +210,8 @@ class Watch(TorchDispatchMode):
             uses, n, columns = found
             if keep is None:
                 keep = self.rows.of(x, 1)
+            if keep is None and self.rows.mask is not None:
+                self.untold.update(use[0] for use in uses)
             for use in uses:
                 self.accumulator.see(use, x, keep, n, None if columns is None else columns.to(x.device))
             return None
@@ -245,6 +249,8 @@ class Watch(TorchDispatchMode):
                 self._used(term, "a lookup in a part of it")
                 continue
             uses, n, columns = found
+            if keep is None and self.rows.mask is not None:
+                self.untold.update(use[0] for use in uses)
             here = positions if columns is None else columns.to(positions.device)[positions]
             for use in uses:
                 self.accumulator.look_up(use, here, n)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from statistics import fmean
 
 from .report import FRONT, Row, short, signed
@@ -25,7 +26,7 @@ def at_equal_new(row: Row, rows: Sequence[Row]) -> Estimate | None:
         if len(points) < 2 or record.new < points[0][0]:
             continue
         plain = points[-1][1]
-        for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+        for (x0, y0), (x1, y1) in pairwise(points):
             if x0 <= record.new <= x1 and x1 > x0:
                 plain = y0 + (y1 - y0) * (record.new - x0) / (x1 - x0)
         gaps.append(record.forgetting - plain)
@@ -41,7 +42,9 @@ def measures_table(rows: Sequence[Row]) -> str:
     lines = [
         "| method@lr | seeds | " + " | ".join(names) + " | guard's time | forget - plain at equal new |",
         "|---" * (len(names) + 4) + "|",
-        "| before |  | " + " | ".join(short(v) for v in (*first.scores[0], *(v[0] for v in first.extras.values()))) + " |  |  |",
+        "| before |  | "
+        + " | ".join(short(v) for v in (*first.scores[0], *(v[0] for v in first.extras.values())))
+        + " |  |  |",
     ]
     for row in rows:
         records = row.records.values()

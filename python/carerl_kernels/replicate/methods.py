@@ -36,8 +36,7 @@ class ShownGuard(CapabilityGuard):
         """Records nothing; at its end the domain is observed."""
         with self.domain(name):
             yield None
-        if self.history:
-            self.confine_()
+        self.settle()
         self.protect(name, self._shown(name), path, progress=False)
 
 

@@ -80,13 +80,13 @@ class Bed:
             self.model = get_peft_model(self.model, config)
         self.model.eval()  # no dropout anywhere
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        pages, other = texts.documentation(held_out=True), texts.descriptions()
+        pages, descriptions = texts.documentation(shown=False), texts.descriptions()
         self.pairs = {
             d: list(islice(texts.task_pairs(d, "held out"), HELD_OUT)) for d in cell.setting.domains if d != TEXT
         }
-        self.held_out: dict[str, Batch] = {TEXT: texts.text_batch(self.tokenizer, pages, HELD_OUT, seed=0)}
+        self.held_out: dict[str, Batch] = {TEXT: texts.text_batch(self.tokenizer, descriptions, HELD_OUT, seed=0)}
         self.held_out |= {d: texts.pairs_batch(self.tokenizer, pairs) for d, pairs in self.pairs.items()}
-        self.further = {"other": texts.text_batch(self.tokenizer, other, HELD_OUT, seed=0)}
+        self.further = {"documentation": texts.text_batch(self.tokenizer, pages, HELD_OUT, seed=0)}
         self.further["facts"] = texts.pairs_batch(self.tokenizer, texts.facts())
         self.guard = guard_of(cell.method, self.model, cell.seed, shown=self.shown, measure=False)
         self.seconds = 0.0
@@ -95,7 +95,7 @@ class Bed:
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """Minus nats a token of every domain, of facts and of text of another kind; exact answers of every task."""
+        """Minus nats a token of every domain, of documentation and facts; exact answers of every task."""
         found: dict[str, float] = json.loads(self.known.read_bytes()) if self.known and self.known.exists() else {}
         before = len(found)
         for name, batch in (self.held_out | self.further).items():
@@ -114,7 +114,7 @@ class Bed:
         guard, path = self.guard, None
         if guard is None:
             return
-        if self.known is not None:  # of weights that other cells come to as well
+        if self.known is not None and not self.cell.setting.lora_rank:  # of weights that other cells come to as well
             what = f"{domain}-{self.cell.method.shown}-{guard.layout.k}-{guard.settings.energy:g}"
             path = self.known.with_name(f"{self.known.stem}-shown-{what}.safetensors")
         if path is not None and path.exists():
@@ -123,10 +123,10 @@ class Bed:
             guard.protect(domain, self.shown(domain), path, progress=False)
 
     def shown(self, domain: str) -> Iterator[dict[str, Tensor]]:
-        """What the model is called with on text that is not held out, or on answers to fresh prompts; 16 at a time."""
+        """What the model is called with on text of another source, or on answers to fresh prompts; 16 at a time."""
         n, tokenizer = self.cell.method.shown, self.tokenizer
         if domain == TEXT:
-            batch = texts.text_batch(tokenizer, texts.documentation(held_out=False), n, seed=1)
+            batch = texts.text_batch(tokenizer, texts.documentation(shown=True), n, seed=1)
         else:
             examples = texts.task_pairs(domain, "shown", apart=self.pairs[domain])
             batch = texts.pairs_batch(tokenizer, islice(examples, n))

@@ -1,8 +1,8 @@
 """What the supervised bed reads and learns: documentation, facts, and tasks on lists of words; nothing is downloaded.
 
-General text is the documentation of the Python language, which every Python carries (`pydoc_data`): every other page may be
-shown, the rest is held out. Text of another kind is the descriptions of packages that the bed needs anyway; a new version of
-one of them may shift its figures a little.
+What a guard is shown of general text is documentation of the Python language, which every Python carries (`pydoc_data`). What
+general text is scored on is of another source: the descriptions of packages that the bed needs anyway. A new version of one
+of them may shift figures a little.
 """
 
 from __future__ import annotations
@@ -93,11 +93,11 @@ def text_batch(tokenizer: Any, documents: list[str], n: int, seed: int) -> Batch
     return Batch(ids, torch.ones_like(ids), scored)
 
 
-def documentation(held_out: bool) -> list[str]:
-    """Pages on the Python language: those that may be shown, or the others."""
+def documentation(shown: bool) -> list[str]:
+    """Pages on the Python language: those to show, or the others, which repeat some of their paragraphs."""
     from pydoc_data.topics import topics
 
-    return [prose(topics[name]) for name in sorted(topics)[held_out::2]]
+    return [prose(topics[name]) for name in sorted(topics)[not shown :: 2]]
 
 
 def descriptions() -> list[str]:

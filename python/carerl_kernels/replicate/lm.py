@@ -36,12 +36,11 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
     tokenizer = tasks.character_tokenizer(setting.domains)
     model = warm_model(cell, tokenizer, cache)
     pools = Pools(setting.groups, setting.steps)
-    domains = [
-        pools.limit(noisy(domain, setting.noise.get(domain.name, 0.0), seed), method.stored)
-        for domain in tasks.demo_domains(seed, setting.domains)
-    ]
+    domains = tasks.demo_domains(seed, setting.domains)
+    shown = shown_by(domains, tokenizer, method.shown)  # once, right after a stage: out of all that its domain has
+    domains = [pools.limit(noisy(d, setting.noise.get(d.name, 0.0), seed), method.stored) for d in domains]
     config = config_of(cell, setting.lr * cell.lr)
-    guard = guard_of(method, model, seed, setting.k, shown_by(domains, tokenizer, method.shown))
+    guard = guard_of(method, model, seed, setting.k, shown)
     validity = Validity(guard, model, tokenizer, domains)
 
     def on_step(line: dict[str, Any]) -> None:

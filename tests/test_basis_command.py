@@ -255,3 +255,106 @@ def test_plan_equals_what_a_guard_really_holds(kind):
     assert planned.covered == guard.layout.covered
     assert stack.memory() - kept <= 1.6 * planned.cores + planned.state  # masks and reaches count with the state
     assert stack.memory() - kept >= 0.4 * planned.cores
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory):
+    pytest.importorskip("transformers")
+    from carerl_kernels.demo.tasks import character_tokenizer, tiny_model
+
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = character_tokenizer()
+    tiny_model(tokenizer, seed=0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(5)]
+    path.write_text("\ufeff" + "\n".join(map(json.dumps, rows)) + "\n\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("answers", ["model", "given", "none"])
+def test_record_from_a_finished_model(answers, small_model, prompts, tmp_path):
+    """The file is a basis like any other: it loads into a guard of the model, which nothing has trained."""
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "chat.safetensors"
+    options = (
+        "--domain",
+        "chat",
+        "--out",
+        out,
+        "--answers",
+        answers,
+        "--r",
+        8,
+        "--batch-size",
+        2,
+        "--max-new-tokens",
+        4,
+    )
+    found = json.loads(invoke("record", small_model, "--prompts", prompts, *options, "--json"))
+    assert (
+        found["prompts"] == 5 and found["covered"] > 0.9 and 0 < found["energy"] <= 1 and 1 <= found["mean_rank"] <= 8
+    )
+    tokens = {"none": 20, "given": 20 + 5 + 5}  # 4 characters a prompt; of an answer one, and the end
+    assert found["tokens"] == tokens.get(answers, found["tokens"]) and found["tokens"] >= 20
+    model = AutoModelForCausalLM.from_pretrained(small_model)
+    guard = CapabilityGuard.load(out, model=model)
+    info = StoredBasis.load(out).info
+    assert guard.history == ["chat"] and info.displacement_capture is None and info.start_hash == info.end_hash
+    assert guard.report()["open_windows"] == []
+    assert "no stage: shown prompts" in invoke("inspect", out)
+    text = invoke("record", small_model, "--prompts", prompts, *options)
+    assert "directions each (at most 8) hold" in text
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ("", (), "at least one row"),
+        ('{"prompt": "a"}\n{"prompt"', (), "line 2: expected a JSON object"),
+        ('{"question": "a"}', (), 'line 1: expected "prompt"'),
+        ('{"prompt": "1"}', ("--answers", "given"), "line 1: expected a text in 'answer'"),
+        ('{"prompt": [{"role": "user", "content": "1"}]}', (), "a tokenizer with a chat template"),
+        ('{"prompt": "1"}', ("--energy", "0"), "0 < energy <= 1"),
+        ('{"prompt": "1"}', ("--device", "moon"), "expected a device that is there"),
+        ('{"prompt": "1"}', ("--out", "nowhere/a.safetensors"), "expected a folder to write into"),
+    ],
+)
+def test_record_refuses_in_one_sentence(rows, options, message, small_model, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(rows)
+    out = ("--out", tmp_path / "a.safetensors", "--domain", "a", "--answers", "none")
+    output = invoke("record", small_model, "--prompts", path, *out, *options, code=1)
+    assert message in " ".join(output.split()) and "Traceback" not in output
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("kind", ["flat", "block", "input"])
+@pytest.mark.parametrize("damage", ["nan", "zero", "scalar"])
+def test_files_without_usable_directions_do_not_load(kind, damage, stages, tmp_path):
+    """Not finite, all zero, or of no dimension: an error that names the file, where the guard would protect nothing."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(stages[kind, "math"], framework="pt") as file:
+        metadata = {key: value for key, value in file.metadata().items() if key != "checksum"}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    for key in [k for k in tensors if k.startswith(("directions", "left", "right", "values"))]:
+        if damage == "nan" and key.startswith(("directions", "values")):
+            tensors[key].view(-1)[0] = torch.nan
+        elif damage == "zero":
+            tensors[key].zero_()
+        elif damage == "scalar":
+            tensors[key] = torch.tensor(1.0, dtype=tensors[key].dtype)
+    path = tmp_path / "damaged.safetensors"
+    save_file(tensors, path, metadata)
+    with pytest.raises(BasisError, match=r"damaged\.safetensors") as error:
+        StoredBasis.load(path)
+    if damage == "zero":
+        assert "'math' has no directions" in str(error.value)

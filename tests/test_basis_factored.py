@@ -515,10 +515,7 @@ def test_files_quantise_and_name_what_is_wrong(tmp_path):
     unseen = CapabilityGuard(model, basis="input")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     unseen.attach(optimizer)
-    with (
-        pytest.raises(RuntimeError, match="calls of the model with gradients before its first step"),
-        unseen.stage("math"),
-    ):  # noqa: PT012
+    with pytest.raises(RuntimeError, match="calls of the model with gradients before"), unseen.stage("math"):  # noqa: PT012
         for p in model.parameters():
             p.grad = torch.ones_like(p)
         optimizer.step()

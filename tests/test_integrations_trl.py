@@ -193,10 +193,15 @@ def test_entropy_and_kl_per_domain_are_those_of_its_tokens(idle):
 @pytest.mark.parametrize("mode", ["update", "grad"])
 def test_guarded_steps_are_the_reference_trainer_s(math_file, tmp_path, mode, parts):
     """Same model, batches and guard: same parameters after every step, with TRL's clipping before an update edit and after a
-    gradient edit, and with accumulation."""
+    gradient edit, and with accumulation.
+
+    Plain SGD, because Adam divides every element by its own size: of one that is all rounding the sign is chance, and what
+    order torch sums in would decide how far the two are apart. Here they are apart by the rounding of the gradients.
+    """
+    lr, norm, steps = 0.5, 0.05, 3
 
     def make(model):
-        rule = {"rule": "bounded"} if mode == "update" else {"rule": "remove", "apply_to": "grad"}
+        rule = {"rule": "bounded", "every": 1} if mode == "update" else {"rule": "remove", "apply_to": "grad"}
         return CapabilityGuard.load(math_file, model=model, **rule)
 
     start = tiny_model(TOKENIZER, 0)
@@ -206,34 +211,38 @@ def test_guarded_steps_are_the_reference_trainer_s(math_file, tmp_path, mode, pa
         tiny_model(TOKENIZER, 0),
         kind=Watched,
         changes={
-            "max_grad_norm": 0.05,
+            "max_grad_norm": norm,
             "gradient_accumulation_steps": parts,
             "loss_type": "grpo",
-            "learning_rate": 5e-4,
+            "learning_rate": lr,
+            "optim": "sgd",
+            "max_steps": steps,
         },
         guard=make,
     )
     run.seen = []
     run.train()
-    assert run.args.max_grad_norm == 0.05  # given back
+    assert run.args.max_grad_norm == norm  # given back
     guard = make(start)
-    guard.max_grad_norm = 0.05 if mode == "grad" else None
-    optimizer = torch.optim.AdamW(start.parameters(), lr=5e-4, weight_decay=0.0)
+    guard.max_grad_norm = norm if mode == "grad" else None
+    optimizer = torch.optim.SGD(start.parameters(), lr=lr)
     guard.attach(optimizer)
-    for step in range(3):
+    for step in range(steps):
         optimizer.zero_grad()
         reference_gradients(start, run.seen[step * parts : (step + 1) * parts])
         if mode == "update":
-            norm = torch.nn.utils.clip_grad_norm_(start.parameters(), 0.05)
-            assert float(norm) > 0.05
+            assert float(torch.nn.utils.clip_grad_norm_(start.parameters(), norm)) > norm
         with guard.domain("chat"):
             optimizer.step()
-    assert_close(list(run.model.parameters()), list(start.parameters()), 1e-6)
+    # A sum of some hundred terms in another order is off by some hundred roundings of the whole, at worst; and every step rounds
+    # the parameters, which are smaller than 1, twice.
+    eps = torch.finfo(torch.float32).eps
+    assert_close(list(run.model.parameters()), list(start.parameters()), steps * eps * (300 * lr * norm + 2))
     mine, theirs = guard.report(), run.guard.report()
     assert theirs["steps"] == 3
-    assert theirs["domains"]["math"]["energy"]["aligned"] == pytest.approx(
-        mine["domains"]["math"]["energy"]["aligned"], abs=1e-3
-    )
+    if mode == "grad":
+        energies = [of["domains"]["math"]["energy"]["aligned"] for of in (mine, theirs)]
+        assert energies[0] == pytest.approx(energies[1], abs=1e-3)
     if mode == "update":
         assert theirs["domains"]["math"]["net_displacement"] > 0
 
@@ -307,7 +316,7 @@ def test_metrics_per_domain(math_file, tmp_path):
         args=trainer(tmp_path, changes={"per_device_train_batch_size": 12}).args,
         train_dataset=data,
         processing_class=TOKENIZER,
-        guard=lambda m: CapabilityGuard.load(math_file, model=m, track_energy=True),
+        guard=lambda m: CapabilityGuard.load(math_file, model=m, track_energy=True, every=1),
     )
     run.train()
     lines = [entry for entry in run.state.log_history if "loss" in entry]

@@ -117,7 +117,7 @@ def test_stage_is_written_with_checkpoints_and_protects(tmp_path):
 
     # the same steps by hand
     def make(model):
-        return CapabilityGuard.load(path, model=model, rule="remove")
+        return CapabilityGuard.load(path, model=model, rule="remove", every=1)
 
     def domain(data):
         return data["domain"]

@@ -1,4 +1,4 @@
-"""``carerl basis``: look at basis files, test them against a model, merge, quantise, and plan what a kind would cost."""
+"""``carerl basis``: record, look at basis files, test them against a model, merge, quantise, and plan what a kind would cost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 basis = typer.Typer(
-    help="Basis files: inspect, validate, merge, quantize; plan what a kind costs.", no_args_is_help=True
+    help="Basis files: record, inspect, validate, merge, quantize; plan what a kind costs.", no_args_is_help=True
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
@@ -70,9 +70,9 @@ def inspect(files: Annotated[list[Path], typer.Argument(help="Basis files.")], a
         )
         captured = fact["gradient_capture"]
         energy = "" if captured is None else f"{captured:.1%} of the gradients' energy (input bases: the inputs'), "
-        typer.echo(
-            f"  holds {energy}{fact['displacement_capture']:.1%} of the stage's change; {fact['steps']} steps seen"
-        )
+        moved = fact["displacement_capture"]
+        change = "no stage: shown prompts" if moved is None else f"{moved:.1%} of the stage's change"
+        typer.echo(f"  holds {energy}{change}; {fact['steps']} {'batches' if moved is None else 'steps'} seen")
         typer.echo(f"  orthonormal to {fact['orthonormality']:.1e}")
         after = f", follows {', '.join(fact['follows'])}" if fact["follows"] else ""
         typer.echo(f"  start {fact['start_hash'] or '-'}, end {fact['end_hash'] or '-'}{after}")
@@ -159,10 +159,9 @@ def merge(
         bases = [StoredBasis.load(path) for path in files]
         result = merged(bases, domain or "+".join(b.info.domain for b in bases), k)
         result.save(out)
-        typer.echo(
-            f"{out}: domain {result.info.domain}, {_size(out.stat().st_size)}, holds "
-            f"{result.info.displacement_capture:.1%} of the stages' changes"
-        )
+        moved = result.info.displacement_capture
+        holds = "" if moved is None else f", holds {moved:.1%} of the stages' changes"
+        typer.echo(f"{out}: domain {result.info.domain}, {_size(out.stat().st_size)}{holds}")
 
 
 @basis.command()
@@ -217,6 +216,74 @@ def _validate(file: Path, folder: Path, prompts: Path, batch: int, gradients: in
     batches = [examples[i : i + batch] for i in range(0, len(examples) - batch + 1, batch)][:gradients]
     losses = [partial(answer_loss, network, tokenizer, part, tokens) for part in batches]
     return validated(stored, network, losses, seed)
+
+
+class Answers(StrEnum):
+    model = "model"
+    given = "given"
+    none = "none"
+
+
+class Dtypes(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@basis.command()
+def record(
+    model: Annotated[Path, typer.Argument(help="Folder of the model (transformers), with its tokenizer.")],
+    prompts: Annotated[Path, typer.Option(help='JSON lines with "prompt": a text, or chat messages.')],
+    domain: Annotated[str, typer.Option(help="Name of the domain.")],
+    out: Annotated[Path, typer.Option(help="File to write.")],
+    answers: Annotated[
+        Answers, typer.Option(help="What follows a prompt: the model's own sample, the row's answer, nothing.")
+    ] = Answers.model,
+    answer_field: Annotated[str, typer.Option(help="Where a row has its answer.")] = "answer",
+    max_length: Annotated[
+        int, typer.Option(min=2, help="Tokens of prompt and answer; the end of longer ones is cut.")
+    ] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer of the model's own.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 8,
+    r: Annotated[int, typer.Option(min=1, help="Directions per weight matrix, at most.")] = 32,
+    energy: Annotated[float, typer.Option(help="Of them as few as hold this share of the inputs' energy.")] = 0.9,
+    dtype: Annotated[Dtypes, typer.Option(help="Of the model.")] = Dtypes.float32,
+    device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Of the model's own answers.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Record the input directions of a domain from a finished model: shown prompts, it needs no training."""
+    from .basis_record import record as recorded
+
+    with _plain_errors("record"):
+        found = recorded(
+            model,
+            prompts,
+            domain,
+            out,
+            answers=answers.value,
+            answer_field=answer_field,
+            max_length=max_length,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            r=r,
+            energy=energy,
+            dtype=dtype.value,
+            device=device,
+            seed=seed,
+        )
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    typer.echo(
+        f"{out}: domain {domain}, {_size(out.stat().st_size)}, from {found['prompts']} prompts ({found['tokens']:,} tokens)"
+    )
+    typer.echo(
+        f"  covers {found['covered']:.1%} of the parameters in {found['matrices']} matrices; {found['mean_rank']:.1f} directions "
+        f"each (at most {r}) hold {found['energy']:.1%} of the inputs' energy"
+    )
+    if found["idle"]:
+        typer.echo(f"  {found['idle']} experts had no token routed to them: nothing protects them")
 
 
 @basis.command()

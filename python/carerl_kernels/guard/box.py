@@ -108,6 +108,13 @@ class Box:
         if self._statistics is not None and raw is not None:
             self._statistics.count(self.stack, raw[0], self.stack.layout.shards.sum_(touched), raw[1])
 
+    def account(self, parameters: Sequence[Tensor]) -> None:
+        """Counts the update so far, without correcting it: a checkpoint holds no copy of the parameters to go on from."""
+        before, self._snapshot = self._snapshot, None
+        if self._statistics is not None and before is not None:
+            sums, total = self._update_since(before, parameters)
+            self._statistics.count(self.stack, sums, torch.zeros_like(total), total)
+
     def _confined(self, parameters: Sequence[Tensor], own: str | None) -> Tensor:
         return self.stack.confine_(parameters, self.anchor, self.bounds, own, self._exempt, self._tight)
 

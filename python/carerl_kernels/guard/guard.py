@@ -686,6 +686,9 @@ class CapabilityGuard:
         for another number of processes. Hand-made shards without DTensors are this process's part.
         """
         stage = self._recording.stage
+        if self.box is not None and len(self.stack):
+            with torch.no_grad():
+                self.box.account(self._locals())
         return {
             "version": STATE_VERSION,
             "history": self.history,

@@ -15,8 +15,8 @@ _NOT_PADDING = ("loss", "completion", "label", "prompt", "special", "assistant",
 """Masks that say something else than which positions are text, by a part of their name."""
 
 
-def prepared(batches: Iterable[Any], tokenizer: Any, max_length: int | None = None) -> Iterator[Any]:
-    """Batches as the model is called with: texts and rows of token ids put together, padded and masked.
+def prepared(batches: Iterable[Any], tokenizer: Any, size: int = BATCH) -> Iterator[Any]:
+    """Batches as the model is called with: texts and rows of token ids put together, so many at a time, padded and masked.
 
     Raises:
         ValueError: texts without a tokenizer.
@@ -27,14 +27,14 @@ def prepared(batches: Iterable[Any], tokenizer: Any, max_length: int | None = No
         if new is None:
             yield batch
             continue
-        rows += [row[:max_length] for row in new if row]
-        while len(rows) >= 4 * BATCH:  # of similar length together
+        rows += filter(None, new)
+        while len(rows) >= 4 * size:  # of similar length together
             rows.sort(key=len)
-            yield _padded(rows[-BATCH:], tokenizer)
-            del rows[-BATCH:]
+            yield _padded(rows[-size:], tokenizer)
+            del rows[-size:]
     rows.sort(key=len)
-    for start in range(0, len(rows), BATCH):
-        yield _padded(rows[start : start + BATCH], tokenizer)
+    for start in range(0, len(rows), size):
+        yield _padded(rows[start : start + size], tokenizer)
 
 
 def _token_rows(batch: Any, tokenizer: Any) -> list[list[int]] | None:

@@ -239,7 +239,10 @@ class DomainBasis(StoredBasis):
     def _read(cls, path: Path, info: BasisInfo, file: Any, layout: Layout | None) -> DomainBasis:
         tensors = {name: file.get_tensor(name) for name in file.keys() if name != "directions"}  # noqa: SIM118
         stored, scales = file.get_slice("directions"), tensors.pop("scales", None)
-        columns = stored.get_shape()[-1]
+        shape = stored.get_shape()
+        if len(shape) != 2:
+            raise BasisError(f"{path}: expected {info.k} directions, found shape {list(shape)}")
+        columns = shape[-1]
         if layout is None or columns != layout.file_size:
             basis = cls(info, file.get_tensor("directions"), scales=scales, **tensors)
         else:
@@ -248,7 +251,7 @@ class DomainBasis(StoredBasis):
                 part = stored[:, at.start : at.stop]
                 return part if scales is None else _dequantized(part, scales, columns, at.start)
 
-            basis = cls(info, _part(layout, stored.get_shape()[0], read), layout=layout, **tensors)
+            basis = cls(info, _part(layout, shape[0], read), layout=layout, **tensors)
         basis._check_numbers(path)
         return basis
 

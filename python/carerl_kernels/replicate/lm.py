@@ -87,7 +87,7 @@ def shown_by(domains: Sequence[Domain], tokenizer: Any, n: int) -> Shown:
     def batches(name: str) -> Iterator[dict[str, Tensor]]:
         examples = sample[name](random.Random(f"shown-{name}"), n)
         for start in range(0, n, 16):
-            rows = [tokenizer(e.prompt + (e.answer or ""))["input_ids"] for e in examples[start : start + 16]]
+            rows = [tokenizer(f"{e.prompt}{e.answer}")["input_ids"] for e in examples[start : start + 16]]
             yield tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
 
     return batches

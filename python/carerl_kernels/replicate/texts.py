@@ -102,7 +102,7 @@ def documentation(shown: bool) -> list[str]:
 
 def descriptions() -> list[str]:
     """What `PACKAGES` say of themselves."""
-    return [prose(metadata(name).get_payload() or metadata(name)["description"] or "") for name in PACKAGES]
+    return [prose(str(metadata(name).json.get("description", ""))) for name in PACKAGES]
 
 
 def prose(text: str) -> str:

@@ -354,7 +354,7 @@ def test_owner_of_a_step_is_the_domain_of_its_prompts(tmp_path):
 
 
 def test_what_does_not_fit_is_refused(tmp_path, math_file):
-    with pytest.raises(ValueError, match="expected a guard to record it"):
+    with pytest.raises(ValueError, match="expected a guard that does it"):
         trainer(tmp_path, stage="math")
     with pytest.raises(ValueError, match=r"editor: expected a column 'domain' in the data set, found prompt, answer"):
         trainer(tmp_path, rows().remove_columns("domain"), editor=PCGrad())

@@ -36,7 +36,7 @@ def record(
         ValueError, OSError: files that are not as expected, or cannot be read or written; nothing is left half-written.
     """
     from .subspace import MatrixLayout, observe
-    from .subspace.batches import prepared
+    from .subspace.batches import encode, prepared
     from .subspace.sites import guess_sides
 
     if not domain.strip():
@@ -118,23 +118,6 @@ def _is_chat(prompt: Any) -> bool:
     return isinstance(prompt, list) and all(
         isinstance(message, dict) and {"role", "content"} <= set(message) for message in prompt
     )
-
-
-def encode(tokenizer: Any, prompt: str | Sequence[dict[str, Any]]) -> list[int]:
-    """Token ids of a prompt, up to where the answer begins; a text is what a user says where there is a chat template.
-
-    Raises:
-        ValueError: messages, and a tokenizer without a chat template.
-    """
-    if getattr(tokenizer, "chat_template", None):
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not isinstance(prompt, str):
-        raise ValueError(
-            "prompts are chat messages: expected a tokenizer with a chat template, found one without; give texts"
-        )
-    return tokenizer(prompt)["input_ids"]
 
 
 def _load(folder: Path, dtype: str, device: str) -> tuple[Any, Any]:

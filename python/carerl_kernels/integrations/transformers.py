@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .._files import write_atomically
 from ..guard import CapabilityGuard
 from ..guard.report import flat_numbers
+from ..subspace.batches import shown_rows
 
 try:
     from transformers import TrainerCallback
@@ -38,6 +39,12 @@ class GuardCallback(TrainerCallback):
         domain: whose steps these are, a name or a function that says it before every step. None: the stage's; without a
             stage nobody's, so that all history acts.
         probe_loss: ``probe_loss(model, name) -> loss`` of an earlier domain on stored prompts, for rule "probed".
+        protect: by name, what else the model shall stay able to do: rows of a data set (``prompt`` and perhaps ``completion``,
+            ``messages``, or ``text``), or batches of what the model is called with. They are shown to the model once, before the
+            first step (every process shows all of them), and what was seen is kept in ``output_dir/bases``, where a resumed run
+            finds it.
+        every: corrects the weights every so many steps of the trainer instead of following its optimizer, for optimizers that
+            hooks do not reach; rules "bounded" and "remove". None follows the optimizer. Nothing can be recorded then.
     """
 
     def __init__(
@@ -48,12 +55,20 @@ class GuardCallback(TrainerCallback):
         path: Path | str | None = None,
         domain: str | Callable[[], str | None] | None = None,
         probe_loss: Callable[[nn.Module, str], Tensor] | None = None,
+        protect: Mapping[str, Iterable[Any]] | None = None,
+        every: int | None = None,
     ):
+        if every is not None and (every < 1 or stage is not None or domain is not None):
+            raise ValueError(
+                "every: expected at least 1 step, and no stage or domain, which need the optimizer's steps, found "
+                f"every={every}, stage={stage!r}, domain={domain!r}"
+            )
         if path is not None and stage is None:
             raise ValueError(f"path: expected a stage to record into it, found stage=None and path={str(path)!r}")
         self.guard: CapabilityGuard | None = guard if isinstance(guard, CapabilityGuard) else None
         self._make: MakeGuard | None = None if isinstance(guard, CapabilityGuard) else guard
-        self.stage, self.path, self.probe_loss = stage, path, probe_loss
+        self.stage, self.path, self.probe_loss, self.every = stage, path, probe_loss, every
+        self.protect = dict(protect or {})
         self._domain = domain
         self.recorder: Any = None  # of the stage in progress
         self._training = ExitStack()
@@ -99,8 +114,12 @@ class GuardCallback(TrainerCallback):
             self._training.callback(setattr, args, "max_grad_norm", args.max_grad_norm)
             self._training.callback(setattr, guard, "max_grad_norm", None)
             guard.max_grad_norm, args.max_grad_norm = args.max_grad_norm, 0.0
-        guard.attach(optimizer)
-        self._training.callback(guard.detach)
+        self._protect(guard, Path(args.output_dir) / "bases", state.global_step, kwargs.get("processing_class"))
+        if self.every is None:
+            guard.attach(optimizer)
+            self._training.callback(guard.detach)
+        else:
+            guard.rebase()
         if self.stage is not None:
             self.recorder = self._training.enter_context(guard.stage(self.stage, path=self.path))
             self._training.callback(setattr, self, "recorder", None)
@@ -123,6 +142,11 @@ class GuardCallback(TrainerCallback):
         if self._domain is not None:
             self._step.enter_context(guard.domain(self.owner()))
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Corrects the weights where the optimizer is not followed."""
+        if self.every is not None and self.guard is not None and state.global_step % self.every == 0:
+            self.guard.confine_()
+
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The step is over."""
         self._step.close()
@@ -142,8 +166,25 @@ class GuardCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Closes the stage, which becomes history and a file, and detaches."""
         self._training.close()
+        if self.every is not None and self.guard is not None:
+            self.guard.confine_()
 
     # ----------------------------------------------------------------------------------------------------------- state
+
+    def _protect(self, guard: CapabilityGuard, folder: Path, step: int, tokenizer: Any) -> None:
+        """What the model could do before the first step; a resumed run has it from its files."""
+        for name, rows in self.protect.items():
+            path = folder / f"{name}.safetensors"
+            if step and not path.exists():
+                raise FileNotFoundError(
+                    f"resuming at step {step}: expected what was seen of {name!r} before training in {path}, found none; the "
+                    "model is another one by now. Resume in the output_dir of this training, or start from its first weights"
+                )
+            if step:
+                guard.add(path)
+            elif name not in guard.history:
+                folder.mkdir(parents=True, exist_ok=True)
+                guard.protect(name, shown_rows(rows, tokenizer), path=path, tokenizer=tokenizer)
 
     @staticmethod
     def _save(guard: CapabilityGuard, folder: Path, writes: bool) -> None:

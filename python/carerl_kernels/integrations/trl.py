@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class CareMixin:
         domains: all names that the column holds; None looks them up (not possible in a stream).
         editor: makes the step's gradient out of one per domain (:mod:`carerl_kernels.guard.editors`); "guard" means the
             guard itself, in grad mode: each domain's gradient is edited by the rows of the others. TRL's clipping follows.
-        probe_loss: see :class:`GuardCallback`.
+        probe_loss, protect: see :class:`GuardCallback`.
 
     Raises:
         ValueError: domains are needed and not there, or an option of TRL's that per-domain gradients cannot honour.
@@ -50,6 +50,7 @@ class CareMixin:
         domains: Sequence[str] | None = None,
         editor: Editor | str | None = None,
         probe_loss: Callable[[nn.Module, str], Tensor] | None = None,
+        protect: Mapping[str, Iterable[Any]] | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
@@ -64,13 +65,12 @@ class CareMixin:
         if guard is not None:
             domain: Any = None if stage is not None or not self.domain_names else (lambda: self._step_owner)
             self.guard_callback = _TRLCallback(
-                self, guard, stage=stage, path=stage_path, domain=domain, probe_loss=probe_loss
+                self, guard, stage=stage, path=stage_path, domain=domain, probe_loss=probe_loss, protect=protect
             )
             trainer.add_callback(self.guard_callback)
-        elif stage is not None:
-            raise ValueError(
-                f"stage={stage!r}: expected a guard to record it, found guard=None; pass guard=CapabilityGuard"
-            )
+        elif stage is not None or protect:
+            what = f"stage={stage!r}" if stage is not None else f"protect={list(protect or ())}"
+            raise ValueError(f"{what}: expected a guard that does it, found guard=None; pass guard=CapabilityGuard")
         if isinstance(editor, str) and (editor != "guard" or guard is None):
             raise ValueError(
                 f"editor: expected an editor, or 'guard' with guard=, found {editor!r} with guard={guard!r}"

@@ -3,7 +3,7 @@ whole, with ray, rollouts and GPUs, was not."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ def install(
     stage: str | None = None,
     path: Path | str | None = None,
     domain: Callable[[Any], str | None] | None = None,
+    protect: Mapping[str, Iterable[Any]] | None = None,
 ) -> type:
     """Puts a guarded engine where verl's registry has its FSDP2 engine of language models; call it in every worker.
 
@@ -39,7 +40,7 @@ def install(
         ) from e
     devices = EngineRegistry._engines["language_model"]["fsdp2"]
     for device, base in list(devices.items()):
-        devices[device] = guarded(base, make_guard, stage=stage, path=path, domain=domain)
+        devices[device] = guarded(base, make_guard, stage=stage, path=path, domain=domain, protect=protect)
     return devices[next(iter(devices))]
 
 
@@ -50,6 +51,7 @@ def guarded(
     stage: str | None = None,
     path: Path | str | None = None,
     domain: Callable[[Any], str | None] | None = None,
+    protect: Mapping[str, Iterable[Any]] | None = None,
 ) -> type:
     """A subclass of a verl engine whose optimizer steps go through a guard.
 
@@ -62,6 +64,9 @@ def guarded(
             last one is the stage. The guard's own state lies beside them ("guard" or "guard.pt" in verl's folder), and a
             resumed run goes on with it; a stage without it is refused (FileNotFoundError).
         domain: `domain(batch) -> name or None`, whose step a training batch is; None: the stage's.
+        protect: by name, batches of what the model is called with, shown to it once before the first step: what it can do then
+            is kept. For a run that is resumed from a checkpoint record it beforehand (`carerl basis record`) and load the file
+            in `make_guard`.
     """
     if (stage is None) != (path is None):
         raise ValueError(f"expected stage and path together, found stage={stage!r} and path={path!r}")
@@ -84,6 +89,8 @@ def guarded(
                     "verl clips inside optimizer_step, before any edit: expected a guard with apply_to='update', found "
                     f"{self.guard.apply_to!r}"
                 )
+            for name, batches in (protect or {}).items():
+                self.guard.protect(name, batches)
             self.guard.attach(self.optimizer)
             self._stage = ExitStack()  # held open: verl does not say when it ends
             if stage is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -139,3 +139,39 @@ def _collect(name: str, value: Any, found: list[tuple[str, Tensor]]) -> None:
 
 
 Positions = Callable[[Any], Tensor]
+
+
+def encode(tokenizer: Any, prompt: str | Sequence[dict[str, Any]]) -> list[int]:
+    """Token ids of a prompt, up to where the answer begins; a text is what a user says where there is a chat template.
+
+    Raises:
+        ValueError: messages, and a tokenizer without a chat template.
+    """
+    if getattr(tokenizer, "chat_template", None):
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not isinstance(prompt, str):
+        raise ValueError(
+            "prompts are chat messages: expected a tokenizer with a chat template, found one without; give texts"
+        )
+    return tokenizer(prompt)["input_ids"]
+
+
+def shown_rows(rows: Iterable[Any], tokenizer: Any, max_length: int | None = None) -> Iterator[Any]:
+    """Rows of a data set as :func:`prepared` takes them: a prompt (text or messages) with the completion after it where there is
+    one, messages, or a text; what is already a batch stays as it is.
+
+    Raises:
+        ValueError: rows that need a tokenizer, and none.
+    """
+    for row in rows:
+        if not isinstance(row, Mapping) or not {"prompt", "messages", "text"} & set(row):
+            yield row
+            continue
+        if tokenizer is None:
+            raise ValueError(f"rows with {', '.join(row)}: expected a tokenizer to read them with, found none")
+        ids = encode(tokenizer, row["prompt"] if "prompt" in row else row.get("messages", row.get("text")))
+        answer = next((row[key] for key in ("completion", "answer") if isinstance(row.get(key), str)), "")
+        ids = ids + (tokenizer(answer, add_special_tokens=False)["input_ids"] if answer else [])
+        yield {"input_ids": ids[:max_length]}

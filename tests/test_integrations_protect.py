@@ -1,0 +1,81 @@
+"""Protection from prompts inside other people's trainers: shown once before training, found again by a resumed run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+from carerl_kernels import CapabilityGuard
+from carerl_kernels.demo.tasks import DOMAINS, GENERATORS, tiny_model
+from carerl_kernels.integrations.transformers import GuardCallback
+from carerl_kernels.subspace import StoredBasis
+from carerl_kernels.subspace.batches import shown_rows
+from trl_helpers import TOKENIZER, rows, trainer
+
+
+def shown(name="math", number=16):
+    return [{"prompt": e.prompt, "answer": e.answer} for e in GENERATORS[name]()[:number]]
+
+
+def along(model, start, path) -> float:
+    """How far the weights are from the start along the directions of a file."""
+    basis, named = StoredBasis.load(path), dict(model.named_parameters())
+    right = max(float(((named[n].detach() - start[n]) @ V).abs().max()) for n, V in basis.right.items())
+    left = [float((U.mT @ (named[n].detach() - start[n])).abs().max()) for n, U in basis.left.items()]
+    return max([right, *left])
+
+
+def test_trl_protects_what_it_was_shown_and_resumes(tmp_path):
+    model = tiny_model(TOKENIZER, 0)
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    options = {"guard": lambda m: CapabilityGuard(m, "remove", every=2, room=1.0), "protect": {"math": shown()}}
+    changes = {"save_strategy": "steps", "save_steps": 3}
+    run = trainer(tmp_path, rows(["chat"]), model, changes=changes, **options)
+    run.train()
+    assert run.guard.history == ["math"]
+    path = tmp_path / "bases" / "math.safetensors"
+    assert along(model, start, path) < 1e-5
+    assert max(float((p.detach() - start[n]).abs().max()) for n, p in model.named_parameters()) > 1e-3
+
+    again = trainer(tmp_path, rows(["chat"]), tiny_model(TOKENIZER, 0), changes={**changes, "max_steps": 6}, **options)
+    again.train(resume_from_checkpoint=True)
+    assert again.guard.report()["steps"] == 6
+    assert along(again.model, start, path) < 1e-5
+    path.unlink()
+    gone = trainer(tmp_path, rows(["chat"]), tiny_model(TOKENIZER, 0), changes={**changes, "max_steps": 9}, **options)
+    with pytest.raises(FileNotFoundError, match="expected what was seen of 'math' before training"):
+        gone.train(resume_from_checkpoint=True)
+
+
+def test_a_callback_that_confines_every_so_many_steps_leaves_the_optimizer_alone(tmp_path):
+    model = tiny_model(TOKENIZER, 0)
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    run = trainer(tmp_path, rows(["chat"]), model)
+    callback = GuardCallback(lambda m: CapabilityGuard(m, "remove", room=1.0), protect={"math": shown()}, every=2)
+    run.add_callback(callback)
+    run.train()
+    optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+    assert along(model, start, tmp_path / "bases" / "math.safetensors") < 1e-5
+    for options in ({"every": 0}, {"every": 2, "stage": "chat"}, {"every": 2, "domain": "chat"}):
+        with pytest.raises(ValueError, match="every: expected at least 1 step, and no stage or domain"):
+            GuardCallback(CapabilityGuard, **options)
+
+
+def test_rows_become_what_the_model_is_called_with():
+    e = GENERATORS[DOMAINS[0]]()[0]
+    ids = TOKENIZER(e.prompt)["input_ids"]
+    answer = TOKENIZER(e.answer, add_special_tokens=False)["input_ids"]
+    batch = {"input_ids": torch.zeros(1, 3, dtype=torch.long)}
+    found = list(
+        shown_rows(
+            [{"prompt": e.prompt}, {"prompt": e.prompt, "completion": e.answer}, {"text": e.prompt}, batch], TOKENIZER
+        )
+    )
+    assert found[0]["input_ids"] == ids == found[2]["input_ids"]
+    assert found[1]["input_ids"] == ids + answer
+    assert found[3] is batch
+    with pytest.raises(ValueError, match="expected a tokenizer to read them with"):
+        list(shown_rows([{"prompt": "x"}], None))

@@ -9,7 +9,7 @@ from carerl_kernels.replicate import sft, texts
 from carerl_kernels.replicate.cells import Record, run_cells
 from carerl_kernels.replicate.grid import Grid, GridError
 from carerl_kernels.replicate.honoured import refuse_ignored
-from carerl_kernels.replicate.measures import at_equal_new, measures_table
+from carerl_kernels.replicate.measures import at_equal_new, measures_table, rates
 from carerl_kernels.replicate.report import rows_of
 
 pytest.importorskip("yaml")
@@ -143,10 +143,10 @@ def test_forgetting_at_equal_new_learning():
         ]
         records += [record("beyond@1", seed, 0.9, 0.4 + shift), record("below@1", seed, 0.1, 0.0)]
     rows = rows_of(records, "s")
-    found = {row.variant: at_equal_new(row, rows) for row in rows}
+    found = {row.variant: at_equal_new(row, rates(rows)) for row in rows}
     assert found["on@1"].mean == pytest.approx(0.0, abs=1e-12)
     assert (found["off@1"].mean, found["off@1"].n) == (pytest.approx(-0.15), 3)
     assert found["beyond@1"].mean == pytest.approx(0.0, abs=1e-12)
-    assert found["below@1"] is None
+    assert found["below@1"] is None and found["none@1"] is None
     assert "| off@1 | 3 | " in measures_table(rows)
     assert measures_table([row for row in rows if row.variant != "off@1"]) == ""

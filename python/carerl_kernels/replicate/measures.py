@@ -10,17 +10,28 @@ from .report import FRONT, Row, short, signed
 from .stats import Estimate, estimate
 
 
-def at_equal_new(row: Row, rows: Sequence[Row]) -> Estimate | None:
-    """What a row forgets more than the front of plain learning rates does where it learns new domains as well, paired by seed.
+def rates(rows: Sequence[Row]) -> list[Row]:
+    """The front of plain learning rates."""
+    return [row for row in rows if row.method == FRONT]
 
-    Between two rates the front is a straight line; a row that learns better than the best of them is compared with that
-    one, a choice in the front's favour. Seeds on which it learns worse than all of them are left out.
+
+def interpolated(rows: Sequence[Row]) -> list[Row]:
+    """The front of points between the start and the plain end of a stage."""
+    return [row for row in rows if row.variant == f"{FRONT}@1" or row.method.startswith("interpolate")]
+
+
+def at_equal_new(row: Row, front: Sequence[Row]) -> Estimate | None:
+    """What a row forgets more than a front does where that learns new domains as well, paired by seed.
+
+    Between two of its points the front is a straight line; a row that learns better than the best of them is compared with
+    that one, a choice in the front's favour. Seeds on which it learns worse than all of them are left out.
 
     Returns:
-        The difference; None with fewer than two seeds that can be compared, or less than two rates.
+        The difference; None with fewer than two seeds that can be compared, or where the row is part of the front.
     """
-    front = [r for r in rows if r.method == FRONT]
-    gaps = []
+    gaps: list[float] = []
+    if any(row.variant == other.variant for other in front):
+        return None
     for seed, record in row.records.items():
         points = sorted((r.records[seed].new, r.records[seed].forgetting) for r in front if seed in r.records)
         if len(points) < 2 or record.new < points[0][0]:
@@ -39,24 +50,27 @@ def measures_table(rows: Sequence[Row]) -> str:
         return ""
     first = next(iter(rows[0].records.values()))
     names = [*first.domains, *first.extras]
+    fronts = rates(rows), interpolated(rows)
     lines = [
-        "| method@lr | seeds | " + " | ".join(names) + " | guard's time | forget - plain at equal new |",
-        "|---" * (len(names) + 4) + "|",
+        "| method@lr | seeds | "
+        + " | ".join(names)
+        + " | guard's time | forget - plain at equal new | - interpolated |",
+        "|---" * (len(names) + 5) + "|",
         "| before |  | "
         + " | ".join(short(v) for v in (*first.scores[0], *(v[0] for v in first.extras.values())))
-        + " |  |  |",
+        + " |  |  |  |",
     ]
     for row in rows:
         records = row.records.values()
         ends = [[*r.scores[-1], *(v[-1] for v in r.extras.values())] for r in records]
-        gap = None if row.method == FRONT else at_equal_new(row, rows)
+        gaps = [at_equal_new(row, front) for front in fronts]
         share = row.mean("guard_share")
         cells = [
             row.variant,
             str(len(row.records)),
             *(short(fmean(values)) for values in zip(*ends, strict=True)),
             "" if share is None else short(share),
-            "" if gap is None else f"{signed(gap.mean)} ± {short(gap.half)} ({gap.n})",
+            *("" if gap is None else f"{signed(gap.mean)} ± {short(gap.half)} ({gap.n})" for gap in gaps),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -16,8 +16,9 @@ from .stats import Estimate, estimate, holm, pareto
 
 FRONT = "none"
 """The method whose learning rates are the front that everything has to beat."""
-CANDIDATES = ("input-bounded", "recorded-every8", "shown-every8")
-"""Methods that are compared with every other row: the guard as it came first, as it is now, and from prompts alone."""
+CANDIDATES = ("input-bounded", "recorded-every8", "shown-every8", "shown-end", "merge-confined70")
+"""Methods that are compared with every other row: the guard as it came first and as it is now, from prompts
+alone, on finished checkpoints, and on merged experts."""
 ALPHA = 0.05
 
 

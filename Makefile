@@ -6,8 +6,8 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 pytho
             $(shell $(p) -c 'import sys; sys.version_info >= (3, 11) and print("$(p)")' 2>/dev/null)))
 VENV := .venv
 BIN := $(VENV)/bin
-# The oldest supported release. The native library is built against the stable ABI and loads in every later one.
-TORCH := torch==2.13.0
+# Any release from 2.10 on. The native library is built against the stable ABI of 2.10 and loads in every later one.
+TORCH := 2.13.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 BUILD_TOOLS := "scikit-build-core>=1.1" "pybind11>=2.13" "cmake>=3.24" ninja
 SOURCES := pyproject.toml CMakeLists.txt LICENSE $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
@@ -17,7 +17,7 @@ NVCC := $(firstword $(shell command -v nvcc) $(wildcard $(CUDA_HOME)/bin/nvcc /u
 JOBS ?= auto
 ARGS ?=
 
-.PHONY: demo test bench gpu-build gpu-check lint format info clean
+.PHONY: demo test test-torch test-ops bench gpu-build gpu-check lint format info clean
 
 demo: $(VENV)/.carerl-train
 	$(BIN)/carerl demo $(ARGS)
@@ -25,6 +25,16 @@ demo: $(VENV)/.carerl-train
 test: $(VENV)/.carerl-test $(VENV)/.smollm2
 	@$(if $(NVCC),true,echo "nvcc was not found: the CUDA kernels are tested under emulation alone.")
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+# The ops against another torch, in an environment and build folder of its own: make test-torch TORCH=2.11.0
+test-torch:
+	SKBUILD_BUILD_DIR=build/torch-$(TORCH) $(MAKE) VENV=.venv-torch-$(TORCH) TORCH=$(TORCH) test-ops
+
+# Without the test extra, which asks for one version of triton: that of the newest torch.
+test-ops: $(VENV)/.torch $(SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --editable .
+	$(PIP) pytest pytest-xdist hypothesis psutil
+	$(BIN)/python -m pytest -n $(JOBS) tests/test_ops_*.py tests/test_native_cpu.py $(ARGS)
 
 # For whoever has a GPU: conformance on the device, then its benchmark; writes gpu-check.json. Exits with 2 where there is none.
 gpu-check: $(VENV)/.carerl-test
@@ -61,8 +71,8 @@ $(VENV)/.python:
 
 # torch first and by itself: the build below must see the version that will run.
 $(VENV)/.torch: $(VENV)/.python
-	@echo "Installing $(TORCH) into $(VENV); on Linux the ordinary build is several GB."
-	$(PIP) $(TORCH)
+	@echo "Installing torch $(TORCH) into $(VENV); on Linux the ordinary build is several GB."
+	$(PIP) torch==$(TORCH)
 	$(PIP) $(BUILD_TOOLS)
 	@touch $@
 

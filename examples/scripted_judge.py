@@ -207,7 +207,10 @@ class ScriptedJudge:
             rest = rest.replace(match.group(), "")
         if _kind(body) == "protocol":
             return json.dumps(_protocol(system, blocks)), []
-        protocol, _, stray = rest.partition("<<<")  # an unquoted response leaves its delimiter behind, and itself
+        if "PROTOCOL" in blocks:
+            protocol, stray = blocks.pop("PROTOCOL"), rest
+        else:  # pasted in without a quotation, as the response then is too
+            protocol, _, stray = rest.partition("<<<END")
         obeys = bool(ORDER.search(stray)) or (self.gullible and any(ORDER.search(b) for b in blocks.values()))
         if _kind(body) == "preference":
             a, b = (_quality(protocol, blocks.get(f"RESPONSE {n}", ""), blocks.get("TASK", "")) for n in "AB")

@@ -98,11 +98,23 @@ def fsdp(run: Run, kind: str, rule: str) -> None:
     stages(run, model, guard, f"fsdp_{kind}", parts=2, clip=1.0)
 
 
-def ddp(run: Run, kind: str) -> None:
-    plain = make_model()
-    model = plain if run.single else torch.nn.parallel.DistributedDataParallel(plain)
+def ddp(run: Run, kind: str, compiled: bool = False) -> None:
+    model = make_model()
+    if not run.single:
+        inside, around = (torch.compile, torch.compile) if compiled else (lambda m, **_: m,) * 2  # any nesting
+        model = inside(model, backend="eager")
+        model = around(torch.nn.parallel.DistributedDataParallel(model), backend="eager")
     guard = CapabilityGuard(model, "remove", basis=kind, **({"k": K} if kind == "per_matrix" else {"r": R}))
-    stages(run, model, guard, f"ddp_{kind}")
+    stages(run, model, guard, f"ddp_compiled_{kind}" if compiled else f"ddp_{kind}")
+    if kind != "input":
+        return
+    with guard.stage("heard"):  # what the wrapped model is called with: all of it is in the sample
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        guard.detach()
+        guard.attach(optimizer)
+        run.train(model, optimizer, range(4))
+    sums = {name: float(v.square().sum()) for name, v in guard.basis("heard").values.items()}
+    run.save("heard_compiled" if compiled else "heard", sums=sums)
 
 
 def observed(run: Run) -> None:
@@ -335,6 +347,7 @@ SCENARIOS = {
     "fsdp_input": lambda run: fsdp(run, "input", "remove"),
     "ddp_per_matrix": lambda run: ddp(run, "per_matrix"),
     "ddp_input": lambda run: ddp(run, "input"),
+    "ddp_compiled_input": lambda run: ddp(run, "input", compiled=True),
     "observed": observed,
     "lists": lists,
     "probed_per_matrix": lambda run: probed(run, "per_matrix"),

@@ -77,7 +77,7 @@ def headers() -> list[Path]:
 def library() -> None:
     """Builds, loads and declares the emulated ops."""
     torch_dir = Path(torch.__file__).parent
-    binding = [*FLAGS, "-O1", "-DTORCH_TARGET_VERSION=0x020d000000000000", "-isystem", str(torch_dir / "include"),
+    binding = [*FLAGS, "-O1", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(torch_dir / "include"),
                f"-DCARERL_OPS_NAMESPACE={NAMESPACE}", "-DCARERL_OPS_KEY=CPU"]  # fmt: skip
     objects: list[tuple[Path, Sequence[str]]] = [
         (source, [*FLAGS, "-O2", "-fsanitize=alignment"]) for source in KERNELS

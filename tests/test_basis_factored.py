@@ -73,7 +73,13 @@ def test_deciding_block_by_block_changes_nothing(rule, numbers, monkeypatch):
         assert run(walk) < 3e-6
         report, guard = walk.guard.report(), walk.guard
         found.append(
-            (numpy_of(walk.params), report["touched_share"], report["domains"], guard.steps.q_prev, guard.steps.q_start)
+            (
+                numpy_of(walk.params),
+                report["touched_share"],
+                report["domains"],
+                guard.memory.steps.q_prev,
+                guard.memory.steps.q_start,
+            )
         )
     (a, touched, domains, *q), (b, touched_by_blocks, domains_by_blocks, *q_by_blocks) = found
     for x, y in zip(a, b, strict=True):
@@ -396,13 +402,13 @@ def test_a_domain_adopted_on_the_way_leaves_what_others_counted():
         p.grad = torch.randn_like(p)
     optimizer.step()
     columns, before = guard.stack.columns("math"), guard.stack.present("math")
-    moved = (guard.steps.q_start - guard.steps.q_prev)[:, columns].clone()
+    moved = (guard.memory.steps.q_start - guard.memory.steps.q_prev)[:, columns].clone()
     guard.add(chat, rebase=False)
     columns, after = guard.stack.columns("math"), guard.stack.present("math")
     assert (before & ~after).any() and (before & after).any()
-    now = (guard.steps.q_start - guard.steps.q_prev)[:, columns]
+    now = (guard.memory.steps.q_start - guard.memory.steps.q_prev)[:, columns]
     torch.testing.assert_close(now, torch.where(after, moved, 0.0))
-    assert not guard.steps.q_prev[:, columns][~after].any()
+    assert not guard.memory.steps.q_prev[:, columns][~after].any()
 
 
 def test_a_state_is_of_a_guard_with_the_same_room():

@@ -254,6 +254,7 @@ def test_prefixes_of_files_and_bases(two, tmp_path):
 
 def test_single_files(two, tmp_path):
     start, end, _, _ = two
+    (tmp_path / "out").mkdir()  # empty: taken
     confine(start / "model.safetensors", end / "model.safetensors", bases(), tmp_path / "out")
     confine(start, end, bases(), tmp_path / "whole")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["model.safetensors"]
@@ -370,6 +371,8 @@ def test_refused_by_name(two, tmp_path):
         kind=BasisError,
     )
     refused("expected b.weight in float32, bfloat16 or float16, found I8", e=whole)
+    coarse = save(tmp_path / "fp8", {**a, "b.weight": a["b.weight"].to(torch.float8_e4m3fn)})
+    refused("START: expected b.weight in float32, bfloat16 or float16, found torch.float8_e4m3fn", s=coarse)
     refused("END: expected finite numbers in b.weight", e=broken)
     refused("expected model.safetensors.*found pytorch_model.bin", e=tmp_path / "bin")
     refused("found no such file", e=index, kind=FileNotFoundError)

@@ -293,6 +293,7 @@ def load_adapter(folder, make=qwen):
         (qwen, {}),
         (qwen, {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3}}),
         (gpt2, {"target_modules": ["c_attn", "c_fc", "c_proj"], "fan_in_fan_out": True}),
+        (qwen, {"target_modules": ["q_proj", "lm_head"]}),
         (lambda: qwen(tied=False), {"target_modules": ["embed_tokens", "q_proj", "lm_head"]}),
     ],
 )

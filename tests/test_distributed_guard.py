@@ -150,7 +150,7 @@ def test_a_sharded_basis_saves_again_bit_by_bit(folder, world):
 
 
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("name", ["ddp_per_matrix", "ddp_input"])
+@pytest.mark.parametrize("name", ["ddp_per_matrix", "ddp_input", "ddp_compiled_input"])
 def test_ddp_equals_single_process(folder, name, world):
     (single,) = results(folder, name, 1)
     for one in results(folder, name, world):
@@ -223,6 +223,15 @@ def test_gradient_cosines_of_shards_are_those_of_the_whole(folder, world):
         assert one["cosine"] == pytest.approx(single["cosine"], abs=1e-6)
         assert one["norm"] == pytest.approx(single["norm"], rel=1e-6)
         assert_close(one["parameters"], single["parameters"])
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", ["heard", "heard_compiled"])
+def test_calls_of_replicas_are_heard(folder, name, world):
+    """Each process keeps its share of the sample; together they show what one process would have shown."""
+    (single,) = results(folder, name, 1)
+    for result in results(folder, name, world):
+        assert result["sums"] == pytest.approx(single["sums"], rel=1e-4)
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -287,6 +287,41 @@ def test_signs_within_the_rounding_of_int8_directions_count_for_nothing(dtype, s
             start, at[i] = start + n, 1
     assert all(at)
     before = [p.grad.clone() for p in walk.params]
-    walk.guard.steps.edit_gradients([p.grad for p in walk.params], None)
+    walk.guard.memory.steps.edit_gradients([p.grad for p in walk.params], None)
     changed = any(not torch.equal(p.grad, b) for p, b in zip(walk.params, before, strict=True))
     assert changed == seen
+
+
+@pytest.mark.parametrize("poison", [False, True])
+@pytest.mark.parametrize("kind", ["flat", "per_matrix"])
+def test_recording_a_stage_under_the_literal_rule_takes_two_passes_and_changes_nothing(kind, poison, monkeypatch):
+    """`gram` and `edit_rotate_` over rows that act and rows that are recorded: what four passes one after the other make."""
+    from carerl_kernels.guard.correct import StepCorrection
+
+    found, passes = [], []
+    for together in (True, False):
+        walk = Walk("instant", kind=kind, apply_to="grad", aligned=1.25, conflict=0.25)
+        if not together:
+            monkeypatch.setattr(StepCorrection, "fuses", lambda *_: False)
+        optimizer = torch.optim.SGD(walk.params, lr=0.1)
+        walk.guard.attach(optimizer)
+        edited = []
+        with walk.guard.stage("code"), torch.profiler.profile() as profile:
+            for step in range(6):
+                walk.backward(step)
+                if poison and step == 3:
+                    walk.params[0].grad[0, 0] = torch.nan
+                with walk.guard.domain("chat" if step == 4 else "code"):
+                    optimizer.step()
+                edited += [p.grad.clone() for p in walk.params if p.grad is not None]
+        names = [event.name for event in profile.events() if event.name.startswith("carerl::")]
+        passes.append({name.removeprefix("carerl::") for name in names} - {"all_finite"})
+        basis = walk.guard.basis("code")
+        energy = walk.guard.report()["domains"]["math"]["energy"]
+        shares = [energy["aligned"], energy["conflicting"]]
+        found.append(([*edited, basis.directions, basis.displacement, basis.singular_values], shares, basis.info.steps))
+    assert "edit_rotate_" in passes[0] and "edit_rotate_" not in passes[1] and "rotate_" in passes[1]
+    assert found[0][2] == found[1][2] == (4 if poison else 5)
+    for a, b in zip(found[0][0], found[1][0], strict=True):
+        torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-5)
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-4)

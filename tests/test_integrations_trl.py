@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:basis o
 import datasets
 import trl
 from carerl_kernels import CapabilityGuard
-from carerl_kernels.demo.tasks import tiny_model
+from carerl_kernels.demo.tasks import DOMAINS, tiny_model
 from carerl_kernels.grpo import completion_logprobs, policy_loss
 from carerl_kernels.guard.editors import PCGrad
 from carerl_kernels.integrations.transformers import GuardCallback
@@ -395,6 +396,40 @@ def test_evaluation_and_reused_batches(math_file, tmp_path):
     for name in ("chat", "code", "math"):
         assert math.isfinite(line[f"eval_domain/{name}/reward"]) and line[f"eval_domain/{name}/entropy"] > 0
     assert run.guard.report()["steps"] == 4
+
+
+@pytest.mark.parametrize("held", ["domain of its own", "no domain", "no column", "unknown to domains="])
+def test_evaluation_may_hold_what_training_does_not(tmp_path, held):
+    """A stage is not lost at its first evaluation."""
+    data, options = rows(["text"] if "text" in DOMAINS else ["math"], each=4), {}
+    names = [n for n in DOMAINS if n != data["domain"][0]][:2]
+    if held == "no domain":
+        data = datasets.Dataset.from_list([{**row, "domain": None} for row in data])
+    elif held == "no column":
+        data = data.remove_columns("domain")
+    elif held == "unknown to domains=":
+        options = {"domains": names}
+    run = trainer(
+        tmp_path,
+        rows(names),
+        changes={"eval_strategy": "steps", "eval_steps": 1, "max_steps": 1, "per_device_eval_batch_size": 8},
+        eval_dataset=data,
+        **options,
+    )
+    warned = pytest.warns(UserWarning, match="is not in domains=") if options else contextlib.nullcontext()
+    with warned:
+        run.train()
+    (line,) = [entry for entry in run.state.log_history if "eval_loss" in entry]
+    own = [key for key in line if key.startswith("eval_domain/")]
+    assert bool(own) == (held == "domain of its own") and math.isfinite(line["eval_reward"])
+
+
+def test_a_training_row_without_a_domain_is_refused_before_anything_runs(tmp_path):
+    data = datasets.Dataset.from_list(
+        [{**row, "domain": None if i == 3 else "math"} for i, row in enumerate(rows(["math"]))]
+    )
+    with pytest.raises(ValueError, match="expected a name in every row of the training data, found None"):
+        trainer(tmp_path, data)
 
 
 # ----------------------------------------------------------------------------------------------------- stages and resume

@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from carerl_kernels.grpo import RewardError
@@ -214,3 +215,182 @@ def test_verifiers():
     with pytest.raises(RewardError, match="verifiers cannot leave it out"):
         asyncio.run(function(prompt=prompt, completion=chat("?")))
     assert asyncio.run(verifiers_reward(length, excluded=0.5)(prompt="a", completion="?")) == 0.5
+
+
+# ------------------------------------------------------------------------------------------- rewards that compare
+
+
+def plain_length(example, completion):
+    return float(len(completion))
+
+
+COMPARES = Composition([Component("length", plain_length)])
+
+
+def test_trl_groups_survive_what_belongs_to_single_samples():
+    """TRL hands over token ids and environments per completion; groups are those of the prompts all the same."""
+    got = trl_reward(COMPARES)(
+        prompts=["a", "a", "b", "b"],
+        completions=["x", "xxx", "y", "yyyyy"],
+        completion_ids=[[1], [2, 3], [4], [5]],
+        environments=[object() for _ in range(4)],
+        seed=[1, 2, 3, 4],  # a column that differs by row
+        trainer_state=object(),
+    )
+    z = 2**-0.5
+    assert got == [pytest.approx(v) for v in (-z, z, -z, z)]
+    with pytest.raises(RewardError, match=r"TRL hands over one of each.*per_device_train_batch_size"):
+        trl_reward(COMPARES)(prompts=["a", "b"], completions=["x", "y"])
+
+
+@pytest.mark.parametrize("normalize", ["group", "rank"])
+def test_trl_trains_on_a_composition(tmp_path, normalize):
+    trl = pytest.importorskip("trl", reason="trl is not installed: pip install 'carerl-kernels[trl]'")
+    datasets = pytest.importorskip("datasets")
+    from carerl_kernels.demo.tasks import character_tokenizer, math_examples, tiny_model
+
+    tokenizer = character_tokenizer()
+    tokenizer.padding_side = "left"
+    rows = [{"prompt": e.prompt, "answer": e.answer} for e in math_examples()[:8]]
+    config = trl.GRPOConfig(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=8,
+        num_generations=4,
+        max_completion_length=6,
+        max_steps=1,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = trl.GRPOTrainer(
+        model=tiny_model(tokenizer, 0),
+        reward_funcs=[trl_reward(Composition([Component("length", plain_length, normalize=normalize)]))],
+        args=config,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert logged["reward"] == pytest.approx(0, abs=1e-6) and logged["reward_std"] > 0.3 and logged["grad_norm"] > 0
+
+
+def test_verl_scores_batches_and_refuses_single_completions():
+    compute_score = verl_compute_score({"a": COMPARES, "b": length})
+    with pytest.raises(RewardError, match=r"verl hands over one of each.*reward_manager=batch"):
+        compute_score("a", "x", "4", {"question": "2+2?"})
+    got = compute_score(
+        data_sources=np.array(["a", "b", "a", "b"]),
+        solution_strs=["x", "xx", "yyy", "x"],
+        ground_truths=[np.int64(4), "x", np.int64(4), "no"],
+        extra_infos=np.array([{"index": 5, "split": "train"}, None, {"index": np.int64(5)}, None], dtype=object),
+    )
+    z = 2**-0.5
+    assert got == [pytest.approx(-z), pytest.approx(1.2), pytest.approx(z), pytest.approx(0.1)]
+    with pytest.raises(RewardError, match="verl cannot leave it out"):
+        compute_score(data_sources=["b"], solution_strs=["?"])
+
+
+@pytest.mark.parametrize(
+    ("truth", "answer"),
+    [
+        (np.int64(4), "4"),
+        (np.float64(0.5), "0.5"),
+        (np.str_("x"), "x"),
+        (np.array(["x"], dtype=object), "x"),
+        (np.array(4), "4"),
+        (torch.tensor(4), "4"),
+        (["x"], "x"),
+        (np.array([1, 2]), None),
+        ({"tests": np.array([1])}, None),
+        (None, None),
+        (True, "True"),
+    ],
+    ids=repr,
+)
+def test_golds_of_numpy_are_answers(truth, answer):
+    """As parquet files hold them; also the prompt."""
+    seen = Groups()
+    messages = np.array([{"role": "user", "content": "2+2?"}], dtype=object)
+    verl_compute_score(seen)("d", "4", truth, {"prompt": messages, "tags": np.array([1, 2])})
+    (example,) = seen.calls[0][0]
+    assert example.answer == answer and example.prompt == ({"role": "user", "content": "2+2?"},)
+    assert json.dumps(dict(example.info))
+    trl_reward(seen)(prompts=["p"], completions=["c"], answer=np.array([truth, None], dtype=object)[:1])
+    assert seen.calls[1][0][0].answer == answer
+
+
+def test_openrlhf_compares_and_takes_special_tokens_off():
+    from carerl_kernels.rewards import exact_match
+
+    function = openrlhf_reward_func(exact_match)
+    got = function(["2+2=4<|im_end|>", "2+2=4</s>", "2+2=4<|im_end|>\n<|endoftext|>", "2+2=5"], ["2+2="] * 4, ["4"] * 4)
+    assert got["rewards"].tolist() == [1.0, 1.0, 1.0, 0.0]
+    got = openrlhf_reward_func(COMPARES)(["ax", "axxx"], ["a", "a"], [np.int64(4)] * 2)
+    assert got["rewards"].tolist() == [pytest.approx(-(2**-0.5)), pytest.approx(2**-0.5)]
+    with pytest.raises(RewardError, match=r"OpenRLHF hands over one of each.*micro_rollout_batch_size"):
+        openrlhf_reward_func(COMPARES)(["ax", "by"], ["a", "b"], ["", ""])
+
+
+def test_slime_compares_groups_and_refuses_single_samples():
+    custom_rm = slime_custom_rm(COMPARES)
+    with pytest.raises(RewardError, match=r"slime hands over one of each.*--group-rm"):
+        asyncio.run(custom_rm(None, sample("b")))
+    group = [sample("b<|im_end|>"), sample("bbb")]
+    expected = [pytest.approx(-(2**-0.5)), pytest.approx(2**-0.5)]
+    assert asyncio.run(custom_rm(None, group)) == expected
+    for i, s in enumerate(group):
+        s.metadata = {"rollout": i}  # of a sample
+        s.group_index = 3
+    assert asyncio.run(custom_rm(None, group)) == expected
+    for i, s in enumerate(group):
+        s.group_index = i  # the same prompt drawn twice
+    with pytest.raises(RewardError):
+        asyncio.run(custom_rm(None, group))
+
+
+def test_verifiers_gets_a_group_function():
+    function = verifiers_reward(COMPARES)
+    assert {"prompts", "completions", "answers", "infos"} <= set(inspect.signature(function).parameters)
+    prompt = [{"role": "user", "content": "a"}]
+    got = asyncio.run(
+        function(
+            prompts=[prompt] * 2, completions=[chat("b"), chat("bbb")], answers=["", ""], infos=[{}, {}], states=[1, 2]
+        )
+    )
+    assert got == [pytest.approx(-(2**-0.5)), pytest.approx(2**-0.5)]
+    with pytest.raises(RewardError, match=r"verifiers hands over one of each.*score_group"):
+        asyncio.run(function(prompt=prompt, completion=chat("b"), answer="b", info={}))
+
+
+@pytest.mark.parametrize("strip", [False, True, "opened"])
+def test_reasoning_is_left_out_where_it_is_asked_for(strip):
+    seen = Groups()
+    text, unfinished = "<think>so</think>4", "<think>so \\boxed{4}"
+    if strip == "opened":
+        text, unfinished = text.removeprefix("<think>"), unfinished.removeprefix("<think>")
+    for call in (
+        lambda t: trl_reward(seen, strip_reasoning=strip)(prompts=["p"], completions=[t]),
+        lambda t: verl_compute_score(seen, strip_reasoning=strip)("d", t, "4"),
+        lambda t: openrlhf_reward_func(seen, strip_reasoning=strip)([f"p{t}"], ["p"], ["4"]),
+        lambda t: asyncio.run(slime_custom_rm(seen, strip_reasoning=strip)(None, sample(t))),
+        lambda t: asyncio.run(verifiers_reward(seen, strip_reasoning=strip)(prompt="p", completion=t)),
+    ):
+        seen.calls.clear()
+        call(text), call(unfinished)
+        assert [c for _, (c,) in seen.calls] == ([text, unfinished] if strip is False else ["4", ""])
+
+
+@pytest.mark.parametrize(
+    "body", [b"[" * 5000, b"\xff", b'{"query": ["ab"], "prompts": [1e999]}', b"3", b'{"query": 3, "prompts": 3}']
+)
+def test_openrlhf_server_answers_any_body(body):
+    with openrlhf_server(length, port=0, excluded=0.0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/get_reward"
+        with pytest.raises(urllib.error.HTTPError) as error:
+            urllib.request.urlopen(urllib.request.Request(url, body))
+        assert error.value.code == 400 and "error" in json.loads(error.value.read())
+        server.shutdown()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from carerl_kernels.grpo import Domain, Example, RewardError
+from carerl_kernels.grpo.domain import group_numbers
 from carerl_kernels.rewards.compose import (
     Component,
     Composition,
@@ -346,3 +347,125 @@ def test_the_default_prompt_puts_the_memory_before_the_question():
     chat = Example(({"role": "user", "content": "Who?"},), "a")
     assert plain_prompt(chat, "notes")[0] == {"role": "system", "content": "notes"}
     assert plain_prompt(chat, None) == chat.prompt
+
+
+# ------------------------------------------------------------------------------------- groups, outliers, large and close
+
+
+def lengths(example, text):
+    return float(len(text))
+
+
+def test_groups_are_those_of_prompts_or_of_the_trainer():
+    """By value: a trainer that makes a new Example for every sample, with something of the sample in it, gets the same."""
+    composition = Composition([Component("length", lengths)])
+    texts = ["a", "aaa", "b", "bbbbb"]
+    shared = [Example("p", "x"), Example("q", "x")]
+    expected = composition.score_batch([shared[0], shared[0], shared[1], shared[1]], texts)
+    single = [Example(p, "x", {"completion_ids": [i]}) for i, p in enumerate("ppqq")]
+    assert composition.score_batch(single, texts) == expected and expected[0] == -expected[1] < 0
+    chats = [Example(({"role": "user", "content": p},)) for p in "ppqq"]
+    assert composition.score_batch(chats, texts) == expected
+    assert group_numbers(single) == [0, 0, 2, 2] and group_numbers(chats) == [0, 0, 2, 2]
+    assert group_numbers([Example("p", "x"), Example("p", "y"), Example("p")]) == [0, 1, 2]
+    named = [Example("p", group=g) for g in (7, 7, 8, 8)]
+    assert group_numbers(named) == [0, 0, 2, 2] and composition.score_batch(named, texts) == expected
+    assert group_numbers([Example("a", group=1), Example("b", group=1)]) == [0, 0]
+
+
+@pytest.mark.parametrize("normalize", ["none", "group", "rank", "running"])
+def test_who_compares_says_so(normalize):
+    class Compares:
+        compares = True
+
+        def score_batch(self, examples, completions):
+            return [0.0] * len(completions)
+
+    assert Composition([Component("x", lengths, normalize=normalize)]).compares == (normalize in ("group", "rank"))
+    assert Composition([Component("x", lengths, normalize="none")], whiten=True).compares
+    assert Composition([Component("x", Compares(), normalize="none")]).compares
+
+
+@pytest.mark.parametrize("outlier", [1e9, -1e9, 1e200, -1e300])
+@pytest.mark.parametrize("when", [0, 1, 30])
+def test_one_outlier_does_not_spoil_running_statistics(outlier, when):
+    draws = torch.Generator().manual_seed(0)
+    running, batches = Running(), [5 + torch.randn(32, generator=draws, dtype=torch.float64) for _ in range(60)]
+    batches[when][3] = outlier
+    for batch in batches:
+        running.update(batch)
+    assert running.mean == pytest.approx(5, abs=1) and 0.8 < running.std < 2.5
+    assert running.normalize(torch.tensor([outlier])).abs() == Running.LIMIT
+    assert float(running.normalize(batches[-1]).std()) == pytest.approx(1, abs=0.6)
+
+
+def test_an_outlier_before_there_was_a_scale_is_forgotten():
+    """Rare successes: nearly all values are equal, so that nothing says that 1e9 is far away."""
+    running = Running()
+    running.update(torch.tensor([0.0] * 31 + [1e9]))
+    assert running.std > 1e6
+    for _ in range(Running.STRANGE):
+        running.update(torch.tensor([0.0] * 31 + [1.0]))
+        running.update(torch.zeros(32))  # nothing to learn from
+    assert running.std < 1
+    copy = Running()
+    copy.load_state_dict(running.state_dict())
+    assert copy.state_dict() == running.state_dict()
+
+
+def test_a_scale_that_changes_is_followed():
+    draws = torch.Generator().manual_seed(0)
+    running = Running()
+    for size in (1.0, 1000.0, 1.0):
+        for _ in range(700 if size == 1 else 80):
+            running.update(size * torch.randn(64, generator=draws, dtype=torch.float64))
+        assert 0.5 * size < running.std < 3 * size
+
+
+@pytest.mark.parametrize("spread", [1e-250, 1e-7, 1.0, 1e200])
+@pytest.mark.parametrize("mode", ["group", "running"])
+def test_no_spread_is_too_small_or_too_large(spread, mode):
+    values = spread * torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    got = normalized(mode, values, torch.zeros(4, dtype=torch.long))
+    expected = normalized(mode, values / spread, torch.zeros(4, dtype=torch.long))
+    assert got[0] < -0.5
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["group", "running", "rank"])
+def test_values_that_differ_by_rounding_are_equal(mode):
+    values = torch.tensor([0.1 + 0.2, 0.3, 0.3], dtype=torch.float64)
+    got = normalized(mode, values, torch.zeros(3, dtype=torch.long))
+    assert (got == 0).all() or mode == "rank"
+    large = torch.tensor([1e300, -1e300, 1e308], dtype=torch.float64)
+    assert normalized(mode, large, torch.zeros(3, dtype=torch.long)).isfinite().all()
+
+
+@given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=8))
+def test_whatever_the_values_nothing_becomes_nan(values):
+    v, groups = torch.tensor(values, dtype=torch.float64), torch.zeros(len(values), dtype=torch.long)
+    judged = torch.ones(len(values), dtype=torch.bool)
+    for mode in ("group", "running", "rank"):
+        for whiten in (False, True):
+            composed = Composition([Component("x", lengths, normalize=mode)], whiten=whiten).compose(
+                {"x": v}, groups, judged
+            )
+            assert composed.total.isfinite().all() and math.isfinite(attribution(composed)["x"])
+    names = ["ab"[i % 2] for i in range(len(values))]
+    report = domination(v, names)
+    assert "nan" not in str(report) and sum(d.energy for d in report.domains) == pytest.approx(float(v.any()), abs=1e-6)
+
+
+def test_domination_prints_no_nan():
+    for advantages in ([1e200, -1e200, 1.0], [math.nan, 1.0, -1.0], [math.nan] * 3, [5e-324, 0.0, 0.0], [0.0] * 3):
+        text = str(domination(torch.tensor(advantages, dtype=torch.float64), list("aab")))
+        assert "nan" not in text and "inf" not in text
+
+
+@pytest.mark.parametrize(
+    "value", [10**400, -(1 << 20_000), math.inf, "x", [1]], ids=["large", "larger", "inf", "text", "list"]
+)
+def test_a_reward_that_no_float_holds_is_named(value):
+    with pytest.raises(RewardError, match="expected a finite number") as error:
+        Domain("d", lambda rng, n: [], lambda e, t: value).score(Example("p"), "t" * 5000)
+    assert len(str(error.value)) < 700

@@ -102,7 +102,7 @@ def test_a_bad_request_of_another_kind_does_not_switch_features_off():
         request = Request(({"role": "user", "content": "x"},), {"type": "object"}, "x", 10, choices=("0", "1"))
         with pytest.raises(BackendError, match=r"status 400.*context length"):
             run_sync(e.complete(request))
-        assert e.meter.failures == 1 and len(server.requests) == 3
+        assert e.meter.failures == 1 and len(server.requests) == 1  # about the prompt, whatever else is asked for
         server.script = None
         score(scorer(server))
         assert "response_format" in server.requests[-1] and "logprobs" in server.requests[-1]
@@ -315,7 +315,7 @@ def test_what_a_response_with_signs_is_worth_can_be_chosen():
         assert score(scorer(server, on_signs="note"), text).reward == pytest.approx(1)
         lower = score(scorer(server), text)
         assert 0 < lower.reward == score(scorer(server), GOOD).reward and lower.signs == ("override", "demand")
-        assert score(scorer(server), INJECTIONS[0]).reward == 0.0  # nothing is left of it
+        assert score(scorer(server), INJECTIONS[0]).reward < 0.01  # nothing is left of it
 
 
 def test_controls_need_no_judge(server):

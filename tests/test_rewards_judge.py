@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from carerl_kernels._json import last_object
 from carerl_kernels.rewards.pa_grm import (
     BackendError,
     Cache,
@@ -36,7 +37,6 @@ from carerl_kernels.rewards.pa_grm import (
     without_signs,
 )
 from carerl_kernels.rewards.pa_grm.digits import expected_levels
-from carerl_kernels.rewards.pa_grm.protocol import json_part
 from carerl_kernels.rewards.pa_grm.untrusted import visible
 from carerl_kernels.rewards.prompts import completion_text, prompt_text
 from hypothesis import given
@@ -163,9 +163,41 @@ def test_protocols_are_kept_by_prompt_reference_model_and_limits():
     assert len(cache) == 5
 
 
-@pytest.mark.parametrize("text", ["{}", "```json\n{}\n```", "```\n{}\n```", "<think>{ score }</think>\n{}", "  {}\n"])
-def test_json_is_found_among_what_models_put_around_it(text):
-    assert json_part(text) == "{}"
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("{}", {}),
+        ("```json\n{}\n```", {}),
+        ("```\n{}\n```", {}),
+        ("  {}\n", {}),
+        ("<think>{ score }</think>\n{}", {}),
+        ('a draft {"a": 1}</think>{"b": 2} Hope this helps.', {"b": 2}),  # templates that open the thought themselves
+        ('{"quoted": "it says </think> here"}', {"quoted": "it says </think> here"}),
+        ('<think>{"a": "</think>"}</think>Here: {"a": 2}', {"a": 2}),
+        ('It\'s set {1, 2}: {"a": {"b": []}}', {"a": {"b": []}}),
+        ('{"a": 1}\nAgain: {"a": 1}', {"a": 1}),
+        ('{"a": "\\ud800"}', {"a": "?"}),
+    ],
+)
+def test_json_is_found_among_what_models_put_around_it(text, found):
+    value, start, end = last_object(text)
+    assert value == found and text[start] == "{" and text[end - 1] == "}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[]", "no", "{", '{"a": NaN}', '{"a": 1e999}', '{"a": 1, "a": 2}', '{"a": ' + "9" * 400 + "}"),
+        '{"a": 1} or {"a": 2}',
+        "{}</think>",
+        '{"a":' * 5000 + "1" + "}" * 5000,
+        *(part * 8000 for part in ("{", '{"', '{"a":', '{"a":[', "[{", '"{')),
+    ],
+)
+def test_what_is_no_single_object_is_refused_in_one_line(text):
+    with pytest.raises(ValueError, match="expected") as error:
+        last_object(text)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200
 
 
 # ------------------------------------------------------------------------------------------------------------ verdicts
@@ -185,7 +217,7 @@ def test_a_verdict_survives_json():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ("[]", "expected the entries"),
+        ("[]", "expected a JSON object"),
         ({"c1": entry(1)}, r"expected the entries \['c1', 'c2', 'd1'\]"),
         (dict(reversed(verdict().items())), "in this order"),
         (verdict() | {"c1": entry(3)}, "c1: expected a score from 0 to 2, found 3"),

@@ -144,16 +144,25 @@ def test_requests_that_arrive_together_are_decoded_together(byte_model):
     assert sum(batches) == 14
 
 
-def test_a_failure_is_a_backend_error_for_all_of_its_batch_and_only_them(byte_model):
+def test_a_request_fails_alone(byte_model):
+    """A schema without a grammar, a prompt longer than the model reads: the others of the batch have their replies."""
     backend = LocalModel(*byte_model)
+    limit = backend.lm.config.max_position_embeddings
+    backend.lm.config.max_position_embeddings = 600
+    good = [request(WORD), request(WORD, seed=1)]
+    bad = [request({"type": "no such type"}), request(WORD, text="x" * 700)]
 
     async def run():
-        bad = backend.complete(request({"type": "no such type"}))
-        return await asyncio.gather(bad, backend.complete(request()), return_exceptions=True)
+        order = (good[0], bad[0], good[1], bad[1])
+        return await asyncio.gather(*(backend.complete(r) for r in order), return_exceptions=True)
 
-    for error in run_sync(run()):
-        assert isinstance(error, BackendError) and "cannot be compiled" in str(error)
-    assert run_sync(backend.complete(request())).complete
+    try:
+        first, compiled, second, long = run_sync(run())
+    finally:
+        backend.lm.config.max_position_embeddings = limit
+    assert isinstance(compiled, BackendError) and "cannot be compiled" in str(compiled)
+    assert isinstance(long, BackendError) and "fewer than 600 tokens" in str(long)
+    assert [first.text, second.text] == [backend.generate([r])[0].text for r in good]
 
 
 def test_a_scorer_on_a_local_model(byte_model):

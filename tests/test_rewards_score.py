@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("httpx")
 from carerl_kernels.cli import app
 from carerl_kernels.rewards.pa_grm import BackendRefusedError
-from carerl_kernels.rewards.score import JudgeRows, VerifierRows, read_rows, row_key, score_file
+from carerl_kernels.rewards.score import JudgeRows, VerifierRows, read_responses, row_key, score_file
 from judge_helpers import EXAMPLES, GOOD, PROMPT, THIN, ScriptedJudge, scorer
 from typer.testing import CliRunner
 
@@ -163,7 +163,7 @@ def test_a_verifier_scores_too(tmp_path):
     ("line", "message"),
     [
         ("{", r"x\.jsonl, line 2: expected a JSON object, found '{'"),
-        ("[1]", 'line 2: expected "prompt" as text or chat messages'),
+        ("[1]", r"line 2: expected a JSON object, found '\[1\]'"),
         ('{"prompt": ""}', 'expected "prompt"'),
         ('{"prompt": "a"}', 'expected "response"'),
         ('{"prompt": "a", "response": 3}', 'expected "response"'),
@@ -173,7 +173,7 @@ def test_a_bad_line_is_named_before_anything_is_asked(tmp_path, line, message):
     path = tmp_path / "x.jsonl"
     path.write_text('{"prompt": "a", "response": ""}\n' + line + "\n")
     with pytest.raises(ValueError, match=message):
-        read_rows(path)
+        read_responses(path)
 
 
 def test_keys():

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from carerl_kernels._rows import read_rows
 from carerl_kernels.cli import app
 from carerl_kernels.grpo import Example, answer_loss, special_tokens
 from carerl_kernels.grpo.parallel import blocks
 from carerl_kernels.rewards.verifiers.sandbox import SandboxError
-from carerl_kernels.train.domains import Exact, read_rows
+from carerl_kernels.train.domains import Exact
 from carerl_kernels.train.models import byte_tokenizer, load_model
 from carerl_kernels.train.plan import plan_run
 from carerl_kernels.train.recipe import ModelSpec, Recipe, RecipeError, load_recipe
@@ -248,7 +249,7 @@ def test_rows_that_are_none(tmp_path):
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
-            list(read_rows(path, ("answer",)))
+            list(read_rows(path, ("prompt", "answer")))
 
 
 def test_chat_messages_meet_no_option_that_is_for_text(tmp_path):
@@ -384,3 +385,162 @@ def test_bytes_come_back_as_text():
         [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False
     )
     assert chat == "user: Hi\nassistant: "
+
+
+# ------------------------------------------------------------------------------------- data and recipes that are damaged
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        ('{"prompt": "a\u2028b\u0085c\x0c"}'.replace("\x0c", "\\f"), ["a\u2028b\u0085c\f"]),
+        ('\ufeff{"prompt": "a"}\r\n\r\n{"prompt": "b"}\r\n', ["a", "b"]),
+        ('{"prompt": "a"}', ["a"]),
+        ('   \n\t\n{"prompt": "a"}\n', ["a"]),
+        ('{"prompt": [{"role": "user", "content": null}]}', [[{"role": "user", "content": None}]]),
+    ],
+    ids=ascii,
+)
+def test_rows_that_are_valid(tmp_path, data, found):
+    (tmp_path / "a.jsonl").write_bytes(data.encode())
+    assert [row["prompt"] for row in read_rows(tmp_path / "a.jsonl", ("prompt",))] == found
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            '{"prompt": "a"}\n{"prompt": "\u00e9"}'.encode("latin-1"),
+            r"a\.jsonl, line 2: expected UTF-8, found byte 0xe9",
+        ),
+        ('{"prompt": "a"}'.encode("utf-16"), r"a\.jsonl: expected UTF-8, found UTF-16"),
+        (b'{"prompt": "a"}\r{"prompt": "b"}', "line 1: expected a JSON object"),
+        (b'{"prompt": [1, 2]}', 'line 1: expected "prompt" as text or chat'),
+        (b'{"prompt": [{"role": 1}]}', 'line 1: expected "prompt"'),
+        (b'{"prompt": "a", "x": NaN}', "line 1: .*expected finite numbers, found NaN"),
+        (b'{"prompt": "a", "x": 1e999}', "line 1: .*expected finite numbers"),
+        (b'{"prompt": "a", "prompt": "b"}', "line 1: .*every key once, found 'prompt' twice"),
+        (b'{"prompt": "a", "x": ' + b"[" * 500 + b"]" * 500 + b"}", "line 1: .*nested at most 100 deep"),
+        (b"\x00", "line 1: expected a JSON object"),
+    ],
+    ids=ascii,
+)
+def test_rows_that_are_damaged(tmp_path, data, message):
+    (tmp_path / "a.jsonl").write_bytes(data)
+    with pytest.raises(ValueError, match=message) as error:
+        list(read_rows(tmp_path / "a.jsonl", ("prompt",)))
+    assert "\n" not in str(error.value)
+
+
+def test_a_verifier_looks_at_every_row_before_anything_runs(tmp_path, monkeypatch):
+    """Through its `check`; file and line are named."""
+    from carerl_kernels.train import domains
+
+    class Picky:
+        def check(self, example):
+            if example.answer == "bad":
+                raise ValueError("expected another answer")
+
+        def __call__(self, example, completion):
+            return 1.0
+
+    monkeypatch.setattr(domains.Exact, "reward", lambda self, cache: Picky())
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "answer": "good"}\n\n{"prompt": "a", "answer": "bad"}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 3: expected another answer"):
+        Exact(kind="exact", train="a.jsonl", eval_size=0).build("d", tmp_path, tmp_path)
+
+
+SMALL = """run_dir: runs/x
+model: {path: p}
+domains: {NAME: {kind: judged, train: d.jsonl, judge: {url: "http://127.0.0.1:9/v1", model: m}}}
+stages: [{domain: NAME, steps: 1}]
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ('"a\\0b"', "printable characters"),
+        ('"a\\nb"', "printable characters"),
+        ('"a\\u202eb"', "printable characters"),
+        ("'..'", "begins with no dot"),
+        ("'.hidden'", "begins with no dot"),
+        ("' a'", "no blanks at its ends"),
+        ("'../../../evil'", "a name without"),
+        ("'a\\b'", "a name without"),
+        ("'a+b'", "a name without"),
+        ("x" * 150, "at most 100 bytes"),
+        ("\u00e9" * 60, "at most 100 bytes"),
+        ("''", "a non-empty name"),
+    ],
+    ids=ascii,
+)
+def test_names_that_no_file_can_have_are_refused_before_anything_runs(tmp_path, monkeypatch, name, message):
+    from carerl_kernels.grpo import Domain
+    from carerl_kernels.grpo.domain import name_problem
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_text(SMALL.replace("NAME", name), encoding="utf-8")
+    with pytest.raises(RecipeError, match=f"{message}|expected a domain name"):
+        load_recipe(tmp_path / "r.yaml")
+    assert [p.name for p in tmp_path.iterdir()] == ["r.yaml"]
+    import yaml
+
+    value = yaml.safe_load(name)
+    assert name_problem(value) is not None
+    with pytest.raises(ValueError, match=message):
+        Domain(value, lambda rng, n: [], lambda e, t: 0.0)
+
+
+@pytest.mark.parametrize("name", ["math", "gsm8k-de", "C++".replace("+", "p"), "數學", "a b", "<b>&chat", "x" * 100])
+def test_names_that_files_can_have(tmp_path, name):
+    (tmp_path / "r.yaml").write_text(SMALL.replace("NAME", json.dumps(name)), encoding="utf-8")
+    assert list(load_recipe(tmp_path / "r.yaml").domains) == [name]
+
+
+def test_mixed_stages_whose_name_no_file_can_have():
+    from carerl_kernels.grpo import Stage
+
+    with pytest.raises(ValueError, match="at most 200 bytes together"):
+        Stage(tuple(c * 60 for c in "abcd"), 1)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("run_dir: other\n", "every key once, found 'run_dir' twice"),
+        ("train: {lr: 1e-3, lr: 2e-3}\n", "every key once, found 'lr' twice"),
+        ("train: {lr: .inf}\n", "finite numbers, found inf"),
+        ("train: {lr: -.inf}\n", "finite numbers, found -inf"),
+        ("train: {lr: .nan}\n", "finite numbers, found nan"),
+        ("guard: {z: [1, .inf]}\n", "finite numbers, found inf"),
+        ("train: {seed: " + "9" * 50 + "}\n", "at most 19 digits"),
+        ("train: {seed: " + "9" * 5000 + "}\n", "cannot be read"),
+        ("x: " + "[" * 100 + "]" * 100 + "\n", "nesting without end"),
+        ("x: " + "[" * 20_000 + "\n", "cannot be read"),
+        ("x: &a [*a]\n", "nesting without end"),
+        ("a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
+            f"{y}: &{y} [{','.join([f'*{x}'] * 10)}]\n" for x, y in zip("abcdefgh", "bcdefghi", strict=True)
+        ), "found too much"),
+        ("x: 2024-13-45\n", "cannot be read"),
+        ("x: \x01\n", "unacceptable character"),
+        ("x: !!python/object:os.system y\n", "could not determine a constructor"),
+    ],
+    ids=lambda v: ascii(v)[:40],
+)  # fmt: skip
+def test_recipes_that_are_damaged_are_one_sentence(tmp_path, more, message):
+    (tmp_path / "r.yaml").write_text(SMALL.replace("NAME", "chat") + more)
+    with pytest.raises(RecipeError, match=message) as error:
+        load_recipe(tmp_path / "r.yaml")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+    (tmp_path / "r.yaml").write_bytes(SMALL.replace("NAME", "\u00e9").encode("latin-1"))
+    with pytest.raises(RecipeError, match="expected UTF-8"):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_overrides_are_as_strict(tmp_path):
+    (tmp_path / "r.yaml").write_text("\ufeff" + SMALL.replace("NAME", "chat"), encoding="utf-8")
+    assert load_recipe(tmp_path / "r.yaml", ["train.lr=1e-5"]).train.lr == 1e-5
+    for override in ("train.lr=.inf", "train={lr: 1, lr: 2}", "train=" + "[" * 3000):
+        with pytest.raises(RecipeError, match="override 'train"):
+            load_recipe(tmp_path / "r.yaml", [override])

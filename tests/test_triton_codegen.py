@@ -19,7 +19,8 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is n
 
 KERNELS = {
     "project_kernel", "totals_kernel", "gram_kernel", "edit_kernel", "rotate_kernel", "edit_rotate_kernel",
-    "core_kernel", "quantize_kernel", "token_logprobs_kernel", "token_logprobs_backward_kernel",
+    "core_kernel", "input_project_kernel", "input_edit_kernel",
+    "quantize_kernel", "token_logprobs_kernel", "token_logprobs_backward_kernel",
 }  # fmt: skip
 SHARED = 48 << 10  # bytes that every GPU has for a program
 

@@ -15,10 +15,10 @@ from collections.abc import Callable
 
 def kernels() -> dict[str, Callable]:
     """Kernel of every op overload served, named as in ``_ops.SCHEMAS``. Imports triton."""
-    from . import dacsp, edit, edit_rotate, gram, project, quantize_bases, rotate, token_logprobs
+    from . import dacsp, edit, edit_rotate, gram, inputs, project, quantize_bases, rotate, token_logprobs
 
     served: dict[str, Callable] = {}
-    for module in (project, gram, edit, rotate, edit_rotate, dacsp, quantize_bases, token_logprobs):
+    for module in (project, gram, edit, rotate, edit_rotate, dacsp, inputs, quantize_bases, token_logprobs):
         served |= module.KERNELS
     return served
 

@@ -58,6 +58,16 @@ def options(threads: int, hip: bool) -> dict[str, int]:
     return warps if hip else warps | {"maxnreg": min(65536 // threads, 255)}
 
 
+LARGEST_INPUTS = 256  # directions of a matrix's inputs; more go to the reference
+
+
+def input_tile(rows: int) -> tuple[int, int, int]:
+    """Outputs, inputs and (padded) directions of a tile of a matrix: 32 sums a thread, operands of 24 KiB at most."""
+    held = max(power_of_two(rows), 16)
+    side = max(min(4096 // held, 64), 16)
+    return side, side, held
+
+
 GRAM_WIDTH = 64  # columns of a tile of gram
 
 

@@ -121,6 +121,13 @@ def _table(
     return _tables[key]
 
 
+def addresses(matrices: Sequence[Tensor]) -> tuple[Tensor, bool]:
+    """Where every matrix lies, in the first column of a table on the device, and whether all at multiples of 16 bytes."""
+    once, start = (1,) * len(matrices), (0,) * len(matrices)
+    table, _, _, aligned = _table(matrices, once, start, 1, True)
+    return table, aligned
+
+
 def launch(kernel, grid: tuple[int, ...], like: Tensor, *args, threads: int = _blocks.THREADS) -> None:
     """Runs a kernel on the device of ``like``; an empty grid is no launch."""
     if 0 not in grid:

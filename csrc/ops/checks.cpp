@@ -70,8 +70,8 @@ bool is_core(ScalarType dtype) { return dtype == ScalarType::Float || dtype == S
 struct Device {
   int32_t type, index;
   explicit Device(const Tensor& tensor) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
+    CARERL_SHIM(aoti_torch_get_device_type(tensor.get(), &type));
+    CARERL_SHIM(aoti_torch_get_device_index(tensor.get(), &index));
   }
   bool operator!=(const Device& other) const { return type != other.type || index != other.index; }
   std::string name() const {

@@ -2,10 +2,12 @@
 // where they are explained. The dispatcher calls native kernels directly, so they cannot rely on the checks over there.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -16,6 +18,13 @@ using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 using List = std::vector<Tensor>;
 using Offsets = std::vector<int64_t>;
+
+// A call of the C shim. Torch's own macros for it change names and the symbols that they need from one release to the
+// next: this one works with the headers of any and asks nothing of the torch it is loaded into.
+inline void require_success(AOTITorchError code, const char* call) {
+  if (code != AOTI_TORCH_SUCCESS) throw std::runtime_error(std::string("torch refused ") + call);
+}
+#define CARERL_SHIM(call) ::carerl::require_success(call, #call)
 
 constexpr int64_t kSegment = 128;  // granularity of list offsets
 

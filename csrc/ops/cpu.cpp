@@ -1,5 +1,5 @@
 // The ops of torch.ops.carerl on CPU tensors: checks, pointers, and the kernels' own drivers. LibTorch stable ABI only,
-// so that one binary loads in every torch from 2.13 on.
+// so that one binary loads in every torch from 2.10 on.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>

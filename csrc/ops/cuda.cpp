@@ -1,5 +1,5 @@
 // The ops of torch.ops.carerl on CUDA tensors: checks, pointers, the current stream, and the kernels' own drivers.
-// LibTorch stable ABI only, and no CUDA header: one binary loads in every torch from 2.13 on, with or without CUDA.
+// LibTorch stable ABI only, and no CUDA header: one binary loads in every torch from 2.10 on, with or without CUDA.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
@@ -16,6 +16,9 @@
 #define CARERL_OPS_KEY CUDA
 #endif
 
+// Weak: only libtorch_cuda.so has it, and this library also loads beside a torch without CUDA.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
 namespace carerl {
 namespace {
 
@@ -26,7 +29,7 @@ class Context {
   explicit Context(const Tensor& like) : like_(like) {
     if (!like.is_cuda()) return;  // under emulation
     guard_.emplace(like.get_device_index());
-    stream_ = torch::stable::accelerator::getCurrentStream(like.get_device_index()).nativeHandle();
+    CARERL_SHIM(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream_));
   }
   Context(const Context&) = delete;
 

@@ -52,12 +52,12 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const T
                                                             : aoti_torch_dtype_int8();
   int32_t device = aoti_torch_device_type_cpu(), index = 0;
   if (like != nullptr) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like->get(), &device));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like->get(), &index));
+    CARERL_SHIM(aoti_torch_get_device_type(like->get(), &device));
+    CARERL_SHIM(aoti_torch_get_device_index(like->get(), &index));
   }
   AtenTensorHandle out = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), type, device, index, &out));
+  CARERL_SHIM(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), type, device,
+                                       index, &out));
   return Tensor(out);
 }
 

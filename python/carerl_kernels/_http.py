@@ -1,19 +1,27 @@
-"""JSON over HTTP: bounded concurrency, a limit on every attempt as a whole, retries that back off and obey Retry-After."""
+"""JSON over HTTP: bounded concurrency, limits on time and size of every answer, retries that back off and obey Retry-After."""
 
 from __future__ import annotations
 
 import asyncio
 import email.utils
+import json
 import logging
 import math
 import random
+import re
 import time
+import urllib.parse
 import weakref
-from collections.abc import Awaitable, Callable, Mapping
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
+
+from ._json import parse_json
 
 T = TypeVar("T")
 TRANSIENT = frozenset({408, 409, 425, 429})  # besides 5xx
+MAX_BODY = 64 * 2**20  # bytes of one answer, unpacked: 32,000 tokens with 20 alternatives each take half of it
 
 
 class TryAgainError(Exception):
@@ -24,12 +32,39 @@ class TryAgainError(Exception):
         self.wait = wait
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a server answered.
+
+    Attributes:
+        status: Of HTTP.
+        headers: With names in any case.
+        body: Unpacked bytes.
+    """
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def text(self) -> str:
+        """The body as UTF-8, whatever the server says of it: JSON is nothing else."""
+        return self.body.decode(errors="replace")
+
+    def json(self) -> Any:
+        """The body's value; see `parse_json`."""
+        return parse_json(self.body)
+
+
 class RetryingClient:
     """Posts JSON to one server.
 
+    The key, and a password in the URL, are in no message of this client; whoever quotes what the server said passes it
+    through `redact` or `short`.
+
     Args:
-        url: What paths are relative to.
-        key: Bearer token, or None.
+        url: What paths are relative to: http or https. A user and password in it are sent as such.
+        key: Bearer token, or None. White space around it, as files leave it, is taken off.
         max_in_flight: Requests under way at once.
         timeout: Seconds for one attempt, from sending to the last byte.
         attempts: Tries of one request in all.
@@ -39,11 +74,12 @@ class RetryingClient:
         log: Gets a line (INFO) for every retry.
 
     Attributes:
+        url: As given, for messages: without its password.
         retries: So far.
 
     Raises:
         ModuleNotFoundError: httpx is missing.
-        ValueError: A number out of range.
+        ValueError: A number out of range, no URL, or a key that no header can carry.
     """
 
     def __init__(
@@ -60,16 +96,20 @@ class RetryingClient:
     ) -> None:
         import httpx
 
-        if max_in_flight < 1 or attempts < 1 or timeout <= 0:
+        self._httpx = httpx
+        self._base, self._login, self.url = _split_url(url)
+        self.key, self.log = _checked_key(key), log
+        if max_in_flight < 1 or attempts < 1 or not timeout > 0:
             raise ValueError(
-                f"{url}: expected max_in_flight >= 1, attempts >= 1 and timeout > 0, "
+                f"{self.url}: expected max_in_flight >= 1, attempts >= 1 and timeout > 0, "
                 f"found {max_in_flight}, {attempts}, {timeout}"
             )
-        self._httpx = httpx
-        self.url, self.key, self.log = url.rstrip("/"), key, log
         self.max_in_flight, self.timeout, self.attempts = max_in_flight, timeout, attempts
         self.backoff, self.max_backoff = backoff, max_backoff
         self.retries = 0
+        secrets = filter(None, [self.key, *(self._login or ())[1:]])
+        forms = {form for s in secrets for form in (s, json.dumps(s)[1:-1], urllib.parse.quote(s, safe=""))}
+        self._secrets = sorted(forms, key=len, reverse=True)
         # clients and semaphores belong to the event loop they were first used in
         self._by_loop: weakref.WeakKeyDictionary[Any, tuple[Any, asyncio.Semaphore]] = weakref.WeakKeyDictionary()
 
@@ -93,21 +133,46 @@ class RetryingClient:
                 await asyncio.sleep(wait)
         raise AssertionError("unreachable")
 
-    async def post(self, path: str, body: Mapping[str, Any], timeout: float | None = None) -> Any:
-        """One response, whatever its status; part of an attempt.
+    async def post(self, path: str, body: Mapping[str, Any], timeout: float | None = None) -> Answer:
+        """One answer, whatever its status; part of an attempt.
 
         Raises:
-            TryAgainError: None came.
+            TryAgainError: None came, or one that cannot be read.
         """
         client, _ = self._here()
         timeout = timeout or self.timeout
+        data = json.dumps(body, ensure_ascii=False, allow_nan=False).encode(errors="replace")
         try:
-            async with asyncio.timeout(timeout):
-                return await client.post(f"{self.url}{path}", json=body)
+            async with (
+                asyncio.timeout(timeout),
+                client.stream("POST", f"{self._base}{path}", content=data) as response,
+            ):
+                encoding = response.headers.get("content-encoding", "")
+                return Answer(response.status_code, response.headers, await _body(response.aiter_raw(), encoding))
         except TimeoutError:
             raise TryAgainError(f"no answer within {timeout:g} s") from None
-        except self._httpx.TransportError as error:
-            raise TryAgainError(f"{type(error).__name__} {error}".strip()) from error
+        except (self._httpx.HTTPError, self._httpx.StreamError, self._httpx.InvalidURL) as error:
+            raise TryAgainError(self.redact(f"{type(error).__name__} {error}".strip())) from None
+
+    def redact(self, text: str) -> str:
+        """`text` without the key and the password, however a server quotes them."""
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
+
+    def short(self, text: str) -> str:
+        """A server's words, quoted, not all of them and no secret among them."""
+        text = self.redact(text)
+        return repr(text if len(text) <= 200 else text[:200] + "...")
+
+    def at_root(self, *, timeout: float) -> RetryingClient:
+        """A client of the same server for what is not under /v1, one request at a time."""
+        names = ("key", "attempts", "backoff", "max_backoff", "log")
+        root = RetryingClient(
+            self._base.removesuffix("/v1"), max_in_flight=1, timeout=timeout, **{n: getattr(self, n) for n in names}
+        )
+        root._login, root._secrets = self._login, self._secrets
+        return root
 
     async def aclose(self) -> None:
         """Closes the connections of the running event loop."""
@@ -121,10 +186,12 @@ class RetryingClient:
             limits = self._httpx.Limits(
                 max_connections=self.max_in_flight, max_keepalive_connections=self.max_in_flight
             )
-            headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+            headers = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "gzip"}
+            if self.key:
+                headers["Authorization"] = f"Bearer {self.key}"
             # one limit for the whole attempt (above) instead of httpx's four for its parts: a server that sends a byte now
             # and then would never hit those
-            client = self._httpx.AsyncClient(limits=limits, timeout=None, headers=headers)
+            client = self._httpx.AsyncClient(limits=limits, timeout=None, headers=headers, auth=self._login)
             self._by_loop[loop] = (client, asyncio.Semaphore(self.max_in_flight))
         return self._by_loop[loop]
 
@@ -134,15 +201,75 @@ class RetryingClient:
         return min(self.max_backoff, self.backoff * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
 
 
-def raise_if_transient(response: Any) -> None:
+async def _body(chunks: AsyncIterator[bytes], encoding: str) -> bytes:
+    """The bytes of an answer, unpacked no further than `MAX_BODY`: httpx would unpack a chunk whatever comes out.
+
+    Raises:
+        TryAgainError: More than that, a packing that was not asked for, or one that is damaged.
+    """
+    encoding = encoding.strip().lower()
+    if encoding not in ("", "identity", "gzip", "x-gzip"):
+        raise TryAgainError(f"expected an answer plain or packed by gzip, found Content-Encoding {encoding[:40]!r}")
+    unpack = zlib.decompressobj(16 + zlib.MAX_WBITS) if "gzip" in encoding else None
+    parts, size = [], 0
+    async for chunk in chunks:
+        if unpack is not None:
+            try:
+                chunk = unpack.decompress(chunk, MAX_BODY + 1 - size)
+            except zlib.error as error:
+                raise TryAgainError(f"an answer that is no gzip, as it says it is ({error})") from None
+        size += len(chunk)
+        if size > MAX_BODY:
+            raise TryAgainError(f"an answer of more than {MAX_BODY >> 20} MiB")
+        parts.append(chunk)
+    return b"".join(parts)
+
+
+def _split_url(url: str) -> tuple[str, tuple[str, str] | None, str]:
+    """What is asked, the login in it, and what may be printed.
+
+    Raises:
+        ValueError: It is none.
+    """
+    try:
+        parts = urllib.parse.urlsplit(url.strip())
+        known = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        known = False
+    if not known or re.search(r"[\s\x00-\x1f\x7f]", url.strip()):
+        raise ValueError(f"url: expected http://HOST:PORT/v1 or https, found {re.sub('//[^/]*@', '//***@', url)!r}")
+    login = None
+    if "@" in parts.netloc:
+        login = (urllib.parse.unquote(parts.username or ""), urllib.parse.unquote(parts.password or ""))
+        parts = parts._replace(netloc=parts.netloc.rpartition("@")[2])
+    plain = urllib.parse.urlunsplit(parts).rstrip("/")
+    return plain, login, plain
+
+
+def _checked_key(key: str | None) -> str | None:
+    """A key as a header can carry it; None for an empty one.
+
+    Raises:
+        ValueError: It cannot; says where, not what it is.
+    """
+    key = (key or "").strip()
+    wrong = next((i for i, c in enumerate(key) if not "!" <= c <= "~"), None)
+    if wrong is not None:
+        raise ValueError(
+            f"api_key: expected printable ASCII without blanks, found another character at place {wrong + 1} of {len(key)}; "
+            "was more than the key copied?"
+        )
+    return key or None
+
+
+def raise_if_transient(answer: Answer) -> None:
     """Overload and server errors may pass.
 
     Raises:
         TryAgainError: The status is one of theirs.
     """
-    status = response.status_code
-    if status in TRANSIENT or status >= 500:
-        raise TryAgainError(f"status {status}", retry_after(response.headers.get("retry-after")))
+    if answer.status in TRANSIENT or answer.status >= 500:
+        raise TryAgainError(f"status {answer.status}", retry_after(answer.headers.get("retry-after")))
 
 
 def retry_after(value: str | None) -> float | None:
@@ -154,11 +281,6 @@ def retry_after(value: str | None) -> float | None:
     except ValueError:
         try:
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError, OSError):
             return None
     return max(0.0, seconds) if math.isfinite(seconds) else None
-
-
-def short(text: str) -> str:
-    """A server's words, quoted, not all of them."""
-    return repr(text if len(text) <= 200 else text[:200] + "...")

@@ -87,20 +87,18 @@ OP_NAMES: tuple[str, ...] = tuple(dict.fromkeys(name.split(".")[0] for name in S
 COMPOSITE: dict[str, tuple[str, ...]] = {"pca_update_": ("gram", "rotate_"), "group_advantages": ()}
 """Ops without an N-sized pass of their own, and the ops that make theirs: torch does the rest on any device."""
 
-CPU_ONLY: tuple[str, ...] = (
-    "block_project",
-    "block_edit_",
-    "input_project",
-    "input_confine_",
-    "input_dacsp_",
-    "packed_times",
-    "all_finite",
-)
+CPU_ONLY: tuple[str, ...] = ("block_project", "block_edit_", "packed_times", "all_finite")
 """Ops with kernels for the CPU alone, where torch's thin products and reductions run at a third of what the machine can do. On
 GPUs the reference calls torch's, and those are good."""
 
-KERNEL_OVERLOADS: tuple[str, ...] = tuple(name for name in SCHEMAS if name.split(".")[0] not in (*COMPOSITE, *CPU_ONLY))
-"""The overloads that a complete GPU backend has kernels for."""
+WITHOUT_CUDA: tuple[str, ...] = (*CPU_ONLY, "input_project", "input_confine_", "input_dacsp_")
+"""Ops without kernels in the CUDA library: beside it the reference serves them. Those of inputs have Triton kernels, which
+serve them where the library is not installed."""
+
+KERNEL_OVERLOADS: tuple[str, ...] = tuple(
+    name for name in SCHEMAS if name.split(".")[0] not in (*COMPOSITE, *WITHOUT_CUDA)
+)
+"""The overloads that the CUDA library has kernels for."""
 
 for _name, _schema in SCHEMAS.items():
     _LIB.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))

@@ -190,6 +190,7 @@ def validate(
 def _validate(file: Path, folder: Path, prompts: Path, batch: int, gradients: int, seed: int) -> Any:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from ._rows import read_rows
     from .grpo import Example
     from .grpo.logprobs import answer_loss
     from .grpo.text import special_tokens
@@ -199,15 +200,7 @@ def _validate(file: Path, folder: Path, prompts: Path, batch: int, gradients: in
     stored = StoredBasis.load(file)
     if not prompts.is_file():
         raise FileNotFoundError(f"prompts {prompts}: expected a file of JSON lines, found none")
-    examples = []
-    for number, line in enumerate(prompts.read_text().splitlines(), 1):
-        try:
-            raw = json.loads(line)
-            examples.append(Example(raw["prompt"], answer=raw["answer"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'{prompts}, line {number}: expected {{"prompt": ..., "answer": ...}} ({error})'
-            ) from error
+    examples = [Example(row["prompt"], answer=str(row["answer"])) for row in read_rows(prompts, ("prompt", "answer"))]
     network = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name in stored.info.names)

@@ -124,6 +124,6 @@ def _show(part: Confined) -> None:
 
 def _warn(left_out: list[str], warnings: list[str]) -> None:
     for name in left_out:
-        warnings = [*warnings, f"{name} was not copied: it holds weights that were not confined"]
+        warnings = [*warnings, f"{name} was not copied: it may hold weights, which were not confined"]
     for text in warnings:
         typer.secho(f"warning: {text}", err=True, fg=typer.colors.YELLOW)

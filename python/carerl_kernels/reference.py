@@ -390,6 +390,13 @@ def _input_products(matrices: Sequence[Tensor], directions: Tensor, left: bool) 
 
 
 def input_project(matrices, directions, left=False):
+    """Coefficients of the inputs of weight matrices, float32 ``[G, outputs, K]``.
+
+    Args:
+        matrices: G of one shape ``[m, n]`` and dtype. A row is an output and its columns are inputs: ``W V^T [G, m, K]``.
+        directions: V ``[G, K, n]`` float32 or bfloat16, rows are directions.
+        left: columns are the outputs instead (embeddings, Conv1D): directions ``[G, K, m]``, result ``W^T V^T [G, n, K]``.
+    """
     out = directions.new_empty(_ops.check_input_project(matrices, directions, left), dtype=torch.float32)
     for at in _stacks(matrices):
         out[at] = _input_products(matrices[at], directions[at], left)
@@ -415,6 +422,21 @@ def _input_edit(matrices: Sequence[Tensor], directions: Tensor, left: bool, corr
 
 
 def input_confine_(matrices, directions, anchor, lower=None, upper=None, left=False):
+    """Puts the displacement of every output along the directions back into its box, in one pass over each matrix.
+
+    ``d = anchor - w V^T`` (gradient convention: positive repeats prior learning), ``x = d - clip(d, -lower, upper)``,
+    ``w <- w + x V`` with one rounding. A second call changes nothing but rounding where the directions of a matrix are
+    orthonormal or zero, which is up to the caller. An output with x = 0, or with a number in d or in its bounds that is none,
+    keeps its bits; an infinite bound leaves that way free.
+
+    Args:
+        matrices, directions, left: see :func:`input_project`.
+        anchor: ``[G, outputs, K]`` float32, where the coefficients stood.
+        lower, upper: the same shape, at least 0; None is 0.
+
+    Returns:
+        ``[G]`` float64, the sum of x^2: the squared length of each correction.
+    """
     _ops.check_input_confine(matrices, directions, anchor, lower, upper, left)
 
     def correction(at: slice, products: Tensor) -> tuple[Tensor, Tensor]:
@@ -427,6 +449,11 @@ def input_confine_(matrices, directions, anchor, lower=None, upper=None, left=Fa
 
 
 def input_dacsp_(matrices, directions, aligned, conflict, threshold, left=False):
+    """The literal rule on matrices of gradients: ``c = g V^T``, ``g <- g + ((weight - 1) c) V`` in one pass.
+
+    The weight is ``aligned`` where c is above the threshold, ``conflict`` where it is below minus the threshold, else 1: a number
+    each, or float32 ``[K]``. What moves, what does not and what is returned: as :func:`input_confine_`.
+    """
     _ops.check_input_dacsp(matrices, directions, aligned, conflict, threshold, left)
 
     def correction(at: slice, products: Tensor) -> tuple[Tensor, Tensor]:

@@ -77,6 +77,7 @@ class Inputs:
         grads: ``[B, N]``; of a list form ``[1, N]`` before the call, with zeros between the tensors.
         tensors, offsets: of a list form.
         bases: ``[D, k, N]``; scales: of int8 bases, else None.
+        anchor, bound ``[B, K]``: fp32, of input_confine_, where the gradients stand for a matrix.
         mix ``[B, K]``, scale ``[B]``, q ``[k, k+B]``: fp32, dense (a kernel may skip rows with a zero mix).
         singular_values: ``[k]`` float64, of ``bases[0]``.
     """
@@ -104,6 +105,11 @@ class Inputs:
         self.mix = 0.1 * math.sqrt(n) * torch.randn(b, d * k, generator=draw)
         self.scale = torch.full((b,), SCALE)
         self.q = torch.randn(k, k + b, generator=draw) / math.sqrt(k + b)
+        self.anchor = self.bound = torch.empty(0)
+        if case.op == "input_confine_":
+            self.anchor = self.grads.float() @ bases.view(d * k, n).float().T
+            self.anchor += torch.randn(b, d * k, generator=draw)
+            self.bound = 0.5 * torch.rand(b, d * k, generator=draw)
         self.singular_values = self.grads[0].norm(dtype=torch.float32).double() * torch.linspace(3, 0.3, k).double()
         self._first = self.singular_values.clone()
         self._raw = self.grads.clone()

@@ -45,12 +45,20 @@ _PASSES: dict[str, tuple[tuple[str, str, str, str], ...]] = {
     "edit_rotate_": (("K", "B", "B", "k"),),
     "dacsp_": (("K", "B", "0", "0"), ("K", "B", "B", "0")),
     "pca_update_": (("k", "B", "0", "0"), ("k", "B", "0", "k")),
+    # A matrix [B, N] in the place of gradients, K directions of its inputs.
+    "input_project": (("K", "B", "0", "0"),),
+    "input_confine_": (("K", "B", "B", "0"),),
+    "input_dacsp_": (("K", "B", "B", "0"),),
     # Logits [T, V] in the place of gradients: B = T tokens, N = V. One exponential counts as one operation.
     "token_logprobs": (("0", "B", "0", "0"),),
     "token_logprobs_backward": (("0", "B", "B", "0"),),
 }
 
 OPS = tuple(_PASSES)
+
+_PER_COEFFICIENT = {"input_project": 4, "input_confine_": 12}
+"""Bytes beside each of the B K coefficients of a matrix, where these are a sizeable part: what is written, or an anchor and two
+bounds."""
 
 
 def basis_row_bytes(shape: Shape) -> int:
@@ -63,8 +71,9 @@ def passes_of(op: str, shape: Shape) -> list[int]:
     """Bytes of every pass of ``op`` (schema name, with or without overload), reads and writes."""
     count = {"0": 0, "B": shape.B, "K": shape.K, "k": shape.k}
     row, grad = basis_row_bytes(shape), shape.N * shape.grad.itemsize
+    beside = _PER_COEFFICIENT.get(op, 0) * shape.B * shape.K
     return [
-        (count[basis_read] + count[basis_written]) * row + (count[grad_read] + count[grad_written]) * grad
+        (count[basis_read] + count[basis_written]) * row + (count[grad_read] + count[grad_written]) * grad + beside
         for basis_read, grad_read, grad_written, basis_written in _PASSES[op.split(".")[0]]
     ]
 
@@ -96,6 +105,9 @@ def flops_of(op: str, shape: Shape) -> int:
         "rotate_": rotate,
         "edit_rotate_": edit + rotate,
         "dacsp_": project + edit,
+        "input_project": project,
+        "input_confine_": project + edit,
+        "input_dacsp_": project + edit,
         "token_logprobs": 6 * b * n,
         "token_logprobs_backward": 7 * b * n,
     }[op.split(".")[0]]
@@ -114,6 +126,9 @@ def markdown_table() -> str:
             "| `edit_rotate_` | K u + k u + 2 B g | 2 B K + B + 2 k (k + B) |",
             "| `dacsp_` | 2 K u + 3 B g | 4 B K + B |",
             "| `pca_update_` | 3 k u + 2 B g | (k + B)(k + B + 1) + 2 k (k + B) |",
+            "| `input_project` | K u + B g + 4 B K / N | 2 B K |",
+            "| `input_confine_` | K u + 2 B g + 12 B K / N | 4 B K + B |",
+            "| `input_dacsp_` | K u + 2 B g | 4 B K + B |",
             "| `token_logprobs` | B g | 6 B |",
             "| `token_logprobs_backward` | 2 B g | 7 B |",
         ]

@@ -55,6 +55,7 @@ class Expectation:
         total = torch.zeros(size, size, dtype=torch.float64)
         wanted = {"project": slice(self._rows, None), "dacsp_": slice(self._rows, None), "gram": slice(None)}
         wanted["pca_update_"] = slice(None)
+        wanted |= dict.fromkeys(("input_project", "input_confine_", "input_dacsp_"), wanted["project"])
         at = wanted.get(case.op.split(".")[0])
         for start in range(0, n if at is not None else 0, CHUNK):
             stack = self._stack(torch.arange(start, min(start + CHUNK, n)))
@@ -83,8 +84,18 @@ class Expectation:
             kept = vectors[:, -k:].mT @ (weight.unsqueeze(1) * stack)
             return {"energy": kept.mT @ kept, "singular_values": values[-k:].flip(0).clamp_min(0).sqrt()}
         turned = x.q.double() @ torch.cat([u[:k], g])
-        if op in ("project", "gram", "rotate_"):
-            return {"project": {"coeffs": c}, "gram": {"gram": total}, "rotate_": {"rows": turned}}[op]
+        if op == "input_confine_":
+            d = x.anchor.double() - c
+            return {"grads": g + (d - torch.clamp(d, -x.bound.double(), x.bound.double())) @ u}
+        if op == "input_dacsp_":
+            return {"grads": g + (gain * c) @ u}
+        if op in ("project", "input_project", "gram", "rotate_"):
+            return {
+                "project": {"coeffs": c},
+                "input_project": {"coeffs": c},
+                "gram": {"gram": total},
+                "rotate_": {"rows": turned},
+            }[op]
         if op == "dacsp_":
             return {"coeffs": c, "grads": g + (gain * c) @ u}
         edited = x.scale.double().unsqueeze(1) * (g + x.mix.double() @ u)

@@ -163,6 +163,25 @@ def pca(size: int, x: Inputs, gram: Callable[[Inputs, Tensor], Tensor]) -> Outpu
     return {"rows": x.bases[0], "singular_values": values}
 
 
+def input_edit(x: Inputs, rows_at_once: int) -> Outputs:
+    """Some rows of a matrix at a time: both products, and one cast each way where it is not fp32."""
+    u = x.bases[0]
+    for start in range(0, x.case.B, rows_at_once):
+        at = slice(start, start + rows_at_once)
+        part = x.grads[at]
+        w = part.float()
+        c = w @ u.T
+        if x.case.op == "input_confine_":
+            d = c.neg_().add_(x.anchor[at])
+            mix = d - torch.clamp(d, -x.bound[at], x.bound[at])
+        else:
+            mix = _mix(c)
+        w.addmm_(mix, u)
+        if w is not part:
+            part.copy_(w)
+    return {"grads": x.grads}
+
+
 # ---------------------------------------------------------------------------------------------------------- list forms
 
 
@@ -269,7 +288,10 @@ def candidates(x: Inputs) -> dict[str, Callable[[], Outputs]]:
     """Every way worth trying for this case by name; of ``dacsp_`` in the order of the time of the two halves."""
     op, rows = x.case.op.split(".")[0], x.bases.flatten(0, 1)
     coeffs, edits = halves(x)
-    if op == "project":
+    if op in ("input_confine_", "input_dacsp_"):
+        sizes = {"mm": x.case.B} | {name: max(size // (4 * x.case.N), 1) for name, size in TILE_BYTES.items()}
+        return {name: partial(input_edit, x, size) for name, size in sizes.items()}
+    if op in ("project", "input_project"):
         return {name: partial(_measured, x, way) for name, way in coeffs.items()}
     if op == "edit_":
         return {name: partial(_edited, x, edit) for name, edit in edits.items()}

@@ -51,6 +51,13 @@ def dacsp(
     return torch.cat(coeffs, dim=1), (g + edit).to(grads.dtype)
 
 
+def confine(grads: Tensor, rows: Tensor, anchor: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """A matrix ``[B, N]`` whose displacement along each row from the anchor ``[B, K]`` is put back into its box."""
+    w = grads.float()
+    d = anchor - w @ rows.T
+    return (w + (d - torch.clamp(d, -lower, upper)) @ rows).to(grads.dtype)
+
+
 def gram(grads: Tensor, bases: Tensor) -> Tensor:
     stack = torch.cat([bases.flatten(0, 1).float(), grads.float()])
     return stack @ stack.T

@@ -71,6 +71,17 @@ def ours(x: Inputs) -> Callable[[], dict[str, Any]]:
         c, _ = ops.dacsp_.list(first, x.bases, x.offsets, ALIGNED, CONFLICT, THRESHOLD, None, x.scales)
         return {"coeffs": c, "grads": first}
 
+    def input_project():
+        return {"coeffs": ops.input_project([x.grads], x.bases)[0]}
+
+    def input_confine():
+        ops.input_confine_([x.grads], x.bases, x.anchor[None], x.bound[None], x.bound[None])
+        return {"grads": x.grads}
+
+    def input_dacsp():
+        ops.input_dacsp_([x.grads], x.bases, ALIGNED, CONFLICT, THRESHOLD)
+        return {"grads": x.grads}
+
     def pca():
         ops.pca_update_(x.bases[0], x.singular_values, x.grads)
         return {"rows": x.bases[0], "singular_values": x.singular_values}
@@ -84,6 +95,9 @@ def ours(x: Inputs) -> Callable[[], dict[str, Any]]:
         "edit_rotate_": edit_rotate,
         "dacsp_": dacsp,
         "dacsp_.list": dacsp_list,
+        "input_project": input_project,
+        "input_confine_": input_confine,
+        "input_dacsp_": input_dacsp,
         "pca_update_": pca,
     }[x.case.op]
 
@@ -117,6 +131,9 @@ def textbook_call(x: Inputs, compiled: bool = False) -> Callable[[], dict[str, A
             zip(("coeffs", "grads"), dacsp(x.grads, x.bases, ALIGNED, CONFLICT, x.scales), strict=True)
         ),
         "dacsp_.list": dacsp_list,
+        "input_project": lambda: {"coeffs": project(x.grads, x.bases)},
+        "input_confine_": lambda: {"grads": textbook.confine(x.grads, x.bases[0], x.anchor, x.bound, x.bound)},
+        "input_dacsp_": lambda: {"grads": dacsp(x.grads, x.bases, ALIGNED, CONFLICT)[1]},
         "pca_update_": lambda: dict(
             zip(("rows", "singular_values"), textbook.pca_update(x.grads, x.bases[0], x.singular_values), strict=True)
         ),

@@ -159,6 +159,11 @@ class Stage:
             object.__setattr__(self, "domain", tuple(self.domain))
         if not self.domains or not all(isinstance(d, str) and d for d in self.domains):
             raise ValueError(f"Stage: expected a domain name or several, found {self.domain!r}")
+        if len(self.name.encode(errors="replace")) > 200:
+            raise ValueError(
+                f"Stage: expected domains whose names have at most 200 bytes together (they name files), found "
+                f"{len(self.name.encode(errors='replace'))}; shorten them"
+            )
         if len(set(self.domains)) != len(self.domains):
             raise ValueError(f"Stage: domain named twice in {self.domain!r}")
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
+MAX_NAME = 100  # bytes of a domain's name; most file systems take 255 with all that is added to it
 Messages = tuple[Mapping[str, str], ...]
 
 
@@ -35,11 +37,13 @@ class Example:
         prompt: Text fed to the tokenizer as it is, or chat messages ({"role", "content"}) for its chat template.
         answer: The right completion where there is a single one (exact evaluation and probes need it), else None.
         info: Whatever else the verifier wants to see.
+        group: The trainer's own name of the group of completions that are compared; None: those of one prompt and answer.
     """
 
     prompt: str | Messages
     answer: str | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
+    group: Hashable = None
 
     def __post_init__(self) -> None:
         if isinstance(self.prompt, list):
@@ -48,6 +52,83 @@ class Example:
             raise ValueError(f"Example: expected a non-empty prompt (text or chat messages), found {self.prompt!r}")
         if self.answer is not None and not isinstance(self.answer, str):
             raise ValueError(f"Example {self.prompt!r}: expected answer to be text or None, found {self.answer!r}")
+
+
+def group_numbers(examples: Sequence[Example]) -> list[int]:
+    """The group of every example, numbered by their first places: that of its `group`, else of its prompt and answer."""
+    first: dict[Hashable, int] = {}
+    known: dict[int, int] = {}  # the same object, as a trainer repeats it, needs no second look
+    out = []
+    for i, e in enumerate(examples):
+        if id(e) not in known:
+            prompt = e.prompt if isinstance(e.prompt, str) else json.dumps(e.prompt, sort_keys=True, default=repr)
+            key = ("group", e.group) if e.group is not None else ("prompt", type(e.prompt), prompt, e.answer)
+            known[id(e)] = first.setdefault(key, i)
+        out.append(known[id(e)])
+    return out
+
+
+def name_problem(name: object) -> str | None:
+    """Why a name cannot be that of a domain, which names files in the run's directory; None if it can."""
+    if not isinstance(name, str) or not name:
+        return "a non-empty name"
+    if any(c in "/\\+" for c in name):
+        return "a name without '/', '\\' and '+' (it names files)"
+    if not name.isprintable() or name != name.strip() or name.startswith("."):
+        return "a name of printable characters that begins with no dot and has no blanks at its ends (it names files)"
+    if len(name.encode(errors="replace")) > MAX_NAME:
+        return f"a name of at most {MAX_NAME} bytes (it names files)"
+    return None
+
+
+def checked_rewards(
+    name: str,
+    reward: Callable[[Example, str], float | None] | BatchReward,
+    examples: Sequence[Example],
+    completions: Sequence[str],
+    *,
+    training: bool = True,
+) -> list[float | None]:
+    """Rewards of completions, example i belonging to completion i: finite numbers, or None for what could not be judged.
+
+    Args:
+        name: Of what is judged, for messages.
+        reward: See `Domain`.
+        examples: As many as completions.
+        completions: Decoded.
+        training: False asks for the reward's `evaluate_batch` where it has one.
+
+    Raises:
+        RewardError: One is neither a finite number nor None, or their number is wrong.
+    """
+    if not isinstance(reward, BatchReward):
+        values = [reward(example, text) for example, text in zip(examples, completions, strict=True)]
+    else:
+        judge: Callable[..., Sequence[Any]] = reward.score_batch
+        if not training:
+            judge = getattr(reward, "evaluate_batch", judge)
+        values = list(judge(examples, completions))
+        if len(values) != len(completions):
+            raise RewardError(
+                f"domain {name!r}: expected {len(completions)} rewards from score_batch, found {len(values)}"
+            )
+    return [_checked(name, value, text) for value, text in zip(values, completions, strict=True)]
+
+
+def _checked(name: str, value: Any, completion: str) -> float | None:
+    if value is None:
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        found = repr(value) if not isinstance(value, int) or abs(value) < 2**64 else "an integer that no float holds"
+        raise RewardError(
+            f"domain {name!r}: expected a finite number from the reward function, found {found[:200]} "
+            f"for completion {completion[:200]!r}; return None for a completion that cannot be judged"
+        )
+    return number
 
 
 @dataclass
@@ -68,7 +149,7 @@ class Domain:
             cross-entropy while later domains are trained.
 
     Raises:
-        ValueError: Empty name, or examples without the answers that their use needs.
+        ValueError: A name that no file can have, or examples without the answers that their use needs.
     """
 
     name: str
@@ -79,10 +160,9 @@ class Domain:
     probe_examples: Sequence[Example] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name or "/" in self.name or "+" in self.name:
-            raise ValueError(
-                f"Domain: expected a non-empty name without '/' and '+' (it names files), found {self.name!r}"
-            )
+        problem = name_problem(self.name)
+        if problem is not None:
+            raise ValueError(f"Domain: expected {problem}, found {str(self.name)[:100]!r}")
         if self.eval_mode not in ("sampled", "exact"):
             raise ValueError(f"Domain {self.name!r}: expected eval_mode 'sampled' or 'exact', found {self.eval_mode!r}")
         if self.eval_mode == "exact":
@@ -127,40 +207,14 @@ class Domain:
         """The rewards of several completions, example i belonging to completion i.
 
         Args:
-            examples: As many as completions; equal objects are one group.
+            examples: As many as completions; `group_numbers` says which are one group.
             completions: Decoded.
             training: False asks for the reward's `evaluate_batch` where it has one.
 
         Raises:
             RewardError: One is neither a finite number nor None, or their number is wrong.
         """
-        values: Sequence[Any]
-        if isinstance(self.reward, BatchReward):
-            judge: Callable[..., Sequence[Any]] = self.reward.score_batch
-            if not training:
-                judge = getattr(self.reward, "evaluate_batch", judge)
-            values = list(judge(examples, completions))
-            if len(values) != len(completions):
-                raise RewardError(
-                    f"domain {self.name!r}: expected {len(completions)} rewards from score_batch, found {len(values)}"
-                )
-        else:
-            values = [self.reward(example, text) for example, text in zip(examples, completions, strict=True)]
-        return [self._checked(value, text) for value, text in zip(values, completions, strict=True)]
-
-    def _checked(self, value: Any, completion: str) -> float | None:
-        if value is None:
-            return None
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number):
-            raise RewardError(
-                f"domain {self.name!r}: expected a finite number from the reward function, found {value!r} "
-                f"for completion {completion!r}; return None for a completion that cannot be judged"
-            )
-        return number
+        return checked_rewards(self.name, self.reward, examples, completions, training=training)
 
 
 def domain_table(domains: Sequence[Domain]) -> dict[str, Domain]:

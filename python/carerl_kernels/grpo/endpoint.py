@@ -19,18 +19,20 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from .._http import RetryingClient, TryAgainError, raise_if_transient, short
+from .._http import RetryingClient, TryAgainError, raise_if_transient
+from .._json import as_logprob
 from .sampling import Rollout, SamplerError
 from .text import SpecialTokens, left_pad, right_pad
 
 LOGGER = logging.getLogger("carerl_kernels.sampler")
 Engine = Literal["vllm", "sglang"]
+LARGEST_VOCABULARY = 2**24  # of any model there is, where the policy's own size is unknown
 WRITTEN = re.compile(r"(?P<temporary>\.tmp-)?step-(?P<step>\d{8})")  # folders of weights
 TRUNCATED = (
     "top_p: expected 1 where an engine samples at another temperature than 1, found top_p={top_p} at temperature={temperature}: "
@@ -178,17 +180,18 @@ class EndpointSampler:
         """Ids and log-probabilities of one prompt's completions."""
 
         async def attempt() -> list[tuple[list[int], list[float]]]:
-            response = await self._client.post("/completions", body)
-            raise_if_transient(response)
-            if response.status_code != 200:
+            answer = await self._client.post("/completions", body)
+            raise_if_transient(answer)
+            if answer.status != 200:
                 raise SamplerError(
-                    f"{self.url} refuses completions of model {self.model!r}: status {response.status_code}, "
-                    f"{short(response.text)}; check url, model (GET {self.url}/models lists them) and CARERL_SAMPLER_API_KEY"
+                    f"{self.url} refuses completions of model {self.model!r}: status {answer.status}, "
+                    f"{self._client.short(answer.text)}; check url, model (GET {self.url}/models lists them) and "
+                    "CARERL_SAMPLER_API_KEY"
                 )
             try:
-                choices = sorted(response.json()["choices"], key=lambda c: c["index"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise TryAgainError(f"no completions in {short(response.text)}") from error
+                choices = sorted(answer.json()["choices"], key=lambda c: int(c["index"]))
+            except (ValueError, KeyError, TypeError, IndexError) as error:
+                raise TryAgainError(f"no completions in {self._client.short(answer.text)}") from error
             if len(choices) != count:
                 raise SamplerError(f"{self.url}: expected n={count} completions of a prompt, found {len(choices)}")
             return [self._completion(choice, limit) for choice in choices]
@@ -200,25 +203,39 @@ class EndpointSampler:
                 f"cannot sample from {self.url}: {error}, {self._client.attempts} times; start the engine, then resume the run"
             ) from error
 
-    def _completion(self, choice: dict[str, Any], limit: int) -> tuple[list[int], list[float]]:
-        ids = choice.get("token_ids")
-        values = (choice.get("logprobs") or {}).get("token_logprobs")
-        if not ids:
+    def _completion(self, choice: Mapping[str, Any], limit: int) -> tuple[list[int], list[float]]:
+        """Checked ids and log-probabilities of one completion, cut to `limit`."""
+        ids, values = choice.get("token_ids"), choice.get("logprobs")
+        values = values.get("token_logprobs") if isinstance(values, Mapping) else None
+        if not ids or not isinstance(ids, list):
             raise SamplerError(
                 f"{self.url} returns no token ids: expected choices[].token_ids, which present releases of vLLM and SGLang give "
                 "for return_token_ids, found none; text cannot be trained on, it tokenises in several ways"
             )
-        if not values or len(values) != len(ids) or any(v is None for v in values):
+        if not isinstance(values, list) or len(values) != len(ids) or any(v is None for v in values):
             raise SamplerError(
                 f"{self.url} returns no log-probabilities: expected choices[].logprobs.token_logprobs for {len(ids)} tokens, "
-                f"found {0 if not values else len(values)}; start the engine with log-probabilities allowed"
+                f"found {len(values) if isinstance(values, list) else 0}; start the engine with log-probabilities allowed"
+            )
+        size = self.tokens.vocabulary or LARGEST_VOCABULARY
+        strange = [i for i in ids if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < size]
+        if strange:
+            raise SamplerError(
+                f"{self.url} returns the token id {self._client.short(str(strange[0]))}, expected numbers from 0 to {size - 1}, "
+                "the policy's vocabulary: it serves another model"
+            )
+        logps = [as_logprob(v) for v in values]
+        if None in logps:
+            raise SamplerError(
+                f"{self.url} returns the log-probability {self._client.short(str(values[logps.index(None)]))}, expected numbers "
+                "of at most 0: no sampling draws such a token; see the engine's log"
             )
         if choice.get("finish_reason") == "stop" and ids[-1] not in self.tokens.eos:
             raise SamplerError(
                 f"{self.url} ends a completion with token {ids[-1]}, expected one of the policy's end tokens "
                 f"{self.tokens.eos}: it serves another model, or leaves the end out"
             )
-        return [int(i) for i in ids[:limit]], [float(v) for v in values[:limit]]
+        return ids[:limit], [v for v in logps[:limit] if v is not None]
 
     # ---- weights
 
@@ -262,36 +279,24 @@ class EndpointSampler:
                 shutil.rmtree(path, ignore_errors=True)
 
     async def _reload(self, path: Path) -> None:
-        root = self.url.removesuffix("/v1")
         if self.engine == "sglang":
-            await self._control(root, "/update_weights_from_disk", {"model_path": str(path), "flush_cache": True})
+            await self._control("/update_weights_from_disk", {"model_path": str(path), "flush_cache": True})
             return
-        await self._control(
-            root, "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(path)}}
-        )
-        await self._control(root, "/reset_prefix_cache", {})  # keys and values of the old weights
+        await self._control("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(path)}})
+        await self._control("/reset_prefix_cache", {})  # keys and values of the old weights
 
-    async def _control(self, root: str, call: str, body: dict[str, Any]) -> None:
-        client = RetryingClient(
-            root,
-            key=self._client.key,
-            max_in_flight=1,
-            timeout=self.reload_timeout,
-            attempts=self._client.attempts,
-            backoff=self._client.backoff,
-            max_backoff=self._client.max_backoff,
-            log=LOGGER,
-        )
+    async def _control(self, call: str, body: dict[str, Any]) -> None:
+        client = self._client.at_root(timeout=self.reload_timeout)
 
         async def attempt() -> None:
-            response = await client.post(call, body)
-            refused = response.status_code == 200 and '"success":false' in response.text.replace(" ", "")
-            if response.status_code != 200 or refused:
+            answer = await client.post(call, body)
+            refused = answer.status == 200 and '"success":false' in answer.text.replace(" ", "")
+            if answer.status != 200 or refused:
                 if not refused:
-                    raise_if_transient(response)
+                    raise_if_transient(answer)
                 hint = "start it with VLLM_SERVER_DEV_MODE=1" if self.engine == "vllm" else "see its log"
                 raise SamplerError(
-                    f"{root}{call} does not load {body}: status {response.status_code}, {short(response.text)}; is this "
+                    f"{client.url}{call} does not load {body}: status {answer.status}, {client.short(answer.text)}; is this "
                     f"{self.engine}, and does it see that folder? {hint}"
                 )
 
@@ -299,7 +304,7 @@ class EndpointSampler:
             await client.call(attempt)
         except TryAgainError as error:
             raise SamplerError(
-                f"cannot give new weights to {root}: {error}, {self._client.attempts} times; start the engine, then resume"
+                f"cannot give new weights to {client.url}: {error}, {client.attempts} times; start the engine, then resume"
             ) from error
         finally:
             await client.aclose()

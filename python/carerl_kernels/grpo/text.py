@@ -21,11 +21,13 @@ class SpecialTokens:
         eos: Ids that end a completion.
         banned: Ids the policy never writes; masked out of the distribution in sampling AND loss, since a token that is
             sampled but carries no gradient would drift freely.
+        vocabulary: Size of the policy's output layer; None: unknown.
     """
 
     pad: int
     eos: tuple[int, ...]
     banned: tuple[int, ...] = ()
+    vocabulary: int | None = None
 
 
 def special_tokens(tokenizer: Any, model: Any) -> SpecialTokens:
@@ -46,7 +48,8 @@ def special_tokens(tokenizer: Any, model: Any) -> SpecialTokens:
         )
     pad = getattr(tokenizer, "pad_token_id", None)
     pad = eos[0] if pad is None else int(pad)
-    return SpecialTokens(pad=pad, eos=tuple(eos), banned=() if pad in eos else (pad,))
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    return SpecialTokens(pad, tuple(eos), () if pad in eos else (pad,), vocabulary)
 
 
 def _generation_config(model: Any) -> Any:

@@ -102,7 +102,7 @@ def _factor(
     for name, values in ((portion.key, a), (other, b)):
         if not bool(values.isfinite().all()):
             raise ValueError(f"{adapter.path}: expected finite numbers in {name}, found NaN or infinity")
-    base = there.names.get(f"{layer}.weight")
+    base = there.key_of(f"{layer}.weight")
     if base is None:
         raise ValueError(
             f"{adapter.path}: expected adapters of layers in {there.weights.path}, found {portion.key}; START has to be the "
@@ -127,7 +127,7 @@ def _whole(
     there: Correspondence, adapter: Weights, portion: Portion, result: Confined, device: torch.device
 ) -> Matrix | None:
     """A tensor of the model itself that was trained with the adapter; None where it did not move."""
-    name = there.names.get(portion.key.removeprefix(_PREFIX).replace(".base_layer.", "."))
+    name = there.key_of(portion.key.removeprefix(_PREFIX).replace(".base_layer.", "."))
     if name is None or there.weights.entries[name].shape != portion.entry.shape:
         raise ValueError(
             f"{adapter.path}: expected lora_A, lora_B or tensors of {there.weights.path}, found {portion.key} "

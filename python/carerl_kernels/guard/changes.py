@@ -17,6 +17,7 @@ from ..subspace.correspond import Unit
 from ..subspace.factored import FactoredBasis
 from ..subspace.matrices import MatrixLayout, Side
 from ..subspace.portions import Portion
+from ..subspace.weights import DTYPES
 from .correct import rule_params
 from .factored import InputStack
 from .rules import RuleParams
@@ -78,7 +79,7 @@ class Confined:
         corrected: tensors that were changed; kept: number of those that are bitwise what they were.
         uncovered: tensors of two or more dimensions that moved without directions; free: share of the change's energy in them and
             in vectors.
-        left_out: files that were not copied, because they hold weights of another format.
+        left_out: files that were not copied, because they may hold weights of another format.
         warnings: sentences.
     """
 
@@ -113,6 +114,12 @@ def compared(
     Raises:
         ValueError: numbers that are not finite.
     """
+    for what, values in (("START", start), (whose, end)):
+        if values.dtype not in DTYPES.values():
+            raise ValueError(
+                f"{what}: expected {portion.key} in float32, bfloat16 or float16, found {values.dtype}; save the model "
+                "unquantised"
+            )
     if torch.equal(start, end):
         return None
     start, end = start.to(device, torch.float32), end.to(device, torch.float32)

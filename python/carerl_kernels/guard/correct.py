@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..subspace.recorder import StageRecorder
+from .literal import LiteralRecording
 from .probes import Probes
 from .rules import RuleParams, RuleState, decide
 from .settings import Settings
@@ -43,6 +45,7 @@ class StepCorrection:
         self.q_start = self.q_prev.clone()
         # where a step's coefficients and its correction go: memory that is there already costs no page faults
         self._q, self._x = torch.empty_like(self.q_prev), torch.empty_like(self.q_prev)
+        self._literal: LiteralRecording | None = None
 
     def rebase(self, parameters: Sequence[Tensor]) -> None:
         """Counts from the present parameters on."""
@@ -121,8 +124,21 @@ class StepCorrection:
         self.statistics.count(stack, sums, touched.sum(), total)
         stack.edit_(parameters, correction)
 
-    def edit_gradients(self, grads: Sequence[Tensor], own: str | None, max_grad_norm: float | None = None) -> None:
-        """Edits a gradient in place; clipping folds into the scale, known before the second pass."""
+    def edit_gradients(
+        self,
+        grads: Sequence[Tensor],
+        own: str | None,
+        max_grad_norm: float | None = None,
+        recorder: StageRecorder | None = None,
+    ) -> None:
+        """Edits a gradient in place; clipping folds into the scale, known before the second pass.
+
+        Args:
+            grads: of every parameter.
+            own: the step's domain.
+            max_grad_norm: of the edited gradient.
+            recorder: of a stage that takes the gradient in on the way, where :meth:`fuses` says so.
+        """
         stack = self.stack
         total = None
         if (
@@ -132,9 +148,12 @@ class StepCorrection:
         ):
             squares = torch.stack([g.norm(dtype=torch.float32).double().square() for g in grads])
             total = stack.layout.shards.sum_(squares.sum())
-        if self._fused(max_grad_norm):
-            assert isinstance(stack, RowStack)
-            c, x = stack.dacsp_(grads, own, self.params, self._floor(total))
+        if isinstance(stack, RowStack) and self.fuses(max_grad_norm):
+            if recorder is None:
+                c, x = stack.dacsp_(grads, own, self.params, self._floor(total))
+            else:
+                self._literal = LiteralRecording.of(stack, recorder, self._literal)
+                c, x = self._literal.step(grads, own, self.params)
             overlapped = stack.overlap_times(x)
         else:
             c = stack.project(grads)  # [T, K]
@@ -151,7 +170,7 @@ class StepCorrection:
             stack, stack.column_sums(energies(c)), touched, total if self.settings.track_energy else None
         )
 
-    def _fused(self, max_grad_norm: float | None) -> bool:
+    def fuses(self, max_grad_norm: float | None = None) -> bool:
         """Whether one fused op can do it: the literal rule on rows that live here whole, and no clipping after the edit."""
         stack = self.stack
         whole = isinstance(stack, RowStack) and not stack.layout.shards.sharded and stack.one_call_each

@@ -20,23 +20,20 @@ from ..subspace.recorder import Recorder
 from ..subspace.shards import local
 from ..subspace.sites import unwrapped
 from ..subspace.store import read_info
-from .box import Box
 from .build import architecture_of, data_group, lay_out, new_stack, sides_of, trainable
 from .checks import at_least
-from .correct import StepCorrection, rule_params
-from .gradients import finite_parts, gradients, set_aside
+from .following import Following
+from .gradients import set_aside
+from .memory import Memory
 from .newcomer import Newcomer
-from .optimizers import Census, inside_another_step, real_optimizer, refuse_copies, second_weights
-from .probes import Probes
+from .optimizers import Census, real_optimizer
 from .recording import Recording
-from .report import DomainReport, Report
+from .report import Report
 from .rules import Rule
 from .settings import GuardOptions, Settings
-from .stack import noise_floor
-from .statistics import Statistics
+from .stack import Stack
 
 _UNSET: Any = object()
-STATE_VERSION = 2
 
 
 class CapabilityGuard:
@@ -108,31 +105,17 @@ class CapabilityGuard:
         self.parameters = [p for _, p in named]
         self.layout: Any = lay_out(named, kind, rank_of(kind, settings.k, settings.r), process_group, sides)
         self.data_group = data_group(model, self.layout)
-        self.max_grad_norm = settings.max_grad_norm
         self.domains = None if settings.domains is None else tuple(settings.domains)
         self.seconds = {"act": 0.0, "record": 0.0, "probe": 0.0}
         self.device = local(self.parameters[0]).device
-
-        self.stack = new_stack(self.layout, settings.basis_dtype, self.device, settings.room)
-        self._recording = Recording(self.layout, settings, self.architecture, self.data_group, module, self._locals)
+        self.memory = Memory(self.layout, settings, self.device)
         self._census = Census(dict(named), self.layout.covered_names, inner)
-        self._statistics = Statistics()
-        self._probes = Probes(settings.probe_every, settings.probe_adaptive)
-        self._optimizers: list[torch.optim.Optimizer] = []
-        self._handles: list[Any] = []
-        self._stepped: set[int] = set()  # attached optimizers that have taken the step under way
-        self._looked_for_copies = False
+        self._recording = Recording(self.layout, settings, self.architecture, self.data_group, module, self._locals)
+        self._following = Following(
+            self.parameters, self.memory, self._recording, self._census, self._own, self.seconds
+        )
         self._current: str | None = _UNSET  # domain of the batch; _UNSET: that of the stage
         self._seen: dict[str, None] = dict.fromkeys(self.domains or ())
-        self._snapshot: list[Tensor] | None = None
-        self._dropped = False  # this optimizer step was dropped for a non-finite gradient
-        self._edited = False  # edit_domains made the gradient of the step to come: it is recorded and edited already
-        self._restored = False  # state was loaded: the next attach or stage goes on instead of starting afresh
-        self._steps_here = 0  # since displacements were last counted from zero
-        self._moved: dict[str, float | None] = {}  # what the last stage moved along every domain's directions
-        self._sent_before = 0, 0  # numbers and all-reduces before this step
-        self._step_communication = {"elements_last_step": 0, "all_reduces_last_step": 0}
-        self._renew()
 
     @property
     def rule(self) -> Rule:
@@ -143,6 +126,20 @@ class CapabilityGuard:
     def apply_to(self) -> str:
         """See the class."""
         return self.settings.apply_to
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """See the class; a trainer that clips may hand its limit over."""
+        return self._following.max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, limit: float | None) -> None:
+        self._following.max_grad_norm = limit
+
+    @property
+    def stack(self) -> Stack:
+        """Directions of all domains."""
+        return self.memory.stack
 
     # ------------------------------------------------------------------------------------------------------ history
 
@@ -242,13 +239,7 @@ class CapabilityGuard:
         basis = basis if isinstance(basis, StoredBasis) else StoredBasis.load(basis, self.layout)
         basis.check_model(self.layout, self.architecture)
         self._known(basis.info.domain, recorded=True)
-        if not rebase:
-            self._adopt(basis)
-            return
-        self._close()
-        self.stack.put(basis, self._locals())
-        self._renew()
-        self.rebase()
+        (self.memory.add if rebase else self.memory.adopt)(basis, self._locals())
 
     def basis(self, name: str) -> Any:
         """The recorded basis of a domain (rows rounded to ``basis_dtype``): to inspect, or to save once more.
@@ -262,7 +253,7 @@ class CapabilityGuard:
     @property
     def history(self) -> list[str]:
         """Names of the domains with a basis, oldest first."""
-        return list(self.stack.names)
+        return self.memory.history
 
     # ----------------------------------------------------------------------------------------------- where it attaches
 
@@ -279,7 +270,7 @@ class CapabilityGuard:
             ValueError: the optimizers hold none of the guarded parameters, or none were given.
         """
         real = [real_optimizer(optimizer) for optimizer in optimizers]
-        if self._handles:
+        if self._following.attached:
             raise RuntimeError(
                 "this guard is attached already; call guard.detach() first, or attach all optimizers at once"
             )
@@ -291,25 +282,15 @@ class CapabilityGuard:
             )
         self._census.check_model()
         self._census.look(real)
-        self._optimizers, self._stepped, self._looked_for_copies = real, set(), False
-        for optimizer in real:
-            self._handles += [
-                optimizer.register_step_pre_hook(self._before_step),
-                optimizer.register_step_post_hook(self._after_step),
-            ]
+        self._following.attach(real)
         self._start_here()
 
     @torch.no_grad()
     def detach(self) -> None:
         """Puts the parameters back into their box a last time and leaves the optimizers alone. Nothing when not attached."""
-        if not self._handles:
-            return
-        for handle in self._handles:
-            handle.remove()
-        self.settle()
-        self._handles, self._optimizers = [], []
-        if self.box is not None:
-            self.box.also = None
+        if self._following.attached:
+            self._following.settle()
+            self._following.detach()
 
     @contextmanager
     def domain(self, name: str | None) -> Iterator[None]:
@@ -334,23 +315,22 @@ class CapabilityGuard:
         Raises:
             RuntimeError: a rule that corrects steps one by one.
         """
-        if self.box is None:
+        box = self.memory.box
+        if box is None:
             raise RuntimeError(
                 f"confine_: expected rule 'bounded' or 'remove' with apply_to='update', found {self.rule!r} with "
                 f"{self.apply_to!r}, which corrects steps one by one"
             )
         started = time.perf_counter()
-        self.box.confine_(self._locals())
+        if len(self.stack):
+            box.confine_(self._locals())
         self.seconds["act"] += time.perf_counter() - started
 
     @torch.no_grad()
     def settle(self) -> None:
         """Corrects what waits for a correction: nothing, with a rule that corrects every step. For trainers, before they evaluate
         what a stage came to; its end and :meth:`detach` do it by themselves."""
-        if self._stepped:  # some of several optimizers took the step
-            self._end_step()
-        if self.box is not None and len(self.stack):
-            self.box.close(self._locals())
+        self._following.settle()
 
     @contextmanager
     def stage(
@@ -382,7 +362,7 @@ class CapabilityGuard:
         self._known(name, recorded=True)
         self._census.check_model()
         current = self._recording.stage
-        if current is not None and not (self._restored and current.domain == name):
+        if current is not None and not (self._following.restored and current.domain == name):
             raise RuntimeError(f"expected no stage in progress, found {current.domain!r}; stages do not nest")
         recorder = current or self._recorder(name, start_checkpoint, inputs=inputs, **shown)
         self._recording.stage = recorder
@@ -434,16 +414,16 @@ class CapabilityGuard:
                     f"probe of {name!r}: expected a gradient, found none; call loss.backward() inside the block"
                 )
             with torch.no_grad():
-                a = self.stack.project(self._gradients(), name)
+                a = self.stack.project(self._following.gradients(), name)
             # A probe that is not finite leaves the sign of the one before.
             if self.rule == "probed" and bool(self.stack.all_finite(a)):
-                self._probes.add(name, a)
+                self.memory.probes.add(name, a)
             self.seconds["probe"] += time.perf_counter() - started
-            self._probes.seconds += time.perf_counter() - entered
+            self.memory.probes.seconds += time.perf_counter() - entered
 
     def probes_due(self) -> bool:
         """Whether rule "probed" wants fresh probes before the next step."""
-        return self.rule == "probed" and self._probes.due(self.history)
+        return self.rule == "probed" and self.memory.probes.due(self.history)
 
     # ---------------------------------------------------------------------------------------- domains that appear on the way
 
@@ -488,129 +468,11 @@ class CapabilityGuard:
             basis = newcomer.recorder.finish(self._locals())
         finally:
             newcomer.recorder.end()
-        self._adopt(basis)
+        self.add(basis, rebase=False)
         if path is not None:
             basis.save(path)
 
-    def _adopt(self, basis: StoredBasis) -> None:
-        """Adds a domain without starting the others' displacements afresh."""
-        self.settle()
-        stack, parameters = self.stack, self._locals()
-        stay = [name for name in self.history if name != basis.info.domain]
-        acted = {name: stack.present(name) for name in stay}
-        if self.box is not None:
-            anchors = {name: (self.box.anchor[:, stack.columns(name)].clone(), acted[name]) for name in stay}
-            stack.put(basis, parameters)
-            self._renew()
-            self.box.adopt(parameters, anchors)
-            return
-        remembered = self.steps.remembered()
-        kept = {
-            name: ({what: rows[:, stack.columns(name)].clone() for what, rows in remembered.items()}, acted[name])
-            for name in stay
-        }
-        stack.put(basis, parameters)
-        self._renew()
-        self.steps.adopt(parameters, kept)
-
-    # --------------------------------------------------------------------------------------------------- the step itself
-
-    @torch.no_grad()
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if inside_another_step(optimizer):
-            return
-        if any(callable(a) for a in (*args, *kwargs.values()) if a is not optimizer):
-            raise RuntimeError(
-                "a guarded optimizer.step() expected gradients that are there already, found a closure that computes them "
-                "inside the step; call loss.backward() first and step() without arguments"
-            )
-        if (
-            id(optimizer) in self._stepped
-        ):  # the others sat this one out (a scaler that skips them, steps of unequal number)
-            self._end_step()
-        if self._stepped:
-            return  # the first of several optimizers has looked at all gradients
-        started = time.perf_counter()
-        recorded_before = self._recording.seconds
-        self._census.look(self._optimizers)
-        self._sent_before = self.layout.shards.elements, self.layout.shards.calls
-        held = [p for o in self._optimizers for group in o.param_groups for p in group["params"] if p.grad is not None]
-        self._dropped = not self._finite(list(finite_parts(held)))
-        if self._dropped:
-            self._statistics.dropped += 1
-            self._recording.discard()
-            for p in held:
-                p.grad = None
-            return
-        own = self._own()
-        if not self._edited:  # before any edit: history is made of raw gradients
-            edits = len(self.stack) > 0 and self.apply_to == "grad"
-            grads: list[Tensor] = []
-            if edits or self._recording.wants_gradients:
-                self._unscale(optimizer)
-                grads = self._gradients()
-            for basis in self._recording.update(own, grads):
-                self._adopt(basis)
-            self._settle_probes()
-            if edits:
-                self.steps.edit_gradients(grads, own, self.max_grad_norm)
-        if len(self.stack) and self.apply_to == "update":
-            if self.box is not None:
-                self.box.begin(self._locals(), own)
-            elif self.settings.track_energy:
-                self._snapshot = [p.clone() for p in self._locals()]
-        recorded = self._recording.seconds - recorded_before
-        self.seconds["record"] += recorded
-        self.seconds["act"] += time.perf_counter() - started - recorded
-
-    def _unscale(self, optimizer: torch.optim.Optimizer) -> None:
-        """A fused optimizer under GradScaler divides inside its step: what looks at gradients before has to divide now."""
-        scale = getattr(optimizer, "grad_scale", None)
-        if scale is None:
-            return
-        if len(self._optimizers) > 1:
-            raise RuntimeError(
-                "several fused optimizers under GradScaler: expected gradients that are unscaled before the first step, found "
-                "grad_scale on one of them; call scaler.unscale_(optimizer) for each before scaler.step"
-            )
-        for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
-            p.grad.div_(scale.to(p.grad.device))
-        optimizer.grad_scale = None  # type: ignore[attr-defined]
-
-    @torch.no_grad()
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if inside_another_step(optimizer):
-            return
-        self._stepped.add(id(optimizer))
-        if len(self._stepped) == len(self._optimizers):
-            self._end_step()
-
-    def _end_step(self) -> None:
-        self._stepped.clear()
-        self._restored = self._edited = False
-        if self._dropped:
-            return
-        started = time.perf_counter()
-        if not self._looked_for_copies and self.apply_to == "update":
-            second = None if self.box is None else second_weights(self._optimizers, self.parameters)
-            refuse_copies(self._optimizers, self.parameters, second is not None)
-            if self.box is not None:
-                self.box.also = second
-            self._looked_for_copies = True
-        if len(self.stack) and self.box is not None:
-            self.box.step(self._locals())
-        elif len(self.stack) and self.apply_to == "update":
-            self.steps.edit_update(self._locals(), self._own(), self._snapshot)
-            self._snapshot = None
-        shards, (elements, calls) = self.layout.shards, self._sent_before
-        self._step_communication = {
-            "elements_last_step": shards.elements - elements,
-            "all_reduces_last_step": shards.calls - calls,
-        }
-        self._statistics.steps += 1
-        self._steps_here += 1
-        self._probes.step()
-        self.seconds["act"] += time.perf_counter() - started
+    # ---------------------------------------------------------------------------------------------- gradients per domain
 
     @torch.no_grad()
     def edit_domains(self, gradients: Mapping[str, Sequence[Tensor]]) -> list[Tensor]:
@@ -649,20 +511,23 @@ class CapabilityGuard:
         for name in gradients:
             self._known(name)
         parts = {name: [local(g) for g in gradient] for name, gradient in gradients.items()}
-        if self._finite([g.contiguous() for part in parts.values() for g in part]):  # else the step to come is dropped
-            self._settle_probes()
+        memory = self.memory
+        if self._following.finite(
+            [g.contiguous() for part in parts.values() for g in part]
+        ):  # else the step will be dropped
+            memory.steps.settle_probes()
             for recorder in self._recording.active:
                 if recorder.domain not in parts:
                     recorder.discard()
             for name, part in parts.items():
                 for basis in self._recording.update(name, part, others=False):
-                    self._adopt(basis)
-                if len(self.stack):
-                    self.steps.edit_gradients(part, name)
+                    memory.adopt(basis, self._locals())
+                if len(memory.stack):
+                    memory.steps.edit_gradients(part, name)
         first, *others = parts.values()
         for other in others:
             torch._foreach_add_(first, other)
-        self._edited = True
+        self._following.edited = True
         spent = self._recording.seconds - recorded
         self.seconds["record"] += spent
         self.seconds["act"] += time.perf_counter() - started - spent
@@ -686,22 +551,9 @@ class CapabilityGuard:
         for another number of processes. Hand-made shards without DTensors are this process's part.
         """
         stage = self._recording.stage
-        if self.box is not None and len(self.stack):
-            with torch.no_grad():
-                self.box.account(self._locals())
-        return {
-            "version": STATE_VERSION,
-            "history": self.history,
-            "settings": self._deciding(),
-            "weights": hash_parameters(self._locals(), self.layout.shards),
-            "correction": (self.box or self.steps).state_dict(),
-            "probes": self._probes.state_dict(),
-            "statistics": self._statistics.state_dict(self.history, self.device),
-            "steps_here": self._steps_here,
-            "moved": dict(self._moved),
-            "seen": list(self._seen),
-            "recorder": None if stage is None else stage.state_dict(),
-        }
+        with torch.no_grad():
+            state = self.memory.state_dict(self._locals(), self.max_grad_norm)
+        return {**state, "seen": list(self._seen), "recorder": None if stage is None else stage.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from :meth:`state_dict`, before or after ``attach`` and ``stage`` of the same stage.
@@ -710,76 +562,42 @@ class CapabilityGuard:
             ValueError: the state is of an earlier version, has another history or rule than this guard, or belongs to other
                 weights than those the model has now.
         """
-        if state.get("version") != STATE_VERSION:
-            raise ValueError(
-                f"guard state: expected version {STATE_VERSION}, found {state.get('version', 1)}, which remembers other numbers; "
-                "finish the run with the package that wrote it, or start from its weights and basis files without the state"
-            )
-        for name, saved, here in (
-            ("history", state["history"], self.history),
-            ("settings", state["settings"], self._deciding()),
-        ):
-            if saved != here:
-                raise ValueError(
-                    f"guard state: expected {name} {saved!r} as saved, found {here!r}; add the same basis files in the "
-                    "same order, and construct the guard with the same settings, first"
-                )
-        weights = hash_parameters(self._locals(), self.layout.shards)
-        if state["weights"] != weights:
-            raise ValueError(
-                f"guard state: expected the weights it was saved with (hash {state['weights']}), found others ({weights}); load "
-                "the checkpoint's weights first, or leave the state out and count from the present ones"
-            )
-        (self.box or self.steps).load_state_dict(state["correction"])
-        self._probes.load_state_dict(state["probes"])
-        self._statistics.load_state_dict(state["statistics"])
-        self._steps_here, self._moved = state["steps_here"], dict(state["moved"])
+        self.memory.load_state_dict(state, self._locals(), self.max_grad_norm)
         self._seen.update(dict.fromkeys(state["seen"]))
         if state["recorder"] is not None:
             name = state["recorder"]["domain"]
             if self._recording.stage is None or self._recording.stage.domain != name:
                 self._recording.stage = self._recorder(name)
             self._recording.stage.load_state_dict(state["recorder"])
-        self._restored = True
+        self._following.restored = True
 
     @torch.no_grad()
     def report(self) -> Report:
         """What the guard did and what it cannot protect: plain numbers, see :class:`~carerl_kernels.guard.report.Report`."""
-        domains: dict[str, DomainReport] = {}
-        for name in self.history:
-            info = self.stack.infos[name]
-            moved = self._moved.get(name, 0.0) if self._steps_here == 0 else self._moved_now(name)
-            size = self._recorded_size(name)
-            domains[name] = {
-                "energy": self._statistics.shares(name),
-                "net_displacement": None if moved is None or size == 0 else moved / size,
-                "moved": moved,
-                "capture": {"gradient": info.gradient_capture, "displacement": info.displacement_capture},
-                "acting": self.stack.acting(name),
-                "steps": info.steps,
-            }
+        memory, shards = self.memory, self.layout.shards
         return {
             "rule": self.rule,
             "apply_to": self.apply_to,
             "basis": self.layout.kind,
             "k": self.layout.k,
-            "every": self.settings.every if self.box is not None else 1,
-            "steps": self._statistics.steps,
-            "dropped_steps": self._statistics.dropped,
-            "waiting": 0 if self.box is None else self.box.waiting,
-            "touched_share": self._statistics.touched_share,
-            "domains": domains,
-            "open_windows": [n for n in self._seen if n not in self.history] + [n for n in domains if self._blind(n)],
+            "every": 1 if memory.box is None else self.settings.every,
+            "steps": memory.statistics.steps,
+            "dropped_steps": memory.statistics.dropped,
+            "waiting": 0 if memory.box is None else memory.box.waiting,
+            "touched_share": memory.statistics.touched_share,
+            "domains": {name: memory.domain(name, self._locals()) for name in self.history},
+            "open_windows": [n for n in self._seen if n not in self.history]
+            + [n for n in self.history if memory.blind(n)],
             "unguarded": self._census.report(),
             "recording": {name: newcomer.as_dict() for name, newcomer in self._recording.newcomers.items()},
-            **({"probes": self._probes.report(self.history)} if self.rule == "probed" else {}),
+            **({"probes": memory.probes.report(self.history)} if self.rule == "probed" else {}),
             "seconds": dict(self.seconds),
             "communication": {
-                "elements": self.layout.shards.elements,
-                "all_reduces": self.layout.shards.calls,
-                **self._step_communication,
+                "elements": shards.elements,
+                "all_reduces": shards.calls,
+                **self._following.communication,
             },
-            "memory": self.stack.memory() + (0 if self.box is None else self.box.memory()),
+            "memory": memory.bytes(),
             "covered": self.layout.covered / self.layout.parameters,
         }
 
@@ -793,43 +611,12 @@ class CapabilityGuard:
         if layout is self.layout or len(self.stack):
             return
         self.layout = self._recording.layout = layout
-        self.stack = new_stack(layout, self.settings.basis_dtype, self.device, self.settings.room)
         self._census.covered = set(layout.covered_names)
-        self._renew()
-
-    def _renew(self) -> None:
-        """Fresh memory for the present directions."""
-        self.box: Box | None = None
-        if self.settings.confines:
-            bounds = rule_params(self.stack, self.settings) if self.rule == "bounded" else None
-            tracked = self._statistics if self.settings.track_energy else None
-            self.box = Box(self.stack, self.layout.names, bounds, self.settings.every, tracked)
-            self._looked_for_copies = False
-        else:
-            self.steps = StepCorrection(self.stack, self.settings, self._probes, self._statistics)
-
-    def _blind(self, name: str) -> bool:
-        """Whether a domain's directions hold no more than chance: random ones hold a share of any displacement."""
-        held = self.stack.infos[name].displacement_capture
-        known = held is None or held > noise_floor(self.stack.chance(name))
-        return not known or not self.stack.acting(name)
-
-    def _recorded_size(self, name: str) -> float:
-        """Norm of what the recorded stage moved along its directions."""
-        return self.stack.recorded_size(name)
-
-    def _moved_now(self, name: str) -> float | None:
-        return self.steps.moved(name) if self.box is None else self.box.moved(self._locals(), name)
+        self.memory.adapt(layout)
 
     def _start_here(self) -> None:
-        if not self._restored:
+        if not self._following.restored:
             self.rebase()
-
-    def _close(self) -> None:
-        """Keeps what the report says of the stage that ends here."""
-        if self._steps_here:
-            self._moved = {name: self._moved_now(name) for name in self.history}
-        self._steps_here = 0
 
     @torch.no_grad()
     def rebase(self) -> None:
@@ -838,28 +625,7 @@ class CapabilityGuard:
         ``attach``, ``stage``, ``add`` and ``protect`` do it. Call it after changing the parameters by hand (loading weights,
         merging, EMA): otherwise the next correction takes the change for training's and undoes it along protected directions.
         """
-        self._close()
-        self._probes.restart()
-        if self.box is None:
-            self.steps.rebase(self._locals())
-        elif len(self.stack):
-            self.box.rebase(self._locals())
-
-    def _settle_probes(self) -> None:
-        if self.box is None:
-            self.steps.settle_probes()
-
-    def _deciding(self) -> dict[str, Any]:
-        """What decides how steps are corrected, for comparison with a saved state."""
-        kind = self.layout.kind
-        room = {"room": self.settings.room} if KINDS[kind].sees == "inputs" else {}
-        return {
-            **self.settings.deciding(),
-            "max_grad_norm": self.max_grad_norm,
-            "kind": kind,
-            "k": self.layout.k,
-            **room,
-        }
+        self.memory.rebase(self._locals())
 
     def _with_history(self, what: str, name: str) -> None:
         if name not in self.stack.names:
@@ -878,21 +644,9 @@ class CapabilityGuard:
             return self._current
         return self._recording.stage.domain if self._recording.stage is not None else None
 
-    def _gradients(self) -> list[Tensor]:
-        return gradients(self.parameters, self.layout.names)
-
     def _locals(self) -> list[Tensor]:
         """The parts of the parameters that live here, sharing their memory."""
         return [local(p) for p in self.parameters]
-
-    def _finite(self, tensors: Sequence[Tensor]) -> bool:
-        """One flag for all gradients of all processes: the only synchronisation of a guarded step."""
-        tensors = [tensor for tensor in tensors if tensor.numel()]
-        flag = torch.ones((), dtype=torch.bool, device=self.device)
-        for device in dict.fromkeys(tensor.device for tensor in tensors):  # parameters may be spread over several
-            here = [tensor for tensor in tensors if tensor.device == device]
-            flag = flag & torch.ops.carerl.all_finite(here).to(self.device)
-        return bool(self.layout.shards.all(flag))
 
 
 __all__ = ["BasisError", "CapabilityGuard"]

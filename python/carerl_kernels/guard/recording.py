@@ -100,15 +100,24 @@ class Recording:
         for recorder in self.active:
             recorder.discard()
 
-    def update(self, own: str | None, gradient: Sequence[Tensor], others: bool = True) -> list[StoredBasis]:
+    def update(
+        self, own: str | None, gradient: Sequence[Tensor], others: bool = True, stage: bool = True
+    ) -> list[StoredBasis]:
         """Feeds the recordings of this step's domain, and tells the others that it was not theirs.
+
+        Args:
+            own: the step's domain.
+            gradient: of every parameter; nothing where nobody looks at it.
+            others: whether other domains' recorders are told.
+            stage: whether the stage's recorder is fed here, and not by the edit.
 
         Returns:
             Bases of newcomers that may act from now on, or have been renewed.
         """
         started, found = time.perf_counter(), []
         if self.stage is not None and own == self.stage.domain:
-            self.stage.update(gradient)
+            if stage:
+                self.stage.update(gradient)
         elif self.stage is not None and others:
             self.stage.discard()
         for name, newcomer in self.newcomers.items():

@@ -311,11 +311,7 @@ class RowStack(Stack[Layout, DomainBasis]):
         Returns:
             Coefficients of the rows that act, and what was taken out along them: ``[T, K]`` float64.
         """
-        active, T, K = self.active(own), self.layout.T, self.rows
-        span = self.frame(own).spans[0]
-        root = torch.zeros(T, K, K, dtype=torch.float64, device=self.device)
-        columns = active.nonzero().squeeze(1)
-        root[:, columns.unsqueeze(1), columns] = span.tensors()[0]
+        active, T, K, root = self.active(own), self.layout.T, self.rows, self.root(own)
         threshold = torch.as_tensor(floor, dtype=torch.float32, device=self.device).expand(K).contiguous()
         weights = (params.aligned.float(), params.conflict.float(), threshold)
         c = torch.zeros(T, K, dtype=torch.float64, device=self.device)
@@ -334,6 +330,13 @@ class RowStack(Stack[Layout, DomainBasis]):
         c = torch.where(active & c.isfinite().all(), c, 0.0)
         _, x = dacsp_core(c, *(w.double() for w in weights), root)
         return c, -x
+
+    def root(self, own: str | None) -> Tensor:
+        """R ``[T, K, K]`` float64 of the rows that act on a domain's steps, zero for the others."""
+        root = torch.zeros(self.layout.T, self.rows, self.rows, dtype=torch.float64, device=self.device)
+        columns = self.active(own).nonzero().squeeze(1)
+        root[:, columns.unsqueeze(1), columns] = self.frame(own).spans[0].tensors()[0]
+        return root
 
     @property
     def one_call_each(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ class CareMixin:
         stage_path: where the stage's basis goes.
         domain_column: column of the data set that names each prompt's domain. Without a stage a step belongs to the domain of its
             prompts, in all accumulated micro-batches and processes; where they differ, to none, and all history acts.
+            Evaluation may have domains of its own, and prompts without one, which count in no domain's metrics.
         domains: all names that the column holds; None looks them up (not possible in a stream).
         editor: makes the step's gradient out of one per domain (:mod:`carerl_kernels.guard.editors`); "guard" means the
             guard itself, in grad mode: each domain's gradient is edited by the rows of the others. TRL's clipping follows.
@@ -56,7 +58,7 @@ class CareMixin:
         super().__init__(*args, **kwargs)
         self.domain_column = domain_column
         trainer: Any = self
-        self.domain_names = _domain_names(trainer.train_dataset, domain_column, domains)
+        self.domain_names = _domain_names(trainer.train_dataset, trainer.eval_dataset, domain_column, domains)
         self._step_domains = torch.zeros(len(self.domain_names), dtype=torch.bool)
         self._step_owner: str | None = None
         self._batch_ids: Tensor | None = None  # domains of the generation batch, of all processes
@@ -103,13 +105,22 @@ class CareMixin:
         return output
 
     def _domain_id(self, row: Mapping[str, Any]) -> int:
+        """Place of a row's domain in `domain_names`; -1 for none, which only evaluation may have."""
+        trainer: Any = self
         name = row.get(self.domain_column)
-        if name not in self.domain_names:
-            raise ValueError(
-                f"column {self.domain_column!r}: expected one of {', '.join(self.domain_names)}, found {name!r}; "
-                "name them all in domains="
-            )
-        return self.domain_names.index(name)
+        if name in self.domain_names:
+            return self.domain_names.index(name)
+        if not trainer.model.training:
+            if name is not None:
+                warnings.warn(
+                    f"evaluation holds domain {name!r}, which is not in domains={self.domain_names}: no metrics of its own",
+                    stacklevel=2,
+                )
+            return -1
+        raise ValueError(
+            f"column {self.domain_column!r}: expected one of {', '.join(self.domain_names)}, found {name!r}; "
+            "name them all in domains="
+        )
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         parent: Any = super()
@@ -231,7 +242,8 @@ class CareMixin:
             delta = (inputs["ref_per_token_logps"] - logps) * mask
             values.append(torch.expm1(delta) - delta)
         sums = torch.zeros(len(self.domain_names), len(values), device=mask.device)
-        sums.index_add_(0, inputs["domain_ids"], torch.stack([v.sum(1) for v in values], 1))
+        known = inputs["domain_ids"] >= 0
+        sums.index_add_(0, inputs["domain_ids"][known], torch.stack([v.sum(1) for v in values], 1)[known])
         sums = trainer.accelerator.reduce(sums, "sum").tolist()
         for name, (tokens, *totals) in zip(self.domain_names, sums, strict=True):
             if tokens:
@@ -268,18 +280,25 @@ class _TRLCallback(GuardCallback):
         """The trainer's own log has the numbers already, where every reporter sees them."""
 
 
-def _domain_names(dataset: Any, column: str, domains: Sequence[str] | None) -> list[str]:
-    """Names in the column, the same in every process; none where there is no such column.
+def _domain_names(train: Any, evaluation: Any, column: str, domains: Sequence[str] | None) -> list[str]:
+    """Names in the column of the training data and of what is evaluated, the same in every process; none where the training
+    data have no such column.
 
     Raises:
-        ValueError: a stream, whose names nobody knows beforehand.
+        ValueError: a stream, whose names nobody knows beforehand, or a row of the training data without a name.
     """
     if domains is not None:
         return list(domains)
-    if column not in (getattr(dataset, "column_names", None) or []):
+    if column not in (getattr(train, "column_names", None) or []):
         return []
-    if not hasattr(dataset, "unique"):
-        raise ValueError(
-            f"expected domains=[...], all names in column {column!r}, with a data set that is a stream, found None"
-        )
-    return sorted(dataset.unique(column))
+    held = list(evaluation.values()) if isinstance(evaluation, Mapping) else [evaluation]
+    held = [data for data in held if column in (getattr(data, "column_names", None) or [])]
+    for data in (train, *held):
+        if not hasattr(data, "unique"):
+            raise ValueError(
+                f"expected domains=[...], all names in column {column!r}, with a data set that is a stream, found None"
+            )
+    for name in train.unique(column):
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"column {column!r}: expected a name in every row of the training data, found {name!r}")
+    return sorted({name for data in (train, *held) for name in data.unique(column) if isinstance(name, str) and name})

@@ -3,84 +3,75 @@
 A reward here is `f(example, completion) -> float | None` or has `score_batch(examples, completions)`: a `Scorer`, a verifier, a
 `Composition`. None means "could not be judged". TRL leaves such completions out; the other trainers have no word for it, so
 their adapters want to be told what to return (`excluded=`) and raise otherwise: a made-up number would be a quiet lie.
+
+Rewards that compare the completions of a prompt (`compares`) need them in one call. Where a trainer hands them over one by one,
+each would be compared with itself alone and earn 0 for ever; that is refused, with what to set in the trainer.
+
+Every adapter takes `strip_reasoning`: what is judged is then the answer after a reasoning trace (`<think>...</think>`), and an
+empty answer where the trace never ends. "opened": the prompt's template ends with the opening tag.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from json import dumps
 from typing import Any
 
-from ..grpo.domain import BatchReward, Domain, Example, RewardError
+from .._http import MAX_BODY
+from .._json import parse_json
+from ..grpo.domain import Example
+from .handed_over import Examples, Reward, as_example, as_number, judged, name_of, plain
 from .prompts import Prompt, completion_text
-
-Reward = Callable[[Example, str], "float | None"] | BatchReward
-
-
-def _judge(reward: Reward, examples: Sequence[Example], completions: Sequence[str]) -> list[float | None]:
-    """Checked rewards: finite numbers or None."""
-    return Domain(_name(reward), lambda rng, n: [], reward).score_batch(examples, completions)
-
-
-def _name(reward: Reward) -> str:
-    return str(getattr(reward, "__name__", type(reward).__name__)).replace("/", ".").replace("+", ".")
-
-
-def _number(value: float | None, excluded: float | None, trainer: str) -> float:
-    if value is not None:
-        return value
-    if excluded is None:
-        raise RewardError(
-            f"a completion could not be judged, and {trainer} cannot leave it out; pass excluded= the number it shall get"
-        )
-    return excluded
-
-
-def _example(prompt: Any, answer: Any = None, info: Mapping[str, Any] | None = None) -> Example:
-    text = prompt if isinstance(prompt, str) else tuple(dict(m) for m in prompt)
-    return Example(text, None if answer is None else str(answer), info or {})
-
-
-class _Groups:
-    """The same Example object for equal prompts, answers and columns: that is how batch rewards see groups."""
-
-    def __init__(self) -> None:
-        self._seen: dict[str, Example] = {}
-
-    def __call__(self, prompt: Any, answer: Any, info: Mapping[str, Any]) -> Example:
-        key = json.dumps([prompt, answer, info], sort_keys=True, default=repr)
-        if key not in self._seen:
-            self._seen[key] = _example(prompt, answer, info)
-        return self._seen[key]
-
+from .reasoning import StripReasoning, strip_special_tokens
 
 # ----------------------------------------------------------------------------------------------------------------- TRL
 
 
+TRLS_OWN = (
+    "completion_ids",
+    "environments",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+)  # beside the data set's columns
+
+
 def trl_reward(
-    reward: Reward, *, answer: str = "answer", name: str | None = None, asynchronous: bool = False
+    reward: Reward,
+    *,
+    answer: str = "answer",
+    name: str | None = None,
+    asynchronous: bool = False,
+    strip_reasoning: StripReasoning = False,
 ) -> Callable[..., Any]:
     """A reward function for TRL's GRPOTrainer (`reward_funcs=[...]`): f(prompts, completions, **columns) -> list.
+
+    A process scores the completions it generated. A reward that compares needs a prompt's completions in one process.
 
     Args:
         reward: Any.
         answer: Data set column with the right answer; every column is in `example.info`.
         name: In TRL's logs.
         asynchronous: An `async def`, which TRL runs beside other asynchronous rewards.
+        strip_reasoning: See the module.
+
+    Raises (when called):
+        RewardError: A reward that compares sees single completions.
     """
 
     def judge(
         prompts: Sequence[Prompt], completions: Sequence[Prompt], columns: Mapping[str, Any]
     ) -> list[float | None]:
-        example = _Groups()
-        rows = {k: v for k, v in columns.items() if isinstance(v, (list, tuple)) and len(v) == len(prompts)}
+        example = Examples()
+        columns = {k: plain(v) for k, v in columns.items() if k not in TRLS_OWN}
+        rows = {k: v for k, v in columns.items() if isinstance(v, list) and len(v) == len(prompts)}
         examples = [
             example(p, rows[answer][i] if answer in rows else None, {k: v[i] for k, v in rows.items()})
             for i, p in enumerate(prompts)
         ]
-        return _judge(reward, examples, [completion_text(c) for c in completions])
+        return judged(reward, examples, [completion_text(c) for c in completions], "TRL", strip_reasoning)
 
     def sync(prompts: Sequence[Prompt], completions: Sequence[Prompt], **columns: Any) -> list[float | None]:
         return judge(prompts, completions, columns)
@@ -91,7 +82,7 @@ def trl_reward(
         return await asyncio.to_thread(judge, prompts, completions, columns)
 
     function: Callable[..., Any] = concurrent if asynchronous else sync
-    function.__name__ = name or _name(reward)
+    function.__name__ = name or name_of(reward)
     return function
 
 
@@ -99,28 +90,66 @@ def trl_reward(
 
 
 def verl_compute_score(
-    rewards: Reward | Mapping[str, Reward], *, excluded: float | None = None
-) -> Callable[..., dict[str, float]]:
-    """verl's `custom_reward_function`: compute_score(data_source, solution_str, ground_truth, extra_info) -> {"score": ...}.
+    rewards: Reward | Mapping[str, Reward], *, excluded: float | None = None, strip_reasoning: StripReasoning = False
+) -> Callable[..., Any]:
+    """verl's `custom_reward_function`: compute_score(data_source, solution_str, ground_truth, extra_info) -> {"score": ...},
+    or with reward_manager=batch compute_score(data_sources, solution_strs, ground_truths, extra_infos) -> [score, ...].
 
-    The prompt is taken from `extra_info["question"]` or `["prompt"]`; verifiers that need none do without.
+    The prompt is taken from `extra_info["question"]` or `["prompt"]`; verifiers that need none do without. Rows of one
+    `extra_info["index"]` are one group, where there is such a number.
 
     Args:
         rewards: One, or one per data source.
         excluded: Score of what could not be judged; "judged" says which those are.
+        strip_reasoning: See the module.
+
+    Raises (when called):
+        RewardError: A reward that compares is called for one completion.
     """
 
+    def example(data_source: Any, ground_truth: Any, extra_info: Mapping[str, Any] | None) -> Example:
+        truth, source = plain(ground_truth), str(data_source)
+        info = plain(dict(extra_info or {})) | {"data_source": source, "ground_truth": truth}
+        index = info.get("index")
+        group = None if index is None else (source, str(index))
+        return as_example(info.get("question") or info.get("prompt") or source, truth, info, group)
+
+    def of_source(source: str) -> Reward:
+        if not isinstance(rewards, Mapping):
+            return rewards
+        if source not in rewards:
+            raise ValueError(f"compute_score: expected data_source one of {sorted(rewards)}, found {source!r}")
+        return rewards[source]
+
     def compute_score(
-        data_source: str, solution_str: str, ground_truth: Any, extra_info: Mapping[str, Any] | None = None, **_: Any
-    ) -> dict[str, float]:
-        if isinstance(rewards, Mapping) and data_source not in rewards:
-            raise ValueError(f"compute_score: expected data_source one of {sorted(rewards)}, found {data_source!r}")
-        reward = rewards[data_source] if isinstance(rewards, Mapping) else rewards
-        info = dict(extra_info or {}) | {"data_source": data_source, "ground_truth": ground_truth}
-        prompt = info.get("question") or info.get("prompt") or data_source
-        answer = ground_truth if isinstance(ground_truth, (str, int, float)) else None
-        value = _judge(reward, [_example(prompt, answer, info)], [solution_str])[0]
-        return {"score": _number(value, excluded, "verl"), "judged": float(value is not None)}
+        data_source: str | None = None,
+        solution_str: str | None = None,
+        ground_truth: Any = None,
+        extra_info: Mapping[str, Any] | None = None,
+        *,
+        data_sources: Sequence[str] | None = None,
+        solution_strs: Sequence[str] | None = None,
+        ground_truths: Sequence[Any] | None = None,
+        extra_infos: Sequence[Mapping[str, Any] | None] | None = None,
+        **_: Any,
+    ) -> dict[str, float] | list[float]:
+        if data_sources is None or solution_strs is None:
+            only = example(data_source, ground_truth, extra_info)
+            value = judged(of_source(str(data_source)), [only], [str(solution_str)], "verl", strip_reasoning)[0]
+            return {"score": as_number(value, excluded, "verl"), "judged": float(value is not None)}
+        size = len(solution_strs)
+        truths = [None] * size if ground_truths is None else ground_truths
+        infos = [None] * size if extra_infos is None else extra_infos
+        examples = [example(*row) for row in zip(data_sources, truths, infos, strict=True)]
+        sources = [str(source) for source in data_sources]
+        numbers = [0.0] * size
+        for source in dict.fromkeys(sources):
+            rows = [i for i in range(size) if sources[i] == source]
+            texts = [solution_strs[i] for i in rows]
+            values = judged(of_source(source), [examples[i] for i in rows], texts, "verl", strip_reasoning)
+            for i, value in zip(rows, values, strict=True):
+                numbers[i] = as_number(value, excluded, "verl")
+        return numbers
 
     return compute_score
 
@@ -128,19 +157,24 @@ def verl_compute_score(
 # ------------------------------------------------------------------------------------------------------------ OpenRLHF
 
 
-def openrlhf_reward_func(reward: Reward, *, excluded: float | None = None) -> Callable[..., dict[str, Any]]:
+def openrlhf_reward_func(
+    reward: Reward, *, excluded: float | None = None, strip_reasoning: StripReasoning = False
+) -> Callable[..., dict[str, Any]]:
     """OpenRLHF's `--remote_rm_url file.py`: reward_func(queries, prompts, labels) -> {"rewards", "scores", "extra_logs"}.
+
+    It decodes with special tokens; those at the ends of a response (`<|im_end|>`) are taken off.
 
     Args:
         reward: Any; a query is the prompt and the response in one text, a label the answer.
         excluded: Reward of what could not be judged.
+        strip_reasoning: See the module.
     """
 
     def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any], **_: Any) -> dict[str, Any]:
         import torch
 
-        values = _from_queries(reward, queries, prompts, labels)
-        numbers = torch.tensor([_number(v, excluded, "OpenRLHF") for v in values], dtype=torch.float32)
+        values = _from_queries(reward, queries, prompts, labels, strip_reasoning)
+        numbers = torch.tensor([as_number(v, excluded, "OpenRLHF") for v in values], dtype=torch.float32)
         judged = torch.tensor([float(v is not None) for v in values])
         return {"rewards": numbers, "scores": numbers.clamp(0, 1), "extra_logs": {"judged": judged}}
 
@@ -148,26 +182,34 @@ def openrlhf_reward_func(reward: Reward, *, excluded: float | None = None) -> Ca
 
 
 def _from_queries(
-    reward: Reward, queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any] | None
+    reward: Reward, queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any] | None, strip: StripReasoning
 ) -> list[float | None]:
+    labels = plain(labels)
     known = list(labels) if labels else [None] * len(queries)
     if not len(queries) == len(prompts) == len(known):
         raise ValueError(
             f"expected as many queries, prompts and labels, found {len(queries)}, {len(prompts)}, {len(known)}"
         )
-    example = _Groups()
+    example = Examples()
     examples = [example(p, label, {"label": label}) for p, label in zip(prompts, known, strict=True)]
     # a tokenizer's round trip may change the prompt's text at its edges; then there is no telling where it ends
     for query, prompt in zip(queries, prompts, strict=True):
         if not query.startswith(prompt):
             raise ValueError(f"expected a query to start with its prompt, found {query[:80]!r} for {prompt[:80]!r}")
-    return _judge(reward, examples, [q[len(p) :] for q, p in zip(queries, prompts, strict=True)])
+    responses = [strip_special_tokens(q[len(p) :]) for q, p in zip(queries, prompts, strict=True)]
+    return judged(reward, examples, responses, "OpenRLHF", strip)
 
 
 def openrlhf_server(
-    reward: Reward, host: str = "127.0.0.1", port: int = 5000, *, excluded: float | None = None
+    reward: Reward,
+    host: str = "127.0.0.1",
+    port: int = 5000,
+    *,
+    excluded: float | None = None,
+    strip_reasoning: StripReasoning = False,
 ) -> ThreadingHTTPServer:
-    """OpenRLHF's remote reward model: POST {"query", "prompts", "labels"} -> {"rewards", "scores", "extra_logs"}.
+    """OpenRLHF's remote reward model: POST {"query", "prompts", "labels"} -> {"rewards", "scores", "extra_logs"}; see
+    `openrlhf_reward_func`.
 
     Call `serve_forever()` on what comes back. Errors are answered with status 400 or 500 and their message.
     """
@@ -175,19 +217,22 @@ def openrlhf_server(
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             try:
-                job = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
-                values = _from_queries(reward, job["query"], job["prompts"], job.get("labels"))
-                numbers = [_number(v, excluded, "OpenRLHF") for v in values]
+                size = int(self.headers.get("Content-Length") or 0)
+                if not 0 <= size <= MAX_BODY:
+                    raise ValueError(f"expected a body of at most {MAX_BODY >> 20} MiB, found {size} bytes")
+                job = parse_json(self.rfile.read(size))
+                values = _from_queries(reward, job["query"], job["prompts"], job.get("labels"), strip_reasoning)
+                numbers = [as_number(v, excluded, "OpenRLHF") for v in values]
                 logs = {"judged": [float(v is not None) for v in values]}
                 scores = [min(1.0, max(0.0, n)) for n in numbers]
                 self._answer(200, {"rewards": numbers, "scores": scores, "extra_logs": logs})
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 self._answer(400, {"error": f"{type(error).__name__}: {error}"})
             except Exception as error:
                 self._answer(500, {"error": f"{type(error).__name__}: {error}"})
 
         def _answer(self, status: int, body: Mapping[str, Any]) -> None:
-            data = json.dumps(body).encode()
+            data = dumps(body).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
@@ -203,16 +248,30 @@ def openrlhf_server(
 # --------------------------------------------------------------------------------------------------------------- slime
 
 
-def slime_custom_rm(reward: Reward, *, excluded: float | None = None) -> Callable[..., Awaitable[Any]]:
-    """slime's `--custom-rm-path`: async f(args, sample or samples) -> float, or a list of them with `--group-rm`."""
+def slime_custom_rm(
+    reward: Reward, *, excluded: float | None = None, strip_reasoning: StripReasoning = False
+) -> Callable[..., Awaitable[Any]]:
+    """slime's `--custom-rm-path`: async f(args, sample or samples) -> float, or a list of them with `--group-rm`.
+
+    Special tokens at the ends of a response, which it decodes too, are taken off. Samples of one `group_index` are a group.
+
+    Args:
+        reward: Any.
+        excluded: Reward of what could not be judged.
+        strip_reasoning: See the module.
+    """
 
     async def custom_rm(args: Any, sample: Any, **_: Any) -> Any:
         many = isinstance(sample, (list, tuple))
         samples = list(sample) if many else [sample]
-        example = _Groups()
-        examples = [example(s.prompt, s.label, dict(getattr(s, "metadata", None) or {})) for s in samples]
-        values = await asyncio.to_thread(_judge, reward, examples, [s.response for s in samples])
-        numbers = [_number(v, excluded, "slime") for v in values]
+        example = Examples()
+        examples = [
+            example(s.prompt, s.label, dict(getattr(s, "metadata", None) or {}), getattr(s, "group_index", None))
+            for s in samples
+        ]
+        texts = [strip_special_tokens(s.response) for s in samples]
+        values = await asyncio.to_thread(judged, reward, examples, texts, "slime", strip_reasoning)
+        numbers = [as_number(v, excluded, "slime") for v in values]
         return numbers if many else numbers[0]
 
     return custom_rm
@@ -222,16 +281,46 @@ def slime_custom_rm(reward: Reward, *, excluded: float | None = None) -> Callabl
 
 
 def verifiers_reward(
-    reward: Reward, *, excluded: float | None = None, name: str | None = None
-) -> Callable[..., Awaitable[float]]:
-    """A reward function for a `verifiers` Rubric: f(prompt, completion, answer, info) -> float."""
+    reward: Reward,
+    *,
+    excluded: float | None = None,
+    name: str | None = None,
+    strip_reasoning: StripReasoning = False,
+) -> Callable[..., Awaitable[Any]]:
+    """A reward function for a `verifiers` Rubric: f(prompt, completion, answer, info) -> float. Of a reward that compares it is
+    a group function, f(prompts, completions, answers, infos) -> list of them, which the rubric knows by these names.
 
-    async def function(
+    A rubric logs what a reward function raises and scores 0; with `excluded` nothing that could not be judged is raised.
+    """
+
+    async def single(
         prompt: Prompt, completion: Prompt, answer: Any = None, info: Mapping[str, Any] | None = None, **_: Any
     ) -> float:
-        example = _example(prompt, answer, dict(info or {}))
-        values = await asyncio.to_thread(_judge, reward, [example], [completion_text(completion)])
-        return _number(values[0], excluded, "verifiers")
+        return (await judge([prompt], [completion], [answer], [info]))[0]
 
-    function.__name__ = name or _name(reward)
+    async def group(
+        prompts: Sequence[Prompt] | None = None,
+        completions: Sequence[Prompt] | None = None,
+        answers: Sequence[Any] | None = None,
+        infos: Sequence[Mapping[str, Any] | None] | None = None,
+        **given: Any,
+    ) -> list[float]:
+        if prompts is None or completions is None:  # called as for a single one
+            prompts, completions = [given.get("prompt", "?")], [given.get("completion", "")]
+        return await judge(prompts, completions, answers or [None] * len(prompts), infos or [None] * len(prompts))
+
+    async def judge(
+        prompts: Sequence[Prompt],
+        completions: Sequence[Prompt],
+        answers: Sequence[Any],
+        infos: Sequence[Mapping[str, Any] | None],
+    ) -> list[float]:
+        example = Examples()
+        examples = [example(p, a, dict(i or {})) for p, a, i in zip(prompts, answers, infos, strict=True)]
+        texts = [completion_text(c) for c in completions]
+        values = await asyncio.to_thread(judged, reward, examples, texts, "verifiers", strip_reasoning)
+        return [as_number(v, excluded, "verifiers") for v in values]
+
+    function: Callable[..., Awaitable[Any]] = group if getattr(reward, "compares", False) else single
+    function.__name__ = name or name_of(reward)
     return function

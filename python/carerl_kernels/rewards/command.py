@@ -29,6 +29,7 @@ def score(
     rejudge: Annotated[
         float, typer.Option(min=0, max=1, help="Share judged twice, to measure the judge's noise.")
     ] = 0.0,
+    strip_reasoning: Annotated[bool, typer.Option(help="Score what stands after a reasoning trace.")] = True,
     price: Annotated[tuple[float, float], typer.Option(help="Per million prompt and completion tokens.")] = (0.0, 0.0),
     trace: Annotated[bool, typer.Option(help="Keep protocol and verdict in the output.")] = True,
 ) -> None:
@@ -41,7 +42,9 @@ def score(
 
         rows: RowScorer
         if verifier:
-            rows = VerifierRows(verifier, _verifier(verifier), threads=min(concurrency, 8))
+            rows = VerifierRows(
+                verifier, _verifier(verifier), threads=min(concurrency, 8), strip_reasoning=strip_reasoning
+            )
         else:
             from .pa_grm import Endpoint, Limits, LocalModel, Scorer
 
@@ -64,6 +67,7 @@ def score(
                     calibration=calibration,  # type: ignore[arg-type]
                     on_signs=on_signs,  # type: ignore[arg-type]
                     rejudge=rejudge,
+                    strip_reasoning=strip_reasoning,
                 ),
                 trace,
             )

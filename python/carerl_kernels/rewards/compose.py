@@ -16,71 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..grpo.domain import BatchReward, Example
+from ..grpo.domain import BatchReward, Example, checked_rewards, group_numbers
+from .normalize import ROUNDING, Running, rank_in_group, spread_of, standardized
 
 Normalization = Literal["none", "group", "rank", "running"]
-
-
-def rank_in_group(values: Tensor, groups: Tensor, judged: Tensor | None = None) -> Tensor:
-    """Place among the group's values in [-1, 1], ties at their mean place: no outlier counts more than its rank.
-
-    Args:
-        values: [B]. groups: [B] integers. judged: [B] bool; False rows get 0 and take no place.
-
-    Returns:
-        [B] float64 with mean 0 in every group; 0 for a group of one.
-    """
-    v = values.double()
-    alike = groups[:, None] == groups[None, :]  # [B, B]
-    if judged is not None:
-        alike &= judged[None, :] & judged[:, None]
-    below = (alike & (v[None, :] < v[:, None])).sum(1)
-    above = (alike & (v[None, :] > v[:, None])).sum(1)
-    others = (alike.sum(1) - 1).clamp(min=1)
-    return (below - above).double() / others
-
-
-class Running:
-    """Mean and standard deviation of a stream, exponentially weighted: a scale that does not jump from batch to batch.
-
-    Args:
-        decay: Weight of what was before, per batch. The average is unbiased from the first batch on.
-    """
-
-    def __init__(self, decay: float = 0.99) -> None:
-        if not 0 < decay < 1:
-            raise ValueError(f"Running: expected decay in (0, 1), found {decay}")
-        self.decay, self.weight, self.first, self.second = decay, 0.0, 0.0, 0.0
-
-    def update(self, values: Tensor) -> None:
-        """Takes in a batch [n]; an empty one changes nothing."""
-        if values.numel():
-            v = values.double()
-            self.weight = self.decay * self.weight + 1 - self.decay
-            self.first = self.decay * self.first + (1 - self.decay) * float(v.mean())
-            self.second = self.decay * self.second + (1 - self.decay) * float(v.square().mean())
-
-    @property
-    def mean(self) -> float:
-        return self.first / self.weight if self.weight else 0.0
-
-    @property
-    def std(self) -> float:
-        return math.sqrt(max(0.0, self.second / self.weight - self.mean**2)) if self.weight else 0.0
-
-    def normalize(self, values: Tensor) -> Tensor:
-        """(values - mean) / std; zeros while everything seen was equal."""
-        spread = self.std
-        # the second moment's rounding, relative to itself, is no spread
-        if spread <= 1e-7 * max(1.0, abs(self.mean)):
-            return torch.zeros_like(values, dtype=torch.float64)
-        return (values.double() - self.mean) / spread
-
-    def state_dict(self) -> dict[str, float]:
-        return {"weight": self.weight, "first": self.first, "second": self.second}
-
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        self.weight, self.first, self.second = state["weight"], state["first"], state["second"]
 
 
 @dataclass
@@ -171,7 +110,7 @@ class Composition:
             v = values[c.name].double()
             counts = judged if c.gate is None else judged & (values[c.gate] >= c.gate_at)
             if c.normalize == "group":
-                part = torch.ops.carerl.group_advantages(v.masked_fill(~counts, math.nan), groups).double()
+                part = standardized(v, groups, counts)
             elif c.normalize == "rank":
                 part = rank_in_group(v, groups, counts)
             elif c.normalize == "running":
@@ -183,16 +122,15 @@ class Composition:
             parts[c.name] = c.weight * part.where(counts, v.new_zeros(()))
         total = torch.stack(list(parts.values())).sum(0)
         if self.whiten:
-            spread = float(total[judged].std(correction=0)) if bool(judged.any()) else 0.0
+            spread = spread_of(total[judged]) if bool(judged.any()) else 0.0
             if spread > 0:
                 total, parts = total / spread, {name: part / spread for name, part in parts.items()}
         return Composed(total, parts, judged)
 
     def score_batch(self, examples: Sequence[Example], completions: Sequence[str]) -> list[float | None]:
-        """Normalised rewards of a batch; equal example objects are one group. `last` keeps the parts for reports."""
+        """Normalised rewards of a batch, in the groups of `group_numbers`. `last` keeps the parts for reports."""
         values, judged = self._values(examples, completions)
-        place = {id(e): i for i, e in enumerate(examples)}
-        groups = torch.tensor([place[id(e)] for e in examples], dtype=torch.long)
+        groups = torch.tensor(group_numbers(examples), dtype=torch.long)
         self.last = self.compose(values, groups, judged)
         pairs = zip(self.last.total.tolist(), judged.tolist(), strict=True)
         return [total if known else None for total, known in pairs]
@@ -208,14 +146,18 @@ class Composition:
         return [t if known else None for t, known in zip(total.tolist(), judged.tolist(), strict=True)]
 
     def _values(self, examples: Sequence[Example], completions: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
-        from ..grpo.domain import Domain
-
         values, judged = {}, torch.ones(len(completions), dtype=torch.bool)
         for c in self.components:
-            raw = Domain(c.name, lambda rng, n: [], c.reward).score_batch(examples, completions)
+            raw = checked_rewards(c.name, c.reward, examples, completions)
             values[c.name] = torch.tensor([r or 0.0 for r in raw], dtype=torch.float64)
             judged &= torch.tensor([r is not None for r in raw], dtype=torch.bool)
         return values, judged
+
+    @property
+    def compares(self) -> bool:
+        """Whether rewards come from comparing completions with one another."""
+        kinds = {c.normalize for c in self.components} & {"group", "rank"}
+        return bool(kinds) or self.whiten or any(getattr(c.reward, "compares", False) for c in self.components)
 
     def state_dict(self) -> dict[str, Any]:
         """Running statistics, for checkpoints."""
@@ -275,7 +217,7 @@ def domination(
     gradient is that of (w_i A_i)^2; advantages have mean 0 in a group, so that is the domain's reward variance.
 
     Args:
-        advantages: [B].
+        advantages: [B]; NaN, for what was not judged, drives nothing.
         domains: B names.
         weights: [B] weight of each completion in the loss: tokens for a token mean (dapo), nothing for grpo.
         threshold: Share of energy over share of completions from which a domain is said to dominate.
@@ -287,8 +229,8 @@ def domination(
         raise ValueError(
             f"domination: expected B >= 1 advantages and names, found {tuple(advantages.shape)}, {len(domains)}"
         )
-    drive = advantages.double() if weights is None else advantages.double() * weights.double()
-    energy = drive.square()
+    drive = (advantages.double() if weights is None else advantages.double() * weights.double()).nan_to_num(0.0)
+    energy = (drive / (drive.abs().max() or 1.0)).square()  # shares do not depend on the scale, and 1e200 has no square
     total = float(energy.sum())
     shares = []
     for name in dict.fromkeys(domains):
@@ -306,10 +248,9 @@ def attribution(composed: Composed) -> dict[str, float]:
     The shares sum to 1; a negative one works against the others. All zero when the total does not vary.
     """
     total = composed.total[composed.judged]
-    if total.numel() < 2:
-        return dict.fromkeys(composed.parts, 0.0)
-    centred = total - total.mean()
+    size = float(total.abs().max()) if total.numel() > 1 else 0.0
+    centred = (total / size - (total / size).mean()) if size else total
     variance = float(centred.square().sum())
-    if variance == 0:
+    if not size or variance <= ROUNDING**2:
         return dict.fromkeys(composed.parts, 0.0)
-    return {name: float((part[composed.judged] * centred).sum()) / variance for name, part in composed.parts.items()}
+    return {n: float((part[composed.judged] / size * centred).sum()) / variance for n, part in composed.parts.items()}

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..grpo.domain import Example, Messages
+from ..grpo.domain import Example, Messages, group_numbers
 from ..grpo.logprobs import answer_logprobs
 from ..grpo.text import special_tokens
 
@@ -66,11 +66,12 @@ class InformationGain:
         Raises:
             ValueError: An example has no answer.
         """
-        alone = {id(e): e for e in examples}  # once per prompt, not once per completion
-        questions = [Example(self.prompt(e, None), e.answer) for e in alone.values()]
-        without = dict(zip(alone, self._mean_logprobs(questions), strict=True))
+        questions = [Example(self.prompt(e, None), e.answer) for e in examples]
+        numbers = group_numbers(questions)
+        alone = {n: questions[n] for n in numbers}  # once per question, not once per completion
+        without = dict(zip(alone, self._mean_logprobs(list(alone.values())), strict=True))
         told = [Example(self.prompt(e, m), e.answer) for e, m in zip(examples, completions, strict=True)]
-        gains = [p - without[id(e)] for p, e in zip(self._mean_logprobs(told), examples, strict=True)]
+        gains = [p - without[n] for p, n in zip(self._mean_logprobs(told), numbers, strict=True)]
         return [min(self.max_gain, max(-self.max_gain, g)) for g in gains]
 
     def __call__(self, example: Example, completion: str) -> float | None:

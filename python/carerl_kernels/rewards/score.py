@@ -21,15 +21,22 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .._files import write_bytes_atomically
-from ..grpo.domain import Domain, Example
+from .._json import parse_json
+from .._rows import is_text_or_chat, read_rows
+from ..grpo.domain import Example, checked_rewards
 from .pa_grm import Item, Score, Scorer, judge_noise
 from .prompts import completion_text
+from .reasoning import StripReasoning, graded_text
 
 
 class RowScorer(Protocol):
     """What scores rows; `settings` is everything besides the row that decides a reward."""
 
     settings: dict[str, Any]
+
+    def check(self, row: Mapping[str, Any]) -> None:
+        """Refuses (ValueError) a row that cannot be scored, before anything is."""
+        ...
 
     def stream(self, rows: Sequence[Mapping[str, Any]]) -> AsyncIterator[tuple[int, dict[str, Any]]]: ...
 
@@ -57,10 +64,14 @@ class JudgeRows:
             "calibration": scorer.calibration,
             "on_signs": scorer.on_signs,
             "rejudge": scorer.rejudge,
+            "strip_reasoning": scorer.strip_reasoning,
         }
 
+    def check(self, row: Mapping[str, Any]) -> None:
+        """A judge takes any prompt, response and answer."""
+
     async def stream(self, rows: Sequence[Mapping[str, Any]]) -> AsyncIterator[tuple[int, dict[str, Any]]]:
-        items = (Item(r["prompt"], completion_text(r["response"]), r.get("answer")) for r in rows)
+        items = (Item(r["prompt"], completion_text(r["response"]), _answer(r)) for r in rows)
         async for number, score in self.scorer.stream(items):
             self.scores.append(score)
             yield number, score.as_dict(self.trace)
@@ -80,21 +91,41 @@ class JudgeRows:
 
 
 class VerifierRows:
-    """Rows scored by a verifier, several at once in threads."""
+    """Rows scored by a verifier, several at once in threads.
 
-    def __init__(self, name: str, reward: Callable[[Example, str], float | None], threads: int = 4) -> None:
-        self.settings: dict[str, Any] = {"verifier": name}
-        self._domain = Domain(name, lambda rng, n: [], reward)
+    Args:
+        name: Of the verifier.
+        reward: Itself.
+        threads: At once.
+        strip_reasoning: See `rewards.reasoning.strip_reasoning`; an unfinished trace leaves an empty answer.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        reward: Callable[[Example, str], float | None],
+        threads: int = 4,
+        strip_reasoning: StripReasoning = True,
+    ) -> None:
+        self.settings: dict[str, Any] = {"verifier": name, "strip_reasoning": strip_reasoning}
+        self.name, self.reward, self.strip_reasoning = name, reward, strip_reasoning
         self._threads = threads
+
+    def check(self, row: Mapping[str, Any]) -> None:
+        """As the verifier's own `check`, if it has one."""
+        getattr(self.reward, "check", lambda example: None)(self._example(row))
+
+    @staticmethod
+    def _example(row: Mapping[str, Any]) -> Example:
+        return Example(row["prompt"], _answer(row), row)
 
     async def stream(self, rows: Sequence[Mapping[str, Any]]) -> AsyncIterator[tuple[int, dict[str, Any]]]:
         loop = asyncio.get_running_loop()
 
         def one(number: int) -> tuple[int, dict[str, Any]]:
             row = rows[number]
-            answer = row.get("answer")
-            example = Example(row["prompt"], None if answer is None else str(answer), row)
-            return number, {"reward": self._domain.score(example, completion_text(row["response"]))}
+            answer = graded_text(completion_text(row["response"]), self.strip_reasoning) or ""
+            return number, {"reward": checked_rewards(self.name, self.reward, [self._example(row)], [answer])[0]}
 
         with ThreadPoolExecutor(self._threads) as pool:
             waiting = [loop.run_in_executor(pool, one, i) for i in range(len(rows))]
@@ -106,6 +137,11 @@ class VerifierRows:
 
     def summary(self) -> list[str]:
         return []
+
+
+def _answer(row: Mapping[str, Any]) -> str | None:
+    answer = row.get("answer")
+    return None if answer is None else str(answer)
 
 
 @dataclass(frozen=True)
@@ -123,34 +159,22 @@ class Report:
     mean: float
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of an input file; blank lines are skipped.
+def read_responses(path: Path, check: Callable[[dict[str, Any]], object] | None = None) -> list[dict[str, Any]]:
+    """The rows of an input file: prompt, and response or completion.
 
     Raises:
-        ValueError: A line that is no row; names it and what is wrong.
-        OSError: The file cannot be read.
+        ValueError, OSError: See `read_rows`.
     """
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: expected a JSON object, found {line[:60]!r} ({error})") from error
-        if isinstance(row, dict) and "response" not in row and "completion" in row:
+
+    def look(row: dict[str, Any]) -> None:
+        if "response" not in row and "completion" in row:
             row["response"] = row["completion"]
-        for name in ("prompt", "response"):
-            if (
-                not isinstance(row, dict)
-                or not isinstance(row.get(name), (str, list))
-                or (name == "prompt" and not row[name])
-            ):
-                raise ValueError(
-                    f'{path}, line {number}: expected "{name}" as text or chat messages, found {line[:60]!r}'
-                )
-        rows.append(row)
-    return rows
+        if not is_text_or_chat(row.get("response")):
+            raise ValueError(f'expected "response" as text or chat messages, found {str(row.get("response"))[:60]!r}')
+        if check is not None:
+            check(row)
+
+    return list(read_rows(path, ("prompt",), look))
 
 
 def row_key(row: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
@@ -178,7 +202,7 @@ def score_file(
         BackendRefusedError: The judge refuses every request; what is done is kept.
         OSError: A file cannot be read or written.
     """
-    rows = read_rows(source)
+    rows = read_responses(source, scorer.check)
     keys = [row_key(row, scorer.settings) for row in rows]
     partial = target.with_name(target.name + ".partial")
     known = _known(target, partial, set(keys))
@@ -217,7 +241,7 @@ def _known(target: Path, partial: Path, wanted: set[str]) -> dict[str, dict[str,
             continue
         for line in path.read_bytes().splitlines():
             try:
-                entry = json.loads(line)
+                entry = parse_json(line)
                 if path is target:
                     judgement = dict(entry["judgement"])
                     key, result = judgement.pop("key"), {"reward": entry["reward"]} | judgement

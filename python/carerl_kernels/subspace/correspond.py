@@ -7,7 +7,7 @@ the model itself, on the meta device.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,13 +66,18 @@ class Correspondence:
         cut, add = _prefix(weights.entries, wanted)
         keys = {key: add + key.removeprefix(cut) for key in weights.entries if key.startswith(cut)}
         self.names = {name: key for key, name in keys.items()}
+        self._ties = ties
         self.same = {cut + a.removeprefix(add): cut + b.removeprefix(add) for a, b in ties.items()}
         plain = set(self.names) | {ties[name] for name in self.names if name in ties}
         self._pieces = _converted(model, owners - plain)
-        self.units = {key: units for key, name in keys.items() if (units := self._units_of(key, name, ties))}
+        self.units = {key: units for key, name in keys.items() if (units := self._units_of(key, name))}
         self._check()
 
-    def _units_of(self, key: str, name: str, ties: Mapping[str, str]) -> list[Unit]:
+    def key_of(self, name: str) -> str | None:
+        """The tensor of the files that a parameter is, or is tied to; None where there is none."""
+        return self.names.get(name) or self.names.get(self._ties.get(name, ""))
+
+    def _units_of(self, key: str, name: str) -> list[Unit]:
         if name in self._sides:
             return [Unit(name, self._sides[name])]
         entry = self.weights.entries[key]
@@ -82,9 +87,8 @@ class Correspondence:
                 return units
         if name in self._pieces:
             return self._from_rows(self._pieces[name], entry.shape)
-        if name in ties and ties[name] in self._sides:
-            return [Unit(ties[name], self._sides[ties[name]])]
-        return []
+        tied = self._ties.get(name)
+        return [Unit(tied, self._sides[tied])] if tied in self._sides else []
 
     def _from_rows(self, piece: _Rows, shape: Sequence[int]) -> list[Unit]:
         """Units of a tensor that stands in the file as some rows of parameters."""

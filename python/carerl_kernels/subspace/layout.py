@@ -203,6 +203,25 @@ class Layout:
                 call.per_tensor,
             )
 
+    def edit_rotate_(
+        self, tensors: Sequence[Tensor], bases: Tensor, mix: Tensor, domain: int, q: Tensor, seed: int = 0
+    ) -> None:
+        """``tensor <- tensor + mix U`` and ``U_domain <- q [U_domain; tensor]`` of the tensor as it was, in one pass."""
+        mix, q = mix.float(), q.float()
+        for call in self.calls:
+            rows = list(call.rows)
+            torch.ops.carerl.edit_rotate_.list(
+                [tensors[i] for i in call.indices],
+                bases,
+                [self.offsets[i] for i in call.indices],
+                mix[rows],
+                mix.new_ones(len(rows)),
+                domain,
+                (q[rows] if call.per_tensor else q[rows[0]]).contiguous(),
+                call.per_tensor,
+                seed,
+            )
+
     def rotate_(self, bases: Tensor, tensors: Sequence[Tensor], q: Tensor, seed: int = 0) -> None:
         """``U <- q [U; g]`` in place on one domain's rows ``[k, N]``; q ``[T, k', k+1]``."""
         q = q.float()

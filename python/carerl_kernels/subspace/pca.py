@@ -60,8 +60,24 @@ class StreamingPCA:
 
         A gradient that is not finite changes nothing but ``skipped``.
         """
+        q = self.decide(self.layout.gram(self.rows, grads), decay)
+        self.layout.rotate_(self.rows, grads, q, self.seed)
+
+    @property
+    def seed(self) -> int:
+        """Of stochastic rounding. It counts updates, so that a resumed stream rounds as the uninterrupted one."""
+        return 0 if self.rows.dtype == torch.float32 else self._updates
+
+    def decide(self, measured: Tensor, decay: float = 1.0) -> Tensor:
+        """The rotation of one update, and its numbers counted; the rows are the caller's to rotate.
+
+        Args:
+            measured: Gram matrix ``[T, W, W]`` float64 of the rows and the gradient, W = rows + 1.
+
+        Returns:
+            q ``[T, W - 1, W]``: new rows are ``q [rows; g]``.
+        """
         self._updates += 1
-        measured = self.layout.gram(self.rows, grads)  # [T, W, W] with W = rows + 1
         transform = self._centring(measured)
         inner = transform @ measured @ transform.mT if transform is not None else measured
         q, values, discarded = pca_core(inner, self.singular_values, decay)
@@ -69,13 +85,12 @@ class StreamingPCA:
         if transform is not None:
             mean = self._mean_row(measured)
             q = torch.cat([q @ transform, torch.where(finite, mean, torch.nan)], dim=-2)
-        # The seed counts updates, so that a resumed stream rounds as the uninterrupted one; fp32 rows need none.
-        self.layout.rotate_(self.rows, grads, q, 0 if self.rows.dtype == torch.float32 else self._updates)
         self.singular_values.copy_(values)
         self.energy += torch.where(finite, inner[..., -1, -1], 0.0)
         self.discarded += torch.where(finite, discarded, 0.0)
         self.seen += finite
         self.skipped += ~finite
+        return q
 
     def _mean_row(self, measured: Tensor) -> Tensor:
         """Combination ``[T, 1, W]`` of the rows [U; mean; g] that is the new mean."""

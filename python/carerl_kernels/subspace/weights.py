@@ -11,7 +11,7 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -142,10 +142,6 @@ class Weights:
             return file.get_tensor(name)
         return file.get_slice(name)[rows] if columns == slice(None) else file.get_slice(name)[rows, columns]
 
-    def close(self) -> None:
-        """Lets go of the files."""
-        self._open.clear()
-
 
 def _entries(file: Path) -> list[tuple[str, Entry]]:
     try:
@@ -198,10 +194,10 @@ class Copy:
     def close(self) -> None:
         """Writes out what is under way."""
         if self._file is not None:
-            self._file[1].flush()
-            os.fsync(self._file[1].fileno())
-            self._file[1].close()
-            self._file = None
+            (_, file), self._file = self._file, None
+            with file:
+                file.flush()
+                os.fsync(file.fileno())
 
 
 def _matrix(shape: Sequence[int]) -> tuple[int, int]:
@@ -216,7 +212,7 @@ def copied(template: Weights, out: Path | str) -> Iterator[tuple[Copy, list[str]
     It is made beside ``out`` under a temporary name and renamed at the end; an error leaves nothing behind.
 
     Yields:
-        The copy, and the names of files that were left out because they hold weights of another format.
+        The copy, and the names of files that were left out because they may hold weights of another format.
 
     Raises:
         FileExistsError: ``out`` is there and not empty.
@@ -227,7 +223,7 @@ def copied(template: Weights, out: Path | str) -> Iterator[tuple[Copy, list[str]
         raise FileExistsError(
             f"{out}: expected a new or empty directory, found one with files in it; choose another --out"
         )
-    temporary = None
+    temporary = copy = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
@@ -243,6 +239,9 @@ def copied(template: Weights, out: Path | str) -> Iterator[tuple[Copy, list[str]
         message = f"could not write {out}: {error}; nothing was left behind; free space or choose another directory"
         raise OSError(message) from error
     finally:
+        if copy is not None:
+            with suppress(OSError):  # of an error that is on its way already
+                copy.close()
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
 

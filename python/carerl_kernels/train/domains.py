@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import random
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from .._rows import read_rows
 from ..grpo.domain import BatchReward, Domain, Example
+from ..rewards.reasoning import StripReasoning
 
 Reward = Callable[[Example, str], float | None] | BatchReward
 
@@ -82,7 +83,7 @@ class Gym(DomainSpec):
         tasks: Names of its data sets; None: the ready mixture of the domain's name (arithmetic, algebra, logic, ...).
         options: Settings per task.
         ask: Turns a question into the prompt; contains {question} and asks for <answer> tags.
-        seed, train_size, eval_size: See `gym_domain`.
+        seed, train_size, eval_size, timeout, allow_unisolated: See `gym_domain`.
     """
 
     kind: Literal["gym"]
@@ -92,6 +93,8 @@ class Gym(DomainSpec):
     seed: int = 0
     train_size: int = Field(default=10_000, ge=1)
     eval_size: int = Field(default=64, ge=1)
+    timeout: float = Field(default=5.0, gt=0)
+    allow_unisolated: bool = False
 
     @field_validator("ask")
     @classmethod
@@ -110,6 +113,8 @@ class Gym(DomainSpec):
             eval_size=self.eval_size,
             ask=None if ask is None else lambda question: ask.replace("{question}", question),
             options=self.options,
+            timeout=self.timeout,
+            allow_unisolated=self.allow_unisolated,
         )
 
 
@@ -166,21 +171,34 @@ class Rows(DomainSpec):
 
     def plain(self, name: str, folder: Path, cache: Path) -> Domain:
         reward = self.reward(cache)
-        train = self._examples(folder / self.train)
+        train = self._examples(folder / self.train, reward)
         if self.eval is None:
             return _split(name, train, reward, self.eval_size, self.seed)
-        held = self._examples(folder / self.eval)
+        held = self._examples(folder / self.eval, reward)
         return Domain(name, lambda rng, n: rng.choices(train, k=n), reward, eval_examples=held)
 
-    def _examples(self, path: Path) -> list[Example]:
-        changed_by = [name for name in ("ask", "system") if getattr(self, name) is not None]
-        examples = [self._example(row) for row in read_rows(path, self.needs, changed_by)]
+    def _examples(self, path: Path, reward: Reward) -> list[Example]:
+        """The rows as examples, each looked at by the verifier that will judge it (`check`), if it looks at any."""
+        examples: list[Example] = []
+
+        def add(row: dict[str, Any]) -> None:
+            examples.append(self._example(row))
+            getattr(reward, "check", lambda example: None)(examples[-1])
+
+        for _ in read_rows(path, ("prompt", *self.needs), add):
+            pass
         if not examples:
             raise ValueError(f"{path}: expected one row or more, found none")
         return examples
 
     def _example(self, row: Mapping[str, Any]) -> Example:
         prompt, answer = row["prompt"], row.get("answer")
+        changed_by = [name for name in ("ask", "system") if getattr(self, name) is not None]
+        if changed_by and not isinstance(prompt, str):
+            raise ValueError(
+                f"expected a prompt as text, which {' and '.join(changed_by)} would change, found chat messages; write into them "
+                "what is to be asked, and leave the option out"
+            )
         if self.ask is not None:
             prompt = self.ask.replace("{prompt}", prompt)
         return Example(prompt, None if answer is None else str(answer), row)
@@ -251,7 +269,7 @@ class JudgeSpec(BaseModel):
         writer_model: Writes the protocols; None: the judge does.
         max_in_flight, timeout, attempts: See `Endpoint`.
         scale: Highest level of a criterion.
-        calibration, on_signs, rejudge: See `Scorer`.
+        calibration, on_signs, rejudge, strip_reasoning: See `Scorer`.
         cache: SQLite file of protocols and verdicts; None: one in the run's directory.
     """
 
@@ -267,6 +285,7 @@ class JudgeSpec(BaseModel):
     calibration: Literal["scale", "anchors", "group"] = "scale"
     on_signs: Literal["lower", "zero", "note"] = "lower"
     rejudge: float = Field(default=0.0, ge=0, le=1)
+    strip_reasoning: StripReasoning = True
     cache: Path | None = None
 
 
@@ -293,6 +312,7 @@ class Judged(Rows):
             calibration=spec.calibration,
             on_signs=spec.on_signs,
             rejudge=spec.rejudge,
+            strip_reasoning=spec.strip_reasoning,
         )
 
 
@@ -305,38 +325,6 @@ def _with_placeholder(ask: str | None, placeholder: str) -> str | None:
     if ask is not None and placeholder not in ask:
         raise ValueError(f"expected {placeholder} in it, where the data go")
     return ask
-
-
-def read_rows(path: Path, needs: Sequence[str] = (), changed_by: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
-    """The rows of a file of JSON lines; blank lines are skipped.
-
-    Args:
-        path: The file.
-        needs: Fields that every row must have besides "prompt".
-        changed_by: Options that work on prompts as text, for the message: chat messages are refused if there are any.
-
-    Raises:
-        ValueError: A line that is no such row; names it and what is missing.
-        OSError: The file cannot be read.
-    """
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: expected a JSON object, found {line[:60]!r} ({error})") from error
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), (str, list)) or not row["prompt"]:
-            raise ValueError(f'{path}, line {number}: expected "prompt" as text or chat messages, found {line[:60]!r}')
-        if changed_by and not isinstance(row["prompt"], str):
-            raise ValueError(
-                f"{path}, line {number}: expected a prompt as text, which {' and '.join(changed_by)} would change, found chat "
-                "messages; write into them what is to be asked, and leave the option out"
-            )
-        missing = [name for name in needs if row.get(name) in (None, "", [])]
-        if missing:
-            raise ValueError(f"{path}, line {number}: expected {' and '.join(missing)} in the row, found {sorted(row)}")
-        yield row
 
 
 def _split(

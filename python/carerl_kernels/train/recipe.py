@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,15 +10,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from ..grpo.config import GRPOConfig, Stage
+from ..grpo.domain import name_problem
 from ..grpo.endpoint import TRUNCATED, Engine
 from ..grpo.parallel import Precision
 from .domains import AnyDomain
+from .recipe_yaml import RecipeError, read_yaml
 
 OPERATIONAL = ("url", "timeout", "attempts", "max_in_flight", "folder", "cache")  # of servers: they change no number
-
-
-class RecipeError(ValueError):
-    """A recipe says something that cannot be; names the place, what was expected and found."""
 
 
 class Section(BaseModel):
@@ -203,6 +200,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        for name in self.domains:
+            problem = name_problem(name)
+            if problem is not None:
+                raise ValueError(f"domains: expected {problem}, found {name[:100]!r}")
         unknown = sorted({d for s in self.stages for d in s.domains} - self.domains.keys())
         if unknown:
             raise ValueError(f"stages: expected domains out of {', '.join(self.domains)}, found {', '.join(unknown)}")
@@ -252,7 +253,11 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         OSError: The file cannot be read.
     """
     path = Path(path)
-    data = _yaml(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: expected UTF-8 ({error}); save it as UTF-8") from error
+    data = read_yaml(text, str(path))
     if not isinstance(data, dict):
         raise RecipeError(
             f"{path}: expected a mapping with run_dir, model, domains and stages, found {type(data).__name__}"
@@ -261,7 +266,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         place, equals, value = override.partition("=")
         if not equals:
             raise RecipeError(f"override {override!r}: expected PLACE=VALUE, such as train.lr=1e-5")
-        _set(data, place.split("."), _yaml(value, f"override {override!r}"), override)
+        _set(data, place.split("."), read_yaml(value, f"override {override[:80]!r}"), override)
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
@@ -269,21 +274,6 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}:\n{problems}") from error
     recipe._folder = path.resolve().parent
     return recipe
-
-
-def _yaml(text: str, source: str) -> Any:
-    """YAML with the floats of its version 1.2: PyYAML takes 1e-3 for text."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    pattern = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", pattern, list("-+.0123456789"))
-    try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{source}: expected YAML ({error})") from error
 
 
 def _set(data: Any, place: list[str], value: Any, override: str) -> None:

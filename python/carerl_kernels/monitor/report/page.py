@@ -144,12 +144,15 @@ def _verdict(record: RunRecord, name: str) -> tuple[str, str]:
     rebase the monitor compares with what is left of it, which says nothing about coming back.
     """
     found = record.found("monitor", "domains", name)
-    tested = [f for _, f in found if "p" in f]
+    tested = [f for _, f in found if f.keys() >= {"p", "drop", "score", "fallen"}]
     own = [a for a in record.alerts if a["domain"] == name]
     drops, alphas = record.series("monitor", "drop"), record.series("monitor", "alpha")
     drop, alpha = drops[-1][1] if drops else 0.0, alphas[-1][1] if alphas else 0.0
+    if own and not tested:
+        a = own[-1]
+        return "fell", f"{record.difference(a['drop'])} below its baseline at step {a['step']}, {_p(a['p'])}"
     if own:
-        end = found[-1][1]["score"]
+        end = tested[-1]["score"]
         below = [a for a in own if a["baseline"] - end >= drop and a["baseline"] > end]
         if below or tested[-1]["fallen"]:
             a = (below or own)[-1]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..._json import parse_json
 from ...grpo.rundir import RunDirectory
+from .shape import CONFIG, GUARD, LINE, fitting, printable
 
 
 class RunError(ValueError):
@@ -59,11 +60,14 @@ class RunRecord:
             raise RunError(f"{directory.metrics_path} is empty: expected a line per step; nothing was trained yet")
         config = None
         if directory.config_path.is_file():
-            config = _json(directory.config_path)
+            config = _json(directory.config_path, CONFIG, notes)
         else:
             notes.append("config.json is missing: settings and stages that were not reached are unknown.")
         suffix = ".report.json"
-        reports = {p.name.removesuffix(suffix): _json(p) for p in (directory.path / "bases").glob(f"*{suffix}")}
+        reports = {
+            printable(p.name.removesuffix(suffix)): _json(p, GUARD, notes)
+            for p in sorted((directory.path / "bases").glob(f"*{suffix}"))
+        }
         order = {span.name: i for i, span in enumerate(_spans(lines))}
         reports = dict(sorted(reports.items(), key=lambda item: order.get(item[0], len(order))))
         return cls(directory.path, lines, config, reports, notes)
@@ -145,19 +149,21 @@ def _metrics(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     text = path.read_text(errors="replace")
     last = -1
     lines = text.split("\n")
+    unread: dict[str, int] = {}  # places, and the first line where each is not as written by this package
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-            if not isinstance(value, dict) or not isinstance(value.get("step"), int):
-                raise ValueError('expected an object with an integer "step"')
+            value = parse_json(line, lenient=True)
+            step = value.get("step") if isinstance(value, dict) else None
+            if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 2**53:
+                raise ValueError('expected an object with an integer "step" of at least 0')
         except ValueError as e:
             if number == len(lines):  # no newline yet: being written, or cut short by a kill
                 notes.append(
                     f"The last line of {path.name} is incomplete and was left out: the run is being written, or was killed."
                 )
-                return
+                break
             raise RunError(
                 f"{path}, line {number}: expected a JSON object, found {line[:60]!r} ({e}); the file is damaged: restore it, or "
                 "remove the line if you know that nothing else is wrong"
@@ -168,17 +174,27 @@ def _metrics(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
                 "this file: give every run a directory of its own, and split the file before this line to read the two"
             )
         last = value["step"]
-        yield value
+        fitted, faults = fitting(value, LINE)
+        for place in faults:
+            if "." in place:  # other loops have one number, say, where the trainer has one per domain
+                unread.setdefault(place, number)
+        yield fitted
+    if unread:
+        first = ", ".join(f"{place} (line {number})" for place, number in list(unread.items())[:5])
+        notes.append(f"Left out of {path.name}, being no such number or object as this package writes: {first}.")
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path, shape: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
+        value = parse_json(path.read_bytes(), lenient=True)
         if not isinstance(value, dict):
             raise ValueError("not an object")
     except (OSError, ValueError) as e:
         raise RunError(f"{path}: expected a JSON object, found something unreadable ({e}); restore or remove it") from e
-    return value
+    fitted, faults = fitting(value, shape)
+    if faults:
+        notes.append(f"Left out of {path.name}, being none such as this package writes: {', '.join(faults[:5])}.")
+    return fitted
 
 
 def _no_run(path: Path) -> str:

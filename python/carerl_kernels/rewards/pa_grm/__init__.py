@@ -14,7 +14,8 @@ from .loop import run_sync
 from .pairwise import SwapTest, prefer, swap_test
 from .protocol import Criterion, Limits, Protocol, protocol_schema, verdict_schema
 from .scorer import Item, Score, Scorer
-from .untrusted import Controls, quoted, repetition, signs, without_signs
+from .signs import signs, without_signs
+from .untrusted import Controls, quoted, repetition
 
 __all__ = [
     "Backend",

@@ -29,7 +29,9 @@ class Cache:
     def __init__(self, path: Path | str | None = None) -> None:
         self.path = None if path is None else Path(path)
         self._lock = threading.Lock()
-        self._making: dict[tuple[int, str], asyncio.Future[Any]] = {}
+        self._making: dict[
+            tuple[int, str], tuple[asyncio.Future[Any], list[None]]
+        ] = {}  # and a mark for each who waits
         self._pid = 0
         self._database = self._open()
 
@@ -74,15 +76,13 @@ class Cache:
     async def get_or_make(self, key: str, make: Callable[[], Awaitable[Any]]) -> tuple[Any, bool]:
         """The value of a key, made and kept if there is none, and whether it was there.
 
-        An exception of `make` reaches everybody who waits, and nothing is kept.
+        An exception of `make` reaches everybody who waits, and nothing is kept. When nobody waits any more, making stops.
         """
         value = self.get(key)
         if value is not None:
             return value, True
         place = (id(asyncio.get_running_loop()), key)
-        making = self._making.get(place)
-        if making is not None:
-            return await asyncio.shield(making), True
+        known = place in self._making
 
         async def work() -> Any:
             try:
@@ -90,11 +90,23 @@ class Cache:
                 self.put(key, made)
                 return made
             finally:
-                del self._making[place]
+                self._making.pop(place, None)
 
-        making = asyncio.ensure_future(work())
-        self._making[place] = making
-        return await asyncio.shield(making), False  # one waiter's cancellation shall not take it from the others
+        if not known:
+            self._making[place] = (asyncio.ensure_future(work()), [])
+        making, waiting = self._making[place]
+        waiting.append(None)
+        try:
+            return await asyncio.shield(making), known  # one waiter's cancellation shall not take it from the others
+        except asyncio.CancelledError:
+            if len(waiting) == 1:
+                making.cancel()
+                self._making.pop(place, None)
+            raise
+        finally:
+            waiting.pop()
+            if making.done() and not making.cancelled():
+                making.exception()  # seen, also where all who waited had gone
 
     def close(self) -> None:
         """Closes the file."""

@@ -13,21 +13,26 @@ from .backend import Token
 _SCORE = re.compile(rb'"score"\s*:\s*(\d)')
 
 
-def expected_levels(text: str, tokens: Sequence[Token], scale: int, least_mass: float = 0.5) -> list[float | None]:
+def expected_levels(
+    text: str, tokens: Sequence[Token], scale: int, least_mass: float = 0.5, *, start: int = 0, end: int | None = None
+) -> list[float | None]:
     """For every `"score": d` in a JSON text, in order, the mean level under the model's own probabilities.
 
     Args:
         text: The reply.
         tokens: Its tokens with alternatives.
         scale: Levels are 0..scale.
+        start, end: Where in the text the JSON is; the whole text by default.
         least_mass: Probability that the alternatives must give to the scale's digits together where some digits are not
             among them; below it, the number would rest on a tail that the backend did not report.
 
     Returns:
         One number in [0, scale] per score, None where the tokens do not tell.
     """
-    data = text.encode()
-    starts = [m.start(1) for m in _SCORE.finditer(data)]
+    data = text.encode(errors="surrogatepass")
+    first = len(text[:start].encode(errors="surrogatepass"))
+    last = len(data) if end is None else first + len(text[start:end].encode(errors="surrogatepass"))
+    starts = [m.start(1) for m in _SCORE.finditer(data, first, last)]
     if b"".join(t.text for t in tokens) != data:
         return [None] * len(starts)
     out: list[float | None] = []
@@ -49,6 +54,6 @@ def _mean_level(alternatives: Mapping[bytes, float], before: bytes, scale: int, 
         if text.startswith(before) and rest[:1].isdigit() and not rest[1:2].isdigit() and int(rest[:1]) <= scale:
             levels[int(rest[:1])] = levels.get(int(rest[:1]), 0.0) + math.exp(logp)
     mass = sum(levels.values())
-    if mass <= 0 or (mass < least_mass and len(levels) <= scale):
+    if not 0 < mass < 1.01 or (mass < least_mass and len(levels) <= scale):  # more than 1 is no distribution
         return None
     return sum(level * probability for level, probability in levels.items()) / mass

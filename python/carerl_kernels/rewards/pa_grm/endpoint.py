@@ -3,21 +3,48 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..._http import RetryingClient, TryAgainError, raise_if_transient, short
+from ..._http import Answer, RetryingClient, TryAgainError, raise_if_transient
+from ..._json import as_logprob
 from ..log import LOGGER
 from .backend import BackendError, BackendRefusedError, Meter, Reply, Request, Token
 
-_REFUSED = {401, 403, 404, 405}
+_REFUSED = {401, 402, 404, 405}  # whatever is asked
+_SECRET = 6  # characters
+_FORBIDDEN = 16  # answers 403 before any good one: then it is the key, not what one item says
+# What a server can do without, in the order in which it is left out where the server does not say what it minds.
+_OPTIONAL = ("logprobs", "response_format", "temperature", "seed", "max_tokens")
+_LEFT_OUT = {
+    "logprobs": "gives no token probabilities; scores are the digits as written",
+    "response_format": "does not guide decoding by a schema; replies are validated only",
+    "temperature": "wants no temperature; it samples by its own",
+    "seed": "wants no seed; replies cannot be repeated",
+    "max_tokens": "wants max_completion_tokens in place of max_tokens",
+}
+_NAMED = {  # in a refusal
+    "max_tokens": re.compile(r"max_completion_tokens|max_tokens", re.IGNORECASE),
+    "temperature": re.compile(r"temperature", re.IGNORECASE),
+    "logprobs": re.compile(r"log_?prob", re.IGNORECASE),
+    "seed": re.compile(r"\bseed\b", re.IGNORECASE),
+    "response_format": re.compile(r"response_format|json_?schema|guided|grammar|structured", re.IGNORECASE),
+}
+# Refusals of this one item, whatever else is asked for with it.
+_OF_THE_ITEM = re.compile(
+    r"context|too long|too large|too many|maximum.{0,20}length|content.?(?:filter|policy|management)|safety|moderation|flagged",
+    re.IGNORECASE,
+)
 
 
 class Endpoint:
     """Chat completions over HTTP with bounded concurrency, time limits, and retries with backoff.
 
-    JSON-schema guided decoding and top log-probabilities are asked for, and given up one after the other if the server
-    answers that it does not know them: replies are validated in any case.
+    JSON-schema guided decoding and top log-probabilities are asked for, and given up if the server answers that it does not
+    know them: replies are validated in any case. The same goes for temperature and seed, and for the name of the limit on
+    tokens. What is given up is said once (WARNING). Every answer is checked: what it lacks or makes up is no reply, or one
+    without probabilities. The key is in no message, and in no reply that quotes it.
 
     Args:
         url: Up to and including `/v1`.
@@ -67,8 +94,10 @@ class Endpoint:
         self.url = self._client.url
         self._model = model
         self._meter = Meter(price)
-        self._guided = True
         self._top_logprobs = top_logprobs
+        self._without: set[str] = set() if top_logprobs else {"logprobs"}
+        self._forbidden: int | None = 0  # answers 403 so far; None once there was a good one
+        self._said: set[str] = set()
 
     @property
     def model(self) -> str:
@@ -92,77 +121,136 @@ class Endpoint:
         """Closes the connections of the running event loop."""
         await self._client.aclose()
 
-    def _body(self, request: Request, guided: bool, top_logprobs: int) -> dict[str, Any]:
-        body: dict[str, Any] = {
-            "model": self._model,
-            "messages": [dict(m) for m in request.messages],
-            "max_tokens": request.max_tokens,
-            "temperature": request.temperature,
-            "seed": request.seed,
-        }
-        if guided:
+    def _body(self, request: Request, without: set[str]) -> dict[str, Any]:
+        body: dict[str, Any] = {"model": self._model, "messages": [dict(m) for m in request.messages]}
+        body["max_completion_tokens" if "max_tokens" in without else "max_tokens"] = request.max_tokens
+        if "temperature" not in without:
+            body["temperature"] = request.temperature
+        if "seed" not in without:
+            body["seed"] = request.seed
+        if "response_format" not in without:
             schema = {"name": request.name, "schema": request.schema, "strict": True}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
-        if top_logprobs:
-            body |= {"logprobs": True, "top_logprobs": top_logprobs}
+        if "logprobs" not in without:
+            body |= {"logprobs": True, "top_logprobs": self._top_logprobs}
         return body
 
     async def _attempt(self, request: Request) -> Reply:
-        guided, top_logprobs = self._guided, self._top_logprobs if request.choices else 0
+        without = set(self._without) | (set() if request.choices else {"logprobs"})
         while True:
-            response = await self._client.post("/chat/completions", self._body(request, guided, top_logprobs))
-            if response.status_code not in (400, 422) or not (guided or top_logprobs):
+            answer = await self._client.post("/chat/completions", self._body(request, without))
+            if answer.status not in (400, 403, 422):
                 break
-            if top_logprobs and (not guided or "logprob" in response.text.lower()):
-                top_logprobs = 0
-            else:
-                guided = False
-        reply = self._reply(response)
-        # It worked without: the server does not know the feature. (When it fails without too, it was about something else.)
-        if self._guided and not guided:
-            LOGGER.warning("judge %s does not guide decoding by a schema; replies are validated only", self.url)
-            self._guided = False
-        if self._top_logprobs and request.choices and not top_logprobs:
-            LOGGER.warning("judge %s gives no token probabilities; scores are the digits as written", self.url)
-            self._top_logprobs = 0
+            words = _complaint(answer)
+            if _OF_THE_ITEM.search(words):
+                break
+            named = [f for f in _OPTIONAL if f not in without and _NAMED[f].search(words)]
+            open_ = [f for f in ("logprobs", "response_format") if f not in without] if answer.status != 403 else []
+            if not (named or open_):
+                break
+            without.update(named or open_[:1])
+        reply = self._reply(answer)
+        # It worked without: the server does not know them. (When it fails without too, it was about something else.)
+        for feature in sorted(without - self._without - (set() if request.choices else {"logprobs"})):
+            self._say(feature, _LEFT_OUT[feature])
+            self._without.add(feature)
         return reply
 
-    def _reply(self, response: Any) -> Reply:
-        status = response.status_code
-        if status in _REFUSED:
+    def _say(self, what: str, text: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            LOGGER.warning("judge %s %s", self.url, text)
+
+    def _reply(self, answer: Answer) -> Reply:
+        """The reply in an answer.
+
+        Raises:
+            BackendRefusedError, BackendError, TryAgainError: There is none.
+        """
+        status, words = answer.status, self._client.short(answer.text)
+        if status == 403 and self._forbidden is not None and not _OF_THE_ITEM.search(_complaint(answer)):
+            self._forbidden += 1
+        if status in _REFUSED or (status == 403 and (self._forbidden or 0) >= _FORBIDDEN):
             raise BackendRefusedError(
-                f"{self.url} refuses model {self._model!r}: status {status}, {short(response.text)}; "
-                f"check url, model and api_key"
+                f"{self.url} refuses model {self._model!r}: status {status}, {words}; check url, model and api_key"
             )
-        raise_if_transient(response)
+        raise_if_transient(answer)
         if status != 200:
             self._meter.failures += 1
-            raise BackendError(f"{self.url}: status {status}, {short(response.text)}")
+            raise BackendError(f"{self.url}: status {status}, {words}")
         try:
-            data = response.json()
+            data = answer.json()
             choice = data["choices"][0]
-            text = choice["message"]["content"]
-            if not isinstance(text, str):
+            text, ended = choice["message"].get("content"), choice.get("finish_reason")
+            refusal = choice["message"].get("refusal")
+            if not (text is None or isinstance(text, str)):
                 raise TypeError("no text")
-            tokens = _tokens(choice.get("logprobs"))
+            tokens = self._tokens(choice.get("logprobs"))
+            usage = data.get("usage")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise TryAgainError(f"no chat completion in {short(response.text)}") from error
-        usage = data.get("usage") or {}
-        self._meter.paid(int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
-        return Reply(text, complete=choice.get("finish_reason") != "length", tokens=tokens)
+            why = self._client.redact(f"{type(error).__name__}: {error}"[:200])
+            raise TryAgainError(f"no chat completion in {words} ({why})") from None
+        self._forbidden = None
+        self._paid(usage)
+        if refusal or ended == "content_filter":
+            self._meter.failures += 1
+            raise BackendError(f"{self.url}: the model refuses to answer ({self._client.short(str(refusal or ended))})")
+        # half a surrogate pair can be neither stored nor sent on
+        text = self._clean((text or "").encode(errors="replace").decode())
+        return Reply(text, complete=ended != "length", tokens=tokens)
 
+    def _clean(self, text: str) -> str:
+        """A reply without the key, should a server put it there. A short one is a word like any other."""
+        return self._client.redact(text) if len(self._client.key or "") >= _SECRET else text
 
-def _tokens(logprobs: Any) -> tuple[Token, ...]:
-    """Tokens with alternatives from a chat completion's `logprobs`."""
-    out = []
-    for entry in (logprobs or {}).get("content") or []:
-        alternatives = {_bytes(entry): float(entry["logprob"])}
-        for other in entry.get("top_logprobs") or []:
-            alternatives[_bytes(other)] = float(other["logprob"])
-        out.append(Token(_bytes(entry), alternatives))
-    return tuple(out)
+    def _paid(self, usage: Any) -> None:
+        """Counts a call; a usage that is none counts no tokens."""
+        counts = [
+            usage.get(f"{kind}_tokens") if isinstance(usage, Mapping) else None for kind in ("prompt", "completion")
+        ]
+        good = [n if isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**40 else None for n in counts]
+        if None in good:
+            self._say("usage", "does not say how many tokens it used; tokens and cost are counted too low")
+        self._meter.paid(good[0] or 0, good[1] or 0)
+
+    def _tokens(self, logprobs: Any) -> tuple[Token, ...]:
+        """Tokens with alternatives from a chat completion's `logprobs`; none where any is no log-probability.
+
+        Raises:
+            ValueError, KeyError, TypeError, AttributeError: They are not of that form.
+        """
+        out = []
+        for entry in (logprobs or {}).get("content") or []:
+            alternatives: dict[bytes, float] = {}
+            for other in (entry, *(entry.get("top_logprobs") or [])):
+                if other["logprob"] is None:  # minus infinity, where JSON has no word for it
+                    continue
+                value = as_logprob(other["logprob"])
+                if value is None:
+                    self._say("logprobs wrong", "gives log-probabilities above 0; such replies count by their digits")
+                    return ()
+                alternatives[_bytes(other)] = value
+            out.append(Token(_bytes(entry), alternatives))
+        return tuple(out)
 
 
 def _bytes(entry: Mapping[str, Any]) -> bytes:
     raw = entry.get("bytes")
-    return bytes(raw) if raw else str(entry["token"]).encode()
+    return bytes(raw) if raw and isinstance(raw, list) else str(entry["token"]).encode()
+
+
+def _complaint(answer: Answer) -> str:
+    """What a server minds about a request: the field it names, else its message. Never all it says, which may quote the
+    request and with it the response that is judged."""
+    try:
+        data = answer.json()
+        detail = data.get("detail")
+        if isinstance(detail, list):  # FastAPI
+            return " ".join(str(d.get("loc")) + str(d.get("msg"))[:100] for d in detail)[:1000]
+        error = data.get("error", data)
+        if isinstance(error, Mapping):
+            named, code = error.get("param"), error.get("code")
+            return f"{named or ''} {code or ''} {str(error.get('message') or '')[:300]}"
+        return str(error)[:300]
+    except (ValueError, AttributeError):
+        return answer.text[:300]

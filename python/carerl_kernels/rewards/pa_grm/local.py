@@ -83,16 +83,22 @@ class LocalModel:
             waiting.sort(key=lambda entry: (entry[0].name, entry[0].max_tokens))
             batch = waiting[: self.batch_size]
             del waiting[: self.batch_size]
-            try:
-                replies: Sequence[Reply] = await asyncio.to_thread(self.generate, [request for request, _ in batch])
-            except Exception as error:
-                for _, future in batch:
-                    if not future.done():
-                        future.set_exception(BackendError(f"{self._name}: {type(error).__name__}: {error}"))
-                continue
-            for (_, future), reply in zip(batch, replies, strict=True):
-                if not future.done():
+            for (_, future), reply in zip(batch, await self._replies([r for r, _ in batch]), strict=True):
+                if future.done():
+                    continue
+                if isinstance(reply, Reply):
                     future.set_result(reply)
+                else:
+                    future.set_exception(BackendError(f"{self._name}: {type(reply).__name__}: {reply}"))
+
+    async def _replies(self, requests: Sequence[Request]) -> Sequence[Reply | Exception]:
+        """Replies of a batch; where it fails, of each request by itself: one too long a prompt is not the others' failure."""
+        try:
+            return await asyncio.to_thread(self.generate, requests)
+        except Exception as error:
+            if len(requests) == 1:
+                return [error]
+        return [(await self._replies([request]))[0] for request in requests]
 
     def generate(self, requests: Sequence[Request]) -> list[Reply]:
         """Replies to several requests in one batch.
@@ -111,6 +117,10 @@ class LocalModel:
             prompts = encode_prompts(
                 self.tokenizer, ["\n".join(m["content"] for m in r.messages) + "\n" for r in requests]
             )
+        limit = getattr(getattr(self.lm, "config", None), "max_position_embeddings", None)
+        longest = max(len(prompt) for prompt in prompts)
+        if limit is not None and longest >= limit:
+            raise ValueError(f"expected a prompt of fewer than {limit} tokens, which the model reads, found {longest}")
         rows = [_Row(self, request) for request in requests]
         ids, mask = left_pad(prompts, self._tokens.pad, device)  # [B, P]
         positions = position_ids(mask)
@@ -123,8 +133,8 @@ class LocalModel:
             out = self.lm(input_ids=ids, attention_mask=mask, **{kept: cache}, use_cache=True, **extra)
             logits, cache = out.logits[:, -1].float(), getattr(out, kept)  # [B, V]
             chosen = [row.step(logits[i]) for i, row in enumerate(rows)]
-            if all(row.done for row in rows):
-                break
+            if all(row.done for row in rows) or (limit is not None and mask.shape[1] >= limit):
+                break  # what is not done then was cut off
             ids = torch.tensor([[self._tokens.pad if c is None else c] for c in chosen], device=device)
             mask = torch.cat([mask, torch.tensor([[int(c is not None)] for c in chosen], device=device)], 1)
             positions = positions[:, -1:] + 1

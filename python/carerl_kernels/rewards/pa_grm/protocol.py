@@ -97,15 +97,22 @@ class Protocol(BaseModel):
         out: list[tuple[str, Criterion | str]] = [(f"d{i}", d) for i, d in enumerate(self.disqualifiers, 1)]
         return (criteria[::-1] if reverse else criteria) + (out[::-1] if reverse else out)
 
-    def render(self, reverse: bool = False) -> str:
-        """As the judge reads it."""
-        lines = [f"Task: {self.task}", f"Levels: 0 to {self.scale}.", ""]
+    def render(self, reverse: bool = False, limits: Limits | None = None) -> str:
+        """As the judge reads it: a line for every field, cut at `limits.text`, whatever a writer put into it."""
+
+        most = (limits or Limits()).text
+
+        def line(text: str) -> str:
+            words = " ".join(text[: 2 * most].split())
+            return words if len(words) <= most else words[: most - 3] + "..."
+
+        lines = [f"Task: {line(self.task)}", f"Levels: 0 to {self.scale}.", ""]
         for key, part in self.parts(reverse):
             if isinstance(part, str):
-                lines += [f"{key} (disqualifier): {part}"]
+                lines += [f"{key} (disqualifier): {line(part)}"]
                 continue
-            lines += [f"{key} (weight {part.weight}): {part.requirement}"]
-            lines += [f"  level {level}: {anchor}" for level, anchor in enumerate(part.anchors)]
+            lines += [f"{key} (weight {part.weight}): {line(part.requirement)}"]
+            lines += [f"  level {level}: {line(anchor)}" for level, anchor in enumerate(part.anchors)]
         return "\n".join(lines)
 
 
@@ -152,11 +159,3 @@ def verdict_schema(protocol: Protocol, limits: Limits, reverse: bool = False) ->
             last = {"score": {"type": "integer", "enum": list(range(protocol.scale + 1))}}
         properties[key] = _object({"evidence": text, "reasoning": text, **last})
     return _object(properties)
-
-
-def json_part(text: str) -> str:
-    """A reply without what models put around their JSON when nothing guides them: a train of thought, a code fence."""
-    text = text.rpartition("</think>")[2].strip()
-    if text.startswith("```") and text.endswith("```"):
-        text = text[3:-3].removeprefix("json").strip()
-    return text

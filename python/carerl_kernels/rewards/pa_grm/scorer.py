@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..log import LOGGER
 from ..prompts import Prompt, prompt_text
+from ..reasoning import StripReasoning, graded_text
 from .backend import Backend, BackendError, BackendRefusedError
 from .builder import ProtocolBuilder
 from .cache import Cache
 from .judge import Judge, Verdict
 from .loop import run_sync
 from .protocol import Limits, Protocol
-from .untrusted import Controls, signs, without_signs
+from .signs import signs, without_signs
+from .untrusted import Controls
 
 if TYPE_CHECKING:
     from ...grpo.domain import Example
@@ -85,8 +87,10 @@ class Scorer:
         calibration: What makes rewards comparable. "scale": the fixed scale 0..1. "anchors": that scale mapped per
             protocol so that its poor example answer is 0 and its good one 1, as this judge sees them. "group": the place
             in the prompt's own group, Phi((v - mean) / std); only for `score_all` and batches, which see groups.
-        on_signs: A response that tries to steer its judge is worth, "lower": no more than it is without the passages
-            (one more call); "zero": nothing; "note": what the judge says, the attempt being recorded only.
+        on_signs: A response that tries to steer its judge is worth, "lower": no more than it is without the sentences that
+            do (one more call); "zero": nothing; "note": what the judge says, the attempt being recorded only.
+        strip_reasoning: Judges what a response says after its reasoning; one whose reasoning never ends is worth 0. See
+            `rewards.reasoning.strip_reasoning`.
         rejudge: Share of the responses, chosen by a hash, that get a second independent verdict (`Score.again`).
         judge_options, builder_options: Passed on to `Judge` and `ProtocolBuilder`.
 
@@ -105,6 +109,7 @@ class Scorer:
         calibration: Calibration = "scale",
         on_signs: OnSigns = "lower",
         rejudge: float = 0.0,
+        strip_reasoning: StripReasoning = True,
         judge_options: dict[str, Any] | None = None,
         builder_options: dict[str, Any] | None = None,
     ) -> None:
@@ -123,6 +128,7 @@ class Scorer:
         self.builder = ProtocolBuilder(writer or judge, self.cache, limits, **(builder_options or {}))
         self.controls = controls or Controls()
         self.calibration, self.on_signs, self.rejudge = calibration, on_signs, rejudge
+        self.strip_reasoning: StripReasoning = strip_reasoning
         self.__name__ = "pa_grm"  # trainers name reward functions in their logs
 
     # ---- one response
@@ -133,6 +139,10 @@ class Scorer:
         Raises:
             BackendRefusedError: The backend will refuse every request: stop and repair.
         """
+        answer = graded_text(response, self.strip_reasoning)
+        if answer is None:
+            return Score(0.0, "its reasoning never ends")
+        response = answer
         refusal = self.controls.refusal(response)
         if refusal is not None:
             return Score(0.0, refusal)
@@ -147,10 +157,9 @@ class Scorer:
             )
             value = verdict.value
             if found and self.on_signs == "lower":
-                rest = without_signs(response)
-                cleaned = None if self.controls.refusal(rest) else await self._judge(prompt, rest, protocol, reference)
-                if cleaned is None or cleaned.value < value:
-                    verdict, value = cleaned or verdict, 0.0 if cleaned is None else cleaned.value
+                cleaned = await self._judge(prompt, without_signs(response), protocol, reference)
+                if cleaned.value < value:
+                    verdict, value = cleaned, cleaned.value
             reward = value
             if self.calibration == "anchors":
                 reward = await self._on_anchors(value, prompt, protocol, reference)
@@ -202,7 +211,7 @@ class Scorer:
         """Scores as they are ready, each with its item's number; at most `window` items are worked on at once.
 
         Raises:
-            BackendRefusedError: As `score`; what is under way is given up.
+            BackendRefusedError: As `score`; what is ready comes first, what is under way is given up.
         """
         numbered = enumerate(items)
         working: set[asyncio.Task[tuple[int, Score]]] = set()
@@ -219,8 +228,13 @@ class Scorer:
                 if not working:
                     return
                 done, working = await asyncio.wait(working, return_when=asyncio.FIRST_COMPLETED)
+                refused = None
                 for task in done:
-                    yield task.result()
+                    refused = task.exception() or refused
+                    if task.exception() is None:
+                        yield task.result()
+                if refused is not None:  # after what else is ready: it was paid for
+                    raise refused
         finally:
             for task in working:
                 task.cancel()
@@ -229,12 +243,17 @@ class Scorer:
         self,
         items: Sequence[Item | tuple[Any, ...]],
         progress: Callable[[int, int, Score], None] | None = None,
+        groups: Sequence[object] | None = None,
     ) -> list[Score]:
         """Scores in the order of the items.
 
         Args:
             items: Any number.
             progress: Called with (done, total, score) whenever one is ready.
+            groups: Names, one per item, of what "group" calibration compares; None: items of one prompt and reference.
+
+        Raises:
+            BackendRefusedError: As `score`.
         """
         scores: list[Score | None] = [None] * len(items)
         done = 0
@@ -246,7 +265,7 @@ class Scorer:
         out = [s for s in scores if s is not None]
         assert len(out) == len(items)
         if self.calibration == "group":
-            out = by_group(out, [(prompt_text(i[0]), i[2] if len(i) > 2 else None) for i in items])
+            out = by_group(out, groups or [(prompt_text(i[0]), i[2] if len(i) > 2 else None) for i in items])
         LOGGER.info("%d scored: %s", len(out), self.usage())
         excluded = [s.reason for s in out if s.reward is None]
         if excluded:
@@ -260,17 +279,26 @@ class Scorer:
 
     # ---- as a reward function
 
+    @property
+    def compares(self) -> bool:
+        """Whether rewards come from comparing the completions of a prompt."""
+        return self.calibration == "group"
+
     def score_batch(self, examples: Sequence[Example], completions: Sequence[str]) -> list[float | None]:
-        """Rewards of a trainer's batch; an example's `answer` is the reference."""
-        return [s.reward for s in run_sync(self.score_all(_items(examples, completions)))]
+        """Rewards of a trainer's batch; an example's `answer` is the reference.
+
+        Raises:
+            BackendRefusedError: The backend refuses whatever it is asked. All else that a server does wrong is a None.
+            OSError: The cache's file cannot be read or written.
+        """
+        from ...grpo.domain import group_numbers
+
+        items = [Item(e.prompt, text, e.answer) for e, text in zip(examples, completions, strict=True)]
+        return [s.reward for s in run_sync(self.score_all(items, groups=group_numbers(examples)))]
 
     def __call__(self, example: Example, completion: str) -> float | None:
         """The reward of one completion."""
         return self.score_batch([example], [completion])[0]
-
-
-def _items(examples: Sequence[Example], completions: Sequence[str]) -> list[Item]:
-    return [Item(e.prompt, text, e.answer) for e, text in zip(examples, completions, strict=True)]
 
 
 def by_group(scores: Sequence[Score], groups: Sequence[object]) -> list[Score]:

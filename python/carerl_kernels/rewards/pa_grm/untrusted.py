@@ -1,13 +1,13 @@
-"""The response is data, not instruction: quoting it, recognising attempts to speak to the judge, and controls on its form.
+"""The response is data, not instruction: quoting it, and controls on its form.
 
 Three lines of defence, each useful where the one before it fails: the response cannot leave its quotation (`quoted`); what
 looks like an attempt to steer the judge is found (`signs`), and such a response is worth no more than it is without the
-passage (`without_signs`, used by the scorer); length and repetition are limited by rules no judge can be talked out of
-(`Controls`).
+passage; length and repetition are limited by rules no judge can be talked out of (`Controls`).
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import unicodedata
@@ -17,40 +17,27 @@ from pydantic import BaseModel, ConfigDict, Field
 
 QUOTE_MARK = "| "
 
-# Openings of control sequences in the chat templates at large; the first character gets replaced, which no tokenizer
-# then takes for one of its special tokens.
-_CONTROL = re.compile(
-    r"<(?=\|)|<(?=/?s>)|<(?=/?(?:start|end)_of_turn>)|<(?=<SYS>>|</SYS>>)|<(?=｜)|\[(?=/?INST\])|\[(?=/?SYSTEM_PROMPT\])",
+# Tokens of the chat templates at large. The first character gets replaced, which no tokenizer then takes for one of its special
+# tokens: ChatML, Llama 3 and 4, Phi, Command R, Harmony, GLM and Granite write <|name|>, DeepSeek the same with a wide bar,
+# EXAONE [|name|], MiniMax ]~b]; Llama 2 and Mistral [NAME] and <s>; Gemma <start_of_turn> and <|turn>; others their own.
+_ROLES = r"system|user|assistant|human|model|observation|developer|tool|bot"
+_ANGLED = (
+    r"/?(?:s|bos|eos|pad|unk|mask|cls|sep|sop|eop|eo[adhmt]|eot_id|think|thinking|reasoning|analysis|image|audio|video|"
+    rf"{_ROLES}|tools?_?[a-z]{{1,12}}|function_?[a-z]{{0,12}}|(?:start|end|begin|beginning)_?of_?[a-z_]{{1,24}}|endoftext|"
+    r"[a-z_]{1,24}_token|[a-z]{1,12}_soft_token|reserved_?[a-z0-9_]{1,24}|unused_?[0-9]{1,6}|extra_id_[0-9]{1,6}|"
+    r"special_[0-9]{1,6}|fim_[a-z]{1,12}|seed:[a-z_]{1,40}|mask:[0-9]{1,6}|[a-z]{1,12}\|)"
+)
+_SQUARE = (
+    r"/?(?:INST|SYS|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOLS?_[A-Z]{1,12}|THINK|MODEL_SETTINGS|PREFIX|SUFFIX|MIDDLE|ARGS|CALL_ID|"
+    r"IMG(?:_[A-Z]{1,8})?|(?:BEGIN_)?AUDIO|CONTROL_?[0-9]{1,4}|UNUSED_TOKEN_[0-9]{1,6}|@?BOS@?|@?EOS@?|PAD|UNK|CLS|SEP|[gs]?MASK)"
+)
+CONTROL = re.compile(
+    rf"<(?=[|\uff5c])|<(?={_ANGLED}>)|<(?=</?SYS>>)|\[(?=\||{_SQUARE}\])|\](?=~[a-z!]{{1,8}}[\[\]])|\[(?=e~\[)",
     re.IGNORECASE,
 )
-_LOOKALIKE = {"<": "‹", "[": "［"}
-
-_INJECTION = {
-    "verdict": re.compile(
-        r"""["'“]?\b(?:score|rating|grade|reward|violated)\b["'”]?\s*[:=]\s*["']?(?:\d|true|false)""", re.IGNORECASE
-    ),
-    "override": re.compile(
-        r"\b(?:ignore|disregard|forget|override)\b[^.\n]{0,40}\b(?:previous|prior|above|earlier|preceding|all|other|your|the)\b"
-        r"[^.\n]{0,40}\b(?:instructions?|prompts?|rules?|criteri\w+|protocols?|rubrics?|directions?)\b",
-        re.IGNORECASE,
-    ),
-    "address": re.compile(
-        r"\b(?:dear|hey|hello|attention|note\s+(?:to|for)|message\s+(?:to|for)|as)\b[^.\n]{0,20}"
-        r"\b(?:judges?|graders?|evaluators?|reviewers?|scorers?|raters?|assessors?)\b",
-        re.IGNORECASE,
-    ),
-    "demand": re.compile(
-        r"\b(?:give|award|assign|grant|rate|score|grade|deserves?|merits?|receives?|must\s+(?:be|get))\b[^.\n]{0,50}"
-        r"(?:\b(?:full|max(?:imum|imal)?|highest|top|perfect|best)\b[^.\n]{0,25}"
-        r"\b(?:scores?|marks?|points?|ratings?|levels?|grades?|credit)\b|\b(\d+)\s*(?:/|out\s+of)\s*\1\b)",
-        re.IGNORECASE,
-    ),
-    "role": re.compile(r"^[ \t#*]*(?:system|assistant|judge|grader|verdict)[ \t*]*:", re.IGNORECASE | re.MULTILINE),
-    "delimiter": re.compile(
-        r"(?:<<<|>>>|={5,}|-{8,})\s*(?:end|begin|start)?\s*(?:of\s+)?(?:response|answer|protocol|prompt|data)",
-        re.IGNORECASE,
-    ),
-}
+_LOOKALIKE = {"<": "‹", "[": "［", "]": "］"}
+_LINE_END = re.compile(r"\r\n?|[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
+_UNUSUAL = re.compile(r"[^\n\t\x20-\x7e]")  # what needs a look
 
 
 def quoted(text: str, label: str) -> str:
@@ -61,7 +48,7 @@ def quoted(text: str, label: str) -> str:
     templates and invisible characters are made visible.
 
     Args:
-        text: From the policy or a data set.
+        text: From the policy, a data set or the writer of a protocol.
         label: What it is, in capitals.
     """
     key = hashlib.sha256(f"{label}\0{text}".encode(errors="surrogatepass")).hexdigest()[:16]
@@ -71,56 +58,31 @@ def quoted(text: str, label: str) -> str:
 
 def visible(text: str) -> str:
     """Line ends as newlines; control, format and unassigned characters as escapes; chat control sequences broken."""
-    text = re.sub(r"\r\n?|[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]", "\n", text)
-    out = []
-    for character in text:
-        if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Cn"):
-            out.append(character)
-        else:
-            out.append(f"\\u{{{ord(character):x}}}")
-    return _CONTROL.sub(lambda m: _LOOKALIKE[m.group()], "".join(out))
+    text = _UNUSUAL.sub(lambda m: f"\\u{{{ord(m.group()):x}}}" if _hidden(m.group()) else m.group(), plain_lines(text))
+    return CONTROL.sub(lambda m: _LOOKALIKE[m.group()], text)
 
 
-def signs(text: str) -> tuple[str, ...]:
-    """Names of the attempts to steer a judge that `text` shows; empty for ordinary answers."""
-    return tuple(dict.fromkeys(name for name, _, _ in _spans(text)))
+def without_hidden(text: str) -> str:
+    """`text` without invisible characters; line ends as newlines."""
+    return _UNUSUAL.sub(lambda m: "" if _hidden(m.group()) else m.group(), plain_lines(text))
 
 
-def without_signs(text: str) -> str:
-    """`text` without the lines that show such attempts, and without invisible characters."""
-    folded = _folded(text)
-    drop: set[int] = set()
-    for _, start, end in _spans(text):
-        drop.update(range(folded.count("\n", 0, start), folded.count("\n", 0, end) + 1))
-    return "\n".join(line for i, line in enumerate(folded.split("\n")) if i not in drop).strip()
+def plain_lines(text: str) -> str:
+    """`text` with every line end that a reader may see as a newline."""
+    return _LINE_END.sub("\n", text)
 
 
-def _folded(text: str) -> str:
-    """Compatibility-normalised and without invisible characters, as the patterns read it: full-width or zero-width tricks
-    do not hide a word."""
-    text = re.sub(r"\r\n?|[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]", "\n", text)
-    plain = []
-    for character in text:
-        code = ord(character)
-        if 0xE0020 <= code <= 0xE007E:
-            plain.append(chr(code - 0xE0000))  # tag characters: invisible ASCII
-        elif character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Cn"):
-            plain.append(character)
-    return unicodedata.normalize("NFKC", "".join(plain))
-
-
-def _spans(text: str) -> list[tuple[str, int, int]]:
-    folded = _folded(text)
-    found = [(name, m.start(), m.end()) for name, pattern in _INJECTION.items() for m in pattern.finditer(folded)]
-    found += [("control", m.start(), m.end()) for m in _CONTROL.finditer(folded)]
-    return sorted(found, key=lambda span: span[1])
+@functools.lru_cache(maxsize=65536)
+def _hidden(character: str) -> bool:
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn")
 
 
 class Controls(BaseModel):
     """Limits on the form of a response, applied outside the judge.
 
     Args:
-        max_chars: A longer response is worth 0 and is not judged: length is the policy's own doing.
+        max_chars: A response that is longer, as the judge would see it (invisible characters take up to nine), is worth 0 and
+            is not judged: length is the policy's own doing.
         free_words: Up to so many words cost nothing; None: no length control.
         limit_words: From so many words on the reward is 0; in between it falls linearly.
         free_repetition: Share of repeated text (see `repetition`) that costs nothing; above it the reward falls linearly
@@ -144,9 +106,9 @@ class Controls(BaseModel):
 
     def refusal(self, response: str) -> str | None:
         """Why a response is worth 0 without being judged, or None."""
-        if not response.strip():
+        if len(response) <= self.max_chars and not without_hidden(response).strip():
             return "empty"
-        if len(response) > self.max_chars:
+        if len(response) > self.max_chars or len(visible(response)) > self.max_chars:
             return f"longer than {self.max_chars} characters"
         return None
 

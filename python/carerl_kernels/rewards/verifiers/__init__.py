@@ -3,8 +3,9 @@
 Each says what to install when its library is missing.
 """
 
-from .code import CodeTests, extract_code
+from .code import CodeTests
 from .exact import exact_match
+from .fences import extract_code
 from .gym import GYM_DOMAINS, gym_domain
 from .instructions import CHECKS, followed, instructions_followed
 from .math import MathMatch

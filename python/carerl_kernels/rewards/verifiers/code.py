@@ -4,39 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..log import LOGGER
+from ..reasoning import StripReasoning, graded_text
+from .fences import extract_code
 from .sandbox import Outcome, Sandbox, SandboxError
 
 if TYPE_CHECKING:
     from ...grpo.domain import Example
 
-# Calls come in as JSON lines and go out as JSON lines on a descriptor of their own, so that prints of the solution do not
-# mix with results. A solution that forges results gains nothing: it would have to know the right ones.
-_CALLS = """
-import json, os, sys
-results = os.fdopen(os.dup(1), "w")
-os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-space = {"__name__": "solution"}
-exec(compile(open("solution.py").read(), "solution.py", "exec"), space)
-for line in sys.stdin:
-    call = json.loads(line)
-    try:
-        value = json.dumps({"value": space[call["call"]](*call["args"], **call["kwargs"])})
-    except Exception as error:
-        value = json.dumps({"error": repr(error)[:200]})
-    results.write(value + "\\n")
-    results.flush()
-"""
-
-
-def extract_code(completion: str) -> str:
-    """The last fenced code block of a completion, or all of it."""
-    blocks = re.findall(r"```[ \t]*(?:python|py|python3)?[ \t]*\n(.*?)```", completion, re.DOTALL | re.IGNORECASE)
-    return blocks[-1] if blocks else completion
+_CALLS = Path(__file__).with_name("_calls.py").read_text(encoding="utf-8")
+_ASSERT = "_assert.py"
+_MARK = "all tests passed"
+_KINDS = ("stdout", "call", "assert")
+_MISTAKEN = {"arg", "arguments", "input", "inputs", "kwarg", "output", "outputs", "result", "return", "returns"}
 
 
 class CodeTests:
@@ -46,33 +30,64 @@ class CodeTests:
 
     - {"stdin": text, "stdout": text}: the program is run; what it prints is compared line by line, blanks at the ends of
       lines and blank lines at the end aside.
-    - {"call": name, "args": [...], "kwargs": {...}, "expected": value}: the function is called; values are JSON (a tuple is a
-      list), numbers compared to `tolerance`.
-    - {"assert": program text}: run after the solution in the same interpreter, passed if it ends without an exception.
-      The weakest kind: a solution can look at the tests, or end the interpreter and look like success; prefer the others.
+    - {"call": name, "args": [...], "kwargs": {...}, "expected": value}: the function, or method of a class Solution, is called;
+      values are JSON (a tuple is a list), numbers compared to `tolerance`. Each call has the sandbox's limits of time to
+      itself.
+    - {"assert": program text}: run after the solution in its module, passed if it ends without an exception. The weakest kind:
+      a solution can look at the tests, or end the interpreter and look like success; prefer the others.
+
+    The first test that fails ends it, unless `partial`. The logger `carerl_kernels.rewards` says why at DEBUG.
 
     Args:
         sandbox: Where programs run; by default one that refuses to run anything without isolation.
         partial: The share of tests passed instead of all or nothing.
         tolerance: Relative and absolute, of numbers.
+        budget: Seconds, of processor time and of the clock, that all tests of a completion may take; those beyond have
+            failed.
+        strip_reasoning: See `rewards.reasoning.strip_reasoning`; an unfinished trace is worth 0.
     """
 
-    def __init__(self, sandbox: Sandbox | None = None, *, partial: bool = False, tolerance: float = 1e-6) -> None:
+    def __init__(
+        self,
+        sandbox: Sandbox | None = None,
+        *,
+        partial: bool = False,
+        tolerance: float = 1e-6,
+        budget: float = 60.0,
+        strip_reasoning: StripReasoning = True,
+    ) -> None:
         self.sandbox = sandbox or Sandbox()
-        self.partial, self.tolerance = partial, tolerance
+        self.partial, self.tolerance, self.budget = partial, tolerance, budget
+        self.strip_reasoning = strip_reasoning
         self.__name__ = "code_tests"
+
+    def check(self, example: Example) -> None:
+        """Refuses an example that cannot be judged, before anything is trained on it.
+
+        Raises:
+            ValueError: It has no tests, or one that is not understood; names it.
+        """
+        tests = example.info.get("tests")
+        if not isinstance(tests, Sequence) or isinstance(tests, str) or not tests:
+            raise ValueError(f'CodeTests: expected tests in example.info["tests"], {example.prompt!r} has none')
+        for number, test in enumerate(tests):
+            problem = _problem(test)
+            if problem:
+                raise ValueError(f"CodeTests: tests[{number}]: {problem}, found {test!r}")
 
     def __call__(self, example: Example, completion: str) -> float | None:
         """The reward in [0, 1]; None if the sandbox failed.
 
         Raises:
-            ValueError: The example has no tests, or one of an unknown kind.
+            ValueError: As `check`.
         """
-        tests = example.info.get("tests")
-        if not tests:
-            raise ValueError(f'CodeTests: expected tests in example.info["tests"], {example.prompt!r} has none')
+        self.check(example)
+        text = graded_text(completion, self.strip_reasoning)
+        if text is None:
+            return 0.0
+        tests = example.info["tests"]
         try:
-            passed = self.results(extract_code(completion), tests)
+            passed = self.results(extract_code(text, [t["call"] for t in tests if "call" in t]), tests)
         except SandboxError as error:
             LOGGER.warning("not judged: %s", error)
             return None
@@ -80,50 +95,107 @@ class CodeTests:
         return share if self.partial else float(share == 1)
 
     def results(self, program: str, tests: Sequence[Mapping[str, Any]]) -> list[bool]:
-        """Which tests a program passes.
+        """Which tests a program passes; unless `partial`, those after a failed one count as failed.
 
         Raises:
-            ValueError: A test of an unknown kind.
             SandboxError: The sandbox failed.
         """
-        calls = [t for t in tests if "call" in t]
-        returned = iter(self._call(program, calls))
-        out = []
-        for test in tests:
+        passed = [False] * len(tests)
+        left = self.budget
+        calls = [i for i, test in enumerate(tests) if "call" in test]
+        while calls and left > 0:
+            results, used = self._call(program, [tests[i] for i in calls], left)
+            left -= used
+            for i, result in zip(calls, results, strict=False):
+                passed[i] = result
+            if not self.partial and not (all(results) and len(results) == len(calls)):
+                return passed
+            calls = calls[len(results) :]  # the last one of `results` has ended the program: the others run without it
+        for i, test in enumerate(tests):
             if "call" in test:
-                out.append(next(returned))
-            elif "stdout" in test:
-                ended = self.sandbox.run(program, str(test.get("stdin", "")))
-                out.append(ended.status == "ok" and _lines(ended.stdout) == _lines(str(test["stdout"])))
-            elif "assert" in test:
-                out.append(self._assert(program, str(test["assert"])))
-            else:
-                raise ValueError(f"CodeTests: expected stdin/stdout, call/expected or assert in a test, found {test!r}")
-        return out
+                continue
+            if left <= 0:
+                break
+            ended = self._run(program, test, left)
+            left -= ended.used
+            passed[i] = _as_expected(ended, test)
+            if not passed[i]:
+                LOGGER.debug("test %d failed: %s %s", i, ended.status, ended.stderr[-500:])
+                if not self.partial:
+                    break
+        if left <= 0:
+            LOGGER.info(
+                "a program used up its budget of %g s; what it had not passed by then counts as failed", self.budget
+            )
+        return passed
 
-    def _call(self, program: str, calls: Sequence[Mapping[str, Any]]) -> list[bool]:
-        if not calls:
-            return []
-        lines = [{"call": t["call"], "args": t.get("args", []), "kwargs": t.get("kwargs", {})} for t in calls]
+    def _call(self, program: str, tests: Sequence[Mapping[str, Any]], budget: float) -> tuple[list[bool], float]:
+        """Results of the calls up to the one that ended the program, and the seconds used."""
+        lines = [{"call": t["call"], "args": t.get("args", []), "kwargs": t.get("kwargs", {})} for t in tests]
         stdin = "".join(json.dumps(line) + "\n" for line in lines)
-        ended: Outcome = self.sandbox.run(_CALLS, stdin, {"solution.py": program})
-        values: list[Any] = []
-        for line in ended.stdout.splitlines():
-            try:
-                values.append(json.loads(line))
-            except (ValueError, RecursionError):
-                values.append(None)
-        values += [None] * (len(calls) - len(values))  # it ended before them
-        return [
-            isinstance(v, dict) and "value" in v and _same(v["value"], test.get("expected"), self.tolerance)
-            for v, test in zip(values, calls, strict=False)
-        ]
+        ended = self.sandbox.run(_CALLS, stdin, {"solution.py": program}, parts=len(tests), budget=budget)
+        results: list[bool] = []
+        for test, line in zip(tests, ended.stdout.split("\n")[:-1], strict=False):
+            answer = _parsed(line)
+            right = "value" in answer and _same(answer["value"], test["expected"], self.tolerance)
+            if not right:
+                said = answer.get("failed") or answer.get("error") or f"returned {line[:200]}"
+                LOGGER.debug("%s: %s", test["call"], said)
+            if "failed" in answer:  # the solution cannot be loaded
+                return [False] * len(tests), ended.used
+            results.append(right)
+        if len(results) < len(tests):
+            LOGGER.debug("%s: ended the program (%s)", tests[len(results)]["call"], ended.status)
+            results.append(False)
+        return results, ended.used
 
-    def _assert(self, program: str, test: str) -> bool:
-        mark = "all tests passed"
-        after = f"{program}\n\n{test}\n\nimport sys as _sys\n_sys.stdout.write({chr(10) + mark!r})\n"
-        ended = self.sandbox.run(after)
-        return ended.status == "ok" and ended.stdout.endswith("\n" + mark)
+    def _run(self, program: str, test: Mapping[str, Any], budget: float) -> Outcome:
+        if "stdout" in test:
+            return self.sandbox.run(program, str(test.get("stdin", "")), budget=budget)
+        after = (
+            f"{_CALLS.removesuffix('main()' + chr(10))}\nmodule = load()\n"
+            f"exec(compile(open({_ASSERT!r}).read(), {_ASSERT!r}, 'exec'), module.__dict__)\n"
+            f"sys.stdout.write({chr(10) + _MARK!r})\n"
+        )
+        return self.sandbox.run(after, "", {"solution.py": program, _ASSERT: str(test["assert"])}, budget=budget)
+
+
+def _problem(test: Any) -> str | None:
+    """What is wrong with a test, or None."""
+    kind = next((k for k in _KINDS if k in test), None) if isinstance(test, Mapping) else None
+    if kind is None:
+        return "expected stdin/stdout, call/expected or assert in a test"
+    if kind == "call":
+        if "expected" not in test:
+            return 'expected "expected", the value that the call returns'
+        if _MISTAKEN & set(test):
+            return f"expected args, kwargs and expected beside call, not {', '.join(sorted(_MISTAKEN & set(test)))}"
+        if not isinstance(test["call"], str) or not test["call"].isidentifier():
+            return "expected a function's name as call"
+        if not isinstance(test.get("args", []), (list, tuple)) or not isinstance(test.get("kwargs", {}), Mapping):
+            return "expected a list as args and an object as kwargs"
+        try:
+            json.dumps([test.get("args"), test.get("kwargs"), test["expected"]])
+        except (TypeError, ValueError) as error:
+            return f"expected values that JSON knows ({error})"
+    return None
+
+
+def _parsed(line: str) -> Mapping[str, Any]:
+    """A line of the program as an object; anything else it may be is an empty one."""
+    try:
+        answer = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return answer if isinstance(answer, dict) else {}
+
+
+def _as_expected(ended: Outcome, test: Mapping[str, Any]) -> bool:
+    if ended.status != "ok":
+        return False
+    if "stdout" in test:
+        return _lines(ended.stdout) == _lines(str(test["stdout"]))
+    return ended.stdout.endswith("\n" + _MARK)
 
 
 def _lines(text: str) -> list[str]:
@@ -140,7 +212,10 @@ def _same(found: Any, expected: Any, tolerance: float) -> bool:
     if isinstance(found, (int, float)) and isinstance(expected, (int, float)):
         if isinstance(found, int) and isinstance(expected, int):
             return found == expected
-        return math.isclose(found, expected, rel_tol=tolerance, abs_tol=tolerance)
+        try:
+            return math.isclose(found, expected, rel_tol=tolerance, abs_tol=tolerance)
+        except OverflowError:  # an integer beyond every float
+            return False
     if isinstance(expected, (list, tuple)):
         return (
             isinstance(found, list)

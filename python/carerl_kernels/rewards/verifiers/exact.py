@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..reasoning import StripReasoning, graded_text
+
 if TYPE_CHECKING:
     from ...grpo.domain import Example
 
 
-def exact_match(example: Example, completion: str) -> float:
+def exact_match(example: Example, completion: str, *, strip_reasoning: StripReasoning = True) -> float:
     """1 if the completion is the answer, up to surrounding whitespace, else 0.
+
+    Args:
+        example: With an answer.
+        completion: From the policy; special tokens that decoding left at its ends do not count.
+        strip_reasoning: See `rewards.reasoning.strip_reasoning`; an unfinished trace is worth 0.
 
     Raises:
         ValueError: The example has no answer to compare with.
     """
     if example.answer is None:
         raise ValueError(f"exact_match: expected an example with an answer, {example.prompt!r} has none")
-    return float(completion.strip() == example.answer.strip())
+    right = example.answer.strip()
+    if completion.strip() == right:
+        return 1.0
+    text = graded_text(completion, strip_reasoning)
+    return float(text is not None and text.strip() == right)

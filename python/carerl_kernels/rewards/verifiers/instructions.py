@@ -8,6 +8,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..reasoning import StripReasoning, graded_text
+from .fences import fenced_blocks
+
 if TYPE_CHECKING:
     from ...grpo.domain import Example
 
@@ -36,20 +39,22 @@ def words(text: str, at_least: int | None = None, at_most: int | None = None) ->
 @check
 def sentences(text: str, at_least: int | None = None, at_most: int | None = None) -> bool:
     """So many sentences: ended by . ! ? or their CJK forms before white space, a closing mark, or the end."""
-    pieces = re.split(r"(?:[.!?…]+[\"'”’)\]]*(?=\s|$))|[。！？]+", text)
+    pieces = re.split(r"(?<![.!?…])[.!?…]++[\"'”’)\]]{0,16}(?=\s|$)|[。！？]", text)
     return _within(sum(any(c.isalnum() for c in p) for p in pieces), at_least, at_most)
 
 
 @check
 def paragraphs(text: str, at_least: int | None = None, at_most: int | None = None) -> bool:
     """So many paragraphs, separated by blank lines."""
-    return _within(sum(bool(p.strip()) for p in re.split(r"\n\s*\n", text)), at_least, at_most)
+    blank = [not line.strip() for line in text.split("\n")]
+    return _within(sum(not b and (i == 0 or blank[i - 1]) for i, b in enumerate(blank)), at_least, at_most)
 
 
 @check
 def bullets(text: str, at_least: int | None = None, at_most: int | None = None) -> bool:
     """So many list items: lines that start with -, *, + or a number with . or )."""
-    return _within(len(re.findall(r"^[ \t]*(?:[-*+•]|\d+[.)])[ \t]+\S", text, re.MULTILINE)), at_least, at_most)
+    item = re.compile(r"(?:[-*+•]|\d{1,9}[.)])[ \t]++\S")
+    return _within(sum(item.match(line.lstrip(" \t")) is not None for line in text.split("\n")), at_least, at_most)
 
 
 @check
@@ -87,9 +92,10 @@ def letter_case(text: str, case: str) -> bool:
 @check
 def is_json(text: str, keys: Sequence[str] = ()) -> bool:
     """The whole text is JSON, in a code fence or bare; an object with these keys, if any are given."""
-    fenced = re.fullmatch(r"```(?:json)?\s*\n(.*?)\n?```", text.strip(), re.DOTALL)
+    blocks = fenced_blocks(text) if text.lstrip().startswith(("```", "~~~")) else []
+    fenced = len(blocks) == 1 and blocks[0].language in ("", "json") and text.rstrip().endswith(("```", "~~~"))
     try:
-        value = json.loads(fenced[1] if fenced else text)
+        value = json.loads(blocks[0].text if fenced else text)
     except (ValueError, RecursionError):
         return False
     return not keys or (isinstance(value, dict) and set(_texts(keys)) <= value.keys())
@@ -107,7 +113,8 @@ def characters(text: str, allowed: str | None = None, forbidden: str | None = No
 @check
 def sections(text: str, titles: Sequence[str]) -> bool:
     """These Markdown headings, in this order."""
-    found = [m.strip().rstrip("#").strip() for m in re.findall(r"^#{1,6}[ \t]+(.+)$", text, re.MULTILINE)]
+    headings = (re.match(r"#{1,6}[ \t]([^\n]*)", line) for line in text.split("\n"))
+    found = [m[1].strip().rstrip("#").strip() for m in headings if m and m[1].strip()]
     position = iter(found)
     return all(title in position for title in _texts(titles))
 
@@ -145,8 +152,13 @@ def followed(text: str, instructions: Sequence[Mapping[str, Any]]) -> list[bool]
     return out
 
 
-def instructions_followed(example: Example, completion: str) -> float:
+def instructions_followed(example: Example, completion: str, *, strip_reasoning: StripReasoning = True) -> float:
     """Reward: the share of `example.info["instructions"]` that a completion follows.
+
+    Args:
+        example: With instructions.
+        completion: From the policy; an unfinished reasoning trace follows none.
+        strip_reasoning: See `rewards.reasoning.strip_reasoning`.
 
     Raises:
         ValueError: The example has none, or one that is not understood.
@@ -154,4 +166,17 @@ def instructions_followed(example: Example, completion: str) -> float:
     instructions = example.info.get("instructions")
     if not instructions:
         raise ValueError(f'expected instructions in example.info["instructions"], {example.prompt!r} has none')
-    return sum(followed(completion, instructions)) / len(instructions)
+    text = graded_text(completion, strip_reasoning)
+    return sum(followed(text or "", instructions)) / len(instructions)
+
+
+def check_instructions(example: Example) -> None:
+    """Refuses an example whose instructions are not understood, before anything is trained on it.
+
+    Raises:
+        ValueError: As `instructions_followed`.
+    """
+    instructions_followed(example, "A text.")
+
+
+instructions_followed.check = check_instructions  # type: ignore[attr-defined]

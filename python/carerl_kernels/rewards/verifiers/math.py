@@ -1,130 +1,163 @@
-"""Mathematical answers compared by value: 1/2, 0.5 and \\frac{1}{2} are the same."""
+"""Mathematical answers compared by value: 1/2, 0.5 and \\frac{1}{2} are the same. Answers that are words as words."""
 
 from __future__ import annotations
 
-import atexit
 import importlib.util
-import json
-import os
-import selectors
-import subprocess
-import sys
-import threading
-import time
+import re
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..log import LOGGER
+from ..reasoning import StripReasoning, graded_text
+from .answers import Answer, beginnings, committed_answer, is_words, same_words
+from .numbers import Number, last_measure, number, plain, same_number
+from .worker import Failed, Worker
 
 if TYPE_CHECKING:
     from ...grpo.domain import Example
 
-_WORKER = Path(__file__).with_name("_math_worker.py")
+# What people write without LaTeX, as LaTeX.
+_NAMES = re.compile(
+    r"(?<![\\A-Za-z])(pi|theta|alpha|beta|sin|cos|tan|cot|log|ln|exp|infty|sqrt|arcsin|arccos|arctan)(?![A-Za-z])"
+)
+_REWRITES = (
+    (re.compile(r"\*\*"), "^"),
+    (re.compile(r"\\sqrt ?\(([^()]{1,100})\)"), r"\\sqrt{\1}"),
+    (re.compile(r"\^ ?\(([^()]{1,100})\)"), r"^{\1}"),
+    (re.compile(r"\^ ?(-?\d{2,40}|-\d)"), r"^{\1}"),
+    (re.compile(r"(?<![\w.])(\d{1,40}\.\d{0,40}|\d{1,40})[eE]([+-]?\d{1,3})(?!\w)"), r"\1*10^{\2}"),
+    (re.compile(r"(?<![\w\\])infinity(?!\w)"), r"\\infty"),
+    (re.compile(r"(?<![\w./}])(\d{1,40}) (\d{1,40}) ?/ ?(\d{1,40})(?![\w./])"), r"(\1+\\frac{\2}{\3})"),
+)
+
+
+@dataclass(frozen=True)
+class _Gold:
+    """A right answer, read once: a number, words, or mathematics for math-verify."""
+
+    number: Number | None
+    words: bool
+    formula: str
 
 
 class MathMatch:
-    """Reward: 1 if the answer a completion gives equals `example.answer` by math-verify, else 0.
+    """Reward: 1 if the answer a completion commits itself to equals `example.answer`, else 0.
 
-    The check runs in a process of its own that is killed and replaced when an expression takes longer than `timeout`, which
-    counts as wrong: the policy wrote it.
+    Numbers are compared in value and unit; answers that are words ("Paris", "no solution") as words; the rest by math-verify, in
+    a process of its own in the sandbox, which is replaced when an expression takes longer than `timeout`. That counts as wrong:
+    the policy wrote it.
 
     Args:
         timeout: Seconds for one completion.
         memory: Bytes of address space of the process.
+        strip_reasoning: See `rewards.reasoning.strip_reasoning`; an unfinished trace is worth 0.
 
     Raises:
         ImportError: math-verify is missing; says what to install.
     """
 
-    def __init__(self, timeout: float = 5.0, memory: int = 4 << 30) -> None:
+    def __init__(self, timeout: float = 5.0, memory: int = 4 << 30, *, strip_reasoning: StripReasoning = True) -> None:
         if importlib.util.find_spec("math_verify") is None:
             raise ImportError("checking mathematics needs math-verify: pip install 'carerl-kernels[verifiers]'")
-        self.timeout, self.memory = timeout, memory
-        self._lock = threading.Lock()
-        self._worker: subprocess.Popen[bytes] | None = None
-        self._owner = 0
+        self.strip_reasoning = strip_reasoning
+        # math-verify evaluates nothing, so that it may run where there is no isolation
+        source = Path(__file__).with_name("_math_worker.py")
+        self._worker = Worker(source, timeout=timeout, memory=memory, isolated=False)
         self.__name__ = "math_match"
-        atexit.register(self.close)
+
+    def check(self, example: Example) -> None:
+        """Refuses an example that cannot be judged, before anything is trained on it.
+
+        Raises:
+            ValueError: It has no answer, or one that is neither a number nor words nor anything that math-verify reads.
+        """
+        gold = self._gold(example)
+        if gold.number is None and not gold.words:
+            try:
+                self._verified(gold, example, None)
+            except Failed as error:
+                LOGGER.warning("not checked: %s", error)
 
     def __call__(self, example: Example, completion: str) -> float | None:
         """The reward; None if the process cannot be run.
 
         Raises:
-            ValueError: The example has no answer, or one that math-verify cannot read: a mistake in the data.
+            ValueError: As `check`.
         """
-        if example.answer is None:
-            raise ValueError(f"MathMatch: expected an example with an answer, {example.prompt!r} has none")
-        result = self._ask(example.answer, completion)
-        if result is None:
+        gold = self._gold(example)
+        text = graded_text(completion, self.strip_reasoning)
+        if text is None:
             return 0.0
-        if "failed" in result:
-            LOGGER.warning("not judged: the process of math-verify ended: %s", result["failed"])
+        answer = committed_answer(text, words=gold.words)
+        if gold.words:
+            return float(same_words(str(example.answer), answer))
+        if gold.number is not None:
+            found = _number_in(answer, gold.number)
+            if found is not None:
+                return float(same_number(gold.number, found))
+        try:
+            return float(self._verified(gold, example, answer))
+        except Failed as error:
+            LOGGER.warning("not judged: %s", error)
             return None
-        if not result["gold"]:
-            raise ValueError(f"MathMatch: expected an answer that is mathematics, found {example.answer!r}")
-        return float(bool(result["right"]))
-
-    def _ask(self, gold: str, completion: str) -> dict[str, object] | None:
-        """The worker's answer; None if it took too long or died of this job."""
-        with self._lock:
-            if self._worker is None or self._owner != os.getpid() or self._worker.poll() is not None:
-                problem = self._start()
-                if problem is not None:
-                    return {"failed": problem}
-            assert self._worker is not None and self._worker.stdin is not None
-            try:
-                self._worker.stdin.write(json.dumps({"gold": gold, "completion": completion}).encode() + b"\n")
-                self._worker.stdin.flush()
-            except BrokenPipeError:
-                line = None
-            else:
-                line = self._line(self.timeout)
-            if line is None:
-                self._kill()
-                return None
-            return json.loads(line)
-
-    def _start(self) -> str | None:
-        """A new worker that has loaded sympy; why there is none otherwise."""
-        self._owner = os.getpid()
-        self._buffer = b""
-        self._worker = subprocess.Popen(
-            [sys.executable, "-I", str(_WORKER), str(self.memory)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        if self._line(120.0) == b"ready":
-            return None
-        self._kill()
-        return "it did not start"
-
-    def _line(self, timeout: float) -> bytes | None:
-        assert self._worker is not None and self._worker.stdout is not None
-        deadline = time.monotonic() + timeout
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._worker.stdout, selectors.EVENT_READ)
-            while b"\n" not in self._buffer:
-                if not selector.select(max(0.0, deadline - time.monotonic())):
-                    return None
-                part = os.read(self._worker.stdout.fileno(), 65536)
-                if not part:
-                    return None
-                self._buffer += part
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        return line
-
-    def _kill(self) -> None:
-        if self._worker is not None and self._owner == os.getpid():
-            self._worker.kill()
-            self._worker.wait()
-            for stream in (self._worker.stdin, self._worker.stdout):
-                if stream is not None:
-                    stream.close()
-        self._worker = None
 
     def close(self) -> None:
         """Ends the process; the next call starts another."""
-        with self._lock:
-            self._kill()
+        self._worker.close()
+
+    def _gold(self, example: Example) -> _Gold:
+        if example.answer is None or not example.answer.strip():
+            raise ValueError(
+                f"MathMatch: expected an answer that is mathematics or words, {example.prompt!r} has {example.answer!r}"
+            )
+        return _read(example.answer)
+
+    def _verified(self, gold: _Gold, example: Example, answer: Answer | None) -> bool:
+        completion = None
+        if answer is not None:
+            completion = _sentence(answer)
+        result = self._worker.ask({"gold": gold.formula, "completion": completion})
+        if result is None:
+            return False
+        if not result.get("gold"):
+            raise ValueError(f"MathMatch: expected an answer that is mathematics or words, found {example.answer!r}")
+        return bool(result.get("right"))
+
+
+@lru_cache(65536)
+def _read(answer: str) -> _Gold:
+    found = number(answer)
+    return _Gold(found, found is None and is_words(answer), formula(answer))
+
+
+def formula(text: str) -> str:
+    """Mathematics as people write it, as LaTeX without its delimiters."""
+    text = plain(text).strip().strip("*`_").rstrip(".,;:").strip()
+    for begin, end in (("$$", "$$"), ("\\(", "\\)"), ("\\[", "\\]"), ("$", "$")):
+        if text.startswith(begin) and text.endswith(end) and len(text) > len(begin) + len(end):
+            text = text[len(begin) : -len(end)].strip()
+            break
+    text = _NAMES.sub(r"\\\1", text)
+    for pattern, instead in _REWRITES:
+        text = pattern.sub(instead, text)
+    return text
+
+
+def _number_in(answer: Answer, gold: Number) -> Number | None:
+    """The number that an answer is, or gives in the gold's kind of unit; None where math-verify has to look for it."""
+    for text in beginnings(answer):
+        found = number(text, attached=bool(gold.unit))
+        if found is not None:
+            return found
+    return last_measure(answer.text) if gold.unit and answer.kind != "whole" else None
+
+
+def _sentence(answer: Answer) -> str:
+    """An answer for math-verify to read, or to find in a clause."""
+    written, text = formula(answer.text), plain(answer.text)
+    nothing_else = answer.kind == "whole" or (len(text) < 200 and not re.search(r"(?<![\\A-Za-z])[A-Za-z]{3}", text))
+    if nothing_else and "$" not in written:
+        return f"${written}$"
+    return f"The answer is {text}." if answer.kind == "clause" and "$" not in text and "\\" not in text else text

@@ -2,46 +2,43 @@
 
 On Linux every program gets namespaces of its own (processes, network, mounts, shared memory; users too unless this runs as
 root) with an empty file system around the interpreter. Where the machine does not allow that (many containers), the sandbox
-refuses to run anything unless `allow_unisolated=True` is passed; then limits and clean killing remain, and the program sees the
-host's files and network. `Sandbox.isolation` says what is in force.
+refuses to run anything unless `allow_unisolated=True` is passed; then limits, clean killing and what the kernel offers without
+privileges remain. `Sandbox.protections` says what is in force.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import os
-import selectors
-import shutil
 import signal
 import stat
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-_CHILD = Path(__file__).with_name("_sandbox_child.py")
+from ..log import LOGGER
+from ._launch import START_PATIENCE, Launched, SandboxError, Turns, interpreter, talk
+
+__all__ = ["Outcome", "Sandbox", "SandboxError", "SandboxLimits", "why_not_isolated"]
+
 Isolation = Literal["namespaces", "none"]
 Status = Literal["ok", "error", "timeout", "cpu", "output", "killed"]
-
-
-class SandboxError(RuntimeError):
-    """The sandbox itself failed, or cannot be had here; says nothing about the program."""
+_TURNS = Turns()
+_PATIENCE = 3.0  # times its limit that a program may be kept from its end by a busy machine
 
 
 class SandboxLimits(BaseModel):
     """What a program may use.
 
     Args:
-        wall: Seconds until everything is killed.
-        cpu: Seconds of processor time per process.
+        wall: Seconds until everything is killed, not counting those in which the program waits for a processor.
+        cpu: Seconds of processor time, of the program and all it starts.
         memory: Bytes of address space per process: altogether at most `processes` times as much.
         processes: Processes and threads at once.
         disk: Bytes in its /tmp (in memory); also of the largest file.
@@ -59,6 +56,19 @@ class SandboxLimits(BaseModel):
     output: int = Field(default=1 << 20, ge=1)
     files: int = Field(default=32, ge=8)
 
+    def resources(self, cpu: float) -> dict[str, int]:
+        """The kernel's limits of each process."""
+        return {
+            "CPU": math.ceil(cpu),
+            "AS": self.memory,
+            "NPROC": self.processes,
+            "FSIZE": self.disk,
+            "NOFILE": self.files,
+            "CORE": 0,
+            "MSGQUEUE": 0,
+            "MEMLOCK": 0,
+        }
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -69,6 +79,7 @@ class Outcome:
         code: Exit code, negative for a signal; None when it was stopped.
         stdout, stderr: What it wrote, up to the limit.
         seconds: Wall-clock time, set-up included.
+        used: Seconds that count against a budget: of processor time of the whole tree, or of the clock if those are more.
     """
 
     status: Status
@@ -76,6 +87,7 @@ class Outcome:
     stdout: str
     stderr: str
     seconds: float
+    used: float = 0.0
 
 
 class Sandbox:
@@ -83,8 +95,8 @@ class Sandbox:
 
     Args:
         limits: Of each run.
-        allow_unisolated: Run with limits only where isolation cannot be had. The program then reads what this user can
-            read and reaches the network.
+        allow_unisolated: Run with limits only where isolation cannot be had. `protections` says what the program then
+            cannot do.
         packages: Directories that programs may import from, read-only, readable for everybody (say, one with numpy);
             nothing else but the standard library is there.
         isolation: "namespaces" or "none" instead of the best that works; "none" needs `allow_unisolated`.
@@ -92,6 +104,8 @@ class Sandbox:
 
     Attributes:
         isolation: What is in force.
+        protections: By name, whether it is in force: "namespaces", "system calls" (seccomp), "files" and "network" (out of
+            reach), "user" (one of its own for every program), "processor" (time counted over all processes of a program).
 
     Raises:
         SandboxError: There is no isolation on this machine and `allow_unisolated` is False; says why.
@@ -124,36 +138,51 @@ class Sandbox:
                 f"run as root; pass python= an interpreter for everybody (/usr/bin/python3), or do not run this as root"
             )
 
-    def run(self, program: str, stdin: str = "", files: dict[str, str] | None = None) -> Outcome:
+    @property
+    def isolated(self) -> bool:
+        """Whether programs have namespaces of their own."""
+        return self.isolation == "namespaces"
+
+    @property
+    def protections(self) -> Mapping[str, bool]:
+        """What is in force on this machine; a program is run to find out."""
+        return _protections(self.python, self.isolated)
+
+    def run(
+        self,
+        program: str,
+        stdin: str = "",
+        files: Mapping[str, str] | None = None,
+        *,
+        parts: int = 0,
+        budget: float = math.inf,
+    ) -> Outcome:
         """Runs a Python program to its end or to a limit; afterwards no process of it is left.
+
+        A program that the machine kept from its time is run again while no other one runs.
 
         Args:
             program: Source text.
             stdin: Its standard input.
             files: Further files in its working directory.
+            parts: With this many, a byte that the program writes to descriptor 3 begins the next one: `wall` and `cpu` are
+                limits of each.
+            budget: Seconds, of the clock and of processor time, for all of it.
 
         Raises:
-            SandboxError: The sandbox failed.
+            SandboxError: The sandbox failed, or the machine is too busy to say anything about the program.
         """
-        return _run(
-            self.python, self.isolation == "namespaces", self.limits, self.packages, program, stdin, files or {}
+        _warn_of_missing(self.python, self.isolated)
+        for turn in (_TURNS.beside, _TURNS.alone):
+            with turn():
+                outcome = _run(
+                    self.python, self.isolated, self.limits, self.packages, program, stdin, files or {}, parts, budget
+                )
+            if outcome is not None:
+                return outcome
+        raise SandboxError(
+            "a program got too little of the processor, also while no other one ran: the machine is too busy"
         )
-
-
-@cache
-def why_not_isolated(python: str) -> str | None:
-    """Why programs cannot be isolated on this machine, or None when they can: a program is run to find out."""
-    if not sys.platform.startswith("linux"):
-        return f"{sys.platform} has no namespaces"
-    probe = "import os; print(sorted(os.listdir('/')), os.getpid())"
-    try:
-        outcome = _run(python, True, SandboxLimits(), (), probe, "", {})
-    except SandboxError as error:
-        return str(error)
-    seen = outcome.stdout.strip()
-    if outcome.status != "ok" or "home" in seen or "proc" in seen:
-        return f"a trial ended with {outcome.status}: {seen or outcome.stderr.strip()}"
-    return None
 
 
 def _run(
@@ -163,164 +192,120 @@ def _run(
     packages: Sequence[str],
     program: str,
     stdin: str,
-    files: dict[str, str],
-) -> Outcome:
-    python, *library = _interpreter(python)
-    directory = None if isolated else tempfile.mkdtemp(prefix="carerl-sandbox-")
-    # root gives every run a user of its own: limits on processes count per user, and do not hold for root
-    uid = 20000 + time.monotonic_ns() // 1000 % 40000 if os.geteuid() == 0 else None
-    job: dict[str, Any] = {
-        "isolated": isolated,
-        "python": python,
-        "readable": [python, *library, *packages],
-        "path": list(packages),
-        "directory": directory,
-        "files": {**files, "main.py": program},
-        "uid": uid,
-        "wall": limits.wall,
-        "disk": limits.disk,
-        "limits": {
-            "CPU": limits.cpu,
-            "AS": limits.memory,
-            "NPROC": limits.processes,
-            "FSIZE": limits.disk,
-            "NOFILE": limits.files,
-            "CORE": 0,
-        },
-    }
-    text = json.dumps(job).encode()
+    files: Mapping[str, str],
+    parts: int,
+    budget: float,
+) -> Outcome | None:
+    """One run; None if the machine, not the program, used the time up."""
+    budget = min(budget, max(1, parts) * max(limits.wall, limits.cpu))
+    cpu = min(float(limits.cpu), budget)
     started = time.monotonic()
+    launched = Launched(
+        python,
+        isolated,
+        limits.resources(budget if parts else cpu),
+        packages,
+        {**files, "main.py": program},
+        disk=limits.disk,
+        wall=min(limits.wall, budget),
+        cpu=cpu,
+        budget=budget,
+        patience=_PATIENCE * limits.wall,
+        parts=parts,
+    )
+    full = True
     try:
-        if directory is not None and uid is not None:
-            os.chown(directory, uid, uid)
-        status_read, status_write = os.pipe()
-        try:
-            child = subprocess.Popen(
-                [python, "-I", "-S", str(_CHILD), str(status_write)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                pass_fds=(status_write,),
-                env={},
-                start_new_session=True,
-            )
-        except OSError as error:
-            os.close(status_read)
-            raise SandboxError(f"the sandbox could not be started: {error}") from error
-        finally:
-            os.close(status_write)
-        full = True
-        try:
-            full, out, err = _talk(child, b"%08d" % len(text) + text + stdin.encode(), limits)
-            with os.fdopen(status_read, "rb") as file:
-                raw = file.read() if not full else b""
-        finally:
-            _stop(child, isolated, at_once=full)
+        full, out, err = talk(
+            launched,
+            stdin.encode(errors="surrogatepass"),
+            START_PATIENCE + _PATIENCE * max(budget, limits.wall),
+            limits.output,
+        )
     finally:
-        if directory is not None:
-            shutil.rmtree(directory, ignore_errors=True)
+        ended = launched.stop(at_once=full)
     seconds = time.monotonic() - started
     stdout, stderr = out.decode(errors="replace"), err.decode(errors="replace")
+    used = max(ended.get("cpu", 0.0), ended.get("clock", 0.0))
+
+    def outcome(status: Status, code: int | None = None) -> Outcome:
+        return Outcome(status, code, stdout, stderr, seconds, used)
+
     if full:
-        return Outcome("output", None, stdout, stderr, seconds)
-    ended = json.loads(raw) if raw else {"timeout": True}
-    if "sandbox" in ended:
-        raise SandboxError(ended["sandbox"])
-    if "timeout" in ended:
-        return Outcome("timeout", None, stdout, stderr, seconds)
+        return outcome("output")
+    if ended.get("starved"):
+        return None
+    if "code" in ended:
+        return outcome("ok" if ended["code"] == 0 else "error", ended["code"])
     if "signal" in ended:
-        number = ended["signal"]
-        cpu = number in (signal.SIGXCPU, signal.SIGKILL) and seconds >= 0.9 * limits.cpu
-        return Outcome("cpu" if cpu else "killed", -number, stdout, stderr, seconds)
-    return Outcome("ok" if ended["code"] == 0 else "error", ended["code"], stdout, stderr, seconds)
+        over = ended["signal"] in (signal.SIGXCPU, signal.SIGKILL) and ended["cpu"] >= 0.9 * cpu
+        return outcome("cpu" if over else "killed", -ended["signal"])
+    return outcome("cpu" if ended.get("stopped") == "cpu" else "timeout")
 
 
-_ASK = """
-import os, sys, sysconfig
-paths = sysconfig.get_paths(vars={"base": sys.base_prefix, "platbase": sys.base_prefix})
-library = [v or "" for v in (sysconfig.get_config_var("LIBDIR"), sysconfig.get_config_var("INSTSONAME"))]
-print(os.path.realpath(sys.executable), paths["stdlib"], paths["platstdlib"], os.path.join(*library), sep="\\0", end="")
+@cache
+def why_not_isolated(python: str) -> str | None:
+    """Why programs cannot be isolated on this machine, or None when they can: a program is run to find out."""
+    if not sys.platform.startswith("linux"):
+        return f"{sys.platform} has no namespaces"
+    probe = "import os; print(sorted(os.listdir('/')), os.getpid())"
+    try:
+        outcome = _run(python, True, SandboxLimits(), (), probe, "", {}, 0, math.inf)
+    except SandboxError as error:
+        return str(error)
+    if outcome is None:
+        return "a trial got no processor time"
+    seen = outcome.stdout.strip()
+    if outcome.status != "ok" or "home" in seen or "proc" in seen:
+        return f"a trial ended with {outcome.status}: {seen or outcome.stderr.strip()}"
+    return None
+
+
+_TRY = f"""
+import ctypes, os, socket
+libc = ctypes.CDLL(None)
+def tried(function):
+    try:
+        function()
+        return True
+    except OSError:
+        return False
+print(int(libc.prctl(21, 0, 0, 0, 0) == 2),
+      int(not tried(lambda: os.listdir({str(Path(__file__).parent)!r})) and not tried(lambda: open("/proc/1/status"))),
+      int(not tried(lambda: socket.socket())))
 """
 
 
 @cache
-def _interpreter(python: str) -> list[str]:
-    """What has to be visible for an interpreter to start: itself, its standard library, shared libraries.
+def _protections(python: str, isolated: bool) -> Mapping[str, bool]:
+    outcome = _run(python, isolated, SandboxLimits(), (), _TRY, "", {}, 0, math.inf)
+    seen = outcome.stdout.split() if outcome is not None else []
+    filtered, files, network = (word == "1" for word in seen) if len(seen) == 3 else (False, False, False)
+    return {
+        "namespaces": isolated,
+        "system calls": filtered,
+        "files": isolated or files,
+        "network": isolated or network,
+        "user": os.geteuid() == 0,
+        "processor": Path("/proc/self/schedstat").exists(),
+    }
 
-    Raises:
-        SandboxError: It does not run.
-    """
-    try:
-        asked = subprocess.run([python, "-I", "-S", "-c", _ASK], capture_output=True, text=True, check=True, timeout=60)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise SandboxError(f"the interpreter {python} does not run: {error}") from error
-    wanted = [*asked.stdout.split("\0"), "/lib", "/lib64", "/usr/lib", "/usr/lib64"]
-    return [p for p in dict.fromkeys(wanted) if os.path.exists(p) and not (p.count("/") == 1 and os.path.islink(p))]
+
+@cache
+def _warn_of_missing(python: str, isolated: bool) -> None:
+    """Names once what protects nobody here, and the remedy."""
+    missing = [name for name, there in _protections(python, isolated).items() if not there and name != "user"]
+    if not missing:
+        return
+    LOGGER.warning(
+        "programs of the policy run without protection of %s: run this on Linux 6.12 or newer on x86_64 or aarch64, with "
+        "seccomp, Landlock and /proc, and allow user namespaces or run as root with CAP_SYS_ADMIN",
+        ", ".join(missing),
+    )
 
 
 def _everybody_can_run(python: str) -> bool:
     """Whether a user without rights can reach the interpreter and its standard library."""
-    executable, library, *_ = _interpreter(python)
+    executable, library, *_ = interpreter(python)
     return all(Path(p).stat().st_mode & stat.S_IROTH for p in (executable, library)) and all(
         place.stat().st_mode & stat.S_IXOTH for p in (executable, library) for place in Path(p).parents
     )
-
-
-def _talk(child: subprocess.Popen[bytes], stdin: bytes, limits: SandboxLimits) -> tuple[bool, bytes, bytes]:
-    """Feeds and reads the child until its outputs close; True first if one of them was over the limit.
-
-    A program may leave its output open in a process that outlives it, so the child's own end counts too.
-    """
-    assert child.stdin is not None and child.stdout is not None and child.stderr is not None
-    streams = {child.stdout: bytearray(), child.stderr: bytearray()}
-    deadline = time.monotonic() + limits.wall + 10.0  # the child keeps the time; this is for a child that hangs
-    with selectors.DefaultSelector() as selector:
-        for stream in streams:
-            os.set_blocking(stream.fileno(), False)
-            selector.register(stream, selectors.EVENT_READ)
-        os.set_blocking(child.stdin.fileno(), False)
-        selector.register(child.stdin, selectors.EVENT_WRITE)
-        while selector.get_map():
-            over = child.poll() is not None
-            for key, _ in selector.select(0 if over else 0.05):
-                ready: Any = key.fileobj
-                if ready is child.stdin:
-                    try:
-                        stdin = stdin[os.write(ready.fileno(), stdin[:65536]) :]
-                    except BlockingIOError:
-                        continue
-                    except OSError:
-                        stdin = b""
-                    if not stdin:
-                        selector.unregister(ready)
-                        ready.close()
-                    continue
-                try:
-                    part = os.read(ready.fileno(), 65536)
-                except BlockingIOError:
-                    continue
-                if not part:
-                    selector.unregister(ready)
-                streams[ready] += part
-                if len(streams[ready]) > limits.output:
-                    out, err = (bytes(s[: limits.output]) for s in streams.values())
-                    return True, out, err
-            if over or time.monotonic() > deadline:
-                break
-    out, err = (bytes(s) for s in streams.values())
-    return False, out, err
-
-
-def _stop(child: subprocess.Popen[bytes], isolated: bool, at_once: bool) -> None:
-    """Ends the child and everything below it: by its namespace, or by the child's own hand."""
-    try:
-        if at_once and child.poll() is None:
-            child.send_signal(signal.SIGKILL if isolated else signal.SIGTERM)
-        child.wait(5.0)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
-    for stream in (child.stdin, child.stdout, child.stderr):
-        if stream is not None:
-            with suppress(OSError):
-                stream.close()

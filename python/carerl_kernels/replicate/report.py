@@ -226,7 +226,8 @@ def left_out(records: Iterable[Record]) -> str:
 
 
 LEGEND = (
-    "Accuracy: exact probability of the right answer at temperature 1 on held-out examples; in the settings sft it is minus nats a token. average: over all domains at "
+    "Accuracy: exact probability of the right answer at temperature 1 on held-out examples; "
+    "in the settings sft it is minus nats a token. average: over all domains at "
     "the end. forget: drop since the end of a domain's own stage, over the domains that the last stage did not bring. new: "
     "accuracy at the end of a domain's own stage, over the domains after the first stage. window: drop from the start until"
     " right before a domain's own stage, while no history protects it, over the same domains. touched: energy of the "

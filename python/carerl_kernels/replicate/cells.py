@@ -34,6 +34,7 @@ class Record:
         displacement: Per stage and earlier domain: along its directions, relative to the recorded stage's own.
         validity: Per recorded domain: share of its fresh gradients that its directions explain as the next stage begins, the
             same at the end of the run, and what random directions explain then.
+        extras: Further measures of some settings, higher is better: before everything and at the end of each stage.
     """
 
     cell: str
@@ -45,6 +46,7 @@ class Record:
     guard_share: float | None = None
     displacement: dict[str, dict[str, float | None]] = field(default_factory=dict)
     validity: dict[str, list[float]] = field(default_factory=dict)
+    extras: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def setting(self) -> str:

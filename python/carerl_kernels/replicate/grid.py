@@ -36,6 +36,10 @@ class Method(_Strict):
         experiment: "random": a control with random directions (`experiments.RandomGuard`).
         editor: Combines one gradient per domain of the batch.
         stored: Examples kept of every earlier domain, for rehearsal, probes and replay; None: all that the domain has.
+        shown: Examples of every domain that its guard is shown once, when the domain's stage has ended, for the directions of
+            their inputs; 0: the guard records stages as they are trained.
+        ties: Settings of kind "merge": experts are merged by TIES, with this share of every change; None: their changes are
+            summed, and confined off the other domains' inputs where the method has a guard.
     """
 
     text: str
@@ -45,6 +49,8 @@ class Method(_Strict):
     experiment: Literal["random"] | None = None
     editor: Literal["pcgrad", "modular_surgery"] | None = None
     stored: int | None = Field(default=32, ge=0)
+    shown: int = Field(default=0, ge=0)
+    ties: float | None = Field(default=None, gt=0, le=1)
 
     @property
     def memory(self) -> str:
@@ -60,7 +66,8 @@ class Setting(_Strict):
 
     Attributes:
         text: What it is, for the report.
-        kind: Which runner: "lm" (the demonstration's language model), "bandit" (an MLP policy), "smollm2" (LoRA).
+        kind: Which runner: "lm" (the demonstration's language model), "bandit" (an MLP policy), "smollm2" (LoRA, GRPO),
+            "sft" (the same model, supervised; scores are minus nats a token), "merge" (experts of the demonstration's model).
         stages: Domain names, or lists of names for mixed stages.
         steps: GRPO steps per stage.
         lr: Learning rate that methods scale.
@@ -69,10 +76,11 @@ class Setting(_Strict):
         noise: Standard deviation of what is added to a domain's reward: a judge instead of a verifier.
         train: Fields of `GRPOConfig` for every method.
         k: Directions per domain of guards with row bases; None: the guard's default.
+        lora_rank: Of adapters on all linear layers, for "sft"; 0: all parameters are trained.
     """
 
     text: str
-    kind: Literal["lm", "bandit", "smollm2"]
+    kind: Literal["lm", "bandit", "smollm2", "sft", "merge"]
     stages: tuple[str | tuple[str, ...], ...]
     steps: int = Field(ge=1)
     lr: float = Field(gt=0)
@@ -81,6 +89,7 @@ class Setting(_Strict):
     noise: dict[str, float] = Field(default_factory=dict)
     train: dict[str, Any] = Field(default_factory=dict)
     k: int | None = None
+    lora_rank: int = Field(default=0, ge=0)
 
     @property
     def groups(self) -> list[tuple[str, ...]]:

@@ -7,12 +7,16 @@ from typing import Any
 from .grid import Cell, GridError
 
 IGNORED = {
-    "lm": (),
-    "bandit": ("warm_up", "shares", "noise"),
-    "smollm2": ("warm_up", "shares", "noise"),
+    "lm": ("lora_rank",),
+    "bandit": ("warm_up", "shares", "noise", "lora_rank"),
+    "smollm2": ("warm_up", "shares", "noise", "lora_rank"),
+    "merge": ("shares", "noise", "k", "lora_rank"),
+    "sft": ("warm_up", "shares", "noise", "k"),
 }
 """Fields of a setting, by kind, that its runner does not read."""
 BANDIT_TRAIN = {"replay_fraction", "rehearsal_weight", "stage_interpolation", "kl_beta", "kl_reference"}
+SHOWN = ("lm", "sft", "merge")
+"""Kinds of settings that can show a guard examples."""
 CELLS_OWN = {"lr", "seed"}
 """Fields of `GRPOConfig` that the cell decides."""
 
@@ -46,8 +50,29 @@ def refuse_ignored(cell: Cell) -> None:
         shared = [group for group in setting.groups if len(group) >= len(setting.shares)]
         if not shared or any(setting.shares.keys() != set(group) for group in shared):
             refuse("a mixed stage of just the domains that have shares", f"stages {setting.groups}")
+    if method.shown and (method.guard is None or setting.kind not in SHOWN):
+        refuse(f"examples shown to a guard, in settings of kind {', '.join(SHOWN)}", f"shown: {method.shown}")
+    if method.ties is not None and setting.kind != "merge":
+        refuse("TIES in settings of kind merge", f"ties: {method.ties}")
     if setting.kind == "bandit":
         _refuse_bandit(cell, train, refuse)
+    if setting.kind in ("sft", "merge"):
+        _refuse_alone(cell, train, refuse)
+
+
+def _refuse_alone(cell: Cell, train: dict[str, Any], refuse: Any) -> None:
+    """What settings without GRPO, or without an order of stages, do not know."""
+    kind, method = cell.setting.kind, cell.method
+    known = {"stage_interpolation"} if kind == "sft" else set()
+    unknown = sorted(train.keys() - known) + (["editor"] if method.editor else [])
+    if unknown:
+        refuse(f"methods of {kind} that train with {', '.join(known) or 'nothing else'}", ", ".join(unknown))
+    if method.guard is not None and not method.shown:
+        refuse(f"guards of {kind} that are shown examples", f"shown: {method.shown}")
+    if kind == "sft" and any(len(group) > 1 for group in cell.setting.groups):
+        refuse("sft in stages of one domain each", cell.setting.stages)
+    if kind == "merge" and set(cell.setting.groups[-1]) != {d for group in cell.setting.groups[:-1] for d in group}:
+        refuse("merge in stages of one domain each, and a last one of all", cell.setting.stages)
 
 
 def _refuse_bandit(cell: Cell, train: dict[str, Any], refuse: Any) -> None:

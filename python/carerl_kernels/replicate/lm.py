@@ -15,7 +15,7 @@ from ..grpo import Domain, Example, GRPOConfig, GRPOTrainer, Stage, answer_loss,
 from ..guard import CapabilityGuard
 from ..guard.validate import validate
 from .grid import Cell, GridError
-from .methods import editor_of, guard_of
+from .methods import Shown, editor_of, guard_of
 
 Scores = list[float]
 
@@ -36,24 +36,11 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
     tokenizer = tasks.character_tokenizer(setting.domains)
     model = warm_model(cell, tokenizer, cache)
     pools = Pools(setting.groups, setting.steps)
-    domains = [
-        pools.limit(noisy(domain, setting.noise.get(domain.name, 0.0), seed), method.stored)
-        for domain in tasks.demo_domains(seed, setting.domains)
-    ]
-    config = GRPOConfig(
-        **{
-            "max_new_tokens": tasks.MAX_NEW_TOKENS,
-            "lr": setting.lr * cell.lr,
-            "eval_batch_size": 512,
-            "record_last": False,
-            "seed": seed,
-            "progress": False,
-            "plots": False,
-            **setting.train,
-            **method.train,
-        }
-    )
-    guard = guard_of(method, model, seed, setting.k)
+    domains = tasks.demo_domains(seed, setting.domains)
+    shown = shown_by(domains, tokenizer, method.shown)  # once, right after a stage: out of all that its domain has
+    domains = [pools.limit(noisy(d, setting.noise.get(d.name, 0.0), seed), method.stored) for d in domains]
+    config = config_of(cell, setting.lr * cell.lr)
+    guard = guard_of(method, model, seed, setting.k, shown)
     validity = Validity(guard, model, tokenizer, domains)
 
     def on_step(line: dict[str, Any]) -> None:
@@ -74,6 +61,36 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
     history = trainer.run([Stage(group, setting.steps, shares=shares_of(cell, group)) for group in setting.groups])
     validity.look(again=True)
     return {"scores": scores_of(history, setting.domains), "validity": validity.shares, **guard_figures(guard, trainer)}
+
+
+def config_of(cell: Cell, lr: float) -> GRPOConfig:
+    """How the demonstration's model is trained."""
+    return GRPOConfig(
+        **{
+            "max_new_tokens": tasks.MAX_NEW_TOKENS,
+            "lr": lr,
+            "eval_batch_size": 512,
+            "record_last": False,
+            "seed": cell.seed,
+            "progress": False,
+            "plots": False,
+            **cell.setting.train,
+            **cell.method.train,
+        }
+    )
+
+
+def shown_by(domains: Sequence[Domain], tokenizer: Any, n: int) -> Shown:
+    """Fresh training examples of a domain with their answers, padded at their ends, 16 at a time."""
+    sample = {d.name: d.sample for d in domains}
+
+    def batches(name: str) -> Iterator[dict[str, Tensor]]:
+        examples = sample[name](random.Random(f"shown-{name}"), n)
+        for start in range(0, n, 16):
+            rows = [tokenizer(f"{e.prompt}{e.answer}")["input_ids"] for e in examples[start : start + 16]]
+            yield tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
+
+    return batches
 
 
 VALIDATED = 64

@@ -16,8 +16,9 @@ from .stats import Estimate, estimate, holm, pareto
 
 FRONT = "none"
 """The method whose learning rates are the front that everything has to beat."""
-DEFAULT = "input-bounded"
-"""The guard as `CapabilityGuard(model)` builds it."""
+CANDIDATES = ("input-bounded", "recorded-every8", "shown-every8", "shown-end", "merge-confined70")
+"""Methods that are compared with every other row: the guard as it came first and as it is now, from prompts
+alone, on finished checkpoints, and on merged experts."""
 ALPHA = 0.05
 
 
@@ -172,6 +173,8 @@ def write_report(grid: Grid, records: Sequence[Record], out: Path) -> str:
     Raises:
         GridError: None is left; nothing was written.
     """
+    from .measures import measures_table
+
     records, left = current(grid, records)
     if not records:
         raise GridError(f"expected records of cells as the grid defines them, found none. {left_out(left)}".rstrip())
@@ -183,10 +186,11 @@ def write_report(grid: Grid, records: Sequence[Record], out: Path) -> str:
         parts += [f"## {setting}: {grid.settings[setting].text}", ""]
         if rows:
             parts += [table(grid, setting, rows), "", *verdicts(rows), ""]
+            parts += [measures_table(rows), ""] if measures_table(rows) else []
             for row in rows if len(rows) > 1 else []:
-                if row.variant.split("@")[0] == DEFAULT and len(row.records) > 1:
+                if row.method in CANDIDATES and len(row.records) > 1:
                     parts += [
-                        f"The default guard, {row.variant}, minus each other row:",
+                        f"{row.variant} minus each other row:",
                         "",
                         versus(rows, row.variant),
                         "",
@@ -222,7 +226,8 @@ def left_out(records: Iterable[Record]) -> str:
 
 
 LEGEND = (
-    "Accuracy: exact probability of the right answer at temperature 1 on held-out examples. average: over all domains at "
+    "Accuracy: exact probability of the right answer at temperature 1 on held-out examples; "
+    "in the settings sft it is minus nats a token. average: over all domains at "
     "the end. forget: drop since the end of a domain's own stage, over the domains that the last stage did not bring. new: "
     "accuracy at the end of a domain's own stage, over the domains after the first stage. window: drop from the start until"
     " right before a domain's own stage, while no history protects it, over the same domains. touched: energy of the "

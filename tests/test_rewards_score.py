@@ -219,6 +219,15 @@ def test_the_command(tmp_path):
         assert (tmp_path / "y.jsonl.judge.sqlite").exists()
 
 
+@pytest.mark.parametrize(("option", "reward"), [([], 1.0), (["--no-strip-reasoning"], 0.0)])
+def test_what_is_done_with_reasoning_reaches_the_verifier(tmp_path, option, reward):
+    rows = [{"prompt": "2 + 2?", "response": "<think>two twos</think>4", "answer": "4"}]
+    out = tmp_path / "y.jsonl"
+    got = run("--input", write(tmp_path / "x.jsonl", rows), "--output", out, "--verifier", "exact", *option)
+    assert got.exit_code == 0, got.output
+    assert json.loads(out.read_text())["reward"] == reward
+
+
 def test_the_command_with_a_verifier(tmp_path):
     rows = [{"prompt": "Say hi.", "response": "hi", "instructions": [{"check": "words", "at_most": 1}]}]
     got = run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,7 +44,7 @@ def score(
         rows: RowScorer
         if verifier:
             rows = VerifierRows(
-                verifier, _verifier(verifier), threads=min(concurrency, 8), strip_reasoning=strip_reasoning
+                verifier, _verifier(verifier, strip_reasoning), threads=min(concurrency, 8), strip_reasoning=strip_reasoning
             )
         else:
             from .pa_grm import Endpoint, Limits, LocalModel, Scorer
@@ -89,17 +90,19 @@ def score(
     raise typer.Exit(1)
 
 
-def _verifier(name: str) -> Any:
+def _verifier(name: str, strip_reasoning: bool) -> Any:
     from . import verifiers
 
     if name == "exact":
-        return verifiers.exact_match
+        return partial(verifiers.exact_match, strip_reasoning=strip_reasoning)
     if name == "math":
-        return verifiers.MathMatch()
+        return verifiers.MathMatch(strip_reasoning=strip_reasoning)
     if name == "code":
-        return verifiers.CodeTests()
+        return verifiers.CodeTests(strip_reasoning=strip_reasoning)
     if name == "instructions":
-        return verifiers.instructions_followed
+        reward: Any = partial(verifiers.instructions_followed, strip_reasoning=strip_reasoning)
+        reward.check = verifiers.instructions_followed.check  # type: ignore[attr-defined]
+        return reward
     raise ValueError(f"expected --verifier {', '.join(VERIFIERS)}, found {name!r}")
 
 

@@ -26,7 +26,7 @@ from .._rows import is_text_or_chat, read_rows
 from ..grpo.domain import Example, checked_rewards
 from .pa_grm import Item, Score, Scorer, judge_noise
 from .prompts import completion_text
-from .reasoning import StripReasoning, graded_text
+from .reasoning import StripReasoning
 
 
 class RowScorer(Protocol):
@@ -95,9 +95,9 @@ class VerifierRows:
 
     Args:
         name: Of the verifier.
-        reward: Itself.
+        reward: Itself, with the same `strip_reasoning`.
         threads: At once.
-        strip_reasoning: See `rewards.reasoning.strip_reasoning`; an unfinished trace leaves an empty answer.
+        strip_reasoning: What the verifier does with reasoning traces; kept with the scores.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class VerifierRows:
         strip_reasoning: StripReasoning = True,
     ) -> None:
         self.settings: dict[str, Any] = {"verifier": name, "strip_reasoning": strip_reasoning}
-        self.name, self.reward, self.strip_reasoning = name, reward, strip_reasoning
+        self.name, self.reward = name, reward
         self._threads = threads
 
     def check(self, row: Mapping[str, Any]) -> None:
@@ -124,7 +124,7 @@ class VerifierRows:
 
         def one(number: int) -> tuple[int, dict[str, Any]]:
             row = rows[number]
-            answer = graded_text(completion_text(row["response"]), self.strip_reasoning) or ""
+            answer = completion_text(row["response"])
             return number, {"reward": checked_rewards(self.name, self.reward, [self._example(row)], [answer])[0]}
 
         with ThreadPoolExecutor(self._threads) as pool:

@@ -247,10 +247,12 @@ def test_plan_equals_what_a_guard_really_holds(kind):
         assert planned.directions == stack.bases.nbytes
         kept = stack.bases.nbytes + stack.overlap.nbytes
     else:
-        factors = [t for t in (*stack.left, *stack.right) if t is not None]
-        assert planned.directions == sum(t.nbytes for t in factors)
+        factors = sum(t.nbytes for t in (*stack.left, *stack.right) if t is not None)
         kept = planned.directions
-    for own in (None, "math", "chat"):
+        assert kept == factors * (2 if kind == "input" else 1)  # and orthonormal, as they act together
+    if kind == "input":
+        guard.confine_()
+    for own in (None, "math", "chat") if kind != "input" else ():
         stack.frame(own)
     assert planned.covered == guard.layout.covered
     assert stack.memory() - kept <= 1.6 * planned.cores + planned.state  # masks and reaches count with the state

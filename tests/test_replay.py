@@ -126,8 +126,8 @@ def test_what_was_recorded_is_protected_however_weights_are_used(rule):
     """Fused heads, inputs by keyword, layers called twice, shared weights: nothing moves along their inputs."""
     model = Ways()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    guard = CapabilityGuard(model, rule, energy=1.0, room=1.0, bound=1e-9) if rule == "bounded" else None
-    guard = guard or CapabilityGuard(model, rule, energy=1.0, room=1.0)
+    guard = CapabilityGuard(model, rule, energy=1.0, room=1.0, bound=1e-9, every=1) if rule == "bounded" else None
+    guard = guard or CapabilityGuard(model, rule, energy=1.0, room=1.0, every=1)
     guard.attach(optimizer)
     x = torch.randn(16, 3) @ torch.randn(3, 8)
     with guard.stage("math"):
@@ -219,13 +219,14 @@ def test_a_snapshot_does_not_change_and_brings_back_what_was_kept():
     reused = torch.zeros(3, 5, dtype=torch.long)
     with guard.stage("a"):
         step(model, optimizer, reused)
-        kept = guard.state_dict()
+        kept, weights = guard.state_dict(), {n: t.clone() for n, t in model.state_dict().items()}
         reused.fill_(7)  # the caller's own memory
         for _ in range(5):
             step(model, optimizer, torch.full((3, 5), 7))
         file = io.BytesIO()
         torch.save(kept, file)
         file.seek(0)
+        model.load_state_dict(weights)
         guard.load_state_dict(torch.load(file, weights_only=True))
     assert guard.basis("a").left["0.weight"].sum(1).nonzero().flatten().tolist() == [0]
 
@@ -305,7 +306,7 @@ def test_the_first_stage_corrects_sides_that_were_guessed_wrong():
 
     model = Plain()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    guard = CapabilityGuard(model, "remove", energy=1.0, room=1.0)
+    guard = CapabilityGuard(model, "remove", energy=1.0, room=1.0, every=1)
     assert [group.side for group in guard.layout.groups] == ["right"]
     guard.attach(optimizer)
     with guard.stage("math"):
@@ -332,12 +333,12 @@ def test_stacks_of_matrices_are_guarded_slice_by_slice(tmp_path):
 
     model = Experts()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    guard = CapabilityGuard(model, "remove", energy=1.0, room=1.0)
+    guard = CapabilityGuard(model, "remove", energy=1.0, room=1.0, every=1)
     guard.attach(optimizer)
     x = torch.stack([MATH, CHAT, OTHER])
     with guard.stage("math", path=tmp_path / "math.safetensors"):
         step(model, optimizer, x)
-    loaded = CapabilityGuard.load(tmp_path / "math.safetensors", model=model, rule="remove", room=1.0)
+    loaded = CapabilityGuard.load(tmp_path / "math.safetensors", model=model, rule="remove", room=1.0, every=1)
     assert set(loaded.basis("math").right) == {"w[0]", "w[1]", "w[2]"}
     guard.detach()
     loaded.attach(optimizer)

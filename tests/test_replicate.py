@@ -360,9 +360,7 @@ def test_a_cell_runs_whatever_is_recorded_unless_resumed(tiny, tmp_path):
         ("kind: lm, stages: [code, math], shares: {code: 1, math: 2}", "", "mixed stage"),
         ("kind: lm, stages: [[code, math, chat]], shares: {code: 1, math: 2}", "", "mixed stage"),
         ("kind: lm, stages: [code, math]", "train: {lr: 0.1}", "lr and seed from the cell"),
-        ("kind: lm, stages: [code, math]", "strength: 2", "strength with experiment"),
-        ("kind: lm, stages: [code, math]", "experiment: elastic", "rule .integrated. to go with experiment"),
-        ("kind: lm, stages: [code, math]", "experiment: aged, guard: {rule: bounded}", "a strength with experiment"),
+        ("kind: lm, stages: [code, math]", "experiment: random", "a guard to go with experiment"),
     ],
 )
 def test_what_a_kind_would_ignore_is_refused_before_anything_runs(tmp_path, setting, method, message):

@@ -206,7 +206,10 @@ def test_runs_that_share_a_folder_for_the_engine_write_apart(tmp_path):
     pytest.importorskip("httpx")
     folders = []
     for run_dir in (tmp_path / "a" / "run", tmp_path / "b" / "run"):
-        changes = [f"sampler={{url: u, model: m, folder: {tmp_path / 'shared'}}}", "train.old_logprobs=sampler"]
+        changes = [
+            f"sampler={{url: http://u/v1, model: m, folder: {tmp_path / 'shared'}}}",
+            "train.old_logprobs=sampler",
+        ]
         recipe = load_recipe(RECIPES / "small.yaml", [*changes, f"run_dir={run_dir}"])
         model, tokenizer = load_model(scratch(), [])
         folders.append(_sampler(recipe, model, tokenizer).path(1).parent)
@@ -269,9 +272,9 @@ def test_chat_messages_meet_no_option_that_is_for_text(tmp_path):
 
 def test_numbers_are_those_of_yaml_1_2(tmp_path):
     text = (RECIPES / "small.yaml").read_text()
-    changes = ["guard={z: 1e-3, beta: -2E+1, history: [1e5x]}", "monitor.alpha=5e-2"]
+    changes = ["guard={energy: 1e-3, bound: 2E+1, history: [1e5x]}", "monitor.alpha=5e-2"]
     recipe = load_recipe(RECIPES / "small.yaml", changes)
-    assert recipe.guard.options == {"z": 0.001, "beta": -20.0} and recipe.guard.history == (Path("1e5x"),)
+    assert recipe.guard.options == {"energy": 0.001, "bound": 20.0} and recipe.guard.history == (Path("1e5x"),)
     assert recipe.monitor.options["alpha"] == 0.05
     (tmp_path / "a.yaml").write_text(text + "\nmonitor: {alpha: 1e-2}\n")
     assert load_recipe(tmp_path / "a.yaml").monitor.options["alpha"] == 0.01
@@ -513,7 +516,7 @@ def test_mixed_stages_whose_name_no_file_can_have():
         ("train: {lr: .inf}\n", "finite numbers, found inf"),
         ("train: {lr: -.inf}\n", "finite numbers, found -inf"),
         ("train: {lr: .nan}\n", "finite numbers, found nan"),
-        ("guard: {z: [1, .inf]}\n", "finite numbers, found inf"),
+        ("guard: {bound: [1, .inf]}\n", "finite numbers, found inf"),
         ("train: {seed: " + "9" * 50 + "}\n", "at most 19 digits"),
         ("train: {seed: " + "9" * 5000 + "}\n", "cannot be read"),
         ("x: " + "[" * 100 + "]" * 100 + "\n", "nesting without end"),

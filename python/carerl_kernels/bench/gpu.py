@@ -20,6 +20,7 @@ from .cases import Case, Inputs
 from .expect import Expectation, WrongResult
 from .logits import LogitsCase
 from .measure import Spread
+from .presets import one_sided
 from .roofline import cases, device_named, predict
 from .variants import OURS, ours
 
@@ -176,7 +177,8 @@ def gpu_cases(largest: int = LARGEST) -> list[Case]:
         for case in cases()
     ]
     lists = [replace(case, op="dacsp_.list", tensors=300) for case in cut if case.op == "dacsp_"]
-    return cut + lists
+    sided = [("input_project", torch.bfloat16), ("input_confine_", torch.bfloat16), ("input_dacsp_", torch.bfloat16)]
+    return cut + lists + one_sided(sided, [(8192, 8192)])
 
 
 def run_gpu(ops: Sequence[str] = (), say: Callable[[str], None] = print) -> dict[str, Any]:

@@ -28,11 +28,11 @@ def _quick() -> list[Case]:
     out = [Case(op, N=n, grad=t, basis=t) for op in ("dacsp_", "edit_rotate_", "project", "edit_") for t in (F32, BF16)]
     out += [Case(op, N=n, grad=BF16, basis=I8) for op in ("dacsp_", "project", "edit_")]
     out += [Case(op, D=1, N=n) for op in ("gram", "rotate_", "pca_update_")]
-    out += _inputs([("input_confine_", F32), ("input_confine_", BF16)], [(1536, 576)])
+    out += one_sided([("input_confine_", F32), ("input_confine_", BF16)], [(1536, 576)])
     return [*out, Case("dacsp_.list", N=n, tensors=300), *_logits(256)]
 
 
-def _inputs(ops: list[tuple[str, torch.dtype]], shapes: list[tuple[int, int]]) -> list[Case]:
+def one_sided(ops: list[tuple[str, torch.dtype]], shapes: list[tuple[int, int]]) -> list[Case]:
     """Matrices [B, N] with 96 directions of their inputs in fp32: three domains of 32."""
     return [Case(op, D=1, k=96, B=m, N=n, grad=t) for op, t in ops for m, n in shapes]
 
@@ -58,6 +58,6 @@ def _full() -> list[Case]:
     lists = ((F32, F32), (BF16, BF16), (BF16, I8))
     out += [Case("dacsp_.list", grad=g, basis=u, tensors=300) for g, u in lists] + [Case("project.list", tensors=300)]
     smollm2 = [(576, 576), (1536, 576), (576, 1536), (192, 576)]
-    out += _inputs([(op, t) for op in ("input_project", "input_confine_") for t in (F32, BF16)], smollm2)
-    out += _inputs([("input_dacsp_", F32), ("input_dacsp_", BF16)], smollm2[:1])
+    out += one_sided([(op, t) for op in ("input_project", "input_confine_") for t in (F32, BF16)], smollm2)
+    out += one_sided([("input_dacsp_", F32), ("input_dacsp_", BF16)], smollm2[:1])
     return [*out, *_logits(2048)]

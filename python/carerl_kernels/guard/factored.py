@@ -369,7 +369,8 @@ class InputStack(FactoredStack):
 
     def _more_factors(self) -> list[Tensor]:
         recorded = [t for b in self._recorded.values() for part in (b.left, b.right, b.moved) for t in part.values()]
-        return [acting for acting in self._acting if acting.shape[2] < self.rows] + recorded
+        boxes = [] if self._boxes is None else [t for box in self._boxes[1].values() for t in box[1:]]
+        return [acting for acting in self._acting if acting.shape[2] < self.rows] + recorded + boxes
 
     def put(self, basis: FactoredBasis, parameters: Sequence[Tensor]) -> None:
         self._check_kind(basis)

@@ -44,7 +44,10 @@ def score(
         rows: RowScorer
         if verifier:
             rows = VerifierRows(
-                verifier, _verifier(verifier, strip_reasoning), threads=min(concurrency, 8), strip_reasoning=strip_reasoning
+                verifier,
+                _verifier(verifier, strip_reasoning),
+                threads=min(concurrency, 8),
+                strip_reasoning=strip_reasoning,
             )
         else:
             from .pa_grm import Endpoint, Limits, LocalModel, Scorer

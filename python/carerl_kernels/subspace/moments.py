@@ -381,7 +381,7 @@ class Moments:
             steps=self.batches if steps is None else steps,
             skipped=0,
             gradient_capture=held / total if total > 0 else 0.0,
-            displacement_capture=None if start is None else float(moved_energy) / max(change, 1e-300),
+            displacement_capture=float(moved_energy) / change if start is not None and change > 0 else None,
         )
         return FactoredBasis(info, left, right, values, moved, layout if layout.shards.sharded else None)
 

@@ -211,9 +211,13 @@ class _Ear:
         self.recorder, self.module = recorder, module
         self.before = vars(module).get("_compiled_call_impl")
         vars(module)["_compiled_call_impl"] = self
+        # Not as a decorator: that would import dynamo, and what it brings, with this module.
+        self._aside = torch.compiler.disable(self._heard, recursive=False)
 
-    @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._aside(*args, **kwargs)
+
+    def _heard(self, *args: Any, **kwargs: Any) -> Any:
         number = self.recorder._hear(args, kwargs)
         out = (self.before or self.module._call_impl)(*args, **kwargs)
         if number is not None:

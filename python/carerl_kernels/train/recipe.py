@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
@@ -120,9 +121,9 @@ class GuardSpec(Options):
 
     @classmethod
     def known(cls) -> list[str]:
-        from ..guard import CapabilityGuard
+        from ..guard.settings import Settings
 
-        return [n for n in inspect.signature(CapabilityGuard).parameters if n not in ("model", "process_group")]
+        return [field.name for field in dataclasses.fields(Settings)]
 
 
 class MonitorSpec(Options):

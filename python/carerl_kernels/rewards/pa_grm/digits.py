@@ -10,7 +10,7 @@ from .backend import Token
 
 # An unescaped `"score"` followed by a colon is a key: in a string value the quote before the colon would end the value, and
 # a value is never followed by a colon.
-_SCORE = re.compile(rb'"score"\s*:\s*(\d)')
+_SCORE = re.compile(rb'"score"\s{0,64}:\s{0,64}(\d)')
 
 
 def expected_levels(

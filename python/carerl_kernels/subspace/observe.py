@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import random
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -165,6 +167,18 @@ def _together(batches: Iterator[Any], layout: MatrixLayout) -> Iterator[tuple[An
 
 
 @contextmanager
+def same_random_numbers(cuda: Sequence[int] = ()) -> Iterator[None]:
+    """Inside, whatever draws random numbers takes none of the caller's: a model, or a module imported for the first time."""
+    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002 (the caller's global state is what has to stay)
+    try:
+        with torch.random.fork_rng(devices=list(cuda)):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)  # noqa: NPY002
+
+
+@contextmanager
 def _quiet(model: nn.Module) -> Iterator[None]:
     """Inside, the model runs in eager mode without dropout, autocast, fused fast paths and random numbers of the caller's."""
     training = [module for module in model.modules() if module.training]
@@ -172,7 +186,7 @@ def _quiet(model: nn.Module) -> Iterator[None]:
     cuda = [d.index for d in {p.device for p in model.parameters()} if d.type == "cuda"]
     kinds = {p.device.type for p in model.parameters()}
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=cuda))
+        stack.enter_context(same_random_numbers(cuda))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         for kind in kinds - {"meta"}:
             stack.enter_context(torch.autocast(kind, enabled=False))

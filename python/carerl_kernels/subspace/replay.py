@@ -16,7 +16,7 @@ from .batches import Positions
 from .block import check_steps
 from .factored import FactoredBasis
 from .matrices import MatrixLayout
-from .observe import observe
+from .observe import observe, same_random_numbers
 from .reservoir import Reservoir
 from .start import StageStart
 
@@ -212,7 +212,8 @@ class _Ear:
         self.before = vars(module).get("_compiled_call_impl")
         vars(module)["_compiled_call_impl"] = self
         # Not as a decorator: that would import dynamo, and what it brings, with this module.
-        self._aside = torch.compiler.disable(self._heard, recursive=False)
+        with same_random_numbers():
+            self._aside = torch.compiler.disable(self._heard, recursive=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._aside(*args, **kwargs)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
+from math import nan
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -34,6 +35,7 @@ class Record:
         displacement: Per stage and earlier domain: along its directions, relative to the recorded stage's own.
         validity: Per recorded domain: share of its fresh gradients that its directions explain as the next stage begins, the
             same at the end of the run, and what random directions explain then.
+        lowest: Pooled settings: the lowest accuracy per domain at an evaluation after the start.
         extras: Further measures of some settings, higher is better: before everything and at the end of each stage.
     """
 
@@ -46,6 +48,7 @@ class Record:
     guard_share: float | None = None
     displacement: dict[str, dict[str, float | None]] = field(default_factory=dict)
     validity: dict[str, list[float]] = field(default_factory=dict)
+    lowest: list[float] = field(default_factory=list)
     extras: dict[str, list[float]] = field(default_factory=dict)
 
     @property
@@ -86,23 +89,28 @@ class Record:
     def forgetting(self) -> float:
         """Mean drop since the end of a domain's first stage, over the domains that the last stage did not bring."""
         drops = [self.scores[self.own(d)][i] - self.scores[-1][i] for i, d in enumerate(self.domains) if self._early(d)]
-        return fmean(drops)
+        return _mean(drops)
 
     @property
     def retention(self) -> float:
         """Mean final accuracy over the domains that the last stage did not bring."""
-        return fmean(self.scores[-1][i] for i, d in enumerate(self.domains) if self._early(d))
+        return _mean([self.scores[-1][i] for i, d in enumerate(self.domains) if self._early(d)])
 
     @property
     def new(self) -> float:
         """Mean accuracy at the end of a domain's first stage, over the domains that were not there from the first."""
-        return fmean(self.scores[self.own(d)][i] for i, d in enumerate(self.domains) if self.own(d) > 1)
+        return _mean([self.scores[self.own(d)][i] for i, d in enumerate(self.domains) if self.own(d) > 1])
 
     @property
     def window(self) -> float:
         """Mean drop from the start to right before a domain's own stage, while nothing is known of it to protect."""
         late = [(i, self.own(d)) for i, d in enumerate(self.domains) if self.own(d) > 1]
-        return fmean(self.scores[0][i] - self.scores[own - 1][i] for i, own in late)
+        return _mean([self.scores[0][i] - self.scores[own - 1][i] for i, own in late])
+
+    @property
+    def dip(self) -> float:
+        """How far the domain that fell most, at its lowest, was from where it started: below zero where it fell."""
+        return min((low - start for low, start in zip(self.lowest, self.scores[0], strict=True)), default=nan)
 
     def _early(self, domain: str) -> bool:
         return self.own(domain) < len(self.stages)
@@ -116,6 +124,11 @@ def run_cell(cell: Cell, cache: Path, report: Callable[[Any], None]) -> Record:
     stages = [list(group) for group in cell.setting.groups]
     seconds = round(time.perf_counter() - started, 1)
     return Record(cell.name, cell.key, stages, seconds=seconds, **_rounded(result))
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Not a number where a setting has no such domains: one whose stages are one has neither earlier nor new ones."""
+    return fmean(values) if values else nan
 
 
 def _rounded(value: Any) -> Any:
@@ -150,7 +163,7 @@ def read_records(path: Path) -> list[Record]:
 def append_record(path: Path, record: Record) -> None:
     """Add a line; an unfinished one before it, of a process that was killed, is cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = {k: v for k, v in asdict(record).items() if v not in (None, {})}
+    data = {k: v for k, v in asdict(record).items() if v not in (None, {}, [])}
     with path.open("ab+") as file:
         file.seek(0)
         whole = file.read()

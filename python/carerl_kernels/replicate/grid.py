@@ -34,10 +34,11 @@ class Method(_Strict):
         train: Fields of `GRPOConfig`.
         guard: Options of `CapabilityGuard`, or None.
         experiment: "random": a control with random directions (`experiments.RandomGuard`).
-        editor: Combines one gradient per domain of the batch.
+        editor: Combines one gradient per domain of the batch; "guard": the guard acts on each, with the directions of the others.
         stored: Examples kept of every earlier domain, for rehearsal, probes and replay; None: all that the domain has.
         shown: Examples of every domain that its guard is shown once, when the domain's stage has ended, for the directions of
             their inputs; 0: the guard records stages as they are trained.
+        alone: Pooled settings: every domain is trained by itself from the same start, on as many samples.
         ties: Settings of kind "merge": experts are merged by TIES, with this share of every change; None: their changes are
             summed, and confined off the other domains' inputs where the method has a guard.
     """
@@ -47,9 +48,10 @@ class Method(_Strict):
     train: dict[str, Any] = Field(default_factory=dict)
     guard: dict[str, Any] | None = None
     experiment: Literal["random"] | None = None
-    editor: Literal["pcgrad", "modular_surgery"] | None = None
+    editor: Literal["guard", "pcgrad", "modular_surgery"] | None = None
     stored: int | None = Field(default=32, ge=0)
     shown: int = Field(default=0, ge=0)
+    alone: bool = False
     ties: float | None = Field(default=None, gt=0, le=1)
 
     @property
@@ -72,8 +74,10 @@ class Setting(_Strict):
         steps: GRPO steps per stage.
         lr: Learning rate that methods scale.
         warm_up: Supervised steps before everything.
+        earlier, earlier_steps: Domains of a plain mixed stage between the warm-up and everything, alike for all methods.
         shares: Of the batch, per domain of a mixed stage; None: equal.
         noise: Standard deviation of what is added to a domain's reward: a judge instead of a verifier.
+        scale: What a domain's reward is multiplied by, its noise too.
         train: Fields of `GRPOConfig` for every method.
         k: Directions per domain of guards with row bases; None: the guard's default.
         lora_rank: Of adapters on all linear layers, for "sft"; 0: all parameters are trained.
@@ -85,8 +89,11 @@ class Setting(_Strict):
     steps: int = Field(ge=1)
     lr: float = Field(gt=0)
     warm_up: int = Field(default=60, ge=0)
+    earlier: tuple[str, ...] = ()
+    earlier_steps: int = Field(default=0, ge=0)
     shares: dict[str, float] | None = None
     noise: dict[str, float] = Field(default_factory=dict)
+    scale: dict[str, float] = Field(default_factory=dict)
     train: dict[str, Any] = Field(default_factory=dict)
     k: int | None = None
     lora_rank: int = Field(default=0, ge=0)
@@ -95,6 +102,11 @@ class Setting(_Strict):
     def groups(self) -> list[tuple[str, ...]]:
         """The domains of each stage."""
         return [(s,) if isinstance(s, str) else s for s in self.stages]
+
+    @property
+    def pooled(self) -> bool:
+        """Whether it is one mixed stage: no domain is new or old, and what counts is where each of them ends."""
+        return len(self.groups) == 1 and len(self.groups[0]) > 1
 
     @property
     def domains(self) -> list[str]:

@@ -6,12 +6,13 @@ from typing import Any
 
 from .grid import Cell, GridError
 
+POOLED = ("shares", "noise", "scale", "earlier", "earlier_steps")
 IGNORED = {
     "lm": ("lora_rank",),
-    "bandit": ("warm_up", "shares", "noise", "lora_rank"),
-    "smollm2": ("warm_up", "shares", "noise", "lora_rank"),
-    "merge": ("shares", "noise", "k", "lora_rank"),
-    "sft": ("warm_up", "shares", "noise", "k"),
+    "bandit": ("warm_up", *POOLED, "lora_rank"),
+    "smollm2": ("warm_up", *POOLED, "lora_rank"),
+    "merge": (*POOLED, "k", "lora_rank"),
+    "sft": ("warm_up", *POOLED, "k"),
 }
 """Fields of a setting, by kind, that its runner does not read."""
 BANDIT_TRAIN = {"replay_fraction", "rehearsal_weight", "stage_interpolation", "kl_beta", "kl_reference"}
@@ -43,13 +44,19 @@ def refuse_ignored(cell: Cell) -> None:
     stores = train.get("replay_fraction", 0) > 0 or train.get("rehearsal_weight", 0) > 0 or _probes(cell)
     if stores and method.stored == 0:
         refuse("stored examples for replay, rehearsal or probes", "stored: 0")
-    for what, of in (("shares", setting.shares or {}), ("noise", setting.noise)):
+    for what, of in (("shares", setting.shares or {}), ("noise", setting.noise), ("scale", setting.scale)):
         if of.keys() - set(setting.domains):
             refuse(f"{what} of {', '.join(setting.domains)}", ", ".join(sorted(of.keys() - set(setting.domains))))
     if setting.shares is not None:
         shared = [group for group in setting.groups if len(group) >= len(setting.shares)]
         if not shared or any(setting.shares.keys() != set(group) for group in shared):
             refuse("a mixed stage of just the domains that have shares", f"stages {setting.groups}")
+    if bool(setting.earlier) != bool(setting.earlier_steps) or set(setting.earlier) - set(setting.domains):
+        refuse("earlier domains out of the setting's, and their steps", f"{setting.earlier}, {setting.earlier_steps}")
+    if method.alone and not (setting.pooled and setting.kind == "lm"):
+        refuse("domains trained alone in a pooled setting of kind lm", f"stages {setting.groups}")
+    if method.editor == "guard" and (method.guard is None or setting.kind != "lm"):
+        refuse("a guard to go with editor guard, in a setting of kind lm", f"guard: {method.guard}, {setting.kind}")
     if method.shown and (method.guard is None or setting.kind not in SHOWN):
         refuse(f"examples shown to a guard, in settings of kind {', '.join(SHOWN)}", f"shown: {method.shown}")
     if method.ties is not None and setting.kind != "merge":

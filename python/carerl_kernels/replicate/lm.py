@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ..demo import tasks
 from ..grpo import Domain, Example, GRPOConfig, GRPOTrainer, Stage, answer_loss, special_tokens
 from ..guard import CapabilityGuard
 from ..guard.validate import validate
-from .grid import Cell, GridError
+from .grid import Cell, GridError, Method, Setting
 from .methods import Shown, editor_of, guard_of
 
 Scores = list[float]
@@ -33,15 +34,17 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
         displacement, validity and guard_share, as `cells.Record` has them.
     """
     setting, method, seed = cell.setting, cell.method, cell.seed
+    if method.alone:
+        return alone(cell, cache, report)
     tokenizer = tasks.character_tokenizer(setting.domains)
-    model = warm_model(cell, tokenizer, cache)
+    model = start_model(cell, tokenizer, cache)
     pools = Pools(setting.groups, setting.steps)
     domains = tasks.demo_domains(seed, setting.domains)
     shown = shown_by(domains, tokenizer, method.shown)  # once, right after a stage: out of all that its domain has
-    domains = [pools.limit(noisy(d, setting.noise.get(d.name, 0.0), seed), method.stored) for d in domains]
+    domains = [pools.limit(judged(d, setting, seed), method.stored) for d in domains]
     config = config_of(cell, setting.lr * cell.lr)
     guard = guard_of(method, model, seed, setting.k, shown)
-    validity = Validity(guard, model, tokenizer, domains)
+    validity = Validity(None if setting.pooled else guard, model, tokenizer, domains)
 
     def on_step(line: dict[str, Any]) -> None:
         if line["stage_step"] == 1:
@@ -54,13 +57,46 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
         domains,
         config,
         guard=guard,
-        editor=editor_of(method, model, seed),
+        editor="guard" if method.editor == "guard" else editor_of(method, model, seed),
         on_step=on_step,
     )
     pools.follow(trainer)
     history = trainer.run([Stage(group, setting.steps, shares=shares_of(cell, group)) for group in setting.groups])
     validity.look(again=True)
-    return {"scores": scores_of(history, setting.domains), "validity": validity.shares, **guard_figures(guard, trainer)}
+    return {
+        **({"lowest": lowest_of(history, setting.domains)} if setting.pooled else {}),
+        "scores": scores_of(history, setting.domains),
+        "validity": validity.shares,
+        **guard_figures(guard, trainer),
+    }
+
+
+def alone(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any]:
+    """Every domain of a pooled setting by itself from the start that all share, with the samples it has in the pooled run:
+    in whole batches, so in fewer steps.
+
+    Args:
+        cell, cache, report: As for `run`.
+
+    Returns:
+        scores and lowest, each domain's of its own run.
+    """
+    setting = cell.setting
+    (group,) = setting.groups
+    shares = shares_of(cell, group) or (1.0,) * len(group)
+    config = config_of(cell, setting.lr * cell.lr)
+    before, after, lowest = [], [], []
+    for domain, share in zip(group, shares, strict=True):
+        tokenizer = tasks.character_tokenizer(setting.domains)
+        model = start_model(cell, tokenizer, cache)
+        domains = [judged(d, setting, cell.seed) for d in tasks.demo_domains(cell.seed, [domain])]
+        trainer = GRPOTrainer(model, tokenizer, domains, config, on_step=lambda line: report(line["step"]))
+        history = trainer.run([Stage(domain, max(1, round(setting.steps * share / sum(shares))))])
+        (start,), (end,) = scores_of(history, [domain])
+        before.append(start)
+        after.append(end)
+        lowest += lowest_of(history, [domain])
+    return {"scores": [before, after], "lowest": lowest}
 
 
 def config_of(cell: Cell, lr: float) -> GRPOConfig:
@@ -142,6 +178,12 @@ def scores_of(history: Sequence[dict[str, Any]], domains: Sequence[str]) -> list
     return [[scores[d] for d in domains] for scores in last.values()]
 
 
+def lowest_of(history: Sequence[dict[str, Any]], domains: Sequence[str]) -> Scores:
+    """The lowest accuracy per domain at an evaluation after the start."""
+    looks = [line["eval"] for line in history if "eval" in line and line["step"] > 0]
+    return [min(look[d] for look in looks) for d in domains]
+
+
 def guard_figures(guard: CapabilityGuard | None, trainer: GRPOTrainer) -> dict[str, Any]:
     """What the guard did: nothing to say without one."""
     if guard is None:
@@ -157,20 +199,32 @@ def guard_figures(guard: CapabilityGuard | None, trainer: GRPOTrainer) -> dict[s
     }
 
 
-def warm_model(cell: Cell, tokenizer: Any, cache: Path) -> Any:
-    """The model after supervised warm-up, trained once per setting and seed."""
+def start_model(cell: Cell, tokenizer: Any, cache: Path) -> Any:
+    """The model that all methods of a setting and seed start from, trained once: supervised warm-up, then the plain stage
+    before everything where the setting has one."""
     from ..grpo.rundir import load_weights, save_weights
 
     setting, seed = cell.setting, cell.seed
-    model = tasks.tiny_model(tokenizer, seed)
     kinds = "-".join(sorted(setting.domains))  # whatever their order later: one checkpoint
     path = cache / "warm-up" / f"{kinds}-{setting.warm_up}-{seed}.safetensors"
+    model = tasks.tiny_model(tokenizer, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        load_weights(path, model)
+    else:
+        domains = tasks.demo_domains(seed, sorted(setting.domains, key=list(tasks.GENERATORS).index))
+        tasks.warm_up(model, tokenizer, domains, seed=seed, steps=setting.warm_up)
+        save_weights(path, model)
+    if not setting.earlier:
+        return model
+    path = path.with_stem(f"{path.stem}-{'-'.join(setting.earlier)}-{setting.earlier_steps}@{setting.lr:g}")
     if path.exists():
         load_weights(path, model)
         return model
-    domains = tasks.demo_domains(seed, sorted(setting.domains, key=list(tasks.GENERATORS).index))
-    tasks.warm_up(model, tokenizer, domains, seed=seed, steps=setting.warm_up)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    plain = replace(cell, method=Method(text="plain"))
+    config = config_of(plain, setting.lr).model_copy(update={"eval_every": 0})
+    trainer = GRPOTrainer(model, tokenizer, tasks.demo_domains(seed, setting.earlier), config)
+    trainer.run([Stage(setting.earlier, setting.earlier_steps)])
     save_weights(path, model)
     return model
 
@@ -181,15 +235,17 @@ def shares_of(cell: Cell, group: Sequence[str]) -> tuple[float, ...] | None:
     return None if shares is None or len(group) < len(shares) else tuple(shares[d] for d in group)
 
 
-def noisy(domain: Domain, spread: float, seed: int) -> Domain:
-    """A judged domain: what the verifier says plus normal noise; evaluation stays exact."""
-    if not spread:
+def judged(domain: Domain, setting: Setting, seed: int) -> Domain:
+    """A domain whose reward has the setting's noise and scale, where it has any; evaluation stays exact."""
+    spread, scale = setting.noise.get(domain.name, 0.0), setting.scale.get(domain.name, 1.0)
+    if not spread and scale == 1:
         return domain
     verify, rng = domain.reward, random.Random(f"judge-{domain.name}-{seed}")
     assert callable(verify)
 
     def judge(example: Example, text: str) -> float:
-        return float(verify(example, text) or 0.0) + rng.gauss(0.0, spread)
+        verdict = float(verify(example, text) or 0.0)
+        return scale * (verdict + rng.gauss(0.0, spread) if spread else verdict)
 
     domain.reward = judge
     return domain

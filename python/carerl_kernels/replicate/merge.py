@@ -18,7 +18,7 @@ from ..grpo.rundir import load_weights, model_tensors, save_weights
 from ..guard.checkpoints import merge
 from ..guard.sums import task_arithmetic, ties
 from .grid import Cell
-from .lm import config_of, shown_by, warm_model
+from .lm import config_of, shown_by, start_model
 from .methods import guard_of
 
 
@@ -30,7 +30,7 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
     """
     setting, seed = cell.setting, cell.seed
     tokenizer = tasks.character_tokenizer(setting.domains)
-    model = warm_model(cell, tokenizer, cache)
+    model = start_model(cell, tokenizer, cache)
     domains = tasks.demo_domains(seed, setting.domains)
 
     def scores() -> list[float]:

@@ -60,7 +60,7 @@ def guard_of(
 
 
 def editor_of(method: Method, model: Any, seed: int) -> Editor | None:
-    """The method's editor of gradients per domain."""
-    if method.editor is None:
+    """The method's editor of gradients per domain; None where the guard is it."""
+    if method.editor is None or method.editor == "guard":
         return None
     return PCGrad(seed) if method.editor == "pcgrad" else modular_surgery(model, seed)

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
 from statistics import fmean
 
@@ -174,6 +175,7 @@ def write_report(grid: Grid, records: Sequence[Record], out: Path) -> str:
         GridError: None is left; nothing was written.
     """
     from .measures import measures_table
+    from .pooled import pooled_table
 
     records, left = current(grid, records)
     if not records:
@@ -184,10 +186,13 @@ def write_report(grid: Grid, records: Sequence[Record], out: Path) -> str:
         rows = rows_of(records, setting)
         chosen = rows_of(records, setting, confirming=False)
         parts += [f"## {setting}: {grid.settings[setting].text}", ""]
-        if rows:
+        pooled = grid.settings[setting].pooled
+        if rows and pooled:
+            parts += [pooled_table(setting, rows), "", *verdicts(rows), ""]
+        elif rows:
             parts += [table(grid, setting, rows), "", *verdicts(rows), ""]
             parts += [measures_table(rows), ""] if measures_table(rows) else []
-            for row in rows if len(rows) > 1 else []:
+            for row in rows if len(rows) > 1 and not pooled else []:
                 if row.method in CANDIDATES and len(row.records) > 1:
                     parts += [
                         f"{row.variant} minus each other row:",
@@ -200,11 +205,11 @@ def write_report(grid: Grid, records: Sequence[Record], out: Path) -> str:
             parts += [
                 f"Seeds used for choosing (no part of the verdicts), {setting}:",
                 "",
-                table(grid, setting, chosen),
+                pooled_table(setting, chosen) if pooled else table(grid, setting, chosen),
                 "",
             ]
         try:
-            plot(out / f"{setting}.png", setting, rows or chosen)
+            plot(out / f"{setting}.png", setting, rows or chosen, PLOTTED_POOLED if pooled else PLOTTED)
         except ImportError as e:
             parts += [f"No picture: {e}", ""]
     text = "\n".join(parts)
@@ -244,16 +249,29 @@ def as_csv(records: Iterable[Record]) -> str:
     """One line per cell."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    measures = ("average", "forgetting", "retention", "new", "window")
+    measures = ("average", "forgetting", "retention", "new", "window", "dip")
     writer.writerow(["cell", "key", *measures, "touched", "guard_share", "seconds"])
     for r in records:
-        numbers = [f"{getattr(r, m):.4f}" for m in measures]
+        numbers = ["" if isnan(value := getattr(r, m)) else f"{value:.4f}" for m in measures]
         writer.writerow([r.cell, r.key, *numbers, r.touched, r.guard_share, r.seconds])
     return buffer.getvalue()
 
 
-def plot(path: Path, title: str, rows: Sequence[Row]) -> None:
-    """Retention against new learning, a point per row, the learning rates of the front joined.
+PLOTTED = (("new", "new domains, right after their stage"), ("retention", "earlier domains at the end"))
+PLOTTED_POOLED = (
+    ("average", "all domains at the end"),
+    ("dip", "the domain that fell most, at its lowest, minus start"),
+)
+Axis = tuple[str, str]
+
+
+def plot(path: Path, title: str, rows: Sequence[Row], axes_of: tuple[Axis, Axis] = PLOTTED) -> None:
+    """One measure against another, a point per row, the learning rates of the front joined.
+
+    Args:
+        path, title: Of the picture.
+        rows: Of the table.
+        axes_of: A measure of `Record` and what the axis is called, for x and y: retention against new learning.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -263,14 +281,15 @@ def plot(path: Path, title: str, rows: Sequence[Row]) -> None:
     figure = new_figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
     front = sorted((r for r in rows if r.method == FRONT), key=lambda r: float(r.variant.partition("@")[2]))
-    axes.plot([r.of("new").mean for r in front], [r.of("retention").mean for r in front], "k.--", label="plain")
+    points = {row.variant: tuple(row.of(measure).mean for measure, _ in axes_of) for row in rows}
+    axes.plot(*zip(*(points[r.variant] for r in front), strict=True) if front else ([], []), "k.--", label="plain")
     for row in rows:
-        x, y = row.of("new").mean, row.of("retention").mean
+        x, y = points[row.variant]
         if row.method != FRONT:
             axes.plot([x], [y], "o", markersize=4)
         axes.annotate(row.variant, (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
-    axes.set_xlabel("new domains, right after their stage")
-    axes.set_ylabel("earlier domains at the end")
+    axes.set_xlabel(axes_of[0][1])
+    axes.set_ylabel(axes_of[1][1])
     axes.set_title(title)
     axes.legend()
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))

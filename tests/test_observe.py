@@ -468,3 +468,20 @@ def test_weights_that_are_fed_the_same_share_one_sum():
     moments = observe(model, [{"input_ids": ids()}], layout, progress=False)
     sums = {id(s) for parts in moments._sums.values() for s, _ in parts}
     assert len(sums) == 2 * 4 + 1  # four different inputs a layer, and the head's
+
+
+def test_files_of_shown_prompts_hold_no_displacement(tmp_path):
+    """No stage moved anything: a file of zeros would be larger than the directions."""
+    from carerl_kernels import CapabilityGuard
+    from carerl_kernels.subspace import StoredBasis
+    from safetensors import safe_open
+
+    model = qwen3(False)
+    guard = CapabilityGuard(model)
+    shown = guard.protect("text", [{"input_ids": ids()}], tmp_path / "text.safetensors", progress=False)
+    with safe_open(tmp_path / "text.safetensors", "pt") as file:
+        assert {key.partition(".")[0] for key in file.keys()} == {"left", "right", "values"}  # noqa: SIM118
+    read = StoredBasis.load(tmp_path / "text.safetensors", guard.layout)
+    assert read.moved.keys() == shown.moved.keys()
+    for name, moved in read.moved.items():
+        assert moved.shape == shown.moved[name].shape and not moved.any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import signal
 import threading
@@ -88,6 +89,7 @@ def _run_here(jobs: Sequence[Job], notify: Callable[[str, str, Any], None]) -> d
             except Exception as e:
                 raise WorkerError(f"{job.key} failed: {type(e).__name__}: {e}") from e
             notify(job.key, "done", results[job.key])
+            gc.collect()  # models and optimizers refer to each other through hooks: their memory is needed now
     finally:
         torch.set_num_threads(threads)
     return results
@@ -193,3 +195,4 @@ def _serve(connection: Connection, preload: Callable[[], None] | None) -> None:
         except BaseException:
             result = ("error", traceback.format_exc())
         connection.send(result)
+        gc.collect()  # as above

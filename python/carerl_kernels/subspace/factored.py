@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -31,7 +32,8 @@ class FactoredBasis(StoredBasis):
         left, right: factors, float32 or bfloat16.
         values: ``[r]`` float64: singular values of the stage's change (block) or of the inputs (input).
         moved: coefficients of the stage's change along the directions, gradient convention: ``[r, r]`` (block), ``[m, r]`` or
-            ``[n, r]`` (input). Their signs orient the directions, their sizes are the displacement.
+            ``[n, r]`` (input). Their signs orient the directions, their sizes are the displacement. All zero where no stage
+            was recorded (``info.displacement_capture`` is None); files leave them out then.
         layout: of sharded parameters, when this is one process's part only; else None.
     """
 
@@ -103,7 +105,9 @@ class FactoredBasis(StoredBasis):
         parts: dict[str, Part] = {}
         layout = self.layout
         where = {} if layout is None else dict(zip(layout.names, layout.shards.pieces, strict=True))
-        tensors = {"left": self.left, "right": self.right, "values": self.values, "moved": self.moved}
+        tensors = {"left": self.left, "right": self.right, "values": self.values}
+        if self.info.displacement_capture is not None:
+            tensors["moved"] = self.moved
         for what, by_name in tensors.items():
             for name, t in by_name.items():
                 split = layout is not None and (what == "left" or (what == "moved" and self._by_output(name)))
@@ -121,24 +125,24 @@ class FactoredBasis(StoredBasis):
         for key in sorted(file.keys()):
             what, name = key.split(".", 1)
             tensors[what][name] = file.get_tensor(key)  # factors are small: read whole, cut below
-        basis = cls(info, tensors["left"], tensors["right"], tensors["values"], tensors["moved"])
+        left, right, values, moved = tensors["left"], tensors["right"], tensors["values"], tensors["moved"]
+        if info.displacement_capture is None and not moved:
+            moved = {
+                name: torch.zeros(_sides(info, name)[name in left], info.k, dtype=torch.float64) for name in values
+            }
+        basis = cls(info, left, right, values, moved)
         basis._check_numbers(path)
         return basis if layout is None else basis.part_of(layout)
 
     def _check_numbers(self, path: Path) -> None:
         r = self.info.k
-        shapes = dict(zip(self.info.names, self.info.shapes, strict=True))
         if not self.moved or set(self.moved) != set(self.values):
             raise BasisError(f"{path}: expected displacements and values of the same matrices, found others")
         for what, by_name in (("left", self.left), ("right", self.right), ("moved", self.moved)):
             for name, t in by_name.items():
-                whole, index = unlabel(name)
-                shape = shapes.get(whole, ())
-                shape = shape if index is None else shape[1:]
-                m, n = (shape[0], torch.Size(shape).numel() // max(shape[0], 1)) if shape else (0, 0)
-                rows = {"left": m, "right": n}.get(
-                    what, self.info.k if self.info.kind == "block" else n if name in self.left else m
-                )
+                m, n = _sides(self.info, name)
+                outputs = r if self.info.kind == "block" else n if name in self.left else m
+                rows = {"left": m, "right": n}.get(what, outputs)
                 if tuple(t.shape) != (rows, self.info.k):
                     raise BasisError(
                         f"{path}: damaged basis file: expected {what}.{name} {[rows, self.info.k]}, found {list(t.shape)}"
@@ -168,6 +172,14 @@ class FactoredBasis(StoredBasis):
                         f"basis of domain {self.info.domain!r}: expected factors {group.side!r} of {name}, found "
                         f"{found or 'none'!r}; record the stage on this model"
                     )
+
+
+def _sides(info: BasisInfo, name: str) -> tuple[int, int]:
+    """Rows and columns of the matrix with this label; (0, 0) where the model has none."""
+    whole, index = unlabel(name)
+    shape = dict(zip(info.names, info.shapes, strict=True)).get(whole, ())
+    shape = shape if index is None else shape[1:]
+    return (shape[0], math.prod(shape[1:])) if shape else (0, 0)
 
 
 def _random_columns(rows: int, r: int, draw: torch.Generator) -> Tensor:

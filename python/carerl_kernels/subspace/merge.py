@@ -45,7 +45,7 @@ def merge(bases: Sequence[StoredBasis], domain: str, k: int | None = None) -> St
         merged, kept = _merge_rows([b.dequantized() for b in bases], k)  # type: ignore[attr-defined]
     else:
         merged, kept = _merge_factors(list(bases), k)  # type: ignore[arg-type]
-    captured = [b.info.displacement_capture for b in bases]
+    captured = [b.info.displacement_capture for b in bases if b.info.displacement_capture is not None]
     info = BasisInfo(
         domain=domain,
         kind=first.kind,
@@ -58,7 +58,7 @@ def merge(bases: Sequence[StoredBasis], domain: str, k: int | None = None) -> St
         steps=sum(b.info.steps for b in bases),
         skipped=sum(b.info.skipped for b in bases),
         gradient_capture=None,
-        displacement_capture=None if None in captured else kept * sum(captured) / len(bases),  # type: ignore[arg-type]
+        displacement_capture=kept * sum(captured) / len(captured) if captured else None,
     )
     return replace(merged, info=info)
 

@@ -285,6 +285,8 @@ def test_inputs_that_are_not_finite_are_refused_by_name():
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 @pytest.mark.parametrize("regional", [False, True])
 def test_compiled_models_that_ran_before(backend, regional):
+    if backend == "inductor" and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        pytest.skip("inductor writes code for vectors that a torch held to no instruction set does not compile")
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(16, 16), nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16)), nn.Linear(16, 8)

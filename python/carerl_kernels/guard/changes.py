@@ -192,7 +192,10 @@ def _confined(
     bounds = rule_params(stack, Settings(bound=bound)) if bound else None
     anchor = stack.measure([matrix.start for matrix in matrices])
     new = _storable(stack, matrices, anchor, bounds, dtype or torch.float32)
-    before, after = anchor - stack.measure(ends), anchor - stack.measure(new)
+    # Of differences, not differences of what is measured: a small displacement would be lost in the rounding of large weights.
+    before, after = (
+        stack.measure([matrix.start - t for matrix, t in zip(matrices, there, strict=True)]) for there in (ends, new)
+    )
     for group in stack.layout.groups:
         for _, name, rows in stack.layout.matrices(group):
             matrix = matrices[int(name)]

@@ -35,10 +35,6 @@ CARERL_INLINE void multiply_strip(const float* a, int64_t across, int64_t along,
 }
 
 // f(Constant<R>{}) for R rows, at most kStrip
-template <int kValue>
-struct Constant {
-  static constexpr int value = kValue;
-};
 template <class F>
 CARERL_INLINE void with_rows(int64_t rows, const F& f) {
   switch (rows) {

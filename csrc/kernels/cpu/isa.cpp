@@ -16,9 +16,9 @@ struct Leaf {
   unsigned a = 0, b = 0, c = 0, d = 0;
 };
 
-Leaf cpuid(unsigned leaf) {
+Leaf cpuid(unsigned leaf, unsigned subleaf = 0) {
   Leaf out;
-  __get_cpuid_count(leaf, 0, &out.a, &out.b, &out.c, &out.d);
+  __get_cpuid_count(leaf, subleaf, &out.a, &out.b, &out.c, &out.d);
   return out;
 }
 
@@ -53,7 +53,9 @@ std::vector<std::string> supported_isas() {
   const uint64_t state = saved_state();
   const bool avx2 = all(state, {1, 2}) && all(one.c, {12, 28, 29}) && all(seven.b, {5});  // FMA, AVX, F16C; AVX2
   if (avx2) out.push_back("avx2");
-  if (avx2 && all(state, {5, 6, 7}) && all(seven.b, {16, 17, 30, 31})) out.push_back("avx512");  // F, DQ, BW, VL
+  const bool avx512 = avx2 && all(state, {5, 6, 7}) && all(seven.b, {16, 17, 30, 31});  // F, DQ, BW, VL
+  if (avx512) out.push_back("avx512");
+  if (avx512 && seven.a >= 1 && all(cpuid(7, 1).a, {5})) out.push_back("avx512_bf16");
 #endif
   return out;
 }

@@ -22,6 +22,9 @@ extern const KernelTable table;
 namespace avx512 {
 extern const KernelTable table;
 }
+namespace avx512_bf16 {
+const KernelTable& table();
+}
 #endif
 
 namespace {
@@ -29,6 +32,7 @@ namespace {
 const KernelTable& choose() {
 #if defined(__x86_64__)
   const std::string name = select_isa();
+  if (name == "avx512_bf16") return avx512_bf16::table();
   if (name == "avx512") return avx512::table;
   if (name == "avx2") return avx2::table;
 #else

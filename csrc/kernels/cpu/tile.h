@@ -11,6 +11,11 @@ constexpr int64_t kFold = 512;   // elements summed in fp32 before the lanes go 
 constexpr int64_t kUsualBlock = 128;  // of a scale: loops over it have a constant length, 6 % faster than a count
 constexpr int64_t kMaxBatch = 16;  // gradients handled together; more are done in turns, each reading the bases again
 
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
 CARERL_INLINE bool is_scaled(const Basis& basis) { return basis.dtype >= DType::kI8; }
 
 // Elements of a row that passes 1 and 2 read before they go to the next rows. The longer, the rarer the memory system
@@ -214,13 +219,13 @@ constexpr int64_t kTileBytes = 12 << 10;      // of rows as floats, inside L1
 constexpr int64_t kStretchBytes = 160 << 10;  // of rows as stored: this stretch and the next one inside L2
 
 // Columns of a buffer of about this size: multiples of 64, whole groups and cache lines of every type, at most `most`.
-static int64_t columns_within(int64_t bytes, int64_t bytes_per_column, int64_t most) {
+[[maybe_unused]] static int64_t columns_within(int64_t bytes, int64_t bytes_per_column, int64_t most) {
   const int64_t columns = bytes / bytes_per_column / 64 * 64;
   return columns < 64 ? 64 : min64(columns, most);
 }
 
 // Columns that are brought from memory together, some tiles of them.
-static int64_t stretch_of(const Basis& basis, const Span& span, int64_t tile) {
+[[maybe_unused]] static int64_t stretch_of(const Basis& basis, const Span& span, int64_t tile) {
   const int64_t per_column = basis.rows * element_size(basis.dtype) + span.batch * element_size(span.dtype);
   const int64_t tiles = kStretchBytes / per_column / tile;
   return tile * (tiles < 1 ? 1 : tiles);

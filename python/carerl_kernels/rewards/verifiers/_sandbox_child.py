@@ -17,11 +17,14 @@ import select
 import signal
 import sys
 import time
-from typing import Any
 
 import _landlock
 import _seccomp
 from _usage import Usage, tasks_of
+
+TYPE_CHECKING = False  # `typing` itself would take a good part of the time that a program takes to start
+if TYPE_CHECKING:
+    from typing import Any
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000

@@ -71,6 +71,7 @@ HOSTILE_PROGRAMS = (
     "while True: pass",
     "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
     "x = []\nwhile True: x.append(bytearray(1 << 20))",
+    "import os, time\nfor _ in range(6):\n    if os.fork() == 0: break\nx = b'x' * (100 << 20)\ntime.sleep(60)",
     "import os\nos.kill(1, 2)\nos.kill(-1, 9)",
     "import ctypes\nwhile True: ctypes.CDLL(None).memfd_create(b'x', 0)",
 )
@@ -221,7 +222,7 @@ def hostile_texts(lengths: Sequence[int] = (10_000, 40_000)) -> str:
     return f"{len(readers)} readers, {2 * len(HOSTILE_UNITS)} texts; at most, by characters, {said}"
 
 
-def fairness(each: int = 12) -> str:
+def fairness(each: int = 14) -> str:
     """Honest programs that take half of their processor time, beside hostile ones, eight at once."""
     judge = CodeTests(Sandbox(SandboxLimits(cpu=2, wall=6, memory=256 << 20)))
     example = Example("?", info={"tests": [{"stdin": "", "stdout": "1"}]})

@@ -215,9 +215,12 @@ def hostile_texts(lengths: Sequence[int] = (10_000, 40_000)) -> str:
         for unit in HOSTILE_UNITS:
             for i, length in enumerate(lengths):
                 for text in (unit * (length // len(unit)), unit + " " * length + "x"):
-                    started = time.thread_time()
-                    reader(text)
-                    longest[i] = max(longest[i], (time.thread_time() - started, name))
+                    seconds = []
+                    for _ in range(2):  # the shorter one: the other may have collected garbage of what ran before
+                        started = time.thread_time()
+                        reader(text)
+                        seconds.append(time.thread_time() - started)
+                    longest[i] = max(longest[i], (min(seconds), name))
     said = ", ".join(f"{length}: {1e3 * t:.0f} ms ({name})" for length, (t, name) in zip(lengths, longest, strict=True))
     return f"{len(readers)} readers, {2 * len(HOSTILE_UNITS)} texts; at most, by characters, {said}"
 

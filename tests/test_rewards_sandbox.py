@@ -78,6 +78,8 @@ def test_how_it_failed(sandbox):
     got = sandbox.run("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
     assert got.status == "killed" and got.code == -11
     assert sandbox.run("def f(:").status == "error"
+    ours = sandbox.run("import os; os._exit(120)")  # the code with which the inside ends where no program runs
+    assert (ours.status, ours.code) == ("error", 120)
 
 
 def test_text_of_every_kind_comes_through(sandbox):

@@ -71,6 +71,7 @@ HOSTILE_PROGRAMS = (
     "while True: pass",
     "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
     "x = []\nwhile True: x.append(bytearray(1 << 20))",
+    "import os, time\nfor _ in range(6):\n    if os.fork() == 0: break\nx = b'x' * (100 << 20)\ntime.sleep(60)",
     "import os\nos.kill(1, 2)\nos.kill(-1, 9)",
     "import ctypes\nwhile True: ctypes.CDLL(None).memfd_create(b'x', 0)",
 )
@@ -214,14 +215,17 @@ def hostile_texts(lengths: Sequence[int] = (10_000, 40_000)) -> str:
         for unit in HOSTILE_UNITS:
             for i, length in enumerate(lengths):
                 for text in (unit * (length // len(unit)), unit + " " * length + "x"):
-                    started = time.thread_time()
-                    reader(text)
-                    longest[i] = max(longest[i], (time.thread_time() - started, name))
+                    seconds = []
+                    for _ in range(2):  # the shorter one: the other may have collected garbage of what ran before
+                        started = time.thread_time()
+                        reader(text)
+                        seconds.append(time.thread_time() - started)
+                    longest[i] = max(longest[i], (min(seconds), name))
     said = ", ".join(f"{length}: {1e3 * t:.0f} ms ({name})" for length, (t, name) in zip(lengths, longest, strict=True))
     return f"{len(readers)} readers, {2 * len(HOSTILE_UNITS)} texts; at most, by characters, {said}"
 
 
-def fairness(each: int = 12) -> str:
+def fairness(each: int = 14) -> str:
     """Honest programs that take half of their processor time, beside hostile ones, eight at once."""
     judge = CodeTests(Sandbox(SandboxLimits(cpu=2, wall=6, memory=256 << 20)))
     example = Example("?", info={"tests": [{"stdin": "", "stdout": "1"}]})

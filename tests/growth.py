@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
@@ -10,59 +11,54 @@ from re import _constants as c
 from re import _parser
 from typing import Any
 
-SIZES = (500, 1_000, 2_000, 4_000, 8_000)
-NOTICEABLE = 0.002  # seconds below which growth cannot be told from noise
+SIZES = (250, 2_000, 16_000)  # characters, each eight times the one before
+LIMIT = 20  # times as long for eight times the text: halfway between a line (8) and a square (64)
+NOTICEABLE = 0.003  # seconds below which growth cannot be told from noise; a square is far above it at the largest size
+BUDGET = 1.0  # seconds of processor time after which nothing waits for the end
 _CANDIDATES = "a0 -\n.!A_\"'`{<\\$=:,;()[]|#*é\u2029"
-_PLAIN = (
-    "a",
-    " ",
-    "-",
-    "\n",
-    "0",
-    "=",
-    "`",
-    "<",
-    "{",
-    "(",
-    "[",
-    '"',
-    "'",
-    "\\",
-    ".",
-    ",",
-    "a ",
-    "a\n",
-    "- ",
-    "\n ",
-    "1,",
-    "{}",
-    "<>",
-)
+_PLAIN = (*"a -\n0=`<{([\"'\\.,", "a ", "a\n", "- ", "\n ", "1,", "{}", "<>")
 
 
 def superlinear(work: Callable[[str], Any], texts: Callable[[int], str]) -> str | None:
-    """Why the time of `work(texts(n))` grows faster than n, or None: twice the text may take little more than twice as long.
+    """Why the time of `work(texts(n))` grows faster than its text, or None.
 
-    The shortest of several runs counts, in processor time, and a suspicion is looked at again.
+    In processor time; a suspicion is looked at again, and then the shortest of several runs counts.
     """
-    seconds: list[float] = []
+    unit = max(1, len(texts(2)) - len(texts(1)))
+    shorter, before = "", 0.0
     for size in SIZES:
-        seconds.append(_shortest(work, texts(size), 1 if seconds and seconds[-1] > 0.1 else 2))
-        if len(seconds) < 3 or seconds[-3] < NOTICEABLE or seconds[-1] < 9 * seconds[-3]:
-            continue
-        again = [_shortest(work, texts(n), 1 if seconds[-1] > 1 else 5) for n in (size // 4, size)]
-        if again[1] > 9 * again[0]:
-            return f"{[round(s, 4) for s in seconds]} s for {SIZES[: len(seconds)]} repetitions as in {texts(1)!r}"
+        text = texts(max(1, size // unit))
+        took = _seconds(work, text)
+        if BUDGET > took > max(NOTICEABLE, LIMIT * before) and before:
+            took = min(took, *(_seconds(work, text) for _ in range(2)))
+            before = min(_seconds(work, shorter) for _ in range(5))
+        if took >= BUDGET or took > max(NOTICEABLE, LIMIT * before) > NOTICEABLE:
+            return f"{took:.2g} s for {size} characters as in {texts(1)!r}, {before:.2g} s for an eighth of them"
+        shorter, before = text, took
     return None
 
 
-def _shortest(work: Callable[[str], Any], text: str, runs: int) -> float:
-    best = float("inf")
-    for _ in range(runs):
-        started = time.thread_time()
+def _seconds(work: Callable[[str], Any], text: str) -> float:
+    """Of processor time; no less than `BUDGET` where the work was stopped (patterns, too, look for signals)."""
+
+    def stop(*_: object) -> None:
+        raise _Stopped
+
+    previous = signal.signal(signal.SIGVTALRM, stop)
+    started = time.thread_time()
+    try:
+        signal.setitimer(signal.ITIMER_VIRTUAL, BUDGET)
         work(text)
-        best = min(best, time.thread_time() - started)
-    return best
+        return time.thread_time() - started
+    except _Stopped:
+        return max(BUDGET, time.thread_time() - started)
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, previous)
+
+
+class _Stopped(BaseException):
+    """No error of the work's own."""
 
 
 def attacks(pattern: re.Pattern[str] | None = None) -> Iterator[Callable[[int], str]]:

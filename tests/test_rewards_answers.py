@@ -188,7 +188,9 @@ THING = st.recursive(
     | st.integers()
     | st.floats()
     | st.text(max_size=5)
-    | st.sampled_from([10**400, "length", "content_filter", "\ud800", '{"c1": 1}', "</think>", "{" * 200]),
+    | st.sampled_from(
+        [10**400, 10**30, -5, 1000.0, "3", "length", "content_filter", "\ud800", '{"c1": 1}', "</think>", "{" * 200]
+    ),
     lambda inner: (
         st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["content", "token", "logprob"]), inner)
     ),
@@ -197,10 +199,23 @@ THING = st.recursive(
 
 
 def places(value, here=()):
+    """Paths to every part of a JSON value, of lists to the first two."""
     yield here
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
     for key, part in items:
         yield from places(part, (*here, key))
+
+
+def replaced(value, place, thing):
+    """A copy of a JSON value with another part at that path."""
+    if not place:
+        return thing
+    value = copy.deepcopy(value)
+    part = value
+    for step in place[:-1]:
+        part = part[step]
+    part[place[-1]] = thing
+    return value
 
 
 class Offline(Endpoint):
@@ -208,11 +223,11 @@ class Offline(Endpoint):
 
     def __init__(self):
         super().__init__("http://127.0.0.1:9/v1", "m", attempts=1)
-        self.answer = b""
+        self.answer, self.protocol = b"", WRITTEN
         self._client.post = self.post
 
     async def post(self, path, body, timeout=None):
-        data = json.dumps(chat(json.dumps(WRITTEN))).encode() if asks_for(body) == "protocol" else self.answer
+        data = json.dumps(chat(json.dumps(self.protocol))).encode() if asks_for(body) == "protocol" else self.answer
         return Answer(200, {}, data)
 
 
@@ -221,8 +236,8 @@ def offline():
     return Offline()
 
 
-def judged(offline, answer):
-    offline.answer = answer
+def judged(offline, answer, protocol=WRITTEN):
+    offline.answer, offline.protocol = answer, protocol
     domain = Domain("d", lambda rng, n: [], Scorer(offline))  # with an empty cache
     return domain.score_batch([Example("Why?")], ["So."])[0]
 
@@ -230,16 +245,35 @@ def judged(offline, answer):
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(list(places(GOOD))), THING)
 def test_no_answer_makes_up_a_number_or_raises(offline, place, thing):
-    answer = copy.deepcopy(GOOD)
-    part = answer
-    for step in place[:-1]:
-        part = part[step]
-    if place:
-        part[place[-1]] = thing
-    else:
-        answer = thing
-    got = judged(offline, json.dumps(answer).encode())
+    got = judged(offline, json.dumps(replaced(GOOD, place, thing)).encode())
     assert got is None or got == pytest.approx(0.75)
+
+
+VERDICT = json.loads(verdict(3, evidence="So."))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(list(places(VERDICT))), THING | st.integers(-2, 9) | st.booleans())
+def test_no_verdict_makes_up_a_number_or_raises(offline, place, thing):
+    """A verdict with another part counts only where that is valid at its place, and then as what it says."""
+    got = judged(offline, json.dumps(chat(json.dumps(replaced(VERDICT, place, thing)))).encode())
+    if place[-1:] == ("score",):
+        valid = type(thing) is int and 0 <= thing <= 4
+        assert got == (pytest.approx((3 + thing) / 8) if valid else None)
+    elif place[-1:] == ("violated",):
+        assert got == (None if type(thing) is not bool else 0.0 if thing else 0.75)
+    elif place[-1:] in (("evidence",), ("reasoning",)):
+        assert got == 0.75 if type(thing) is str and place[-1] == "reasoning" else got in (None, 0.75)
+        assert type(thing) is str or got is None
+    else:  # a whole entry, or all of them
+        assert got is None
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(list(places(WRITTEN))), THING)
+def test_no_protocol_makes_up_a_number_or_raises(offline, place, thing):
+    got = judged(offline, json.dumps(chat(verdict(3))).encode(), replaced(WRITTEN, place, thing))
+    assert got is None or got == 0.75
 
 
 @settings(max_examples=150, deadline=None)

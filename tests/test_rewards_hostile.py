@@ -268,9 +268,9 @@ def test_the_filter_of_system_calls(machine, alone):
 
 
 def test_protections_are_named(caplog):
-    assert all(make("namespaces").protections[name] for name in ("namespaces", "files", "network"))
+    assert all(make("namespaces").protections[name] for name in ("namespaces", "files", "network", "memory"))
     plain = make("none")
-    assert not plain.protections["namespaces"]
+    assert not plain.protections["namespaces"] and plain.protections["memory"]
     module._warn_of_missing.cache_clear()
     plain.run(""), plain.run("")
     assert caplog.text.count("without protection of namespaces") == 1 and "allow user namespaces" in caplog.text
@@ -340,11 +340,53 @@ def test_tests_of_a_completion_have_a_budget():
     assert CodeTests(make("namespaces", limits), partial=True)(Example("?", info={"tests": calls}), program) == 0.5
 
 
+# ------------------------------------------------------------------------------------------------------------- memory
+
+FORKS = "import os, sys, time\nfor _ in range({}):\n    if os.fork() == 0: break\n"
+JOIN = "\ntry:\n    while True: os.wait()\nexcept OSError: pass"
+THREAD = """
+import _thread, ctypes
+def fill():
+    held = b"x" * (60 << 20)
+    time.sleep(9)
+_thread.start_new_thread(fill, ())
+time.sleep(.1)
+ctypes.CDLL(None).syscall({})  # the first thread ends, the process does not
+"""
+EXIT = {"x86_64": 60, "aarch64": 93}
+
+
+def test_memory_counts_over_the_whole_tree(run):
+    """Every process is within its own limit, all together are not."""
+    assert run(FORKS.format(5) + "held = b'x' * (40 << 20)\ntime.sleep(9)")[0] == "memory"
+
+
+@pytest.mark.parametrize("isolation", ["namespaces", "none"])
+def test_memory_counts_where_the_first_thread_has_ended(isolation):
+    program = FORKS.format(2) + THREAD.format(EXIT[os.uname().machine])
+    assert make(isolation).run(program).status == "memory"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "held = b'x' * (60 << 20)\n" + FORKS.format(5) + "time.sleep(.5)\nprint(1)" + JOIN,
+        FORKS.format(5) + "held = b'x' * (5 << 20)\ntime.sleep(.5)\nprint(1)" + JOIN,
+        "import subprocess, sys\nheld = b'x' * (80 << 20)\n"
+        "for _ in range(6): print(subprocess.run([sys.executable, '-S', '-c', '']).returncode + 1)",
+    ],
+    ids=["shared", "small", "started from a large one"],
+)
+def test_what_processes_share_counts_once(run, program):
+    assert tuple(run(program)) == ("ok", "1\n" * 6)
+
+
 HOSTILE = (
     "import os\nfor _ in range(7):\n    if os.fork() == 0: break\nwhile True: pass",
     "while True: pass",
     "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
     "x = []\nwhile True: x.append(bytearray(1 << 20))",
+    FORKS.format(6) + "held = b'x' * (100 << 20)\ntime.sleep(60)",
     "import sys\nwhile True: sys.stdout.write('x' * 10000)",
     "9 ** 9 ** 9 ** 9",
 )

@@ -144,7 +144,25 @@ def test_what_reads_a_completion_takes_linear_time(name):
         assert problem is None, f"{name}: {problem}"
 
 
-@pytest.mark.parametrize("bad", [r"\s*x"])
+def measured(pattern):
+    return next(
+        (p for texts in attacks(pattern) if (p := superlinear(lambda t: list(pattern.finditer(t)), texts))), None
+    )
+
+
+@pytest.mark.parametrize(
+    "bad", [r"\s*x", "a+b", r"\s+$", "a++b", "(?:a+){1,3}b", "(?:a|a)*b", r"```[^\n]*\n(.*?)```", r"(\w+\s?)+:"]
+)
 def test_the_measure_sees_what_is_not_linear(bad):
-    pattern = re.compile(bad)
-    assert any(superlinear(lambda text: list(pattern.finditer(text)), texts) for texts in attacks(pattern))
+    """Squares of the cheapest steps, higher powers, and what would never end."""
+    assert measured(re.compile(bad))
+
+
+@pytest.mark.parametrize("good", ["(?<!a)a++b", "a{1,40}b", r"\bscore\b", r"(?m)^[^\n]{0,80}\n", "(?:ab){1,5}+c"])
+def test_the_measure_leaves_what_is_linear_alone(good):
+    assert measured(re.compile(good)) is None
+
+
+def test_the_measure_sees_readers_that_start_over():
+    assert superlinear(lambda text: [text.count("<", start) for start in range(len(text))], lambda n: "<" * n)
+    assert superlinear(lambda text: text.count("<"), lambda n: "<" * n) is None

@@ -78,6 +78,8 @@ def test_how_it_failed(sandbox):
     got = sandbox.run("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
     assert got.status == "killed" and got.code == -11
     assert sandbox.run("def f(:").status == "error"
+    ours = sandbox.run("import os; os._exit(120)")  # the code with which the inside ends where no program runs
+    assert (ours.status, ours.code) == ("error", 120)
 
 
 def test_text_of_every_kind_comes_through(sandbox):
@@ -367,8 +369,15 @@ except OSError: print(n < 8)
     executable, *library = _launch.interpreter(python)
     limits = {"CPU": 2, "AS": 1 << 29, "NPROC": 8, "FSIZE": 1 << 20, "NOFILE": 32, "CORE": 0}
     job = {"isolated": True, "python": executable, "readable": [executable, *library], "directory": None}
-    job |= {"files": {"main.py": program}, "uid": None, "wall": 30, "disk": 1 << 20, "limits": limits}
-    job |= {"start": f"{_launch._PROGRAM}\nstart([])\n", "cpu": 5, "budget": 60, "patience": 90, "parts": 0}
+    job |= {"files": {"main.py": program}, "uid": None, "wall": 30, "disk": 1 << 20, "memory": 1 << 29}
+    job |= {
+        "limits": limits,
+        "start": f"{_launch._PROGRAM}\nstart([])\n",
+        "cpu": 5,
+        "budget": 60,
+        "patience": 90,
+        "parts": 0,
+    }
     text = json.dumps(job).encode()
     for name in ("_sandbox_child", "_landlock", "_seccomp", "_usage"):  # they may lie where that user cannot read
         (tmp_path / f"{name}.py").write_text((_launch._HERE / f"{name}.py").read_text())

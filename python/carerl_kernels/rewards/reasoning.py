@@ -18,7 +18,8 @@ _TAG = re.compile(rf"(?P<open>{_OPEN})|(?P<close>{_CLOSE})", re.IGNORECASE)
 _CHANNEL = re.compile(r"<\|channel\|>\s{0,8}(\w{1,32})[^<\n]{0,64}<\|message\|>")
 
 _SPECIAL = re.compile(
-    r"\s{0,64}(?:<\|[A-Za-z0-9_./:-]{1,48}\|>|<｜[^｜<>\n]{1,48}｜>|</s>|<s>|<eos>|<bos>|<pad>|\[PAD\]|<unk>"
+    r"\s{0,64}(?:(?:<\|(?:im_start|start_header_id|start|start_of_role)\|>|<start_of_turn>)(?:system|user|assistant|model|tool)\b"
+    r"|<\|[A-Za-z0-9_./:-]{1,48}\|>|<｜[^｜<>\n]{1,48}｜>|</s>|<s>|<eos>|<bos>|<pad>|\[PAD\]|<unk>"
     r"|<(?:start|end)_of_turn>|<end_of_utterance>|\[/?INST\]|\[(?:BOS|EOS|SEP|CLS)\])"
 )
 _STARTS_TRACE = re.compile(rf"{_OPEN}|<\|channel\|>", re.IGNORECASE)
@@ -27,7 +28,8 @@ _STARTS_TRACE = re.compile(rf"{_OPEN}|<\|channel\|>", re.IGNORECASE)
 def strip_special_tokens(text: str) -> str:
     """`text` without the special tokens of chat templates at its ends (`...<|im_end|>`, `</s>`, `<｜end▁of▁sentence｜>`).
 
-    Some trainers decode with special tokens. Those inside the text stay: they were written there.
+    Some trainers decode with special tokens. Those inside the text stay: they were written there. The name of a role belongs
+    to the token that opens its turn.
     """
     start = 0
     while (found := _SPECIAL.match(text, start)) and not _STARTS_TRACE.match(found[0].strip()):

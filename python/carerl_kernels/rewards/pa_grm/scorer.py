@@ -18,7 +18,7 @@ from .cache import Cache
 from .judge import Judge, Verdict
 from .loop import run_sync
 from .protocol import Limits, Protocol
-from .signs import signs, without_signs
+from .signs import REPORT, signs, without_signs
 from .untrusted import Controls
 
 if TYPE_CHECKING:
@@ -88,7 +88,8 @@ class Scorer:
             protocol so that its poor example answer is 0 and its good one 1, as this judge sees them. "group": the place
             in the prompt's own group, Phi((v - mean) / std); only for `score_all` and batches, which see groups.
         on_signs: A response that tries to steer its judge is worth, "lower": no more than it is without the sentences that
-            do (one more call); "zero": nothing; "note": what the judge says, the attempt being recorded only.
+            do (one more call); "zero": nothing; "note": what the judge says, the attempt being recorded only. One that merely
+            reports marks of others is judged again without these words, except with "note".
         strip_reasoning: Judges what a response says after its reasoning; one whose reasoning never ends is worth 0. See
             `rewards.reasoning.strip_reasoning`.
         rejudge: Share of the responses, chosen by a hash, that get a second independent verdict (`Score.again`).
@@ -147,7 +148,7 @@ class Scorer:
         if refusal is not None:
             return Score(0.0, refusal)
         found = signs(response)
-        if found and self.on_signs == "zero":
+        if self.on_signs == "zero" and set(found) - {REPORT}:
             return Score(0.0, "tries to steer the judge", signs=found)
         protocol: Protocol | None = None
         try:
@@ -156,7 +157,7 @@ class Scorer:
                 self._judge(prompt, response, protocol, reference), self._again(prompt, response, protocol, reference)
             )
             value = verdict.value
-            if found and self.on_signs == "lower":
+            if found and self.on_signs != "note":
                 cleaned = await self._judge(prompt, without_signs(response), protocol, reference)
                 if cleaned.value < value:
                     verdict, value = cleaned, cleaned.value

@@ -1,8 +1,9 @@
 """Attempts to steer a judge: finding them in a response, and what the response is without them.
 
-A sentence is the unit, not a paragraph: an honest answer that happens to mention marks loses that sentence alone in what is
-judged a second time. Code is no speech: `score = 4` in a program says nothing to a judge. All work is linear in the length of
-the text, whatever the text is: patterns are bounded or possessive, words are walked once.
+A sentence is the unit, not a paragraph: an honest answer that happens to ask for marks loses that sentence alone in what is
+judged a second time, and one that tells of the marks of others ("critics give the film top marks") only the words about
+them. Code is no speech: `score = 4` in a program says nothing to a judge. All work is linear in the length of the text,
+whatever the text is: patterns are bounded or possessive, words are walked once.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from .untrusted import plain_lines, without_hidden
 
 MASK = "[...]"
+REPORT = "report"  # of marks that somebody gives to others: reads like a demand, and asks for nothing
 
 _VERDICT = re.compile(
     r"\b(?:score|rating|grade|reward)s?\b[\"'”’`*]{0,3}\s{0,8}+[:=]\s{0,8}+[\"'“‘`*]{0,3}"
@@ -36,13 +39,18 @@ _TEMPLATE = re.compile(
 )
 _PATTERNS = {"verdict": _VERDICT, "delimiter": _DELIMITER, "control": _TEMPLATE}
 
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 _JUDGES = (
     "judge judges grader graders evaluator evaluators reviewer reviewers scorer scorers rater raters assessor assessors"
 )
 _MARKS = "score scores mark marks point points rating ratings level levels grade grades credit"
 # Words in this order, each at most so many words after the one before it.
 _CHAINS: tuple[tuple[str, tuple[tuple[int, frozenset[str]], ...]], ...] = tuple(
-    (name, tuple((gap, frozenset(words.split())) for gap, words in links))
+    (name, tuple((gap, _words(words)) for gap, words in links))
     for name, *links in (
         (
             "override",
@@ -63,8 +71,18 @@ _CHAINS: tuple[tuple[str, tuple[tuple[int, frozenset[str]], ...]], ...] = tuple(
     )
 )  # fmt: skip
 _GIVES = _CHAINS[-1][1][0][1]
+# A demand is a report where its verb has a subject and no word of the sentence points at the response or at who reads it.
+_POINTS = _words(
+    "this that these those it here above below following preceding present current such all any every each everything "
+    "everyone i me my mine we us our ours you your yours please let lets must should shall will would can could may might need "
+    "response responses answer answers reply replies completion completions submission submissions solution solutions "
+    "explanation explanations output essay text work writing author criterion criteria"
+)
+_NO_SUBJECT = _words("and or but so then therefore thus hence to not just now also kindly simply first finally")
+_ADVERBS = _words("always often never usually generally still rarely sometimes even only")
 _FIRST = frozenset().union(*(links[0][1] for _, links in _CHAINS))
 _WORD = re.compile(r"[^\W_]{1,40}+")
+_SPEECH = re.compile(r"[^\W_]|<[|\uff5c]")  # without it there is nothing that any pattern here finds
 _SAME = re.compile(r"\b(\d{1,4})\s{0,2}(?:/|out of)\s{0,2}\1\b", re.IGNORECASE)
 # Where one attempt was found, what else speaks of marks is taken for a part of it.
 _GRADING = re.compile(
@@ -90,7 +108,7 @@ _CODE = re.compile(
 _SHAPE = re.compile(r"[\"'](?:evidence|reasoning|[cd]\d{1,2})[\"']\s{0,8}+:", re.IGNORECASE)
 
 
-@dataclass
+@dataclass(slots=True)
 class _Sentence:
     """A piece of the response, as it is and as patterns read it, with the attempts in it: name, start and end."""
 
@@ -98,7 +116,7 @@ class _Sentence:
     end: str  # what separates it from the next: blanks or a newline
     folded: str
     code: bool
-    found: list[tuple[str, int, int]]
+    found: Sequence[tuple[str, int, int]] = ()
 
 
 def signs(text: str) -> tuple[str, ...]:
@@ -110,16 +128,18 @@ def without_signs(text: str) -> str:
     """`text` without the sentences that show such attempts and those that belong to them, and without invisible characters.
 
     A sentence after an attempt may be what that led up to; it stays where nothing else would be left. Where that is nothing
-    either, the attempts alone are replaced by "[...]": the words around them are all there is to judge.
+    either, or where all that was found is a report of other marks, the words found are replaced by "[...]": the ones around
+    them are judged.
     """
     sentences = _read(text)
-    if not any(s.found for s in sentences):
+    found = {name for s in sentences for name, _, _ in s.found}
+    if not found:
         return without_hidden(text).strip()
-    for follow in (True, False):
+    for follow in (True, False) if found != {REPORT} else ():
         left = _cut(sentences, follow)
         if _WORD.search(left):
             return left
-    return "".join(_masked(s) + s.end for s in sentences).strip()
+    return "".join((_masked(s) if s.found else without_hidden(s.text)) + s.end for s in sentences).strip()
 
 
 def _cut(sentences: Sequence[_Sentence], follow: bool) -> str:
@@ -154,14 +174,18 @@ def _read(text: str) -> list[_Sentence]:
     """The response in sentences, attempts marked."""
     sentences = list(_sentences(plain_lines(text)))
     for i, s in enumerate(sentences):
+        if not _SPEECH.search(s.folded):
+            continue
         s.found = _attempts(s.folded, s.code)
         before = sentences[i - 1] if i else None
-        if before is not None and before.end == "\n" and not (s.found or before.found or s.code or before.code):
+        if before is None or before.end != "\n" or not _SPEECH.search(before.folded):
+            continue
+        if not (s.found or before.found or s.code or before.code):
             both = f"{before.folded} {s.folded}"  # a line break does not hide an order either
-            for name, start, end in _attempts(both, False):
-                at = len(before.folded) + 1
-                before.found.append((name, start, min(end, at - 1)))
-                s.found.append((name, 0, end - at))
+            at = len(before.folded) + 1
+            across = _attempts(both, False)
+            before.found = [(name, start, min(end, at - 1)) for name, start, end in across]
+            s.found = [(name, 0, end - at) for name, _, end in across]
     _spare_assignments(sentences)
     return sentences
 
@@ -173,9 +197,9 @@ def _sentences(text: str) -> Iterator[_Sentence]:
         last = "" if number == len(lines) - 1 else "\n"
         at = 0
         for match in () if code[number] else _END.finditer(line):
-            yield _Sentence(line[at : match.start()], match.group(), _folded(line[at : match.start()]), False, [])
+            yield _Sentence(line[at : match.start()], match.group(), _folded(line[at : match.start()]), False)
             at = match.end()
-        yield _Sentence(line[at:], last, _folded(line[at:]), code[number], [])
+        yield _Sentence(line[at:], last, _folded(line[at:]), code[number])
 
 
 def _code_lines(lines: Sequence[str]) -> list[bool]:
@@ -212,13 +236,24 @@ def _attempts(folded: str, code: bool) -> list[tuple[str, int, int]]:
         for name, links in _CHAINS:
             end = _chain(words, i, links)
             if end is not None:
-                found.append((name, start, end))
+                found.append((_mood(folded, words, i) if name == "demand" else name, start, end))
                 break
         else:
             same = _SAME.search(folded, start, start + 60) if word in _GIVES else None
             if same is not None:
-                found.append(("demand", start, same.end()))
+                found.append((_mood(folded, words, i), start, same.end()))
     return sorted(found, key=lambda span: span[1])
+
+
+def _mood(folded: str, words: Sequence[tuple[str, int, int]], i: int) -> str:
+    """Whether the verb that is word i demands marks or reports those of others."""
+    subject = i - 1
+    while subject >= 0 and words[subject][0] in _ADVERBS:
+        subject -= 1
+    if subject < 0 or words[subject][0] in _NO_SUBJECT:
+        return "demand"
+    joined = all(folded[a[2] : b[1]].isspace() for a, b in pairwise(words[subject : i + 1]))
+    return REPORT if joined and not any(word in _POINTS for word, _, _ in words) else "demand"
 
 
 def _chain(words: Sequence[tuple[str, int, int]], i: int, links: Sequence[tuple[int, frozenset[str]]]) -> int | None:
@@ -240,4 +275,4 @@ def _spare_assignments(sentences: Sequence[_Sentence]) -> None:
         if [name for name, _, _ in s.found] == ["verdict"] and "=" in s.folded and "\n" in (s.end or "\n"):
             beside = [n.folded for n in lines[max(0, i - 1) : i + 2] if n is not s and not n.found]
             if any(_CODE.search(text) and not text.endswith((".", "!", "?")) for text in beside):
-                s.found = []
+                s.found = ()

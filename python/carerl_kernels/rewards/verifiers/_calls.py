@@ -11,7 +11,6 @@ import importlib.util
 import json
 import os
 import sys
-import traceback
 
 
 def plain(value):
@@ -42,6 +41,8 @@ def function(module, name: str):
 
 def described(error: BaseException) -> str:
     """The error, and where in solution.py it is."""
+    import traceback  # a solution that is right does not pay for it
+
     lines = [
         frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith("solution.py")
     ]

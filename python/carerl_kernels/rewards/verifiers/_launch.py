@@ -38,6 +38,7 @@ class Launched:
         packages: Directories to import from.
         files: Texts by name in the working directory; "main.py" is the program.
         disk: Bytes of the working directory.
+        memory: Bytes resident in the whole tree; without `wall` nobody looks.
         wall, cpu: Seconds of the clock, and of processor time of the whole tree, that a part may take. Without `wall`
             nobody inside keeps the time.
         budget: Seconds, of either kind, that all parts may take.
@@ -61,6 +62,7 @@ class Launched:
         files: Mapping[str, str],
         *,
         disk: int,
+        memory: int = 0,
         wall: float | None = None,
         cpu: float = 0.0,
         budget: float = 0.0,
@@ -86,6 +88,7 @@ class Launched:
             "patience": patience,
             "parts": parts,
             "disk": disk,
+            "memory": memory,
             "limits": dict(limits),
         }
         text = json.dumps(job).encode()

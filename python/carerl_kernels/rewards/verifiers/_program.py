@@ -11,7 +11,6 @@ def start(packages: list[str]) -> None:
     import builtins
     import io
     import os
-    import runpy
     import site
     import sys
 
@@ -38,4 +37,9 @@ def start(packages: list[str]) -> None:
 
     builtins.open = io.open = opened
     os.open = descriptor
-    runpy.run_path("main.py", run_name="__main__")
+    module = type(sys)("__main__")
+    module.__file__ = "main.py"
+    sys.modules["__main__"] = module
+    with io.open_code(os.path.abspath("main.py")) as source:
+        program = source.read()
+    exec(compile(program, "main.py", "exec", dont_inherit=True), module.__dict__)

@@ -17,11 +17,14 @@ import select
 import signal
 import sys
 import time
-from typing import Any
 
 import _landlock
 import _seccomp
 from _usage import Usage, tasks_of
+
+TYPE_CHECKING = False  # `typing` itself would take a good part of the time that a program takes to start
+if TYPE_CHECKING:
+    from typing import Any
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
@@ -168,7 +171,7 @@ def supervise(job: dict[str, Any], status: int, usage: Usage) -> dict[str, Any]:
     """Runs the program and everything it starts to the end, or to a limit.
 
     Returns:
-        "code" or "signal", or "stopped": the limit ("cpu", "wall", "asked"); "cpu": seconds of the whole tree; "clock":
+        "code" or "signal", or "stopped": the limit ("cpu", "wall", "memory", "asked"); "cpu": seconds of the whole tree; "clock":
         seconds that the program was not kept waiting for a processor; "starved": whether the machine, not the program,
         used the time up.
 
@@ -211,13 +214,14 @@ def _orphaned(status: int) -> bool:
 
 
 def watch(job: dict[str, Any], program: int, status: int, progress: int, usage: Usage) -> dict[str, Any]:
-    """Waits for the program's end; keeps its clocks, which start anew with every part (`PROGRESS`)."""
+    """Waits for the program's end; keeps its clocks, which start anew with every part (`PROGRESS`), and looks at its memory."""
     # A program may share our user: in a namespace nothing but its end is listened to.
     ends = {signal.SIGCHLD} if job["isolated"] else {signal.SIGCHLD, signal.SIGTERM}
     os.set_blocking(progress, False)
     began = time.monotonic()
     parts, used, clock, next_look = job["parts"], 0.0, 0.0, 0.0
     part_used, part_clock, part_began = 0.0, 0.0, began
+    filled = False
 
     def ended(how: dict[str, Any]) -> dict[str, Any]:
         return how | {"cpu": used, "clock": clock}
@@ -251,6 +255,9 @@ def watch(job: dict[str, Any], program: int, status: int, progress: int, usage: 
                 parts -= begun
                 if begun:
                     part_used, part_clock, part_began = used, clock, now
+        full, filled = filled, usage.memory(job["memory"]) > job["memory"]
+        if full and filled:  # twice: a process that is being started counts twice for a moment
+            return ended({"stopped": "memory"})
         if used - part_used > job["cpu"] or used > job["budget"]:
             return ended({"stopped": "cpu"})
         if clock - part_clock > job["wall"] or clock > job["budget"]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import platform
+import os
 import struct
 from collections.abc import Callable
 
@@ -50,7 +50,7 @@ Instruction = tuple[int, int, int, int]
 
 def supported() -> bool:
     """Whether there is a filter for this machine's architecture."""
-    return platform.machine() in ARCHITECTURES
+    return os.uname().machine in ARCHITECTURES
 
 
 def program(pid: int, *, signals: bool, network: bool, machine: str | None = None) -> list[Instruction]:
@@ -62,7 +62,7 @@ def program(pid: int, *, signals: bool, network: bool, machine: str | None = Non
         network: Whether it may open sockets: only where it has a network of its own.
         machine: Architecture; by default this one's.
     """
-    which = list(ARCHITECTURES).index(machine or platform.machine())
+    which = list(ARCHITECTURES).index(machine or os.uname().machine)
     code: list[Instruction] = [
         (_LOAD, 0, 0, _ARCHITECTURE),
         (_EQUAL, 1, 0, list(ARCHITECTURES.values())[which]),

@@ -1,4 +1,4 @@
-"""Processor time of a tree of processes; standard library only."""
+"""Processor time and memory of a tree of processes; standard library only."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import resource
 import time
 
 _TICKS = os.sysconf("SC_CLK_TCK")
+_PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class Usage:
@@ -39,6 +40,31 @@ class Usage:
                 total += sum(map(int, fields[11:15])) / _TICKS
         return total
 
+    def memory(self, limit: int) -> int:
+        """Bytes resident in all processes; where that is more than `limit`, what several share is counted once.
+
+        0 where there is no /proc. A process that is just being started may count twice, for as long as it shares its parent's
+        memory.
+        """
+        pids = self._pids()
+        resident = sum(self._resident(pid) for pid in pids)
+        if resident <= limit:
+            return resident
+        return sum(self._proportional(pid) or self._resident(pid) for pid in pids)
+
+    def _resident(self, pid: str) -> int:
+        """Bytes of one process; of its other threads' where the first has ended, which then shows nothing."""
+        fields = self._read(f"{pid}/statm").split()
+        if fields[1:2] == ["0"]:
+            threads = (self._read(f"{pid}/task/{thread}/statm").split() for thread in self._names(f"{pid}/task"))
+            fields = max(threads, key=lambda f: int(f[1]) if len(f) > 1 else 0, default=[])
+        return int(fields[1]) * _PAGE if len(fields) > 1 else 0
+
+    def _proportional(self, pid: str) -> int:
+        """Bytes of one process, of what it shares with n others an n-th; 0 where the kernel does not say."""
+        line = next((line for line in self._read(f"{pid}/smaps_rollup").split("\n") if line.startswith("Pss:")), "")
+        return int(line.split()[1]) << 10 if line else 0
+
     def waited(self, main: int) -> float | None:
         """Seconds for which the main program could have run and had no processor; None where the kernel does not say."""
         fields = self._read(f"{main}/schedstat").split()
@@ -61,9 +87,24 @@ class Usage:
         finally:
             os.close(place)
 
+    def _names(self, place: str) -> list[str]:
+        """What numbers a directory has."""
+        try:
+            directory = os.open(
+                place if self._proc is not None else f"/proc/{place}", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._proc
+            )
+        except OSError:
+            return []
+        try:
+            return [name for name in os.listdir(directory) if name.isdigit()]
+        except OSError:
+            return []
+        finally:
+            os.close(directory)
+
     def _pids(self) -> list[str]:
         if self._proc is not None:
-            return [name for name in os.listdir(self._proc) if name.isdigit() and name != "1"]
+            return [name for name in self._names(".") if name != "1"]
         found: list[str] = []
         waiting = self.children("self")
         while waiting and len(found) < 4096:
@@ -74,11 +115,11 @@ class Usage:
 
     def children(self, pid: str) -> list[str]:
         """Process numbers of a process's children, from the machine's /proc."""
-        try:
-            threads = os.listdir(f"/proc/{pid}/task")
-        except OSError:
-            return []
-        return [child for thread in threads for child in self._read(f"{pid}/task/{thread}/children").split()]
+        return [
+            child
+            for thread in self._names(f"{pid}/task")
+            for child in self._read(f"{pid}/task/{thread}/children").split()
+        ]
 
 
 def tasks_of(uid: int) -> int:

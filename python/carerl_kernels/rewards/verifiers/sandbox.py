@@ -28,7 +28,7 @@ from ._launch import START_PATIENCE, Launched, SandboxError, Turns, interpreter,
 __all__ = ["Outcome", "Sandbox", "SandboxError", "SandboxLimits", "why_not_isolated"]
 
 Isolation = Literal["namespaces", "none"]
-Status = Literal["ok", "error", "timeout", "cpu", "output", "killed"]
+Status = Literal["ok", "error", "timeout", "cpu", "memory", "output", "killed"]
 _TURNS = Turns()
 _PATIENCE = 3.0  # times its limit that a program may be kept from its end by a busy machine
 
@@ -39,7 +39,7 @@ class SandboxLimits(BaseModel):
     Args:
         wall: Seconds until everything is killed, not counting those in which the program waits for a processor.
         cpu: Seconds of processor time, of the program and all it starts.
-        memory: Bytes of address space per process: altogether at most `processes` times as much.
+        memory: Bytes, of address space of each process, and resident in all of them together (looked at 20 times a second).
         processes: Processes and threads at once.
         disk: Bytes in its /tmp (in memory); also of the largest file.
         output: Bytes of standard output, and of standard error, after which it is killed.
@@ -75,7 +75,8 @@ class Outcome:
     """How a program ended.
 
     Attributes:
-        status: "ok": exit code 0. "error": another one. "timeout", "cpu", "output": over that limit. "killed": by a signal.
+        status: "ok": exit code 0. "error": another one. "timeout", "cpu", "memory", "output": over that limit. "killed": by a
+            signal.
         code: Exit code, negative for a signal; None when it was stopped.
         stdout, stderr: What it wrote, up to the limit.
         seconds: Wall-clock time, set-up included.
@@ -105,7 +106,8 @@ class Sandbox:
     Attributes:
         isolation: What is in force.
         protections: By name, whether it is in force: "namespaces", "system calls" (seccomp), "files" and "network" (out of
-            reach), "user" (one of its own for every program), "processor" (time counted over all processes of a program).
+            reach), "user" (one of its own for every program), "processor" (time counted over all processes of a program),
+            "memory" (limited over all processes, too).
 
     Raises:
         SandboxError: There is no isolation on this machine and `allow_unisolated` is False; says why.
@@ -207,6 +209,7 @@ def _run(
         packages,
         {**files, "main.py": program},
         disk=limits.disk,
+        memory=limits.memory,
         wall=min(limits.wall, budget),
         cpu=cpu,
         budget=budget,
@@ -239,7 +242,8 @@ def _run(
     if "signal" in ended:
         over = ended["signal"] in (signal.SIGXCPU, signal.SIGKILL) and ended["cpu"] >= 0.9 * cpu
         return outcome("cpu" if over else "killed", -ended["signal"])
-    return outcome("cpu" if ended.get("stopped") == "cpu" else "timeout")
+    stopped = ended.get("stopped")
+    return outcome(stopped if stopped in ("cpu", "memory") else "timeout")
 
 
 @cache
@@ -274,10 +278,19 @@ print(int(libc.prctl(21, 0, 0, 0, 0) == 2),
       int(not tried(lambda: socket.socket())))
 """
 
+_FILL = """
+import os, time
+for _ in range(5):
+    if os.fork() == 0: break
+held = b"x" * (14 << 20)
+time.sleep(3)
+"""
+
 
 @cache
 def _protections(python: str, isolated: bool) -> Mapping[str, bool]:
     outcome = _run(python, isolated, SandboxLimits(), (), _TRY, "", {}, 0, math.inf)
+    filled = _run(python, isolated, SandboxLimits(memory=64 << 20), (), _FILL, "", {}, 0, math.inf)
     seen = outcome.stdout.split() if outcome is not None else []
     filtered, files, network = (word == "1" for word in seen) if len(seen) == 3 else (False, False, False)
     return {
@@ -287,6 +300,7 @@ def _protections(python: str, isolated: bool) -> Mapping[str, bool]:
         "network": isolated or network,
         "user": os.geteuid() == 0,
         "processor": Path("/proc/self/schedstat").exists(),
+        "memory": filled is not None and filled.status == "memory",
     }
 
 

@@ -100,7 +100,13 @@ def measure(seed: int) -> dict[str, dict[str, float]]:
         after = accuracy()
         found = split_since(start, KeptWeights(model).take(), losses, at_start)
         start.put_back()
-        out[row] = {"norm": found.norm, "odd": found.odd["code"], "even": found.even["code"], "from": before, "to": after}
+        out[row] = {
+            "norm": found.norm,
+            "odd": found.odd["code"],
+            "even": found.even["code"],
+            "from": before,
+            "to": after,
+        }
     return out
 
 
@@ -116,7 +122,10 @@ def main() -> None:
             f"| {row} | {mean['norm']:.2f} | {mean['odd']:+.2f} | {mean['even']:+.2f} | "
             f"{mean['from']:.2f} -> {mean['to']:.2f} |"
         )
-    print("\nEvery seed, even part: " + "; ".join(f"{row} " + " ".join(f"{s[row]['even']:+.2f}" for s in seeds) for row in ROWS))
+    print(
+        "\nEvery seed, even part: "
+        + "; ".join(f"{row} " + " ".join(f"{s[row]['even']:+.2f}" for s in seeds) for row in ROWS)
+    )
 
 
 if __name__ == "__main__":

@@ -623,10 +623,16 @@ def test_reward_statistics():
     assert found == {
         "rewards": {"a": 0.75, "b": 3.0},
         "reward_variance": {"a": 0.125, "b": 0.0},  # (.25 + .25 + 0 + 0) / 4 around the groups' means
+        "agreed": {"a": 0.5, "b": 1.0},
         "batch_share": {"a": 4 / 6, "b": 2 / 6},
     }
     assert reward_statistics(["a", "a"], [0.0, 1.0])["reward_variance"] == {"a": 0.25}
-    assert reward_statistics(["a"], [math.nan]) == {"rewards": {}, "reward_variance": {}, "batch_share": {"a": 1.0}}
+    assert reward_statistics(["a"], [math.nan]) == {
+        "rewards": {},
+        "reward_variance": {},
+        "agreed": {},
+        "batch_share": {"a": 1.0},
+    }
     with pytest.raises(ValueError, match="found 1, 2, 2"):
         reward_statistics(["a"], [1.0, 2.0])
 

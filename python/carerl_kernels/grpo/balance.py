@@ -109,6 +109,28 @@ def weighted(advantages: Tensor, domains: Sequence[str], weights: Mapping[str, f
     return advantages * advantages.new_tensor(factors)
 
 
+def loud(recent: Sequence[Mapping[str, float]]) -> str | None:
+    """What to tell of the shares of the last steps, if one domain had most of them: a sentence with the remedies.
+
+    Args:
+        recent: Shares per domain of the step budget, of a step each; only the last `LOUD_OVER` count, and fewer say nothing.
+    """
+    recent = recent[-LOUD_OVER:]
+    if len(recent) < LOUD_OVER or sum(map(domination_of, recent)) / len(recent) < DOMINATES:
+        return None
+    shares: dict[str, float] = {}
+    for step in recent:
+        for name, share in step.items():
+            shares[name] = shares.get(name, 0.0) + share / len(recent)
+    loudest = max(shares, key=lambda name: shares[name])
+    mean = sum(map(domination_of, recent)) / len(recent)
+    return (
+        f"{loudest} has {shares[loudest]:.0%} of the step budget (squared advantages, mean of {len(recent)} steps) among "
+        f"{len(shares)} domains, domination {mean:.2f}; the others may erode: advantages='domain' or balance='gradient', equal "
+        "shares, or half the learning rate"
+    )
+
+
 class Mixture:
     """What the configuration's ``balance`` makes of the mixed batches of a run, and what is told of them.
 
@@ -191,23 +213,14 @@ class Mixture:
             stage: Its name.
             history: Lines of metrics, the latest last.
         """
-        recent = [line for line in history[-LOUD_OVER:] if line["stage"] == stage and "domination" in line]
-        if self._warned == stage or len(recent) < LOUD_OVER or not self.ranks.first:
-            return
-        mean = sum(line["domination"] for line in recent) / len(recent)
-        if mean < DOMINATES:
-            return
-        self._warned = stage
-        shares: dict[str, float] = {}
-        for line in recent:
-            for name, share in line["step_share"].items():
-                shares[name] = shares.get(name, 0.0) + share / len(recent)
-        loudest = max(shares, key=lambda name: shares[name])
-        _log.warning(
-            "stage %s: %s has %.0f %% of the step budget (squared advantages, mean of %d steps) among %d domains, domination "
-            "%.2f; the others may erode: advantages='domain' or balance='gradient', equal shares, or half the learning rate",
-            *(stage, loudest, 100 * shares[loudest], len(recent), len(shares), mean),
-        )
+        if self._warned != stage and self.ranks.first:
+            recent = [
+                line["step_share"] for line in history[-LOUD_OVER:] if line["stage"] == stage and "step_share" in line
+            ]
+            told = loud(recent)
+            if told is not None:
+                self._warned = stage
+                _log.warning("stage %s: %s", stage, told)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain Python values; the controller's state is the monitor's."""

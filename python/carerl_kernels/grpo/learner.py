@@ -158,7 +158,12 @@ class Learner:
                 if math.isfinite(norm):
                     if self.monitor is not None:
                         with self.clock("monitor"):
-                            fixed: dict[str, Any] = {"old_logp": old_logp, "ref_logp": ref_logp, "of": rows, "ranks": self.ranks}
+                            fixed: dict[str, Any] = {
+                                "old_logp": old_logp,
+                                "ref_logp": ref_logp,
+                                "of": rows,
+                                "ranks": self.ranks,
+                            }
                             if batch.mixed and self.monitor.domains_due(evaluated):
                                 for name in dict.fromkeys(batch.whole.domains):
                                     with self.monitor.domain(name, optimizer):

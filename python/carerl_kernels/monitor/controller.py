@@ -6,10 +6,11 @@ what a single-domain run reached), and that drop's standard error. The law is pr
     excess  = drop - errors * standard error                          in units of the score range
     acting  from excess >= raise_at on, until excess <= release_at
     target  = exp(gain * excess) while acting, else 1;                 at most ``limit``
-    factor  moves towards the target, by ``rise`` at most upwards and ``fall`` downwards, per evaluation
+    factor  moves towards the target, by ``rise`` at most upwards and ``fall`` downwards, per evaluation; not at all while the
+            two differ by less than ``hold``, unless the domain was let go
 
-Nothing is integrated, so nothing winds up while a domain recovers, and letting go is slower than reaching out, so that a domain
-that came back is not dropped at once: this is what keeps it from swinging.
+Nothing is integrated, so nothing winds up while a domain recovers; letting go is slower than reaching out, so that a domain
+that came back is not dropped at once; and the noise of evaluations moves nothing: this is what keeps it from swinging.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class Controller:
         gain: logarithm of the factor per unit of the score range: with 20, five points below ask for a factor of e.
         raise_at, release_at: excess from which a domain is helped, and at which it is let go; in units of the score range.
         rise, fall: largest ratio of successive factors upwards and downwards.
-        errors: standard errors by which a drop has to be larger than nothing.
+        hold: ratio of target and factor up to which the factor stays as it is.
+        errors: standard errors that are taken off a drop: "best" is the best of many evaluations, and chance made some of them.
 
     Raises:
         ValueError: an argument out of range.
@@ -77,7 +79,8 @@ class Controller:
         release_at: float = 0.005,
         rise: float = 1.5,
         fall: float = 1.1,
-        errors: float = 1.0,
+        hold: float = 1.4,
+        errors: float = 2.0,
     ) -> None:
         for name, ok, found in (
             (
@@ -91,6 +94,7 @@ class Controller:
             ("raise_at", 0 <= release_at < raise_at < 1, (release_at, raise_at)),
             ("rise", 1 < rise < math.inf, rise),
             ("fall", 1 < fall < math.inf, fall),
+            ("hold", 1 <= hold < math.inf, hold),
             ("errors", errors >= 0, errors),
         ):
             if not ok:
@@ -98,14 +102,14 @@ class Controller:
         self.domains = tuple(domains)
         self.by: By = by
         self.limit, self.gain, self.errors = limit, gain, errors
-        self.raise_at, self.release_at, self.rise, self.fall = raise_at, release_at, rise, fall
+        self.raise_at, self.release_at, self.rise, self.fall, self.hold = raise_at, release_at, rise, fall, hold
         self.factors = dict.fromkeys(self.domains, 1.0)
         self._acting = dict.fromkeys(self.domains, False)
 
     @property
     def settings(self) -> dict[str, Any]:
         """What decides its numbers, as JSON gives it back."""
-        names = ("by", "limit", "gain", "raise_at", "release_at", "rise", "fall", "errors")
+        names = ("by", "limit", "gain", "raise_at", "release_at", "rise", "fall", "hold", "errors")
         return {"domains": list(self.domains), **{name: getattr(self, name) for name in names}}
 
     def weights(self, names: Sequence[str]) -> dict[str, float]:
@@ -145,6 +149,8 @@ class Controller:
         self._acting[name] = excess > threshold if self._acting[name] else excess >= threshold
         target = min(self.limit, math.exp(min(self.gain * excess, 700.0))) if self._acting[name] else 1.0
         before = self.factors[name]
+        if self._acting[name] and before / self.hold < target < before * self.hold:
+            return before
         return min(max(target, before / self.fall), before * self.rise)
 
     def record(self, decisions: Sequence[Decision]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..grpo.parallel import Ranks
+from ..grpo.parallel import Ranks, reshard
 from ..grpo.rundir import load_tensors, save_tensors
 from ..guard.build import trainable
 from ..subspace.shards import Shards, local
@@ -56,6 +56,8 @@ class KeptWeights:
     """
 
     def __init__(self, model: Named, path: Path | None = None) -> None:
+        self._module = model if isinstance(model, nn.Module) else None
+        self._ready()
         self._parameters = dict(trainable(model))
         self._shards = Shards.of(list(self._parameters.items()))
         self.path = path
@@ -64,6 +66,7 @@ class KeptWeights:
     @torch.no_grad()
     def take(self) -> KeptWeights:
         """Keeps the present weights; collective where they are sharded."""
+        self._ready()
         if self.path is None:
             self._kept = {name: local(p).detach().clone() for name, p in self._parameters.items()}
         else:
@@ -74,6 +77,7 @@ class KeptWeights:
     @torch.no_grad()
     def put_back(self) -> None:
         """The weights are those that were kept, bit for bit."""
+        self._ready()
         for parameter, kept in self._pairs():
             parameter.copy_(kept)
 
@@ -99,7 +103,12 @@ class KeptWeights:
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
+    def _ready(self) -> None:
+        if self._module is not None:
+            reshard(self._module)
+
     def _move(self, offsets: Iterator[tuple[Tensor, Tensor, Tensor]], scale: float) -> float:
+        self._ready()
         square = torch.zeros((), dtype=torch.float64)
         for parameter, kept, offset in offsets:
             square += offset.double().square().sum().cpu()
@@ -195,7 +204,7 @@ class Windows:
 
     def __init__(self, model: Named, every: int, folder: Path | None = None, keep: int = 3) -> None:
         self.every, self.folder, self.keep = every, folder, keep
-        self._named = list(trainable(model))
+        self._model = model if isinstance(model, nn.Module) else list(model)
         self._start: KeptWeights | None = None
         self._since, self._looks = 0, 0
         self._at_start: dict[str, float] = {}
@@ -234,7 +243,7 @@ class Windows:
         self._looks += self._start is not None
         if self._start is not None and self._looks % self.every:
             return None
-        now = KeptWeights(self._named, self._path(step)).take()
+        now = KeptWeights(self._model, self._path(step)).take()
         if self._start is None:
             self._begin(now, step, dict(losses()))
             return None
@@ -273,7 +282,7 @@ class Windows:
             kept = [*(s for s in self._needed if s != self._since), self._since]
             self._needed = kept[-self.keep :]
             for step in kept[: -self.keep]:
-                KeptWeights(self._named, self._path(step)).drop()
+                KeptWeights(self._model, self._path(step)).drop()
         return {
             "looks": self._looks,
             "since": None if self._start is None or self.folder is None else self._since,
@@ -293,7 +302,7 @@ class Windows:
             self._looks = self._looks // self.every * self.every
             return
         self._since, self._at_start = state["since"], dict(state["losses"])
-        self._start = KeptWeights(self._named, path)
+        self._start = KeptWeights(self._model, path)
 
 
 def _plain(found: LossSplit) -> dict[str, Any]:

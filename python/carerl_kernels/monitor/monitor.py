@@ -157,6 +157,7 @@ class DriftMonitor:
             "score_range": [float(low), float(high)],
             "baseline": {name: w.baseline_kind for name, w in self._watched.items()},
         }
+        self._told_unseen = False
         self._step: int | None = None
         self._begun = False  # sinks know whether this run is new or goes on
         model = model if model is None or isinstance(model, nn.Module) else list(model)
@@ -421,6 +422,14 @@ class DriftMonitor:
             raise ValueError("split_every needs losses=, every domain's loss on held-out examples, found None")
         shares = budget.get("step", budget.get("gradient"))
         found = self.windows.look(step, losses, self._budget.directions, shares)
+        unseen = [name for name in self.domains if name not in self.windows.at_start]
+        if unseen and not self._told_unseen:
+            self._told_unseen = True
+            _log.warning(
+                "split_every: no loss is known of %s, whose conflict and curvature stay unseen; give held-out examples with "
+                "answers, or losses=",
+                ", ".join(unseen),
+            )
         return {} if found is None else {"split": found}
 
     def _judge(self, step: int, scores: Mapping[str, Any]) -> tuple[dict[str, Any], list[Alert]]:

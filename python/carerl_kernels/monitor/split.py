@@ -200,6 +200,9 @@ class Windows:
         every: evaluations of a window.
         folder: of the snapshots' files, safetensors; None: in memory, and a resumed run begins a window anew.
         keep: saved states whose snapshots stay on the disk.
+
+    Attributes:
+        at_start: the losses where the present window began.
     """
 
     def __init__(self, model: Named, every: int, folder: Path | None = None, keep: int = 3) -> None:
@@ -207,7 +210,7 @@ class Windows:
         self._model = model if isinstance(model, nn.Module) else list(model)
         self._start: KeptWeights | None = None
         self._since, self._looks = 0, 0
-        self._at_start: dict[str, float] = {}
+        self.at_start: dict[str, float] = {}
         self._acting: list[str] = []
         self._needed: list[int] = []  # steps of the snapshots that the last saved states go on from
 
@@ -254,7 +257,7 @@ class Windows:
             here.update({} if here else found)  # the first call is at the present weights
             return found
 
-        found = split_since(self._start, now, remembered, self._at_start)
+        found = split_since(self._start, now, remembered, self.at_start)
         record: dict[str, Any] = {"since": self._since, "acting": ", ".join(self._acting), **_plain(found)}
         if directions and found.norm > 0:
             record["by"] = {}
@@ -267,7 +270,7 @@ class Windows:
         return record
 
     def _begin(self, now: KeptWeights, step: int, losses: dict[str, float]) -> None:
-        self._start, self._since, self._at_start, self._acting = now, step, losses, []
+        self._start, self._since, self.at_start, self._acting = now, step, losses, []
 
     def _path(self, step: int) -> Path | None:
         return None if self.folder is None else self.folder / f"step-{step:08d}.safetensors"
@@ -286,7 +289,7 @@ class Windows:
         return {
             "looks": self._looks,
             "since": None if self._start is None or self.folder is None else self._since,
-            "losses": dict(self._at_start),
+            "losses": dict(self.at_start),
             "acting": list(self._acting),
             "needed": list(self._needed),
         }
@@ -301,7 +304,7 @@ class Windows:
             _log.warning("the split of losses begins anew: %s; give snapshots= a folder that stays", where)
             self._looks = self._looks // self.every * self.every
             return
-        self._since, self._at_start = state["since"], dict(state["losses"])
+        self._since, self.at_start = state["since"], dict(state["losses"])
         self._start = KeptWeights(self._model, path)
 
 

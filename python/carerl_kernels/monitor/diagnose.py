@@ -1,0 +1,398 @@
+"""Why did a domain fall, or never rise? The likeliest causes of a run's metrics, each with its figures and a first remedy.
+
+Every rule looks at one known cause and says how strongly the figures speak for it, from 0 to 1; nothing is named where nothing
+is lost. A diagnosis is an ordering of what to try first, not a proof: docs/monitor.md says what would be one.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..grpo.balance import DOMINATES
+from .report.pooled import damages
+from .report.record import RunRecord
+
+LOST = 0.02  # of the score range: smaller differences are not looked into
+Points = list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One piece of evidence: a sentence with its figures, and the step that it is of."""
+
+    text: str
+    step: int
+
+
+@dataclass(frozen=True)
+class Cause:
+    """A cause.
+
+    Attributes:
+        name: "step budget", "curvature", "conflict", "judge's noise", "dead groups", "learning rate", "overfit",
+            "unprotected stage".
+        strength: 0 to 1, how strongly the figures speak for it.
+        domains: who suffers.
+        remedy: what to try first.
+        evidence: figures.
+    """
+
+    name: str
+    strength: float
+    domains: list[str]
+    remedy: str
+    evidence: list[Figure]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A domain that fell, or that never rose.
+
+    Attributes:
+        domain: which.
+        best, at: highest score, and its step.
+        score, step: lowest score after that, and its step; of a domain that never rose the last one.
+        stalled: it never rose, though it was trained.
+        error: standard error of the difference where a monitor recorded it, else 0.
+    """
+
+    domain: str
+    best: float
+    at: int
+    score: float
+    step: int
+    stalled: bool = False
+    error: float = 0.0
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Attributes:
+    run: the directory.
+    lost: who fell or never rose.
+    causes: strongest first; empty where nothing is lost.
+    notes: what could not be looked into, and what would have to be recorded.
+    """
+
+    run: str
+    lost: list[Loss] = field(default_factory=list)
+    causes: list[Cause] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def diagnose(run: Path | str, limit: int = 3) -> Diagnosis:
+    """Reads a run's directory.
+
+    Args:
+        run: with metrics.jsonl, of the trainer; or of a `JsonLines` sink, as far as its lines go.
+        limit: causes named at most.
+
+    Raises:
+        RunError: no run there, or a damaged file.
+    """
+    record = RunRecord.read(run)
+    if not any(record.series("eval", name) for name in record.domains):
+        return Diagnosis(str(run), notes=["No domain was evaluated: give domains eval_examples, and set eval_every."])
+    lost = [loss for name in record.domains for loss in _losses(record, name)]
+    if not lost:
+        return Diagnosis(str(run))
+    causes = sorted((c for rule in RULES for c in rule(record, lost)), key=lambda c: -c.strength)
+    return Diagnosis(str(run), lost, causes[:limit], list(_notes(record, causes)))
+
+
+# ------------------------------------------------------------------------------------------------------------ what is lost
+
+
+def _losses(record: RunRecord, name: str) -> Iterator[Loss]:
+    scores, span = record.series("eval", name), record.span or 1.0
+    if len(scores) < 2:
+        return
+    errors = dict(record.series("monitor", "domains", name, "error"))
+    best, at = scores[0][1], scores[0][0]
+    worst: Loss | None = None
+    for step, score in scores:
+        if score > best:
+            best, at = score, step
+        error = errors.get(step, 0.0)
+        if best - score >= max(LOST * span, 2 * error) and (worst is None or best - score > worst.best - worst.score):
+            worst = Loss(name, best, at, score, step, error=error)
+    if worst is not None:
+        yield worst
+        return
+    trained = [step for step, _ in record.series("batch_share", name)]
+    gain, room = scores[-1][1] - scores[0][1], scores[0][1] < 0.9 * span
+    if len(trained) >= 10 and gain < LOST * span and room:
+        yield Loss(name, best, at, scores[-1][1], scores[-1][0], stalled=True)
+
+
+def _during(points: Points, loss: Loss) -> Points:
+    """What was recorded while the domain fell; of one that never rose, in the whole run."""
+    return [(x, y) for x, y in points if loss.stalled or loss.at < x <= loss.step]
+
+
+def _mean(points: Points) -> float:
+    return statistics.fmean(y for _, y in points)
+
+
+# ------------------------------------------------------------------------------------------------------------------- rules
+
+
+def step_budget(record: RunRecord, lost: Sequence[Loss]) -> Iterator[Cause]:
+    """One domain has most of every mixed step, and another one falls."""
+    found: dict[str, list[tuple[Loss, float, float, int]]] = {}
+    for loss in lost:
+        shares = {n: _during(record.series("step_share", n), loss) for n in record.domains}
+        shares = {n: points for n, points in shares.items() if len(points) >= 5}
+        if len(shares) < 2:
+            continue
+        loudest = max(shares, key=lambda n: _mean(shares[n]))
+        domination = _mean(shares[loudest]) * len(shares)
+        if loudest != loss.domain and domination >= DOMINATES:
+            peak = max(shares[loudest], key=lambda p: p[1])[0]
+            found.setdefault(loudest, []).append((loss, domination, _mean(shares[loudest]), peak))
+    for loudest, rows in found.items():
+        loss, domination, share, highest = max(rows, key=lambda r: r[1])
+        batch = _during(record.series("batch_share", loudest), loss)
+        prompts = _mean(batch) if batch else 0.0
+        scaled = share > 1.25 * prompts
+        remedy = (
+            "give every domain's rewards one scale: advantages='domain' (or 'group'), or balance='gradient'"
+            if scaled
+            else "halve the learning rate, equal shares of prompts, or balance='controller'"
+        )
+        count = len([n for n in record.domains if record.series("step_share", n)])
+        yield Cause(
+            "step budget",
+            min(1.0, 0.6 + 0.4 * (domination - DOMINATES) / max(count - DOMINATES, 0.5)),
+            [r[0].domain for r in rows],
+            remedy,
+            [
+                _fall(record, loss),
+                Figure(
+                    f"{loudest} had {share:.0%} of the step budget meanwhile, with {prompts:.0%} of the completions "
+                    f"(domination {domination:.2f}), most at step {highest}",
+                    highest,
+                ),
+            ],
+        )
+
+
+def curvature_or_conflict(record: RunRecord, lost: Sequence[Loss]) -> Iterator[Cause]:
+    """The split of the losses, where it was recorded."""
+    found = [d for d in damages(record) if d.total > 0]
+    for name, part, other, remedy in (
+        (
+            "curvature",
+            "even",
+            "odd",
+            "halve the learning rate, or guard each domain of the batch (editor: guard, input directions): both shorten what "
+            "others' steps do to it; PCGrad and other surgery have nothing to repair here",
+        ),
+        (
+            "conflict",
+            "odd",
+            "even",
+            "guard each domain of the batch (editor: guard), or PCGrad; rehearse the domain's own answers",
+        ),
+    ):
+        rows = []
+        for loss in lost:
+            hits = [d for d in found if d.domain == loss.domain and getattr(d, part) > max(getattr(d, other), 0.01)]
+            rows += [(loss, max(hits, key=lambda d: d.total))] if hits and not loss.stalled else []
+        if rows:
+            loss, worst = max(rows, key=lambda r: r[1].total)
+            ratio = getattr(worst, part) / (abs(worst.odd) + abs(worst.even))
+            yield Cause(
+                name,
+                0.45 + 0.35 * ratio,
+                [r[0].domain for r in rows],
+                remedy,
+                [
+                    _fall(record, loss),
+                    Figure(
+                        f"steps of {worst.acting} raised its loss by {worst.total:.3g} nats a token a window: odd "
+                        f"{worst.odd:+.3g}, even {worst.even:+.3g} (mean of {worst.windows}, the last until step {worst.last})",
+                        worst.last,
+                    ),
+                ],
+            )
+
+
+def judge_noise(record: RunRecord, lost: Sequence[Loss]) -> Iterator[Cause]:
+    """Rewards differ within groups far more often than right and wrong answers would: something else is rewarded, too.
+
+    With accuracy p, n completions of a prompt all agree with probability p^n + (1 - p)^n at least (more, where prompts differ).
+    """
+    size = ((record.config or {}).get("config") or {}).get("group_size")
+    if not isinstance(size, int):
+        return
+    for name in record.domains:
+        scores, agreed = record.series("eval", name), record.series("agreed", name)
+        late = [(x, y) for x, y in agreed if x > agreed[-1][0] / 2] if len(agreed) >= 10 else []
+        if not (scores and late) or record.span != 1:
+            continue
+        p = _mean([(x, y) for x, y in scores if x >= late[0][0]] or scores[-1:])
+        expected, seen = p**size + (1 - p) ** size, _mean(late)
+        variance = record.series("reward_variance", name)
+        if expected >= 0.15 and seen < expected / 3 and variance:
+            shares = [(x, y) for x, y in record.series("step_share", name) if x >= late[0][0]]
+            share = _mean(shares) if shares else 1.0
+            yield Cause(
+                "judge's noise",
+                min(0.9, 0.4 + 0.5 * share),
+                [loss.domain for loss in lost],
+                f"make {name}'s rewards say less by chance: several judgements or a rank per group, a verifier where there is "
+                "one, larger groups; meanwhile a smaller share or weight of it, and half the learning rate",
+                [
+                    Figure(
+                        f"{name}: {seen:.0%} of the prompts agree from step {late[0][0]} on; right and wrong alone would make "
+                        f"{expected:.0%} of them agree at its accuracy of {p:.2f} with {size} completions",
+                        late[-1][0],
+                    ),
+                    Figure(f"its reward variance within prompts is {variance[-1][1]:.3g}", variance[-1][0]),
+                ],
+            )
+
+
+def dead_groups(record: RunRecord, lost: Sequence[Loss]) -> Iterator[Cause]:
+    """Most prompts of a domain teach nothing."""
+    rows = []
+    for loss in lost:
+        points = _during(record.series("agreed", loss.domain), loss)
+        if len(points) >= 5 and _mean(points) >= 0.7:
+            rows.append((loss, _mean(points), points[-1][0]))
+    if rows:
+        loss, share, step = max(rows, key=lambda r: r[1])
+        reward = record.series("rewards", loss.domain)
+        low = bool(reward) and reward[-1][1] < 0.5
+        kind = "easier prompts, or a graded reward" if low else "harder prompts"
+        yield Cause(
+            "dead groups",
+            0.35 + 0.5 * share,
+            [r[0].domain for r in rows],
+            f"balance='shares' (fresh prompts for groups that agree), {kind}, or larger groups",
+            [
+                _fall(record, loss),
+                Figure(
+                    f"{share:.0%} of {loss.domain}'s prompts earn the same whatever is written, until step {step}", step
+                ),
+            ],
+        )
+
+
+def learning_rate(record: RunRecord, lost: Sequence[Loss]) -> Iterator[Cause]:
+    """Everything falls at once, what is trained as well; or steps that clipping and finiteness had to stop."""
+    fell = [loss for loss in lost if not loss.stalled]
+    trained = [n for n in record.domains if record.series("batch_share", n)]
+    evidence, strength = [], 0.0
+    own = [loss for loss in fell if loss.domain in trained and _trained_meanwhile(record, loss)]
+    if own and len(own) == len(trained) and len(fell) == len([n for n in record.domains if record.series("eval", n)]):
+        worst = max(own, key=lambda loss: loss.best - loss.score)
+        evidence += [
+            _fall(record, worst),
+            Figure(f"all of {', '.join(loss.domain for loss in own)} fell while trained", worst.step),
+        ]
+        strength = 0.85
+    norms = record.series("grad_norm")
+    if len(norms) >= 12:
+        quarter = len(norms) // 4
+        early, late = (statistics.median(y for _, y in part) for part in (norms[:quarter], norms[-quarter:]))
+        if early > 0 and late > 4 * early:
+            evidence.append(Figure(f"the gradient's norm rose from {early:.3g} to {late:.3g}", norms[-1][0]))
+            strength = max(strength, 0.7) + 0.05
+    clipped = record.series("clip_fraction")
+    if clipped and _mean(clipped) > 0.2:
+        evidence.append(Figure(f"{_mean(clipped):.0%} of the ratios were clipped", max(clipped, key=lambda p: p[1])[0]))
+        strength = max(strength, 0.65) + 0.05
+    skipped = [(x, y) for x, y in record.series("skipped") if y > 0]
+    if skipped:
+        evidence.append(Figure(f"{len(skipped)} steps were skipped for gradients that are not finite", skipped[0][0]))
+        strength = max(strength, 0.8) + 0.05
+    if evidence and fell:
+        rates = record.series("lr")
+        now = f" (it was {max(y for _, y in rates):.2g})" if rates else ""
+        remedy = f"halve the learning rate{now}, more warm-up steps, max_grad_norm"
+        yield Cause("learning rate", min(strength, 1.0), [loss.domain for loss in fell], remedy, evidence)
+
+
+def overfit(record: RunRecord, lost: Sequence[Loss]) -> Iterator[Cause]:
+    """The reward on training prompts rises while held-out scores of the same domain fall: nobody else's steps are to blame."""
+    span, rows = record.span or 1.0, []
+    for loss in lost:
+        points = _during(record.series("rewards", loss.domain), loss)
+        if len(points) < 8:
+            continue
+        third = len(points) // 3
+        before, after = _mean(points[:third]), _mean(points[-third:])
+        if after - before >= LOST * span:
+            rows.append((loss, before, after, points[-1][0]))
+    if rows:
+        loss, before, after, step = max(rows, key=lambda r: r[2] - r[1])
+        yield Cause(
+            "overfit",
+            0.9,
+            [r[0].domain for r in rows],
+            "more and other prompts, fewer steps, a KL term (kl_beta); no guard helps against a domain's own steps",
+            [
+                _fall(record, loss),
+                Figure(f"its reward in training rose from {before:.3g} to {after:.3g} meanwhile", step),
+            ],
+        )
+
+
+def unprotected_stage(record: RunRecord, lost: Sequence[Loss]) -> Iterator[Cause]:
+    """A domain falls in a stage that does not train it."""
+    rows = []
+    for loss in lost:
+        stages = [s for s in record.spans if s.last > loss.at and s.first <= loss.step]
+        if not loss.stalled and stages and not _trained_meanwhile(record, loss):
+            rows.append((loss, stages[-1].name))
+    if rows:
+        loss, stage = max(rows, key=lambda r: r[0].best - r[0].score)
+        guarded = bool((record.config or {}).get("guarded"))
+        remedy = (
+            "more of it: r, energy and room of the guard, rehearsal of its answers, half the learning rate"
+            if guarded
+            else "guard it: record its stage or guard.protect(name, prompts) before; or train both in one batch"
+        )
+        figures = [_fall(record, loss), Figure(f"stage {stage} does not train {loss.domain}", loss.step)]
+        yield Cause("unprotected stage", 0.5, [r[0].domain for r in rows], remedy, figures)
+
+
+RULES: tuple[Callable[[RunRecord, Sequence[Loss]], Iterator[Cause]], ...] = (
+    step_budget,
+    curvature_or_conflict,
+    judge_noise,
+    dead_groups,
+    learning_rate,
+    overfit,
+    unprotected_stage,
+)
+
+
+def _trained_meanwhile(record: RunRecord, loss: Loss) -> bool:
+    return bool(_during(record.series("batch_share", loss.domain), loss))
+
+
+def _fall(record: RunRecord, loss: Loss) -> Figure:
+    if loss.stalled:
+        return Figure(f"{loss.domain} never rose: {loss.score:.3f} at step {loss.step}", loss.step)
+    less = record.difference(loss.best - loss.score)
+    return Figure(
+        f"{loss.domain} fell from {loss.best:.3f} (step {loss.at}) to {loss.score:.3f} (step {loss.step}), by {less}",
+        loss.step,
+    )
+
+
+def _notes(record: RunRecord, causes: Sequence[Cause]) -> Iterator[str]:
+    if not record.found("monitor", "split"):
+        yield "Conflict and curvature were not recorded: DriftMonitor(..., model=model, split_every=1) tells them apart."
+    if not causes:
+        yield "None of the known causes fits: look at `carerl report`, and compare with a run at half the learning rate."

@@ -16,7 +16,8 @@ from ..grpo.balance import DOMINATES
 from .report.pooled import damages
 from .report.record import RunRecord
 
-LOST = 0.02  # of the score range: smaller differences are not looked into
+LOST = 0.02  # of the score range: what is less below the best at the end is not looked into
+DIPPED = 0.05  # of the score range: the same for what came back
 Points = list[tuple[int, float]]
 
 
@@ -121,7 +122,8 @@ def _losses(record: RunRecord, name: str) -> Iterator[Loss]:
         if score > best:
             best, at = score, step
         error = errors.get(step, 0.0)
-        if best - score >= max(LOST * span, 2 * error) and (worst is None or best - score > worst.best - worst.score):
+        least = LOST if step == scores[-1][0] else DIPPED
+        if best - score >= max(least * span, 2 * error) and (worst is None or best - score > worst.best - worst.score):
             worst = Loss(name, best, at, score, step, error=error)
     if worst is not None:
         yield worst

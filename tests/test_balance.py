@@ -171,7 +171,7 @@ def test_decisions_say_what_they_rest_on(caplog):
     controller = Controller(NAMES, by="weight")
     (decision,) = controller.update(7, {"code": {"drop": 0.5, "error": 0.1}, "chat": {"score": 1.0}}, span=10.0)
     assert (decision.domain, decision.step, decision.drop, decision.error) == ("code", 7, 0.05, 0.01)
-    assert "weight of code is below its baseline by 5.0 ± 1.0 points at step 7: factor 1.00 -> 1.50" in caplog.text
+    assert "weight of code, 5.0 ± 1.0 points below its baseline at step 7: factor 1.00 -> 1.50" in caplog.text
     assert controller.record([decision])["factor"]["code"] == pytest.approx(1.5)
     weights = controller.weights(NAMES)
     assert sum(weights.values()) == pytest.approx(3) and weights["code"] == pytest.approx(1.5 * weights["chat"])

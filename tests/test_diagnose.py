@@ -113,6 +113,20 @@ CASES = {
         ["code"],
         "make chat's rewards say less by chance",
     ),
+    "noise on the scale of the score": (
+        {
+            "scores": {"code": fall(), "chat": rise(0.3, 0.6), "math": rise()},
+            "reward_variance": {
+                "code": lambda at: fall()(at) * (1 - fall()(at)),
+                "chat": lambda at: 0.45,
+                "math": lambda at: 0.2,
+            },
+            "agreed": shares(chat=0.0),
+        },
+        "judge's noise",
+        ["code"],
+        "make chat's rewards say less by chance",
+    ),
     "dead": (
         {"scores": {"code": lambda at: 0.02, "chat": rise(), "math": rise()}, "agreed": shares(code=0.95)},
         "dead groups",
@@ -208,7 +222,7 @@ def test_command(tmp_path):
     path = simulated(tmp_path / "loud", **CASES["loud"][0])
     result = CliRunner().invoke(app, ["diagnose", str(path)])
     assert result.exit_code == 0
-    assert "code fell: 0.600 at step 18, 0.200 at step 60" in result.output
+    assert "code fell: 0.600 at step 18, 0.200 at step 60; 0.200 at the end" in result.output
     assert "1. step budget (code; strength" in result.output and "chat had 90% of the step budget" in result.output
     told = json.loads(CliRunner().invoke(app, ["diagnose", str(path), "--json"]).output)
     assert told["causes"][0]["name"] == "step budget" and told["lost"][0]["domain"] == "code"

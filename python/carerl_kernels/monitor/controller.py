@@ -44,9 +44,9 @@ class Decision:
     error: float
 
     def __str__(self) -> str:
-        why = "is below its baseline by" if self.after > self.before else "came back: it is now below its baseline by"
+        where = "below" if self.drop >= 0 else "above"
         return (
-            f"{self.domain} {why} {100 * self.drop:.1f} ± {100 * self.error:.1f} points at step {self.step}: "
+            f"{self.domain}, {100 * abs(self.drop):.1f} ± {100 * self.error:.1f} points {where} its baseline at step {self.step}: "
             f"factor {self.before:.2f} -> {self.after:.2f}"
         )
 

@@ -56,7 +56,8 @@ class Loss:
     Attributes:
         domain: which.
         best, at: highest score, and its step.
-        score, step: lowest score after that, and its step; of a domain that never rose the last one.
+        score, step: score furthest below the best before it, and its step; of a domain that never rose the last one.
+        end: score of the last evaluation.
         stalled: it never rose, though it was trained.
         error: standard error of the difference where a monitor recorded it, else 0.
     """
@@ -66,6 +67,7 @@ class Loss:
     at: int
     score: float
     step: int
+    end: float
     stalled: bool = False
     error: float = 0.0
 
@@ -124,14 +126,14 @@ def _losses(record: RunRecord, name: str) -> Iterator[Loss]:
         error = errors.get(step, 0.0)
         least = LOST if step == scores[-1][0] else DIPPED
         if best - score >= max(least * span, 2 * error) and (worst is None or best - score > worst.best - worst.score):
-            worst = Loss(name, best, at, score, step, error=error)
+            worst = Loss(name, best, at, score, step, scores[-1][1], error=error)
     if worst is not None:
         yield worst
         return
     trained = [step for step, _ in record.series("batch_share", name)]
     gain, room = scores[-1][1] - scores[0][1], scores[0][1] < 0.9 * span
     if len(trained) >= 10 and gain < LOST * span and room:
-        yield Loss(name, best, at, scores[-1][1], scores[-1][0], stalled=True)
+        yield Loss(name, best, at, scores[-1][1], scores[-1][0], scores[-1][1], stalled=True)
 
 
 def _during(points: Points, loss: Loss) -> Points:
@@ -187,8 +189,9 @@ def step_budget(record: RunRecord, lost: Sequence[Loss]) -> Iterator[Cause]:
 
 
 def curvature_or_conflict(record: RunRecord, lost: Sequence[Loss]) -> Iterator[Cause]:
-    """The split of the losses, where it was recorded."""
-    found = [d for d in damages(record) if d.total > 0]
+    """The split of the losses while a domain fell, where it was recorded."""
+    fell = [loss for loss in lost if not loss.stalled]
+    windows = {loss: [d for d in damages(record, after=loss.at, until=loss.step) if d.total > 0] for loss in fell}
     for name, part, other, remedy in (
         (
             "curvature",
@@ -205,9 +208,9 @@ def curvature_or_conflict(record: RunRecord, lost: Sequence[Loss]) -> Iterator[C
         ),
     ):
         rows = []
-        for loss in lost:
+        for loss, found in windows.items():
             hits = [d for d in found if d.domain == loss.domain and getattr(d, part) > max(getattr(d, other), 0.01)]
-            rows += [(loss, max(hits, key=lambda d: d.total))] if hits and not loss.stalled else []
+            rows += [(loss, max(hits, key=lambda d: d.total))] if hits else []
         if rows:
             loss, worst = max(rows, key=lambda r: r[1].total)
             ratio = getattr(worst, part) / (abs(worst.odd) + abs(worst.even))
@@ -228,38 +231,50 @@ def curvature_or_conflict(record: RunRecord, lost: Sequence[Loss]) -> Iterator[C
 
 
 def judge_noise(record: RunRecord, lost: Sequence[Loss]) -> Iterator[Cause]:
-    """Rewards differ within groups far more often than right and wrong answers would: something else is rewarded, too.
+    """Rewards differ within groups more than right and wrong answers could: something else is rewarded, too.
 
-    With accuracy p, n completions of a prompt all agree with probability p^n + (1 - p)^n at least (more, where prompts differ).
+    Of n completions that are right with probability p all agree with probability p^n + (1 - p)^n at least, and the variance of
+    rewards 0 and 1 within prompts is p (1 - p) at most (both with equality where all prompts are alike).
     """
     size = ((record.config or {}).get("config") or {}).get("group_size")
-    if not isinstance(size, int):
-        return
     for name in record.domains:
-        scores, agreed = record.series("eval", name), record.series("agreed", name)
-        late = [(x, y) for x, y in agreed if x > agreed[-1][0] / 2] if len(agreed) >= 10 else []
-        if not (scores and late) or record.span != 1:
+        scores, rewards = record.series("eval", name), record.series("rewards", name)
+        if not (scores and len(rewards) >= 10) or record.span != 1:
             continue
-        p = _mean([(x, y) for x, y in scores if x >= late[0][0]] or scores[-1:])
-        expected, seen = p**size + (1 - p) ** size, _mean(late)
-        variance = record.series("reward_variance", name)
-        if expected >= 0.15 and seen < expected / 3 and variance:
-            shares = [(x, y) for x, y in record.series("step_share", name) if x >= late[0][0]]
-            share = _mean(shares) if shares else 1.0
+        begin = rewards[-1][0] // 2  # the later half, in which most is known
+        late = {key: [(x, y) for x, y in record.series(key, name) if x > begin] for key in ("agreed", "rewards")}
+        late["variance"] = [(x, y) for x, y in record.series("reward_variance", name) if x > begin]
+        if not all(late.values()):
+            continue
+        p = _mean([(x, y) for x, y in scores if x > begin] or scores[-1:])
+        evidence, last = [], late["agreed"][-1][0]
+        expected, seen = p**size + (1 - p) ** size if isinstance(size, int) else 0.0, _mean(late["agreed"])
+        if expected >= 0.15 and seen < expected / 3:
+            evidence.append(
+                Figure(
+                    f"{name}: {seen:.0%} of the prompts agree from step {begin + 1} on; right and wrong alone would make "
+                    f"{expected:.0%} of them agree at its accuracy of {p:.2f} with {size} completions",
+                    last,
+                )
+            )
+        most, variance = p * (1 - p), _mean(late["variance"])
+        if abs(_mean(late["rewards"]) - p) < 0.15 and variance > 1.4 * most + 0.02:  # on the scale of the score
+            evidence.append(
+                Figure(
+                    f"{name}: reward variance within prompts {variance:.3g} from step {begin + 1} on; right and wrong alone "
+                    f"have {most:.3g} at most at its accuracy of {p:.2f}",
+                    last,
+                )
+            )
+        if evidence:
+            shares = [(x, y) for x, y in record.series("step_share", name) if x > begin]
             yield Cause(
                 "judge's noise",
-                min(0.9, 0.4 + 0.5 * share),
+                min(0.9, 0.4 + 0.5 * (_mean(shares) if shares else 1.0)),
                 [loss.domain for loss in lost],
                 f"make {name}'s rewards say less by chance: several judgements or a rank per group, a verifier where there is "
                 "one, larger groups; meanwhile a smaller share or weight of it, and half the learning rate",
-                [
-                    Figure(
-                        f"{name}: {seen:.0%} of the prompts agree from step {late[0][0]} on; right and wrong alone would make "
-                        f"{expected:.0%} of them agree at its accuracy of {p:.2f} with {size} completions",
-                        late[-1][0],
-                    ),
-                    Figure(f"its reward variance within prompts is {variance[-1][1]:.3g}", variance[-1][0]),
-                ],
+                evidence,
             )
 
 

@@ -36,15 +36,18 @@ class Damage:
         return self.odd + self.even
 
 
-def damages(record: RunRecord, *, parts: bool = False) -> list[Damage]:
+def damages(record: RunRecord, *, parts: bool = False, after: int = 0, until: int | None = None) -> list[Damage]:
     """Of every acting stage and domain with a loss, in order of appearance.
 
     Args:
         record: of a run.
         parts: of a mixed batch's domains, each along its own direction, instead of all that happened.
+        after, until: only windows that ended after the one and not after the other of these steps.
     """
     sums: dict[tuple[str, str], list[float]] = {}
     for step, acting, found in _windows(record, parts):
+        if not after < step <= (record.last_step if until is None else until):
+            continue
         odd, even = (found.get(part) or {} for part in ("odd", "even"))
         for name in odd:
             if name in even:

@@ -31,9 +31,8 @@ def diagnose(
         if loss.stalled:
             typer.echo(f"{loss.domain} never rose: {loss.score:.3f} at step {loss.step}")
         else:
-            typer.echo(
-                f"{loss.domain} fell: {loss.best:.3f} at step {loss.at}, {loss.score:.3f} at step {loss.step}; {loss.end:.3f} at the end"
-            )
+            way = f"{loss.best:.3f} at step {loss.at}, {loss.score:.3f} at step {loss.step}; {loss.end:.3f} at the end"
+            typer.echo(f"{loss.domain} fell: {way}")
     for number, cause in enumerate(found.causes, start=1):
         typer.echo(f"{number}. {cause.name} ({', '.join(cause.domains)}; strength {cause.strength:.2f})")
         for figure in cause.evidence:

@@ -44,11 +44,8 @@ class Decision:
     error: float
 
     def __str__(self) -> str:
-        where = "below" if self.drop >= 0 else "above"
-        return (
-            f"{self.domain}, {100 * abs(self.drop):.1f} ± {100 * self.error:.1f} points {where} its baseline at step {self.step}: "
-            f"factor {self.before:.2f} -> {self.after:.2f}"
-        )
+        points = f"{100 * abs(self.drop):.1f} ± {100 * self.error:.1f} points {'below' if self.drop >= 0 else 'above'}"
+        return f"{self.domain}, {points} its baseline at step {self.step}: factor {self.before:.2f} -> {self.after:.2f}"
 
 
 class Controller:

@@ -13,7 +13,8 @@ import pytest
 import torch
 from carerl_kernels.monitor import DriftMonitor
 from carerl_kernels.monitor.budget import StepBudget
-from carerl_kernels.monitor.split import KeptWeights, Windows, split_along, split_since
+from carerl_kernels.monitor.split import KeptWeights, split_along, split_since
+from carerl_kernels.monitor.windows import Windows
 from carerl_kernels.subspace.shards import local
 from guard_helpers import make_model
 from helpers import same_bits

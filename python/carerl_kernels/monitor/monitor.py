@@ -22,7 +22,8 @@ from .gradients import GradientKeeper
 from .guarded import guard_figures
 from .sequential import DropTest, Examples
 from .sinks import Sink, plain_values
-from .split import Losses, Windows
+from .split import Losses
+from .windows import Windows
 
 _log = logging.getLogger(__name__)
 

@@ -24,6 +24,7 @@ from .parallel import Ranks, whole
 from .progress import PhaseClock
 from .reference import FrozenWeights
 from .rollout import Batch, rollout
+from .rundir import rng_state, set_rng_state
 from .sampling import ModelSampler, Sampler
 from .text import special_tokens
 from .update import accumulate_gradients, frozen_logprobs
@@ -158,19 +159,8 @@ class Learner:
                 if math.isfinite(norm):
                     if self.monitor is not None:
                         with self.clock("monitor"):
-                            fixed: dict[str, Any] = {
-                                "old_logp": old_logp,
-                                "ref_logp": ref_logp,
-                                "of": rows,
-                                "ranks": self.ranks,
-                            }
-                            if batch.mixed and self.monitor.domains_due(evaluated):
-                                for name in dict.fromkeys(batch.whole.domains):
-                                    with self.monitor.domain(name, optimizer):
-                                        own = batch.of(name, rows)
-                                        accumulate_gradients(self.model, batch, own, self.tokens, config, **fixed)
-                            if self.monitor.gradients_due():
-                                show_gradients(self.monitor, self.model, self.tokenizer, self.tokens, self.domains)
+                            fixed = {"old_logp": old_logp, "ref_logp": ref_logp}
+                            self._show(self.monitor, batch, rows, optimizer, evaluated, fixed)
                     if self.recorder is not None:
                         sampled = batch.rollout.select(rows)
                         self.recorder.see({"input_ids": sampled.input_ids, "attention_mask": sampled.attention_mask})
@@ -179,6 +169,29 @@ class Learner:
                     skipped += 1
         optimizer.zero_grad(set_to_none=True)
         return self._metrics(batch, losses, norms, stats, gap, skipped)
+
+    def _show(
+        self,
+        monitor: Monitor,
+        batch: Batch,
+        rows: Tensor,
+        optimizer: torch.optim.Optimizer,
+        evaluated: bool,
+        fixed: Mapping[str, Tensor | None],
+    ) -> None:
+        """Between backward and step: the gradients that the monitor wants to see. The step's own stay where they are, and random
+        numbers (of dropout) are drawn again by what follows: watched or not, training is the same."""
+        domains_due = batch.mixed and monitor.domains_due(evaluated)
+        if not (domains_due or monitor.gradients_due()):
+            return
+        kept = rng_state()
+        for name in dict.fromkeys(batch.whole.domains) if domains_due else ():
+            with monitor.domain(name, optimizer):
+                own, more = batch.of(name, rows), {**fixed, "of": rows}
+                accumulate_gradients(self.model, batch, own, self.tokens, self.config, **more, ranks=self.ranks)
+        if monitor.gradients_due():
+            show_gradients(monitor, self.model, self.tokenizer, self.tokens, self.domains)
+        set_rng_state(kept)
 
     def _gradients(
         self, batch: Batch, rows: Tensor, old_logp: Tensor | None, ref_logp: Tensor | None
@@ -281,13 +294,7 @@ class Learner:
                 answer_loss(self.model, self.tokenizer, examples, self.tokens).backward()
 
     def _metrics(
-        self,
-        batch: Batch,
-        losses: list[float],
-        norms: list[float],
-        stats: LossStats,
-        gap: float,
-        skipped: int,
+        self, batch: Batch, losses: list[float], norms: list[float], stats: LossStats, gap: float, skipped: int
     ) -> dict[str, Any]:
         sampled, earned = batch.rollout, batch.whole
         ended = torch.isin(sampled.completion_ids, torch.tensor(self.tokens.eos, device=self.device))

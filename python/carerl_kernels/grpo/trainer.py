@@ -288,14 +288,9 @@ class GRPOTrainer:
 
     def _held_out_losses(self) -> dict[str, float]:
         """Every domain's loss on its held-out answers; see `held_out_losses`."""
-        batch_size, ranks = self.config.eval_batch_size, self.ranks
+        domains, batch_size = self.domains.values(), self.config.eval_batch_size
         return held_out_losses(
-            self.model,
-            self.tokenizer,
-            self.domains.values(),
-            self._learner.tokens,
-            batch_size=batch_size,
-            ranks=ranks,
+            self.model, self.tokenizer, domains, self._learner.tokens, batch_size=batch_size, ranks=self.ranks
         )
 
     # ---- records

@@ -36,11 +36,13 @@ class LossSplit:
     Attributes:
         odd, even: per domain, in units of the loss (nats a token where it is a cross-entropy); above 0 the loss rose.
         norm: Euclidean length of the displacement.
+        after: the losses at theta + Delta.
     """
 
     odd: dict[str, float]
     even: dict[str, float]
     norm: float
+    after: dict[str, float]
 
 
 class KeptWeights:
@@ -181,4 +183,5 @@ def _split(plus: Mapping[str, float], minus: Mapping[str, float], zero: Mapping[
         {name: (plus[name] - minus[name]) / 2 for name in names},
         {name: (plus[name] + minus[name]) / 2 - zero[name] for name in names},
         norm,
+        dict(plus),
     )

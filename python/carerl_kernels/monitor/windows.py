@@ -76,23 +76,16 @@ class Windows:
         if self._start is None:
             self._begin(now, step, dict(losses()))
             return None
-        here: dict[str, float] = {}
-
-        def remembered() -> dict[str, float]:
-            found = dict(losses())
-            here.update({} if here else found)  # the first call is at the present weights
-            return found
-
-        found = split_since(self._start, now, remembered, self.at_start)
+        found = split_since(self._start, now, losses, self.at_start)
         record: dict[str, Any] = {"since": self._since, "acting": ", ".join(self._acting), **_plain(found)}
         if directions and found.norm > 0:
             record["by"] = {}
             for name, direction in directions.items():
                 length = found.norm * math.sqrt((shares or {}).get(name, 0.0))
                 if length > 0:
-                    record["by"][name] = _plain(split_along(now, direction, length, losses, here))
+                    record["by"][name] = _plain(split_along(now, direction, length, losses, found.after))
         self._drop(self._start, self._since)
-        self._begin(now, step, here)
+        self._begin(now, step, found.after)
         return record
 
     def _begin(self, now: KeptWeights, step: int, losses: dict[str, float]) -> None:

@@ -25,6 +25,7 @@ from carerl_kernels.guard.validate import as_random, random_basis
 from carerl_kernels.monitor.split import KeptWeights, split_since
 
 LR, STEPS, PROMPTS = 1.5e-3, 20, 12
+FIRST, RECORDED = 80, 10  # steps of code and math together; steps of each that its directions are recorded from
 GUARD = {"rule": "remove", "basis": "input", "r": 32, "room": 0.5, "apply_to": "grad"}
 ROWS = {  # what: learning rate, standard deviation of the judge's noise, whose directions nothing may move along
     "plain": (LR, 0.5, None),
@@ -67,14 +68,14 @@ def measure(seed: int) -> dict[str, dict[str, float]]:
         return Learner(model, tokenizer, domains, config, None)
 
     first = learner(loss="dr_grpo")
-    train(first, lambda step: prompt_counts(["code", "math"], [], 16, 0.0, step), 80, 7.5e-4, decay=True)
+    train(first, lambda step: prompt_counts(["code", "math"], [], 16, 0.0, step), FIRST, 7.5e-4, decay=True)
     start = KeptWeights(model).take()
     tokens, exact = first.tokens, domains["chat"].reward
 
     bases = []
     for name in ("code", "math"):
         recorder = CapabilityGuard(model, **GUARD)
-        train(learner(), lambda step, name=name: {name: 16}, 10, LR, recorder, stage=name)
+        train(learner(), lambda step, name=name: {name: 16}, RECORDED, LR, recorder, stage=name)
         bases.append(recorder.basis(name))
         start.put_back()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import math
 import os
@@ -355,3 +356,21 @@ def test_two_processes_find_what_one_finds(tmp_path):
             assert two[name][part] == pytest.approx(one[name][part], abs=1e-6)
             assert two[name]["by"]["d"][part] == pytest.approx(one[name]["by"]["d"][part], abs=1e-6)
     assert one["memory"] == one["file"]
+
+
+# --------------------------------------------------------------------------------------------------------------- example
+
+
+def test_the_example_prints_its_table(capsys, monkeypatch):
+    """Shortened: every row, with a displacement and without a number that is none."""
+    pytest.importorskip("transformers")
+    path = Path(__file__).parent.parent / "examples" / "odd_even.py"
+    spec = importlib.util.spec_from_file_location("odd_even", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    for name, value in {"FIRST": 2, "RECORDED": 2, "STEPS": 2, "PROMPTS": 4}.items():
+        monkeypatch.setattr(example, name, value)
+    monkeypatch.setattr(sys, "argv", ["odd_even.py", "--seeds", "1"])
+    example.main()
+    out = capsys.readouterr().out
+    assert "nan" not in out and all(f"| {row} | 0." in out for row in example.ROWS)

@@ -34,6 +34,8 @@ def main(run: Path, guarded: bool, mixed: bool) -> None:
         planned=len(DOMAINS) * STEPS // EVERY,
         model=model,
         gradients_every=EVERY,
+        split_every=1,
+        snapshots=run / "snapshots",
         guard=guard,
     )
     config = GRPOConfig(max_new_tokens=MAX_NEW_TOKENS, lr=7.5e-4, eval_every=EVERY, eval_batch_size=512, plots=False)

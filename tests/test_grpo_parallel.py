@@ -19,7 +19,7 @@ from carerl_kernels.grpo.update import micro_batches
 from safetensors.torch import load_file
 
 pytest.importorskip("transformers")
-from trainer_worker import KILLED_AT, STAGES, trainer, uneven
+from trainer_worker import KILLED_AT, STAGES, redrawn, trainer, uneven
 
 WORKER = Path(__file__).with_name("trainer_worker.py")
 WORLD = 2
@@ -50,7 +50,7 @@ def folder(tmp_path_factory) -> Path:
     """An uninterrupted run of two processes, one that is killed, and its copy before it goes on."""
     torch.set_num_threads(1)
     path = tmp_path_factory.mktemp("parallel")
-    first = "whole,bf16,uneven,killed"
+    first = "whole,bf16,uneven,redrawn,killed"
     assert -signal.SIGKILL in launch(first, path), log(path, first)
     shutil.copytree(path / "killed", path / "elsewhere")
     codes = launch("resumed", path)
@@ -105,6 +105,12 @@ def test_uneven_shares_and_edited_gradients_equal_one_process(folder, tmp_path):
     """PCGrad's inner products are of the whole gradients; minibatches and evaluations leave a process without rows."""
     uneven(tmp_path / "single", 1)
     assert_same_run(folder / "uneven", tmp_path / "single")
+
+
+def test_prompts_drawn_anew_are_those_of_one_process(folder, tmp_path):
+    """Prompts keep their processes, and those that agree are found from all rewards."""
+    redrawn(tmp_path / "single", 1)
+    assert_same_run(folder / "redrawn", tmp_path / "single")
 
 
 def test_killed_processes_go_on_bit_by_bit(folder):

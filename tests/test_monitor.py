@@ -21,6 +21,7 @@ import pytest
 import torch
 from carerl_kernels.grpo import reward_statistics
 from carerl_kernels.monitor import (
+    Controller,
     DriftMonitor,
     DropTest,
     JsonLines,
@@ -623,10 +624,16 @@ def test_reward_statistics():
     assert found == {
         "rewards": {"a": 0.75, "b": 3.0},
         "reward_variance": {"a": 0.125, "b": 0.0},  # (.25 + .25 + 0 + 0) / 4 around the groups' means
+        "agreed": {"a": 0.5, "b": 1.0},
         "batch_share": {"a": 4 / 6, "b": 2 / 6},
     }
     assert reward_statistics(["a", "a"], [0.0, 1.0])["reward_variance"] == {"a": 0.25}
-    assert reward_statistics(["a"], [math.nan]) == {"rewards": {}, "reward_variance": {}, "batch_share": {"a": 1.0}}
+    assert reward_statistics(["a"], [math.nan]) == {
+        "rewards": {},
+        "reward_variance": {},
+        "agreed": {},
+        "batch_share": {"a": 1.0},
+    }
     with pytest.raises(ValueError, match="found 1, 2, 2"):
         reward_statistics(["a"], [1.0, 2.0])
 
@@ -719,7 +726,7 @@ def test_code_of_the_documentation_runs(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     text = (Path(__file__).parent.parent / "docs" / "monitor.md").read_text()
-    loop, callback, gradients = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    loop, callback, gradients, split, control = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     batch = types.SimpleNamespace(domains=["math", "chat"], rewards=[1.0, 0.0], prompt_ids=[0, 1])
     common = {
         "evaluate": lambda: {"math": [1.0, 0.0], "chat": [0.5]},
@@ -735,4 +742,11 @@ def test_code_of_the_documentation_runs(tmp_path, monkeypatch):
     recorded = []
     monkeypatch.setattr(DriftMonitor, "_tell", lambda self, step, metrics, record, alerts: recorded.append(record))
     exec(gradients, {**space, "loss": lambda seed: losses(model, seed)})
+    exec(control, {"DriftMonitor": DriftMonitor, "Controller": Controller, "evaluate": common["evaluate"]})
+    told = []
+    seen = {"a": [1.0], "b": [0.5]}
+    there = lambda: {name: float(losses(model, i).detach()) for i, name in enumerate("ab")}  # noqa: E731
+    exec(split, {**space, "evaluate": lambda: seen, "losses": there, "print": told.append})
+    assert set(told[0]) == {"since", "acting", "norm", "odd", "even"} and told[0]["acting"] == "chat"
+    recorded = recorded[:50]
     assert len(recorded) == 50 and set(recorded[-1]["gradients"]["norm"]) == {"a", "b"} and not any(recorded[:-1])

@@ -48,6 +48,8 @@ def train(tmp_path):
             every=2,
             model=model,
             gradients_every=2,
+            split_every=1,
+            snapshots=tmp_path / name / "snapshots",
             sinks=[JsonLines(tmp_path / name / "metrics.jsonl")],
         )
         losses = {d.name: lambda d=d: answer_loss(model, tokenizer, d.probe_examples[:4], tokens) for d in domains}
@@ -95,12 +97,15 @@ def test_trl_run_is_monitored_and_resumed(train):
     assert all("reward" in line and "rewards/reward/mean" in line for line in lines[1:])
     assert set(lines[2]["monitor"]["gradients"]["cosine"]["batch"]) == {"code", "chat"}
     saved = json.loads((folder / "trl" / "checkpoint-3" / "monitor.json").read_text())
+    split = lines[2]["monitor"]["split"]
+    assert split["norm"] > 0 and set(split["odd"]) == set(split["even"]) == {"code", "chat"}
     assert saved["step"] == 3 and saved["watched"]["code"]["test"]["looks"] == 1
 
     again, _ = run("whole", 6, resume=True)
     assert again._watched["code"].test.looks == 3  # at steps 2, 4 and 6
     assert again._watched["code"].baselines[0] == pytest.approx(monitor._watched["code"].baselines[0])
     record = RunRecord.read(folder / "whole")
+    assert [step for step, _ in record.found("monitor", "split")] == [2, 4, 6]
     assert [line["step"] for line in record.lines] == [0, 1, 2, 3, 4, 5, 6]
     page = build_page(record)
     assert {c.name for c in page.cards} == {"code", "chat"} and page.monitored

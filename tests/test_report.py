@@ -13,7 +13,7 @@ import pytest
 import torch
 from carerl_kernels.cli import app
 from carerl_kernels.guard import CapabilityGuard
-from carerl_kernels.monitor import DriftMonitor, JsonLines, reward_statistics
+from carerl_kernels.monitor import Controller, DriftMonitor, JsonLines, reward_statistics
 from carerl_kernels.monitor.report import RunError, RunRecord, build_page, render, write_report
 from carerl_kernels.monitor.report.chart import Line, line_chart, smooth, thin, ticks
 from carerl_kernels.monitor.report.page import Page
@@ -79,10 +79,14 @@ def runs(tmp_path_factory) -> Path:
     ):
         model, domains = tiny_model(tokenizer, 0), small_domains()
         guard = CapabilityGuard(model, k=4, track_energy=True) if guarded else None
-        watch = (
-            DriftMonitor([d.name for d in domains], model=model, gradients_every=2, guard=guard) if watched else None
-        )
-        config = GRPOConfig(**{**BASE, "prompts_per_step": 6})
+        names, balanced = [d.name for d in domains], {}
+        controller = None
+        if name == "mixed":
+            controller, balanced = Controller(names, by="weight", errors=0.0), {"balance": "controller"}
+        options = {"model": model, "gradients_every": 2, "split_every": 1, "guard": guard, "controller": controller}
+        baseline = "best" if controller is None else {"code": 1.0, "chat": 0.1, "math": 0.0}
+        watch = DriftMonitor(names, baseline=baseline, **options) if watched else None
+        config = GRPOConfig(**{**BASE, "prompts_per_step": 6, **balanced})
         run = GRPOTrainer(model, tokenizer, domains, config, guard=guard, monitor=watch, run_dir=root / "set" / name)
         run.run(stages)
     own = DriftMonitor(["math", "<b>&chat"], sinks=[JsonLines(root / "own" / "metrics.jsonl")])
@@ -133,15 +137,32 @@ def test_everything_that_was_recorded_is_shown(runs):
         "Update energy by class",
         "forward and backward",
         "code → chat",
+        "Conflict: what the steps did to the losses",
+        "Curvature: what the steps did to the losses",
     ):
         assert heading in full, heading
     assert "not recorded" not in full
     mixed = page_of(runs / "set" / "mixed").text
-    assert "Share of the batch" in mixed and "Share of reward variance" in mixed and "Guard activity" not in mixed
+    for heading in (
+        "Share of the batch",
+        "Share of reward variance",
+        "Share of the step budget",
+        "Share of Adam's step",
+        "Domination",
+        "Conflict between domains",
+        "Curvature between domains",
+        "Factor of the controller",
+        "Weight in the loss",
+        "Decisions of the controller",
+    ):
+        assert heading in mixed, heading
+    assert "Guard activity" not in mixed
     # numbers of the page are those of the file
     lines = [json.loads(t) for t in (runs / "set" / "full" / "metrics.jsonl").read_text().splitlines()]
     for name, score in lines[-1]["eval"].items():
         assert f"{name} " in full and f"{100 * score:.1f} %" in full
+    split = lines[2]["monitor"]["split"]
+    assert f"{split['even']['math']:+.2f}".replace("-0.00", "+0.00") in full and split["acting"] == "code"
     change = 100 * (lines[2]["eval"]["math"] - lines[0]["eval"]["math"])
     assert f"{change:+.1f}" in full
 

@@ -7,6 +7,7 @@ import json
 
 import pytest
 from carerl_kernels.cli import app
+from carerl_kernels.monitor.diagnose import diagnose
 from carerl_kernels.monitor.report import RunError, write_report
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,12 +15,23 @@ from typer.testing import CliRunner
 
 ALERT = {"domain": "math", "step": 2, "drop": 0.2, "error": 0.01, "baseline": 0.9, "score": 0.7, "n": 50, "p": 0.001}
 FOUND = {"score": 0.7, "baseline": 0.9, "drop": 0.2, "error": 0.01, "n": 50, "p": 0.001, "fallen": True}
+SPLIT = {"norm": 0.5, "odd": {"math": 0.1, "chat": 0.2}, "even": {"math": 0.1, "chat": 0.2}}
+DECISION = {"domain": "math", "step": 1, "before": 1.0, "after": 1.5, "drop": 0.05, "error": 0.01}
 LINE = {
     "stage": "math",
     "eval": {"math": 0.7, "chat": 0.5},
     "rewards": {"math": 0.7, "chat": 0.1},
     "reward_variance": {"math": 0.1, "chat": 0.2},
     "batch_share": {"math": 0.5, "chat": 0.5},
+    "step_share": {"math": 0.9, "chat": 0.1},
+    "domination": 1.8,
+    "agreed": {"math": 0.5, "chat": 0.1},
+    "weight": {"math": 0.5, "chat": 1.5},
+    "redrawn": {"math": 3, "chat": 0},
+    "grad_norm": 1.0,
+    "clip_fraction": 0.1,
+    "lr": 1e-3,
+    "skipped": 0,
     "seconds": {"sample": 1.0, "guard": 0.1},
     "monitor": {
         "alpha": 0.05,
@@ -28,6 +40,9 @@ LINE = {
         "domains": {"math": FOUND, "chat": FOUND | {"fallen": False}},
         "alerts": [ALERT],
         "gradients": {"norm": {"math": 1.0, "batch": 1.0}, "cosine": {"math": {"batch": 0.1}}},
+        "budget": {"gradient": {"math": 0.9, "chat": 0.1}, "step": {"math": 0.8, "chat": 0.2}},
+        "split": SPLIT | {"since": 0, "acting": "math", "by": {"math": SPLIT}},
+        "balance": {"by": "share", "factor": {"math": 2.0, "chat": 1.0}, "decisions": [DECISION]},
         "guard": {"touched_share": 0.1, "domains": {"math": {"conflicting": 0.1, "net_displacement": 0.2}}},
     },
 }
@@ -95,6 +110,7 @@ def test_a_line_of_any_shape_is_read_as_far_as_it_goes(tmp_path, changes, number
     lines = [LINE, LINE, LINE]
     lines[number] = line
     path, page = write_report(write(tmp_path / "run", lines))
+    diagnose(tmp_path / "run")
     assert "nan" not in page.summary and "\x1b" not in path.read_text()
 
 

@@ -179,11 +179,42 @@ def test_the_plan_of_a_large_model_adds_up(tmp_path):
         ),
         (["domains.g={kind: gym, ask: Think}"], r"g\.gym\.ask: .*expected \{question\} in it"),
         (["train.lr=[1"], r"override 'train.lr=\[1': expected YAML"),
+        (["train.balance=controller"], "controller acts on what the monitor finds: expected a monitor, found none"),
+        (["monitor.controller.limit=3"], "expected train.balance: controller, which lets it act, found None"),
+        (
+            ["train.balance=controller", "monitor.controller.limits=3"],
+            "controller: expected options out of by, limit.*found limits",
+        ),
+        (["train.balance=equal"], r"train\.balance: .*'shares', 'gradient' or 'controller'"),
     ],
 )
 def test_what_a_recipe_may_not_say(changes, message):
     with pytest.raises(RecipeError, match=message):
         load_recipe(RECIPES / "small.yaml", changes)
+
+
+def test_a_mixed_stage_that_a_controller_balances(tmp_path, monkeypatch):
+    """From YAML to metrics, page and diagnosis; what the monitor compares with then decides the run, and is recorded."""
+    monkeypatch.chdir(tmp_path)
+    changes = [
+        *(change for change in FIRST if not change.startswith("stages") and "eval_every" not in change),
+        "stages=[{domain: [largest, instructions], steps: 2}]",
+        "train.balance=controller",
+        "train.eval_every=1",
+        "guard=null",
+        "monitor={baseline: {largest: 1.0}, controller: {errors: 0.0, limit: 2.0}, split_every: 1, gradients_every: 1}",
+    ]
+    code, out = carerl(RECIPES / "small.yaml", *changes)
+    assert code == 0, out
+    run = tmp_path / "runs" / "small"
+    lines = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["monitor"]["balance"]["factor"]["largest"] > 1
+    assert set(lines[-1]["monitor"]["split"]["even"]) == {"largest", "instructions"}
+    assert [p.suffix for p in (run / "snapshots").iterdir()] and lines[-1]["domination"] >= 0
+    settings = json.loads((run / "config.json").read_text())
+    assert settings["controller"]["limit"] == 2.0 and settings["recipe"]["monitor"]["baseline"] == {"largest": 1.0}
+    for command in ("report", "diagnose"):
+        assert CliRunner().invoke(app, [command, str(run)]).exit_code == 0
 
 
 def test_what_decides_a_run_is_not_where_its_servers_are():

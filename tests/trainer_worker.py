@@ -81,7 +81,9 @@ def trainer(
         shard(model, precision)
     guard = CapabilityGuard(model, "bounded", k=3, basis="per_matrix") if guarded else None
     names = [d.name for d in domains()]
-    monitor = DriftMonitor(names, model=model, gradients_every=3, score_range=(0.0, 8.0), drop=0.0)
+    snapshots = None if path is None else path / "snapshots"
+    options = {"split_every": 1, "snapshots": snapshots, "score_range": (0.0, 8.0), "drop": 0.0}
+    monitor = DriftMonitor(names, model=model, gradients_every=3, **options)
     return GRPOTrainer(
         model,
         tokenizer,
@@ -124,12 +126,22 @@ def uneven(path: Path | None, world: int) -> GRPOTrainer:
     return run
 
 
+def redrawn(path: Path | None, world: int) -> None:
+    """Prompts that agree give way to others, also where one process has none of them."""
+    run = trainer(path, world, guarded=False, balance="shares", minibatches=1)
+    for domain in run.domains.values():
+        domain.reward = lambda example, text: float(sum(map(ord, text)) % 2)
+    run.run(UNEVEN)
+    assert sum(sum(line["redrawn"].values()) for line in run.history[1:]) > 0
+
+
 SCENARIOS: dict[str, Callable[[Path, int], object]] = {
     "whole": lambda path, world: trainer(path, world).run(STAGES),
     "killed": killed,
     "resumed": lambda path, world: trainer(path.with_name("killed"), world).run(STAGES, resume=True),
     "bf16": bf16,
     "uneven": uneven,
+    "redrawn": redrawn,
 }
 
 

@@ -88,7 +88,9 @@ def as_batch(parts) -> Batch:
     count = len(advantages)
     judged = Judged([""] * count, nothing[:, 0], nothing[:, 0], advantages, [""] * count)
     rollout = Rollout(*prompt, *completion, nothing, nothing)
-    return Batch(**vars(judged), rollout=rollout, rows=list(range(count)), whole=judged)
+    return Batch(
+        **vars(judged), rollout=rollout, rows=list(range(count)), whole=judged, drawn=judged.rewards, redrawn={}
+    )
 
 
 def reference_gradients(model, parts, kind="grpo", **changes):

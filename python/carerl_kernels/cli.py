@@ -13,6 +13,7 @@ import typer
 from .basis_command import basis
 from .bench.command import bench
 from .confine_command import Several, confine, merge
+from .diagnose_command import diagnose
 from .replicate.command import replicate
 from .report_command import report
 from .rewards.command import score
@@ -82,5 +83,6 @@ app.command()(train)
 app.command(cls=Several)(confine)
 app.command(cls=Several)(merge)
 app.command()(report)
+app.command()(diagnose)
 app.command()(replicate)
 app.add_typer(basis, name="basis")

@@ -56,6 +56,20 @@ class GRPOConfig(BaseModel):
         description="policy: recomputed by the training forward, immune to sampler rounding; sampler: as sampled",
     )
 
+    # mixed batches
+    balance: Literal["shares", "gradient", "controller"] | None = Field(
+        default=None,
+        description="shares: prompts whose rewards all agree are drawn anew, so that every domain keeps its share of what is "
+        "learned from; gradient: weights under which every domain's gradient has the same norm; controller: the monitor's "
+        "raises the share or weight of domains that fall",
+    )
+    balance_redraws: int = Field(
+        default=2, ge=1, description="balance shares: times at most that prompts of one step are drawn anew"
+    )
+    balance_limit: float = Field(
+        default=10.0, gt=1, description="balance gradient: weights stay between 1 / this and this"
+    )
+
     # optimisation
     lr: float = Field(default=1e-6, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)

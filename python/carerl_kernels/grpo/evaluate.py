@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import torch
+
 from .domain import Domain, RewardError
-from .logprobs import success_probability
+from .logprobs import answer_logprobs, success_probability
 from .parallel import Ranks, gathered
 from .sampling import ModelSampler, Sampler
 from .text import SpecialTokens, decode, encode_prompts
@@ -87,6 +89,50 @@ def example_scores(
     if not any(judged):
         raise RewardError(f"domain {domain.name!r}: none of the completions of its eval_examples could be judged")
     return [(sum(values), len(values)) for values in judged]
+
+
+@torch.no_grad()
+def held_out_losses(
+    model: Any,
+    tokenizer: Any,
+    domains: Iterable[Domain],
+    tokens: SpecialTokens,
+    *,
+    batch_size: int = 256,
+    ranks: Ranks | None = None,
+) -> dict[str, float]:
+    """Mean negative log-likelihood per token of the right answers of every domain's eval_examples, by teacher forcing.
+
+    Args:
+        model: Causal LM; in eval mode meanwhile.
+        tokenizer: Its tokenizer.
+        domains: Those without held-out examples that have an answer are left out.
+        tokens: Padding, end and banned ids.
+        batch_size: Sequences at once.
+        ranks: Processes that share the model: each reads its share of the examples.
+
+    Returns:
+        Nats per token, per domain.
+    """
+    ranks, out, was_training = ranks or Ranks(), {}, model.training
+    model.eval()
+    try:
+        with gathered(model):
+            for domain in domains:
+                examples = [e for e in domain.eval_examples if e.answer is not None]
+                if not examples:
+                    continue
+                loss, count, mine = 0.0, 0.0, ranks.share(len(examples))
+                for i in range(0, len(mine), batch_size):
+                    chunk = [examples[j] for j in mine[i : i + batch_size]]
+                    logp, mask = answer_logprobs(model, tokenizer, chunk, tokens)
+                    loss -= float(logp.masked_fill(mask == 0, 0.0).double().sum())
+                    count += float(mask.sum())
+                total, number = ranks.sum([loss, count])
+                out[domain.name] = total / number
+    finally:
+        model.train(was_training)
+    return out
 
 
 def evaluate(model: Any, tokenizer: Any, domain: Domain, tokens: SpecialTokens, **settings: Any) -> float:

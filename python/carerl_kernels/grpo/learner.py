@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..guard.editors import Editor, assign, spread_editor
 from ..subspace.shards import local
 from .advantages import informative_fraction
+from .balance import Mixture
 from .config import GRPOConfig
 from .domain import Domain
 from .logprobs import answer_loss
@@ -23,6 +24,7 @@ from .parallel import Ranks, whole
 from .progress import PhaseClock
 from .reference import FrozenWeights
 from .rollout import Batch, rollout
+from .rundir import rng_state, set_rng_state
 from .sampling import ModelSampler, Sampler
 from .text import special_tokens
 from .update import accumulate_gradients, frozen_logprobs
@@ -98,10 +100,17 @@ class Learner:
         self.rng = random.Random(config.seed)
         self.reference: FrozenWeights | None = None
         self.recorder: Any = None  # of the guard's stage in progress: told what every step is made of
+        self.mixture = Mixture(config, monitor, self.ranks, norms_known=editor is not None)
         self.clock = PhaseClock()
 
     def step(
-        self, optimizer: torch.optim.Optimizer, counts: Mapping[str, int], owner: str, earlier: Sequence[str] = ()
+        self,
+        optimizer: torch.optim.Optimizer,
+        counts: Mapping[str, int],
+        owner: str,
+        earlier: Sequence[str] = (),
+        *,
+        evaluated: bool = False,
     ) -> dict[str, Any]:
         """Sample a batch and take every optimizer step on it.
 
@@ -111,6 +120,7 @@ class Learner:
             owner: Whose steps these are to the guard: the stage's name, also where some prompts are replayed from
                 earlier domains, for the stage records its own steps and every other domain's directions act on them.
             earlier: Names of the domains of earlier stages, whose stored answers are rehearsed.
+            evaluated: Whether an evaluation follows, for the monitor.
 
         Returns:
             Metrics of the step (without timings; those are in `clock`).
@@ -128,6 +138,7 @@ class Learner:
             ranks=self.ranks,
             phase=self.clock,
         )
+        self.mixture.weigh(batch)
         with self.clock("loss"):
             old_logp, ref_logp = self._fixed_logprobs(batch)
         losses: list[float] = []
@@ -146,9 +157,10 @@ class Learner:
                 stats.add(LossStats(*sums))
                 gap += part_gap
                 if math.isfinite(norm):
-                    if self.monitor is not None and self.monitor.gradients_due():
+                    if self.monitor is not None:
                         with self.clock("monitor"):
-                            show_gradients(self.monitor, self.model, self.tokenizer, self.tokens, self.domains)
+                            fixed = {"old_logp": old_logp, "ref_logp": ref_logp}
+                            self._show(self.monitor, batch, rows, optimizer, evaluated, fixed)
                     if self.recorder is not None:
                         sampled = batch.rollout.select(rows)
                         self.recorder.see({"input_ids": sampled.input_ids, "attention_mask": sampled.attention_mask})
@@ -157,6 +169,29 @@ class Learner:
                     skipped += 1
         optimizer.zero_grad(set_to_none=True)
         return self._metrics(batch, losses, norms, stats, gap, skipped)
+
+    def _show(
+        self,
+        monitor: Monitor,
+        batch: Batch,
+        rows: Tensor,
+        optimizer: torch.optim.Optimizer,
+        evaluated: bool,
+        fixed: Mapping[str, Tensor | None],
+    ) -> None:
+        """Between backward and step: the gradients that the monitor wants to see. The step's own stay where they are, and random
+        numbers (of dropout) are drawn again by what follows: watched or not, training is the same."""
+        domains_due = batch.mixed and monitor.domains_due(evaluated)
+        if not (domains_due or monitor.gradients_due()):
+            return
+        kept = rng_state()
+        for name in dict.fromkeys(batch.whole.domains) if domains_due else ():
+            with monitor.domain(name, optimizer):
+                own, more = batch.of(name, rows), {**fixed, "of": rows}
+                accumulate_gradients(self.model, batch, own, self.tokens, self.config, **more, ranks=self.ranks)
+        if monitor.gradients_due():
+            show_gradients(monitor, self.model, self.tokenizer, self.tokens, self.domains)
+        set_rng_state(kept)
 
     def _gradients(
         self, batch: Batch, rows: Tensor, old_logp: Tensor | None, ref_logp: Tensor | None
@@ -173,7 +208,7 @@ class Learner:
         gradients: dict[str, list[Tensor]] = {}
         present = {name for part in self.ranks.gather(sorted(set(names))) for name in part}
         for name in [n for n in dict.fromkeys(batch.whole.domains) if n in present]:  # alike in every process
-            own = rows[torch.tensor([n == name for n in names], dtype=torch.bool, device=rows.device)]
+            own = batch.of(name, rows)
             for p in self.parameters:
                 p.grad = None
             part_loss, part, part_gap = accumulate_gradients(
@@ -182,6 +217,7 @@ class Learner:
             loss, gap = loss + part_loss, gap + part_gap
             stats.add(part)
             gradients[name] = [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in self.parameters]
+        self.mixture.see(gradients)
         for parts in gradients.values():
             torch._foreach_mul_(parts, float(len(gradients)))
         assign(self.model, self.editor.combine(gradients))  # what is not finite stays so, and the step is dropped
@@ -265,12 +301,14 @@ class Learner:
         ended &= sampled.completion_mask.bool()
         sums = [sampled.tokens, float(sampled.entropy.double().sum()), float(ended.any(1).sum())]
         tokens, entropy, complete = self.ranks.sum(sums)
+        judged = ~batch.drawn.isnan()
         return {
             "domain": earned.domain,
             "loss": sum(losses) / len(losses),
-            "reward": float(earned.rewards[earned.judged].mean()),
-            **earned.statistics(),
-            "excluded": 1.0 - float(earned.judged.double().mean()),
+            "reward": float(batch.drawn[judged].mean()),
+            **batch.statistics(),
+            **self.mixture.metrics(batch),
+            "excluded": 1.0 - float(judged.double().mean()),
             "informative": informative_fraction(earned.rewards[earned.judged], earned.group_ids[earned.judged]),
             "kl": stats.kl / max(stats.tokens, 1.0),
             "clip_fraction": stats.clipped / max(stats.units, 1.0),  # of units with a gradient

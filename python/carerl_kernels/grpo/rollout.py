@@ -15,7 +15,7 @@ from torch import Tensor
 from .config import GRPOConfig
 from .domain import Domain, Example, RewardError
 from .parallel import Ranks
-from .sampling import ModelSampler, Rollout, Sampler
+from .sampling import ModelSampler, Rollout, Sampler, joined
 from .statistics import reward_statistics
 from .text import SpecialTokens, decode, encode_prompts
 
@@ -48,10 +48,6 @@ class Judged:
         """[B] bool: which rows have a reward."""
         return ~self.rewards.isnan()
 
-    def statistics(self) -> dict[str, dict[str, float]]:
-        """Mean reward, reward variance within prompts and share of completions, per domain."""
-        return reward_statistics(self.domains, self.rewards.tolist(), self.group_ids.tolist())
-
     def select(self, rows: Sequence[int]) -> Judged:
         """Some rows."""
         index = torch.tensor(rows, dtype=torch.long, device=self.rewards.device)
@@ -72,11 +68,30 @@ class Batch(Judged):
         rollout: Tokens and log-probabilities.
         rows: Their row numbers in `whole`.
         whole: The step's completions of all processes, alike in each of them; the same rows when there is one process.
+        drawn: [B] rewards of what was drawn first, before prompts whose rewards all agreed gave way to others: those say how good
+            the policy is, `whole` says what it learns from.
+        redrawn: Prompts drawn anew, per domain.
     """
 
     rollout: Rollout
     rows: list[int]
     whole: Judged
+    drawn: Tensor
+    redrawn: dict[str, int]
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the step is of several domains."""
+        return self.whole.domain is None
+
+    def of(self, name: str, rows: Tensor) -> Tensor:
+        """Those of this process's rows that belong to a domain."""
+        mine = [self.domains[i] == name for i in rows.tolist()]
+        return rows[torch.tensor(mine, dtype=torch.bool, device=rows.device)]
+
+    def statistics(self) -> dict[str, dict[str, float]]:
+        """Mean reward, reward variance within prompts, share of prompts that agree and of completions, per domain."""
+        return reward_statistics(self.whole.domains, self.drawn.tolist(), self.whole.group_ids.tolist())
 
 
 def prompt_counts(
@@ -132,6 +147,9 @@ def rollout(
 ) -> Batch:
     """Draw prompts, sample `config.group_size` completions each, score and compare them.
 
+    With `config.balance` "shares", prompts of a mixed batch whose rewards all agree give way to fresh ones of their domain, up to
+    `config.balance_redraws` times; those that still agree stay.
+
     Args:
         model: Policy.
         tokenizer: Its tokenizer.
@@ -154,37 +172,93 @@ def rollout(
     for name, count in counts.items():
         examples += domains[name].draw(rng, count)
         names += [name] * count
-    seeds = [rng.getrandbits(31) for _ in examples]  # what engines take
-    mine, size = ranks.share(len(examples)), config.group_size
-    with _phase(phase, "sample"):
-        sampled = sampler(
-            encode_prompts(tokenizer, [examples[i].prompt for i in mine]),
-            [seeds[i] for i in mine],
-            num_samples=size,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_p=config.top_p,
+    size = config.group_size
+    texts: list[list[str]] = [[] for _ in examples]  # per prompt
+    rewards: list[list[float | None]] = [[] for _ in examples]
+    parts: list[Rollout] = []
+    place: dict[int, int] = {}  # of each of this process's prompts, its place in `parts` together
+    settings: dict[str, Any] = {
+        "num_samples": size,
+        "max_new_tokens": config.max_new_tokens,
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+    }
+
+    def complete(chosen: list[int]) -> None:
+        """Samples and judges these prompts; everybody calls it, with or without prompts of its own."""
+        seeds = [rng.getrandbits(31) for _ in chosen]  # what engines take
+        mine = [j for j, i in enumerate(chosen) if i % ranks.size == ranks.rank]
+        own: list[list[int]] = []
+        with _phase(phase, "sample"), _held(sampler) as draw:
+            if mine:
+                prompts = encode_prompts(tokenizer, [examples[chosen[j]].prompt for j in mine])
+                sampled = draw(prompts, [seeds[j] for j in mine], **settings)
+                own = sampled.completions()
+                start = sum(len(part.completion_ids) for part in parts) // size
+                place.update({chosen[j]: start + n for n, j in enumerate(mine)})
+                parts.append(sampled)
+        with _phase(phase, "reward"):
+            written = decode(tokenizer, own)
+            groups = [written[n * size : (n + 1) * size] for n in range(len(mine))]
+            for pairs in ranks.gather([(chosen[j], group) for j, group in zip(mine, groups, strict=True)]):
+                for i, group in pairs:
+                    texts[i] = group
+            owners = [i for i in chosen for _ in range(size)]
+            flat = [text for i in chosen for text in texts[i]]
+            judge = lambda: _rewards(domains, [names[i] for i in owners], [examples[i] for i in owners], flat)  # noqa: E731
+            found = ranks.on_first(judge)
+        for n, i in enumerate(chosen):
+            rewards[i] = found[n * size : (n + 1) * size]
+
+    everyone = list(range(len(examples)))
+    complete(everyone)
+    if all(reward is None for own in rewards for reward in own):
+        raise RewardError(
+            f"expected a reward for at least one of {size * len(examples)} completions, found None for all of them "
+            f"(domains {', '.join(counts)}): the judge cannot be reached or rejects everything; see its log, then resume the run"
         )
-    with _phase(phase, "reward"):
-        own = decode(tokenizer, sampled.completions())
-        groups = ranks.merge([own[i : i + size] for i in range(0, len(own), size)], len(examples))
-        texts = [text for group in groups for text in group]
-        owners = [i for i in range(len(examples)) for _ in range(size)]
-        judge = lambda: _rewards(domains, [names[i] for i in owners], [examples[i] for i in owners], texts)  # noqa: E731
-        rewards = ranks.on_first(judge)
-    device = sampled.completion_ids.device
-    reward_tensor = torch.tensor([math.nan if r is None else r for r in rewards], dtype=torch.float64, device=device)
-    group_ids = torch.tensor(owners, device=device)
+    device = parts[0].completion_ids.device  # there are at least as many prompts as processes
+    drawn = _as_tensor(rewards, device)
+    redrawn = dict.fromkeys(counts, 0)
+    for _ in range(config.balance_redraws if config.balance == "shares" and len(counts) > 1 else 0):
+        idle = [i for i in everyone if agree(rewards[i])]
+        if not idle:
+            break
+        for i in idle:
+            examples[i] = domains[names[i]].draw(rng, 1)[0]
+            redrawn[names[i]] += 1
+        complete(idle)
+    owners = [i for i in everyone for _ in range(size)]
+    reward_tensor, group_ids = _as_tensor(rewards, device), torch.tensor(owners, device=device)
     domain_ids = torch.tensor([list(counts).index(names[i]) for i in owners], device=device)
     whole = Judged(
-        texts=texts,
+        texts=[text for own in texts for text in own],
         rewards=reward_tensor,
         group_ids=group_ids,
         advantages=torch.ops.carerl.group_advantages(reward_tensor, group_ids, domain_ids, config.advantage_mode),
         domains=[names[i] for i in owners],
     )
+    mine = ranks.share(len(examples))
     rows = [i * size + j for i in mine for j in range(size)]
-    return Batch(**vars(whole.select(rows)), rollout=sampled, rows=rows, whole=whole)
+    sampled = joined(parts, tokens.pad)
+    if len(parts) > 1:
+        sampled = sampled.select(torch.tensor([place[i] * size + j for i in mine for j in range(size)], device=device))
+    return Batch(**vars(whole.select(rows)), rollout=sampled, rows=rows, whole=whole, drawn=drawn, redrawn=redrawn)
+
+
+def agree(rewards: Sequence[float | None]) -> bool:
+    """Whether nothing can be learned from a group: no two judged completions earned different rewards."""
+    return len({reward for reward in rewards if reward is not None}) < 2
+
+
+def _as_tensor(rewards: Sequence[Sequence[float | None]], device: torch.device) -> Tensor:
+    flat = [math.nan if reward is None else reward for own in rewards for reward in own]
+    return torch.tensor(flat, dtype=torch.float64, device=device)
+
+
+def _held(sampler: Sampler) -> AbstractContextManager[Sampler]:
+    """A sampler of which every process may make a different number of calls."""
+    return sampler.held() if isinstance(sampler, ModelSampler) else nullcontext(sampler)
 
 
 def _rewards(
@@ -197,12 +271,6 @@ def _rewards(
         values = domains[name].score_batch([examples[i] for i in rows], [texts[i] for i in rows])
         for i, value in zip(rows, values, strict=True):
             rewards[i] = value
-    if all(reward is None for reward in rewards):
-        raise RewardError(
-            f"expected a reward for at least one of {len(texts)} completions, found None for all of them "
-            f"(domains {', '.join(dict.fromkeys(names))}): the judge cannot be reached or rejects everything; "
-            f"see its log, then resume the run"
-        )
     return rewards
 
 

@@ -67,6 +67,29 @@ class Rollout:
         )
 
 
+def joined(parts: Sequence[Rollout], pad: int) -> Rollout:
+    """Rollouts one after another, padded to common widths."""
+    if len(parts) == 1:
+        return parts[0]
+    width = max(part.prompt_ids.shape[1] for part in parts)
+    length = max(part.completion_ids.shape[1] for part in parts)
+
+    def side(name: str, value: int, prompts: bool) -> Tensor:
+        tensors = [getattr(part, name) for part in parts]
+        gaps = [(width if prompts else length) - t.shape[1] for t in tensors]
+        pads = [(gap, 0) if prompts else (0, gap) for gap in gaps]
+        return torch.cat([torch.nn.functional.pad(t, p, value=value) for t, p in zip(tensors, pads, strict=True)])
+
+    return Rollout(
+        prompt_ids=side("prompt_ids", pad, True),
+        prompt_mask=side("prompt_mask", 0, True),
+        completion_ids=side("completion_ids", pad, False),
+        completion_mask=side("completion_mask", 0, False),
+        logps=side("logps", 0, False),
+        entropy=side("entropy", 0, False),
+    )
+
+
 def tempered_log_softmax(logits: Tensor, temperature: float, banned: Sequence[int]) -> Tensor:
     """Log-probabilities [..., V] in fp32 (at least) of the policy: logits / temperature, banned ids removed.
 

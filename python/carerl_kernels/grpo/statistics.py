@@ -18,8 +18,8 @@ def reward_statistics(
 
     Returns:
         "rewards": mean reward; "reward_variance": mean squared distance to the mean of the own group, which is all that
-        group-relative advantages see; "batch_share": share of the batch's completions. The first two are there for domains
-        with a judged completion only.
+        group-relative advantages see; "agreed": share of the prompts whose rewards all agree, from which nothing is learned;
+        "batch_share": share of the batch's completions. The first three are there for domains with a judged completion only.
 
     Raises:
         ValueError: Different lengths.
@@ -35,6 +35,7 @@ def reward_statistics(
             values.setdefault(name, {}).setdefault(group, []).append(reward)
     means: dict[str, float] = {}
     variances: dict[str, float] = {}
+    agreed: dict[str, float] = {}
     for name, by_group in values.items():
         count = sum(map(len, by_group.values()))
         means[name] = sum(map(sum, by_group.values())) / count
@@ -43,5 +44,6 @@ def reward_statistics(
             center = sum(group_rewards) / len(group_rewards)
             squares += sum((r - center) ** 2 for r in group_rewards)
         variances[name] = squares / count
+        agreed[name] = sum(len(set(rewards)) == 1 for rewards in by_group.values()) / len(by_group)
     shares = {name: list(domains).count(name) / len(domains) for name in dict.fromkeys(domains)}
-    return {"rewards": means, "reward_variance": variances, "batch_share": shares}
+    return {"rewards": means, "reward_variance": variances, "agreed": agreed, "batch_share": shares}

@@ -16,7 +16,7 @@ from .._files import write_bytes_atomically
 from ..guard.editors import Editor
 from .config import COSMETIC_FIELDS, GRPOConfig, Stage, lr_factor, stage_names
 from .domain import Domain, domain_table
-from .evaluate import example_scores, mean_score
+from .evaluate import example_scores, held_out_losses, mean_score
 from .learner import Guard, Learner
 from .parallel import spread_optimizer, spread_state
 from .plots import plot_accuracy, plot_training
@@ -63,7 +63,8 @@ class GRPOTrainer:
             push, save.
 
     Raises:
-        ValueError: Domains without distinct names, nothing to train, or no end-of-sequence token.
+        ValueError: Domains without distinct names, nothing to train, no end-of-sequence token, or a balance by a controller that
+            no monitor has.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class GRPOTrainer:
         self._optimizer: torch.optim.Optimizer | None = None
         self._earlier = EarlierWeights(model, self.config, self.directory)
         self._step = 0
+        self._mixture = self._learner.mixture
 
     def run(self, stages: Sequence[Stage], *, resume: bool = False) -> list[dict[str, Any]]:
         """Train the stages in order.
@@ -179,14 +181,19 @@ class GRPOTrainer:
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 counts = prompt_counts(
-                    stage.domains, earlier, config.prompts_per_step, config.replay_fraction, done, stage.shares
+                    stage.domains,
+                    earlier,
+                    config.prompts_per_step,
+                    config.replay_fraction,
+                    done,
+                    self._mixture.shares(stage),
                 )
-                self._serving.refresh(self._step)
-                metrics = self._learner.step(optimizer, counts, stage.name, earlier)
-                self._serving.check(self._step, metrics)
-                self._step += 1
                 last = done + 1 == stage.steps
                 due = last or (config.eval_every > 0 and (done + 1) % config.eval_every == 0)
+                self._serving.refresh(self._step)
+                metrics = self._learner.step(optimizer, counts, stage.name, earlier, evaluated=due)
+                self._serving.check(self._step, metrics)
+                self._step += 1
                 if last:
                     if self.guard is not None:
                         with self._clock("guard"):
@@ -196,6 +203,7 @@ class GRPOTrainer:
                 line = self._watched({**position, **metrics}, evaluate=due)
                 line["seconds"] = self._clock.drain()
                 self._record(line)
+                self._mixture.warn_if_loud(name, self.history)
                 if config.checkpoint_every and (done + 1) % config.checkpoint_every == 0 and not last:
                     self._checkpoint(index, done + 1)
                 progress.advance(line)
@@ -246,7 +254,13 @@ class GRPOTrainer:
             line["eval"] = {name: mean_score(values) for name, values in scores.items()}
         if self.monitor is not None:
             with self._clock("monitor"):
-                found = self.monitor.step(line["step"], line, scores=None if scores is None else per_example(scores))
+                found = self.monitor.step(
+                    line["step"],
+                    line,
+                    scores=None if scores is None else per_example(scores),
+                    losses=self._held_out_losses,
+                    acting=line["stage"],
+                )
             if found:
                 line["monitor"] = found
         set_rng_state(kept)
@@ -272,6 +286,13 @@ class GRPOTrainer:
                 if domain.eval_examples
             }
 
+    def _held_out_losses(self) -> dict[str, float]:
+        """Every domain's loss on its held-out answers; see `held_out_losses`."""
+        domains, batch_size = self.domains.values(), self.config.eval_batch_size
+        return held_out_losses(
+            self.model, self.tokenizer, domains, self._learner.tokens, batch_size=batch_size, ranks=self.ranks
+        )
+
     # ---- records
 
     def _open(self, stages: list[Stage], resume: bool) -> dict[str, Any] | None:
@@ -284,6 +305,7 @@ class GRPOTrainer:
             "domains": list(self.domains),
             "guarded": self.guard is not None,
             "editor": None if self.editor is None else type(self.editor).__name__,
+            "controller": self._mixture.settings,
             "parameters": sum(p.numel() for p in self._learner.parameters),
             "recipe": None if self._recipe is None else dict(self._recipe),
             "processes": self.ranks.size,
@@ -320,6 +342,7 @@ class GRPOTrainer:
             self.monitor.load_state_dict(state["monitor"])
         if self.editor is not None:
             self.editor.load_state_dict(state["editor"])
+        self._mixture.load_state_dict(state["mixture"])
         for name, rewards in state.get("rewards", {}).items():
             reward: Any = self.domains[name].reward
             reward.load_state_dict(rewards)
@@ -340,6 +363,7 @@ class GRPOTrainer:
             "guard": None if self.guard is None else self.guard.state_dict(),
             "monitor": None if self.monitor is None else self.monitor.state_dict(),
             "editor": None if self.editor is None else self.editor.state_dict(),
+            "mixture": self._mixture.state_dict(),
             "rewards": {
                 name: domain.reward.state_dict()
                 for name, domain in self.domains.items()

@@ -6,13 +6,15 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..guard import CapabilityGuard
 from ..guard.editors import Editor
+from ..monitor.controller import Controller
+from .balance import AdvantageBalance
 from .per_domain import DomainLosses
 from .transformers import GuardCallback, MakeGuard
 
@@ -37,6 +39,8 @@ class CareMixin:
         editor: makes the step's gradient out of one per domain (:mod:`carerl_kernels.guard.editors`); "guard" means the
             guard itself, in grad mode: each domain's gradient is edited by the rows of the others. TRL's clipping follows.
         probe_loss, protect: see :class:`GuardCallback`.
+        balance: weighs the advantages of mixed batches per domain: "gradient", so that every domain's squared advantages are the
+            same, or a controller by weight that a monitor feeds (``MonitorCallback(DriftMonitor(..., controller=controller))``).
 
     Raises:
         ValueError: domains are needed and not there, or an option of TRL's that per-domain gradients cannot honour.
@@ -53,6 +57,7 @@ class CareMixin:
         editor: Editor | str | None = None,
         probe_loss: Callable[[nn.Module, str], Tensor] | None = None,
         protect: Mapping[str, Iterable[Any]] | None = None,
+        balance: Controller | Literal["gradient"] | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
@@ -78,6 +83,8 @@ class CareMixin:
                 f"editor: expected an editor, or 'guard' with guard=, found {editor!r} with guard={guard!r}"
             )
         self._losses = None if editor is None else DomainLosses(self, editor)
+        self._balance = AdvantageBalance(balance, self.domain_names)
+        trainer.add_callback(self._balance)
 
     @property
     def guard(self) -> CapabilityGuard | None:
@@ -102,6 +109,11 @@ class CareMixin:
         self._batch_ids = trainer.accelerator.gather(ids)
         output = parent._generate_and_score_completions(inputs)
         output["domain_ids"] = ids  # shuffled and split with the batch by TRL
+        if trainer.model.training:
+            total = lambda sums: trainer.accelerator.reduce(sums, "sum")  # noqa: E731
+            output["advantages"], logs = self._balance.weigh(output["advantages"], ids, total)
+            for key, value in logs.items():
+                self._mode_metrics()[key].append(value)
         return output
 
     def _domain_id(self, row: Mapping[str, Any]) -> int:
@@ -183,6 +195,9 @@ class CareMixin:
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         parent: Any = super()
+        folder = kwargs.get("resume_from_checkpoint")
+        if folder:
+            self._balance.resume(folder)
         try:
             return parent._inner_training_loop(*args, **kwargs)
         finally:

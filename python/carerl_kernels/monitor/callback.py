@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import TrainerCallback
@@ -29,7 +30,7 @@ class MonitorCallback(TrainerCallback):
     Args:
         monitor: with ``evaluate``, which every process has to call alike; give sinks to rank 0 only.
         losses: per domain, its loss on stored examples; where ``monitor.gradients_due()``, their gradients are compared with
-            the batch's own.
+            the batch's own, and with ``split_every`` they are what is split into conflict and curvature (without dropout then).
         resume_from_checkpoint: what ``trainer.train`` is given under this name, where that lies outside of ``args.output_dir``: a
             callback is not told. ``args.resume_from_checkpoint`` is looked at, too.
 
@@ -116,10 +117,14 @@ class MonitorCallback(TrainerCallback):
                 )
         return None
 
+    @torch.no_grad()
+    def _values(self) -> dict[str, float]:
+        return {name: float(loss()) for name, loss in self.losses.items()}
+
     def _observe(self, step: int) -> None:
         if step >= self._next:
             logs, self._logs = self._logs, {}
-            self.monitor.step(step, logs)
+            self.monitor.step(step, logs, losses=self._values if self.losses else None)
             self._next = step + 1
 
 

@@ -15,11 +15,15 @@ from typing import Any, get_args
 from torch import nn
 
 from .._files import write_bytes_atomically
+from .budget import StepBudget
+from .controller import Controller
 from .domain import Alert, Given, WatchedDomain, is_number, plain, read_baseline
 from .gradients import GradientKeeper
 from .guarded import guard_figures
 from .sequential import DropTest, Examples
 from .sinks import Sink, plain_values
+from .split import Losses
+from .windows import Windows
 
 _log = logging.getLogger(__name__)
 
@@ -50,13 +54,19 @@ class DriftMonitor:
         score_range: smallest and largest possible score.
         model: needed for :meth:`gradients`: a module, or pairs of name and parameter.
         gradients_every: steps between comparisons of gradients, see :meth:`gradients_due`; 0: never.
+        split_every: evaluations between splits of what happened to the losses into conflict and curvature
+            (:mod:`carerl_kernels.monitor.split`); 0: never.
+        losses: gives every domain's loss on held-out examples for them, the same ones every time; the reference trainer has
+            its own.
+        snapshots: folder where the weights are kept meanwhile, as safetensors; None: in memory.
+        controller: raises the share or weight of domains that fall below their baseline; its state is part of this one's.
         guard: its report is recorded at every evaluation.
         sinks: get every step's line. Give them to one process only.
         on_alert: called with every alert, after the sinks.
 
     Attributes:
         alerts: all so far.
-        seconds: spent per part: evaluate, gradients, test, guard, sinks.
+        seconds: spent per part: evaluate, gradients, test, split, guard, sinks.
 
     Raises:
         ValueError: an argument out of range, named with what was expected.
@@ -78,6 +88,10 @@ class DriftMonitor:
         score_range: tuple[float, float] = (0.0, 1.0),
         model: nn.Module | Iterable[tuple[str, nn.Parameter]] | None = None,
         gradients_every: int = 0,
+        split_every: int = 0,
+        losses: Losses | None = None,
+        snapshots: Path | str | None = None,
+        controller: Controller | None = None,
         guard: Any = None,
         sinks: Sequence[Sink] = (),
         on_alert: Callable[[Alert], None] | None = None,
@@ -92,6 +106,7 @@ class DriftMonitor:
         for name, ok, found in (
             ("every", every >= 1, every),
             ("gradients_every", gradients_every >= 0, gradients_every),
+            ("split_every", split_every >= 0, split_every),
             ("planned", planned >= 1, planned),
             ("score_range", span > 0 and math.isfinite(span), score_range),
             ("alpha", 0 < alpha < 1, alpha),
@@ -100,13 +115,18 @@ class DriftMonitor:
         ):
             if not ok:
                 raise ValueError(f"{name}: out of range, found {found!r}")
-        if gradients_every and model is None:
-            raise ValueError("gradients_every needs model=, whose gradients are compared")
+        for option, interval in (("gradients_every", gradients_every), ("split_every", split_every)):
+            if interval and model is None:
+                raise ValueError(f"{option} needs model=, whose gradients are compared and whose weights are split")
+        strangers = [] if controller is None else [name for name in controller.domains if name not in self.domains]
+        if strangers:
+            raise ValueError(f"controller: expected domains out of {', '.join(domains)}, found {', '.join(strangers)}")
         if examples == "fresh" and baseline == "best":
             raise ValueError("baseline 'best' compares evaluations on the same examples: expected examples='fixed'")
         self.evaluate, self.every, self.test_from = evaluate, every, test_from
         self.drop, self.alpha, self.span = drop, alpha, float(span)
         self.gradients_every, self.guard = gradients_every, guard
+        self.losses, self.controller = losses, controller
         self.sinks, self.on_alert = tuple(sinks), on_alert
         self.alerts: list[Alert] = []
         self.seconds: dict[str, float] = {}
@@ -138,27 +158,42 @@ class DriftMonitor:
             "score_range": [float(low), float(high)],
             "baseline": {name: w.baseline_kind for name, w in self._watched.items()},
         }
+        self._told_unseen = False
         self._step: int | None = None
         self._begun = False  # sinks know whether this run is new or goes on
+        model = model if model is None or isinstance(model, nn.Module) else list(model)
         self._keeper = None if model is None else GradientKeeper(model)
+        self._budget = None if model is None else StepBudget(model)
+        folder = None if snapshots is None else Path(snapshots)
+        self.windows = None if model is None or not split_every else Windows(model, split_every, folder)
         self._started: float | None = None
         self._wall_before = 0.0
         self._spent_before, self._last_end = 0.0, time.perf_counter()
 
     # ------------------------------------------------------------------------------------------------------------ the loop
 
-    def step(self, step: int, metrics: Mapping[str, Any] | None = None, *, scores: Any = None) -> dict[str, Any]:
+    def step(
+        self,
+        step: int,
+        metrics: Mapping[str, Any] | None = None,
+        *,
+        scores: Any = None,
+        losses: Losses | None = None,
+        acting: str | None = None,
+    ) -> dict[str, Any]:
         """Call once per training step, after it; and once before training, for the baseline of the start.
 
         Args:
             step: number of the step, larger at every call.
             metrics: of the step, for the sinks; see :func:`carerl_kernels.monitor.reward_statistics`.
             scores: of an evaluation that was made anyway, as ``evaluate`` gives them.
+            losses: as the constructor's, for this call.
+            acting: domain or stage whose step this was.
 
         Returns:
             What is new, as JSON can hold it: "domains" after an evaluation (per domain "score", "baseline", "drop", "error", "n",
-            "p", "fallen") and "alpha", "drop", "span" (size of the score range); "gradients", "guard", "alerts"; empty on most
-            steps.
+            "p", "fallen") and "alpha", "drop", "span" (size of the score range); "gradients", "budget" (shares of the step),
+            "split" (see :meth:`Windows.look`), "balance" (of the controller), "guard", "alerts"; empty on most steps.
 
         Raises:
             ValueError: the step was seen already; scores of unknown domains, of another length, or out of range.
@@ -183,6 +218,19 @@ class DriftMonitor:
         if self._keeper is not None and self._keeper.kept:
             with self._timed("gradients"):
                 record["gradients"] = self._keeper.compare()
+        if self._budget is not None and self._budget.kept:
+            with self._timed("gradients"):
+                record["budget"] = self._budget.measure()
+        if self.windows is not None:
+            self.windows.acts(acting)
+            if scores:
+                with self._timed("split"):
+                    record |= self._split(step, losses or self.losses, record.get("budget", {}))
+        if self._budget is not None:
+            self._budget.directions = {}
+        if self.controller is not None and scores:
+            decisions = self.controller.update(step, record["domains"], self.span)
+            record["balance"] = self.controller.record(decisions)
         if self.guard is not None and record:
             with self._timed("guard"):
                 record["guard"] = guard_figures(self.guard.report())
@@ -257,6 +305,35 @@ class DriftMonitor:
         if not training:
             self._spend("gradients", left - entered)
 
+    def domains_due(self, evaluation: bool = False) -> bool:
+        """Whether the gradients of a mixed batch's domains shall be shown before the next optimizer step.
+
+        Args:
+            evaluation: whether the domains are evaluated after that step.
+        """
+        if self._budget is None or self._budget.kept:
+            return False
+        return self.gradients_due() or (evaluation and self.windows is not None and self.windows.due)
+
+    @contextmanager
+    def domain(self, name: str, optimizer: Any = None) -> Iterator[None]:
+        """Around the backward pass of one domain's part of the batch, which only looks: what ``p.grad`` held is put back.
+
+        :meth:`step` says what share of the step each domain has, of the gradients and, for Adam's kind, of the normalised step.
+
+        Args:
+            name: of the domain.
+            optimizer: whose step follows.
+
+        Raises:
+            ValueError: the monitor was built without a model.
+            RuntimeError: no gradient arrived.
+        """
+        self._gradient_keeper()
+        assert self._budget is not None
+        with self._timed("gradients"), self._budget.around(name, optimizer):
+            yield
+
     def keep_gradients(self, name: str) -> None:
         """Keeps a copy of what is in ``p.grad`` now."""
         with self._timed("gradients"):
@@ -298,6 +375,8 @@ class DriftMonitor:
             "step": self._step,
             "watched": {name: w.state_dict() for name, w in self._watched.items()},
             "alerts": [asdict(a) for a in self.alerts],
+            "split": None if self.windows is None else self.windows.state_dict(),
+            "controller": None if self.controller is None else self.controller.state_dict(),
             "seconds": dict(self.seconds),
             "wall": self.cost()["wall"],
         }
@@ -319,6 +398,9 @@ class DriftMonitor:
                     f"monitor state: expected {key} {_told(saved)} as saved, found {_told(self._settings[key])}; "
                     f"build the monitor with the {key} of the saved run, or start a new run without its state"
                 )
+        for part, own in (("split", self.windows), ("controller", self.controller)):
+            if own is not None and state.get(part) is not None:
+                own.load_state_dict(state[part])
         self._step = state["step"]
         for name, watched in self._watched.items():
             watched.load_state_dict(state["watched"][name])
@@ -334,6 +416,22 @@ class DriftMonitor:
         self._begun = True
 
     # ----------------------------------------------------------------------------------------------------------- internals
+
+    def _split(self, step: int, losses: Losses | None, budget: Mapping[str, Any]) -> dict[str, Any]:
+        assert self.windows is not None and self._budget is not None
+        if losses is None:
+            raise ValueError("split_every needs losses=, every domain's loss on held-out examples, found None")
+        shares = budget.get("step", budget.get("gradient"))
+        found = self.windows.look(step, losses, self._budget.directions, shares)
+        unseen = [name for name in self.domains if name not in self.windows.at_start]
+        if unseen and not self._told_unseen:
+            self._told_unseen = True
+            _log.warning(
+                "split_every: no loss is known of %s, whose conflict and curvature stay unseen; give held-out examples with "
+                "answers, or losses=",
+                ", ".join(unseen),
+            )
+        return {} if found is None else {"split": found}
 
     def _judge(self, step: int, scores: Mapping[str, Any]) -> tuple[dict[str, Any], list[Alert]]:
         unknown = [name for name in scores if name not in self.domains]

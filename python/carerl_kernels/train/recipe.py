@@ -128,13 +128,15 @@ class GuardSpec(Options):
 
 class MonitorSpec(Options):
     """The drift monitor, fed by the trainer's evaluations. Besides these, the options of `DriftMonitor` by their names (baseline,
-    drop, alpha, gradients_every, ...).
+    drop, alpha, gradients_every, split_every, ...); snapshots of the weights lie in the run's directory unless told otherwise.
 
     Args:
+        controller: Options of `Controller` (by, limit, gain, ...), for `train: {balance: controller}`.
         tensorboard: Event files in the run's directory.
         wandb, trackio: Settings of their `init`: project and others.
     """
 
+    controller: dict[str, Any] | None = None
     tensorboard: bool = False
     wandb: dict[str, Any] | None = None
     trackio: dict[str, Any] | None = None
@@ -143,8 +145,18 @@ class MonitorSpec(Options):
     def known(cls) -> list[str]:
         from ..monitor import DriftMonitor
 
-        ours = ("domains", "evaluate", "every", "model", "guard", "sinks", "on_alert")
+        ours = ("domains", "evaluate", "every", "model", "guard", "sinks", "on_alert", "losses", "controller")
         return [n for n in inspect.signature(DriftMonitor).parameters if n not in ours]
+
+    @model_validator(mode="after")
+    def _known_controller(self) -> MonitorSpec:
+        from ..monitor import Controller
+
+        known = [n for n in inspect.signature(Controller).parameters if n != "domains"]
+        unknown = sorted((self.controller or {}).keys() - set(known))
+        if unknown:
+            raise ValueError(f"controller: expected options out of {', '.join(known)}, found {', '.join(unknown)}")
+        return self
 
 
 class SamplerSpec(Section):
@@ -215,6 +227,16 @@ class Recipe(Section):
                 f"guard rule probed and rehearsal read stored examples: expected probes in every domain, none in "
                 f"{', '.join(bare)}; set for instance probes: 32"
             )
+        balanced = self.train.balance == "controller"
+        if balanced and self.monitor is None:
+            raise ValueError(
+                "train.balance: controller acts on what the monitor finds: expected a monitor, found none; for instance "
+                "monitor: {baseline: best}"
+            )
+        if not balanced and self.monitor is not None and self.monitor.controller is not None:
+            raise ValueError(
+                f"monitor.controller: expected train.balance: controller, which lets it act, found {self.train.balance}"
+            )
         if self.sampler is not None and self.train.old_logprobs != "sampler":
             raise ValueError(
                 "train.old_logprobs: expected sampler with an engine that samples (its weights and rounding differ from the "
@@ -230,9 +252,13 @@ class Recipe(Section):
         return self
 
     def record(self) -> dict[str, Any]:
-        """What decides the run besides trainer settings and stages, for comparison when it is resumed: not the monitor, and not
-        where servers are, how long they are waited for and where files are kept."""
+        """What decides the run besides trainer settings and stages, for comparison when it is resumed: not the monitor, unless a
+        controller acts on it, and not where servers are, how long they are waited for and where files are kept."""
         data = self.model_dump(mode="json", exclude={"run_dir", "train", "stages", "monitor"})
+        if self.train.balance == "controller" and self.monitor is not None:
+            data["monitor"] = {
+                name: self.monitor.options.get(name) for name in ("baseline", "test_from", "score_range")
+            }
         servers = [data["sampler"], *(domain.get("judge") for domain in data["domains"].values())]
         for server in filter(None, servers):
             for name in OPERATIONAL:

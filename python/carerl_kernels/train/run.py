@@ -114,7 +114,7 @@ def _monitor(recipe: Recipe, model: nn.Module, domains: Sequence[Domain], guard:
     spec = recipe.monitor
     if spec is None:
         return None
-    from ..monitor import DriftMonitor, TensorBoard, Trackio, WandB
+    from ..monitor import Controller, DriftMonitor, TensorBoard, Trackio, WandB
 
     sinks: list[Any] = []
     if Ranks.of(model).first:
@@ -124,7 +124,10 @@ def _monitor(recipe: Recipe, model: nn.Module, domains: Sequence[Domain], guard:
     every = recipe.train.eval_every
     looks = 1 + sum(-(-s.steps // every) if every else 1 for s in recipe.stages)
     names = [d.name for d in domains if d.eval_examples]
-    return DriftMonitor(names, model=model, guard=guard, sinks=sinks, **{"planned": looks, **spec.options})
+    options = {"planned": looks, "snapshots": recipe.run_dir / "snapshots", **spec.options}
+    if recipe.train.balance == "controller":
+        options["controller"] = Controller(names, **(spec.controller or {}))
+    return DriftMonitor(names, model=model, guard=guard, sinks=sinks, **options)
 
 
 def build_guard(model: nn.Module, spec: GuardSpec) -> Any:

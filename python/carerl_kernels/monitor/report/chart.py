@@ -66,6 +66,7 @@ class Matrix:
         title, caption: plain text; corner: what rows and columns are.
         columns, rows: names; cells: per row, None where nothing was measured.
         full: magnitude that gets the full colour; style: Python format of a cell.
+        bad_above: numbers above 0 get the colour of harm, as losses do, instead of those below.
     """
 
     title: str
@@ -75,6 +76,7 @@ class Matrix:
     rows: list[tuple[str, list[float | None]]]
     full: float
     style: str = "{:+.2f}"
+    bad_above: bool = False
 
     def cell(self, value: float | None) -> tuple[str, str, int]:
         """Text, class and strength in percent of a cell's colour."""
@@ -84,7 +86,7 @@ class Matrix:
         text = self.style.format(value)
         if not text.strip("-+0.%"):  # no negative zero
             text = text.replace("-", "+" if "+" in self.style else "")
-        return text, "plus" if value >= 0 else "minus", round(70 * strength)
+        return text, "plus" if (value >= 0) != self.bad_above else "minus", round(70 * strength)
 
 
 def line_chart(

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..._files import write_bytes_atomically
 from .chart import Chart, Line, Matrix, line_chart
+from .pooled import balance, conflict_and_curvature, step_budget
 from .record import RunRecord
 from .sections import Missing, Stages, guard_activity, interference, reward_shares, run_cost
 
@@ -45,6 +46,8 @@ class Page:
     points: bool  # whether differences of scores are in points
     interference: list[Matrix | Chart]
     shares: list[Chart]
+    balance: list[Chart]
+    decisions: list[Mapping[str, Any]]
     guard: list[Matrix | Chart]
     cost: list[tuple[str, float, float, int]]  # name, seconds, share, colour
     cost_text: str
@@ -102,8 +105,9 @@ def build_page(record: RunRecord) -> Page:
         )
     if not tests:
         missing.append(("A test of drift", "train with monitor=DriftMonitor(domains)"))
-    pulls = interference(record, stages, missing)
-    shares = reward_shares(record, stages, missing)
+    pulls = [*conflict_and_curvature(record, missing), *interference(record, stages, missing)]
+    shares = [*step_budget(record, stages), *reward_shares(record, stages, missing)]
+    balanced, decisions = balance(record, stages)
     guard = guard_activity(record, stages, missing)
     cost, cost_text = run_cost(record)
     if not cost:
@@ -125,6 +129,8 @@ def build_page(record: RunRecord) -> Page:
         points=record.span == 1,
         interference=pulls,
         shares=shares,
+        balance=balanced,
+        decisions=decisions,
         guard=guard,
         cost=cost,
         cost_text=cost_text,

@@ -14,9 +14,22 @@ NUMBER, TEXT, FLAG, EACH = "a number", "a text", "true or false", "*"
 LARGEST, SMALLEST = 1e100, 1e-100  # what a chart can do arithmetic with; below it is nothing
 
 _NUMBERS = {EACH: NUMBER}
+_SPLIT = {"norm": NUMBER, "odd": _NUMBERS, "even": _NUMBERS}
+_PER_DOMAIN = (
+    "eval",
+    "rewards",
+    "reward_variance",
+    "agreed",
+    "batch_share",
+    "step_share",
+    "weight",
+    "redrawn",
+    "seconds",
+)
 LINE: dict[str, Any] = {
     "stage": TEXT,
-    **dict.fromkeys(("eval", "rewards", "reward_variance", "batch_share", "seconds"), _NUMBERS),
+    **dict.fromkeys(_PER_DOMAIN, _NUMBERS),
+    **dict.fromkeys(("domination", "lr", "grad_norm", "clip_fraction", "entropy", "informative", "skipped"), NUMBER),
     "monitor": {
         "alpha": NUMBER,
         "drop": NUMBER,
@@ -24,6 +37,13 @@ LINE: dict[str, Any] = {
         "domains": {EACH: {"score": NUMBER, "p": NUMBER, "drop": NUMBER, "error": NUMBER, "fallen": FLAG}},
         "alerts": [{"domain": TEXT} | dict.fromkeys(("step", "drop", "error", "baseline", "score", "n", "p"), NUMBER)],
         "gradients": {"norm": _NUMBERS, "cosine": {EACH: _NUMBERS}},
+        "budget": {"gradient": _NUMBERS, "step": _NUMBERS},
+        "split": {"since": NUMBER, "acting": TEXT, **_SPLIT, "by": {EACH: _SPLIT}},
+        "balance": {
+            "by": TEXT,
+            "factor": _NUMBERS,
+            "decisions": [{"domain": TEXT} | dict.fromkeys(("step", "before", "after", "drop", "error"), NUMBER)],
+        },
         "guard": {
             "touched_share": NUMBER,
             "domains": {EACH: {"conflicting": NUMBER, "net_displacement": NUMBER}},

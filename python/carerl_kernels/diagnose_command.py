@@ -1,0 +1,42 @@
+"""``carerl diagnose``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def diagnose(
+    run: Annotated[Path, typer.Argument(help="Directory of a run: metrics.jsonl and what stands beside it.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    limit: Annotated[int, typer.Option(min=1, help="Causes named at most.")] = 3,
+) -> None:
+    """Why a domain fell or never rose: the likeliest causes of a run, their figures, and what to try first."""
+    try:
+        from .monitor.diagnose import diagnose as read
+
+        found = read(run, limit)
+    except (ImportError, ValueError, OSError) as error:
+        typer.secho(f"carerl diagnose: {error}", err=True, fg=typer.colors.RED)
+        raise typer.Exit(1) from None
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=2))
+        return
+    if not found.lost and not found.notes:
+        typer.echo("Nothing is lost: no domain fell below its best or stayed where it was.")
+    for loss in found.lost:
+        if loss.stalled:
+            typer.echo(f"{loss.domain} never rose: {loss.score:.3f} at step {loss.step}")
+        else:
+            way = f"{loss.best:.3f} at step {loss.at}, {loss.score:.3f} at step {loss.step}; {loss.end:.3f} at the end"
+            typer.echo(f"{loss.domain} fell: {way}")
+    for number, cause in enumerate(found.causes, start=1):
+        typer.echo(f"{number}. {cause.name} ({', '.join(cause.domains)}; strength {cause.strength:.2f})")
+        for figure in cause.evidence:
+            typer.echo(f"     {figure.text}")
+        typer.echo(f"   first: {cause.remedy}")
+    for note in found.notes:
+        typer.echo(note)

@@ -1,0 +1,160 @@
+"""What a mixture did: who damaged whom and how, who had the step budget, what balanced it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .chart import Chart, Line, Matrix, line_chart, smooth
+from .record import RunRecord
+
+Stages = list[tuple[str, float, float]]  # name, first and last step
+Missing = list[tuple[str, str]]  # what, and what would record it
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What the windows of one acting domain or stage did to one domain's loss, on average.
+
+    Attributes:
+        acting, domain: whose steps, and whose held-out loss.
+        odd, even: conflict and curvature, means per window in nats per token; above 0 the loss rose.
+        windows, last: how many there were, and the step at which the last one ended.
+    """
+
+    acting: str
+    domain: str
+    odd: float
+    even: float
+    windows: int
+    last: int
+
+    @property
+    def total(self) -> float:
+        """All that happened to the loss."""
+        return self.odd + self.even
+
+
+def damages(record: RunRecord, *, parts: bool = False, after: int = 0, until: int | None = None) -> list[Damage]:
+    """Of every acting stage and domain with a loss, in order of appearance.
+
+    Args:
+        record: of a run.
+        parts: of a mixed batch's domains, each along its own direction, instead of all that happened.
+        after, until: only windows that ended after the one and not after the other of these steps.
+    """
+    sums: dict[tuple[str, str], list[float]] = {}
+    for step, acting, found in _windows(record, parts):
+        if not after < step <= (record.last_step if until is None else until):
+            continue
+        odd, even = (found.get(part) or {} for part in ("odd", "even"))
+        for name in odd:
+            if name in even:
+                total = sums.setdefault((acting, name), [0.0, 0.0, 0, 0])
+                total[0], total[1], total[2], total[3] = total[0] + odd[name], total[1] + even[name], total[2] + 1, step
+    return [
+        Damage(acting, name, odd / n, even / n, int(n), int(last))
+        for (acting, name), (odd, even, n, last) in sums.items()
+    ]
+
+
+def _windows(record: RunRecord, parts: bool) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
+    for step, split in record.found("monitor", "split"):
+        if not parts:
+            yield step, str(split.get("acting") or "run"), split
+            continue
+        for name, part in (split.get("by") or {}).items():
+            if isinstance(part, Mapping):
+                yield step, name, part
+
+
+def conflict_and_curvature(record: RunRecord, missing: Missing) -> list[Matrix | Chart]:
+    """Who is damaged by whom, and how."""
+    out: list[Matrix | Chart] = []
+    for parts, whose in ((False, "stage"), (True, "domain of a mixed batch")):
+        found = damages(record, parts=parts)
+        if not found:
+            continue
+        rows = list(dict.fromkeys(d.acting for d in found))
+        columns = list(dict.fromkeys(d.domain for d in found))
+        cells = {(d.acting, d.domain): d for d in found}
+        windows = max(d.windows for d in found)
+        full = max(max(abs(d.odd), abs(d.even)) for d in found) or 1.0
+        note = " Along each domain's normalised gradient, as long as its share of the window's steps." if parts else ""
+        for title, part, caption in (
+            ("Conflict", "odd", "First order: the steps' direction raises (above 0) or lowers that domain's loss."),
+            ("Curvature", "even", "Second order: what steps this long cost that domain in any direction; grows with the "
+             "square of the learning rate, and cosines do not show it."),
+        ):  # fmt: skip
+            values = [(a, [getattr(cells[a, d], part) if (a, d) in cells else None for d in columns]) for a in rows]
+            out.append(
+                Matrix(
+                    f"{title} between domains" if parts else f"{title}: what the steps did to the losses",
+                    f"Means over {windows} windows between evaluations, nats a token of held-out answers. {caption}{note}",
+                    f"steps of ({whose})",
+                    columns,
+                    values,
+                    full,
+                    bad_above=True,
+                )
+            )
+    if not out:
+        missing.append(("Conflict and curvature", "DriftMonitor(..., model=model, split_every=1), see docs/monitor.md"))
+    return out
+
+
+def step_budget(record: RunRecord, stages: Stages) -> list[Chart]:
+    """Who had the optimizer's steps of mixed batches."""
+    charts, window = [], max(1, len(record.lines) // 30)
+    for title, keys, caption in (
+        (
+            "Share of the step budget",
+            ("step_share",),
+            "Squared advantages, weights included: whose noise and whose signal fill the step that Adam normalises.",
+        ),
+        ("Share of the squared gradient", ("monitor", "budget", "gradient"), "Of each domain's part of the batch."),
+        (
+            "Share of Adam's step",
+            ("monitor", "budget", "step"),
+            "The same, each parameter divided by the root of its second moment.",
+        ),
+    ):
+        own = window if len(keys) == 1 else 1
+        lines = [Line(n, smooth(record.series(*keys, n), own), i) for i, n in enumerate(record.domains)]
+        if any(line.points for line in lines):
+            charts.append(line_chart(title, lines, stages=stages, y_range=(0.0, 1.0), percent=True, caption=caption))
+    loudness = record.series("domination")
+    if loudness:
+        charts.append(
+            line_chart(
+                "Domination",
+                [Line("domination", smooth(loudness, window), 0)],
+                stages=stages,
+                level=(1.5, "warned of from 1.5 on"),
+                caption="Largest share of the step budget times the number of domains: 1 is even.",
+            )
+        )
+    return charts
+
+
+def balance(record: RunRecord, stages: Stages) -> tuple[list[Chart], list[Mapping[str, Any]]]:
+    """What weighed the domains or moved their shares, and the controller's decisions."""
+    charts, window = [], max(1, len(record.lines) // 30)
+    for title, keys, own, caption in (
+        (
+            "Factor of the controller",
+            ("monitor", "balance", "factor"),
+            1,
+            "What the share or weight was multiplied by.",
+        ),
+        ("Weight in the loss", ("weight",), 1, "What each domain's advantages were multiplied by."),
+        ("Prompts drawn anew", ("redrawn",), window, "Per step, because all completions earned the same."),
+        ("Prompts that agree", ("agreed",), window, "Share of a domain's prompts from which nothing is learned."),
+    ):
+        lines = [Line(n, smooth(record.series(*keys, n), own), i) for i, n in enumerate(record.domains)]
+        if any(line.points for line in lines):
+            charts.append(line_chart(title, lines, stages=stages, caption=caption, percent=keys == ("agreed",)))
+    told = [found.get("decisions") for _, found in record.found("monitor", "balance")]
+    decisions = [decision for found in told if isinstance(found, list) for decision in found]
+    return charts, decisions

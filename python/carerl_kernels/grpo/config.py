@@ -45,7 +45,14 @@ class GRPOConfig(BaseModel):
     advantages: Literal["group", "domain", "none"] | None = Field(
         default=None,
         description="what group_advantages divides by: the spread of the group, that of all groups of the domain, "
-        "nothing; None: as the loss prescribes (dr_grpo nothing, the others the group's)",
+        "nothing; None: in mixed stages the domain's, for domains whose rewards are on other scales must not be pooled as "
+        "they are (the one with the largest numbers takes the step); else as the loss prescribes (dr_grpo nothing, the "
+        "others the group's)",
+    )
+    editor: Literal["guard", "sum"] | None = Field(
+        default=None,
+        description="what a mixed batch's gradient is made of: guard: each domain's part without what lies along the other "
+        "domains' directions; sum: the parts as they are; None: the trainer's editor, and guard in a recipe with a guard",
     )
     kl_beta: float = Field(default=0.0, ge=0, description="weight of the k3 estimate of KL(policy || reference)")
     kl_reference: Literal["start", "stage"] = Field(
@@ -125,10 +132,9 @@ class GRPOConfig(BaseModel):
             )
         return self
 
-    @property
-    def advantage_mode(self) -> str:
-        """The mode of ``torch.ops.carerl.group_advantages``."""
-        return self.advantages or ("none" if self.loss == "dr_grpo" else "group")
+    def advantage_mode(self, mixed: bool = False) -> str:
+        """The mode of ``torch.ops.carerl.group_advantages`` in a stage of one domain, or in a mixed one."""
+        return self.advantages or ("domain" if mixed else "none" if self.loss == "dr_grpo" else "group")
 
     @property
     def updates_per_step(self) -> int:

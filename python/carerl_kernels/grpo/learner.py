@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -38,6 +38,9 @@ class Guard(Protocol):
     def stage(self, name: str, path: Any = None) -> AbstractContextManager[Any]: ...
     def domain(self, name: str | None) -> AbstractContextManager[Any]: ...
     def probe(self, name: str) -> AbstractContextManager[Any]: ...
+    def protect(self, name: str, batches: Any, path: Any = None, *, progress: bool = True) -> Any: ...
+    def mixed(self) -> Any: ...
+    def meets_mixed(self, domains: Collection[str]) -> None: ...
     def probes_due(self) -> bool: ...
     def settle(self) -> Any: ...
     def report(self) -> Mapping[str, Any]: ...
@@ -64,6 +67,9 @@ class Learner:
         editor: Makes one gradient out of one per domain of the batch, or None: their sum.
         sampler: Writes the completions; the model itself if None.
 
+    Attributes:
+        by_domain: The guard acts on each domain's part of a batch, with the directions of the others.
+
     Raises:
         ValueError: Nothing to train, no end-of-sequence token, or fewer prompts in a step than processes.
     """
@@ -81,6 +87,7 @@ class Learner:
     ) -> None:
         self.model, self.tokenizer, self.domains, self.config = model, tokenizer, domains, config
         self.guard, self.monitor, self.editor = guard, monitor, editor
+        self.by_domain = False
         self.tokens = special_tokens(tokenizer, model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
@@ -101,7 +108,12 @@ class Learner:
         self.clock = PhaseClock()
 
     def step(
-        self, optimizer: torch.optim.Optimizer, counts: Mapping[str, int], owner: str, earlier: Sequence[str] = ()
+        self,
+        optimizer: torch.optim.Optimizer,
+        counts: Mapping[str, int],
+        owner: str,
+        earlier: Sequence[str] = (),
+        mixed: bool = False,
     ) -> dict[str, Any]:
         """Sample a batch and take every optimizer step on it.
 
@@ -111,6 +123,7 @@ class Learner:
             owner: Whose steps these are to the guard: the stage's name, also where some prompts are replayed from
                 earlier domains, for the stage records its own steps and every other domain's directions act on them.
             earlier: Names of the domains of earlier stages, whose stored answers are rehearsed.
+            mixed: Whether it is a step of a mixed stage, whose advantages have a default of their own.
 
         Returns:
             Metrics of the step (without timings; those are in `clock`).
@@ -127,6 +140,7 @@ class Learner:
             sampler=self.sampler,
             ranks=self.ranks,
             phase=self.clock,
+            advantages=config.advantage_mode(mixed),
         )
         with self.clock("loss"):
             old_logp, ref_logp = self._fixed_logprobs(batch)
@@ -161,12 +175,13 @@ class Learner:
     def _gradients(
         self, batch: Batch, rows: Tensor, old_logp: Tensor | None, ref_logp: Tensor | None
     ) -> tuple[float, LossStats, float]:
-        """Gradients of one minibatch, one domain at a time and combined by the editor where there is one.
+        """Gradients of one minibatch; where the guard or an editor wants it, one domain at a time.
 
-        Each domain's gradient is D times its share of the minibatch's, so that their mean is the gradient of the whole.
+        An editor gets D times each domain's share of the minibatch's gradient, so that their mean is the gradient of the whole.
         """
         fixed: dict[str, Any] = {"old_logp": old_logp, "ref_logp": ref_logp, "ranks": self.ranks}
-        if self.editor is None:
+        parts = self.guard.mixed() if self.by_domain and self.guard is not None else None
+        if self.editor is None and parts is None:
             return accumulate_gradients(self.model, batch, rows, self.tokens, self.config, **fixed)
         names = [batch.domains[i] for i in rows.tolist()]
         loss, gap, stats = 0.0, 0.0, LossStats()
@@ -174,16 +189,22 @@ class Learner:
         present = {name for part in self.ranks.gather(sorted(set(names))) for name in part}
         for name in [n for n in dict.fromkeys(batch.whole.domains) if n in present]:  # alike in every process
             own = rows[torch.tensor([n == name for n in names], dtype=torch.bool, device=rows.device)]
-            for p in self.parameters:
+            for p in self.parameters if parts is None else ():
                 p.grad = None
             part_loss, part, part_gap = accumulate_gradients(
                 self.model, batch, own, self.tokens, self.config, of=rows, **fixed
             )
             loss, gap = loss + part_loss, gap + part_gap
             stats.add(part)
+            if parts is not None:
+                parts.gained(name)
+                continue
             gradients[name] = [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in self.parameters]
-        for parts in gradients.values():
-            torch._foreach_mul_(parts, float(len(gradients)))
+        if self.editor is None:
+            parts.finish()
+            return loss, stats, gap
+        for tensors in gradients.values():
+            torch._foreach_mul_(tensors, float(len(gradients)))
         assign(self.model, self.editor.combine(gradients))  # what is not finite stays so, and the step is dropped
         return loss, stats, gap
 
@@ -235,7 +256,7 @@ class Learner:
                 self._probe(guard)
         before = sum(guard.seconds.values())
         start = time.perf_counter()
-        with guard.domain(owner):
+        with nullcontext() if self.by_domain else guard.domain(owner):
             optimizer.step()
         wall, own = time.perf_counter() - start, sum(guard.seconds.values()) - before
         self.clock.add("guard", own)

@@ -129,6 +129,7 @@ def rollout(
     sampler: Sampler | None = None,
     ranks: Ranks | None = None,
     phase: Callable[[str], AbstractContextManager[Any]] | None = None,
+    advantages: str | None = None,
 ) -> Batch:
     """Draw prompts, sample `config.group_size` completions each, score and compare them.
 
@@ -144,6 +145,7 @@ def rollout(
         ranks: Processes that share the model. Each samples its share of the prompts; the first one judges all of them, so
             that stateful rewards, caches and a judge's limits see what they see in a single process.
         phase: Context manager factory timing the phases "sample" and "reward".
+        advantages: What they are divided by, as in the configuration; None: what that says of a stage of one domain.
 
     Raises:
         RewardError: A verifier returned something else than a finite number or None, or None for every completion.
@@ -176,11 +178,12 @@ def rollout(
     reward_tensor = torch.tensor([math.nan if r is None else r for r in rewards], dtype=torch.float64, device=device)
     group_ids = torch.tensor(owners, device=device)
     domain_ids = torch.tensor([list(counts).index(names[i]) for i in owners], device=device)
+    mode = advantages or config.advantage_mode()
     whole = Judged(
         texts=texts,
         rewards=reward_tensor,
         group_ids=group_ids,
-        advantages=torch.ops.carerl.group_advantages(reward_tensor, group_ids, domain_ids, config.advantage_mode),
+        advantages=torch.ops.carerl.group_advantages(reward_tensor, group_ids, domain_ids, mode),
         domains=[names[i] for i in owners],
     )
     rows = [i * size + j for i in mine for j in range(size)]

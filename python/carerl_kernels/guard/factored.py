@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..linalg import loewdin_root
+from ..linalg import loewdin_root, pinv_power
 from ..subspace.factored import FactoredBasis, orthonormal
 from ..subspace.matrices import Group, MatrixLayout
 from ..thin import add_product_, full_precision, times, times_transposed
@@ -292,6 +292,7 @@ class InputStack(FactoredStack):
         self._kept: list[Tensor] = []  # of each group, the columns that any of its matrices has
         self._acting: list[Tensor] = []  # [G, n or m, columns kept]
         self._boxes: tuple[str | None, dict[int, tuple[Tensor, Tensor, Tensor, Tensor]]] | None = None
+        self._inverses: dict[str | None, list[Tensor]] = {}  # by domain of a batch, [G, kept, kept] float64 of each group
 
     def _sum_(self, coeffs: Tensor) -> None:
         shards = self.layout.shards
@@ -370,6 +371,7 @@ class InputStack(FactoredStack):
     def _more_factors(self) -> list[Tensor]:
         recorded = [t for b in self._recorded.values() for part in (b.left, b.right, b.moved) for t in part.values()]
         boxes = [] if self._boxes is None else [t for box in self._boxes[1].values() for t in box[1:]]
+        boxes += [t for inverses in self._inverses.values() for t in inverses]
         return [acting for acting in self._acting if acting.shape[2] < self.rows] + recorded + boxes
 
     def put(self, basis: FactoredBasis, parameters: Sequence[Tensor]) -> None:
@@ -387,7 +389,7 @@ class InputStack(FactoredStack):
         ]
         for name in names[same.index(False) :]:  # from the first that changes, so that their order stays
             super().put(self._trimmed(name), parameters)
-        self._kept, self._acting, self._boxes = [], [], None
+        self._kept, self._acting, self._boxes, self._inverses = [], [], None, {}
         for number, group in enumerate(self.layout.groups):
             factors = self.left[number] if group.side == "left" else self.right[number]
             assert factors is not None
@@ -438,6 +440,46 @@ class InputStack(FactoredStack):
         return replace(
             basis, left=kept(basis.left), right=kept(basis.right), values=kept(basis.values), moved=kept(basis.moved)
         )
+
+    # Gradients. Parts are float32 ``[G, rows of each, kept]``, one for each group: columns that no matrix has cost nothing.
+
+    def seen(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """See :class:`Stack`; of a matrix whose columns are spread over processes, what is here."""
+        parts = []
+        with full_precision(self.device):
+            for number, group in enumerate(self.layout.groups):
+                factors = self._acting[number]
+                part = torch.zeros(factors.shape[0], group.each, factors.shape[2], device=self.device)
+                product = times_transposed if group.side == "left" else times
+                for at, _ in self._chunks(group) if group.m and factors.shape[2] else ():
+                    part[at] = product(self.layout.local(group, tensors, at), factors[at])
+                parts.append(part)
+        return parts
+
+    def along(self, parts: Sequence[Tensor], own: str | None) -> list[Tensor]:
+        """See :class:`Stack`: coefficients times ``(V^T V)^+`` of the directions V that act."""
+        key = own if own in self.names else None
+        if key not in self._inverses:
+            active = self.active(key)
+            self._inverses[key] = []
+            for number, kept in enumerate(self._kept):
+                acts = active[kept].double()
+                overlap = self._gram(number)[:, kept][:, :, kept] * acts * acts.unsqueeze(1)
+                self._inverses[key].append(pinv_power(overlap, -1))
+        # The inverse may be large where directions nearly agree: float64 here, where everything is thin.
+        return [(part.double() @ M).float() for part, M in zip(parts, self._inverses[key], strict=True)]
+
+    def remove_(self, tensors: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+        """See :class:`Stack`."""
+        shards = self.layout.shards
+        with full_precision(self.device):
+            for number, (group, part) in enumerate(zip(self.layout.groups, parts, strict=True)):
+                factors, left = self._acting[number], group.side == "left"
+                if left and shards.sharded:
+                    part = shards.sum_(part)
+                for at, _ in self._chunks(group) if group.m and factors.shape[2] else ():
+                    pair = (factors[at], -part[at]) if left else (-part[at], factors[at])
+                    add_product_(self.layout.local(group, tensors, at), *pair)
 
     # The box. Coefficients are float32 and as the factors give them, without orientation: one number each is remembered.
 

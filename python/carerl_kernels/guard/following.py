@@ -28,7 +28,7 @@ class Following:
 
     Attributes:
         max_grad_norm: grad mode: clips the edited gradient.
-        edited: the gradient of the step to come was recorded and edited already.
+        edited: the gradient of the step to come was edited already, one domain at a time.
         restored: state was loaded: the next attach or stage goes on instead of starting afresh.
         communication: numbers summed over processes and all-reduces of the last step.
     """
@@ -62,7 +62,7 @@ class Following:
 
     def attach(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Puts the hooks on."""
-        self._optimizers, self._looked_for_copies = list(optimizers), None
+        self._optimizers, self._looked_for_copies, self.edited = list(optimizers), None, False
         self._stepped.clear()
         for optimizer in optimizers:
             self._handles += [
@@ -129,7 +129,9 @@ class Following:
         own = self._owner()
         if not self.edited:  # before any edit: history is made of raw gradients
             self._record_and_edit(optimizer, own)
-        if len(memory.stack) and memory.settings.apply_to == "update":
+        elif len(memory.stack) and memory.box is not None:
+            memory.box.release(self.locals())
+        if len(memory.stack) and memory.settings.apply_to == "update" and not self.edited:
             if memory.box is not None:
                 memory.box.begin(self.locals(), own)
             elif memory.settings.track_energy:
@@ -185,6 +187,7 @@ class Following:
 
     def _end(self) -> None:
         self._stepped.clear()
+        edited = self.edited
         self.restored = self.edited = False
         if self._dropped:
             return
@@ -192,7 +195,8 @@ class Following:
         if memory.settings.apply_to == "update":
             self._look_for_copies()
         if len(memory.stack) and memory.box is not None:
-            memory.box.step(self.locals())
+            if not edited:
+                memory.box.step(self.locals())
         elif len(memory.stack) and memory.settings.apply_to == "update":
             memory.steps.edit_update(self.locals(), self._owner(), self._snapshot)
             self._snapshot = None

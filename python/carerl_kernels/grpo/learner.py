@@ -88,6 +88,7 @@ class Learner:
         self.model, self.tokenizer, self.domains, self.config = model, tokenizer, domains, config
         self.guard, self.monitor, self.editor = guard, monitor, editor
         self.by_domain = False
+        self._takes_rows = True  # until a model turns out to use its weights in a way that cannot be told row by row
         self.tokens = special_tokens(tokenizer, model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
@@ -181,6 +182,14 @@ class Learner:
         """
         fixed: dict[str, Any] = {"old_logp": old_logp, "ref_logp": ref_logp, "ranks": self.ranks}
         parts = self.guard.mixed() if self.by_domain and self.guard is not None else None
+        if parts is not None and parts.takes_rows and self._takes_rows:
+            done = accumulate_gradients(self.model, batch, rows, self.tokens, self.config, **fixed, watch=parts.rows)
+            self._takes_rows = parts.complete()
+            if self._takes_rows:
+                parts.finish()
+                return done
+            for p in self.parameters:
+                p.grad = None
         if self.editor is None and parts is None:
             return accumulate_gradients(self.model, batch, rows, self.tokens, self.config, **fixed)
         names = [batch.domains[i] for i in rows.tolist()]

@@ -27,6 +27,7 @@ class Following:
         seconds: of the guard, to count in.
 
     Attributes:
+        parameters: as given.
         max_grad_norm: grad mode: clips the edited gradient.
         edited: the gradient of the step to come was edited already, one domain at a time.
         restored: state was loaded: the next attach or stage goes on instead of starting afresh.
@@ -42,7 +43,7 @@ class Following:
         owner: Callable[[], str | None],
         seconds: dict[str, float],
     ):
-        self._parameters, self._memory, self._recording, self._census = parameters, memory, recording, census
+        self.parameters, self._memory, self._recording, self._census = parameters, memory, recording, census
         self._owner, self._seconds = owner, seconds
         self.max_grad_norm = memory.settings.max_grad_norm
         self.edited = self.restored = False
@@ -86,11 +87,11 @@ class Following:
 
     def locals(self) -> list[Tensor]:
         """The parts of the parameters that live here, sharing their memory."""
-        return [local(p) for p in self._parameters]
+        return [local(p) for p in self.parameters]
 
     def gradients(self) -> list[Tensor]:
         """Theirs; see :func:`carerl_kernels.guard.gradients.gradients`."""
-        return gradients(self._parameters, self._memory.layout.names)
+        return gradients(self.parameters, self._memory.layout.names)
 
     def finite(self, tensors: Sequence[Tensor]) -> bool:
         """One flag for all gradients of all processes: the only synchronisation of a guarded step."""
@@ -215,8 +216,8 @@ class Following:
         box = self._memory.box
         if self._looked_for_copies is self._memory.correction:
             return
-        second = None if box is None else second_weights(self._optimizers, self._parameters)
-        refuse_copies(self._optimizers, self._parameters, second is not None)
+        second = None if box is None else second_weights(self._optimizers, self.parameters)
+        refuse_copies(self._optimizers, self.parameters, second is not None)
         if box is not None:
             box.also = second
         self._looked_for_copies = self._memory.correction

@@ -502,8 +502,8 @@ class CapabilityGuard:
         """
         if self.rule not in ("bounded", "remove"):
             raise ValueError(
-                f"mixed batches: expected rule 'bounded' or 'remove', found {self.rule!r}; what other domains' directions hold is "
-                "removed from each domain's gradient, and no sign is asked for"
+                f"mixed batches: expected rule 'bounded' or 'remove', found {self.rule!r}; what others' directions hold "
+                "is removed from each domain's gradient, and no sign is asked for"
             )
         if self.max_grad_norm is not None:
             raise ValueError(
@@ -515,7 +515,7 @@ class CapabilityGuard:
                 f"mixed batches: expected no recording in progress, found one of {names}; a step of several domains is no "
                 "domain's own. Record each with guard.protect(name, its prompts), before or afterwards"
             )
-        return MixedGradient(self.memory, self._following, self.seconds, self._known)
+        return MixedGradient(self.memory, self._following, self.seconds, self._known, self._recording.module)
 
     def meets_mixed(self, domains: Collection[str]) -> None:
         """Warns, once, that a mixed batch of these domains is about to be held along its own domains' directions."""
@@ -525,7 +525,7 @@ class CapabilityGuard:
             warnings.warn(
                 f"a batch mixes {', '.join(domains)}: as one step it is nobody's, so all history acts on it, that of "
                 f"{', '.join(held)} too, and the model hardly learns. Train with editor='guard' (GRPOTrainer, GRPOConfig, "
-                "CareGRPOTrainer; guard.mixed() in a loop of your own), which lets the others' directions act on each domain's part",
+                "CareGRPOTrainer; guard.mixed() in your own loop): on each domain's part the directions of the others act",
                 stacklevel=3,
             )
 

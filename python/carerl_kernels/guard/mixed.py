@@ -4,20 +4,24 @@ With P_d the projector onto the span of all directions but those of domain d, th
 ``sum_d (I - P_d) g_d``. What is taken out depends on the coefficients ``A g_d`` alone, so no gradient is ever copied: parts
 accumulate in ``p.grad`` as always, after each the coefficients of the sum are looked at once, and their growth is what this
 domain has added. At the end one thin product takes the sum of all corrections out.
+
+Where a model consists of linear layers and embeddings, one backward pass over the whole batch does (:class:`RowWatch`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from .following import Following
 from .memory import Memory
+from .rows import RowWatch
 from .statistics import energies
 
 
@@ -28,12 +32,19 @@ class MixedGradient:
         memory, following: of the guard.
         seconds: of the guard, to count in.
         known: called with every domain's name.
+        module: the model, where the guard was built from one.
     """
 
     def __init__(
-        self, memory: Memory, following: Following, seconds: dict[str, float], known: Callable[[str], None]
+        self,
+        memory: Memory,
+        following: Following,
+        seconds: dict[str, float],
+        known: Callable[[str], None],
+        module: nn.Module | None,
     ):
         self._memory, self._following, self._seconds, self._known = memory, following, seconds, known
+        self._watch = None if module is None else RowWatch.of(memory.stack, module, following.parameters)
         self._seen: list[Tensor] | None = None  # coefficients of what was in the gradients when last looked at
         self._out: list[Tensor] | None = None  # what is to be taken out
 
@@ -55,6 +66,32 @@ class MixedGradient:
         self._seen = seen
         self._seconds["act"] += time.perf_counter() - started
 
+    @property
+    def takes_rows(self) -> bool:
+        """Whether :meth:`rows` can be tried: a model whose weights live here whole, in linear layers and embeddings."""
+        return self._watch is not None
+
+    @contextmanager
+    def rows(self, domains: Sequence[str]) -> Iterator[None]:
+        """One forward and backward pass over a batch inside, row i of which is ``domains[i]``'s: instead of passes domain by
+        domain and :meth:`gained`. Enter it once for every micro-batch, then ask :meth:`complete`."""
+        assert self._watch is not None
+        for name in dict.fromkeys(domains):
+            self._known(name)
+        with self._watch.watching(list(domains)):
+            yield
+
+    @torch.no_grad()
+    def complete(self) -> bool:
+        """Whether what was seen row by row is all of the gradient. If not (a weight that is used in another way), drop the
+        gradient and pass the domains backward one by one."""
+        assert self._watch is not None
+        started = time.perf_counter()
+        complete = self._watch.agrees(self._following.gradients())
+        self._out = self._watch.out if complete else None
+        self._seconds["act"] += time.perf_counter() - started
+        return complete
+
     def average_(self, group: Any) -> None:
         """Gradients were gathered in every process of a group by itself, and the next backward pass averages them: so does
         this what is known of them. Collective.
@@ -68,7 +105,7 @@ class MixedGradient:
         """Takes out of the gradients what lies along other domains' directions; the optimizer steps next."""
         self._following.edited = True
         memory, stack = self._memory, self._memory.stack
-        if self._out is None or self._seen is None:
+        if self._out is None:
             return
         started = time.perf_counter()
         gradients = self._following.gradients()

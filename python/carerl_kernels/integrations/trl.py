@@ -34,8 +34,9 @@ class CareMixin:
             prompts, in all accumulated micro-batches and processes; where they differ, to none, and all history acts.
             Evaluation may have domains of its own, and prompts without one, which count in no domain's metrics.
         domains: all names that the column holds; None looks them up (not possible in a stream).
-        editor: makes the step's gradient out of one per domain (:mod:`carerl_kernels.guard.editors`); "guard" means the
-            guard itself, in grad mode: each domain's gradient is edited by the rows of the others. TRL's clipping follows.
+        editor: makes the step's gradient out of one per domain (:mod:`carerl_kernels.guard.editors`); "guard" means the guard
+            itself: the directions of all others act on each domain's part (:meth:`CapabilityGuard.mixed`). TRL's clipping
+            follows.
         probe_loss, protect: see :class:`GuardCallback`.
 
     Raises:
@@ -60,7 +61,7 @@ class CareMixin:
         trainer: Any = self
         self.domain_names = _domain_names(trainer.train_dataset, trainer.eval_dataset, domain_column, domains)
         self._step_domains = torch.zeros(len(self.domain_names), dtype=torch.bool)
-        self._step_owner: str | None = None
+        self._step_owner: str | tuple[str, ...] | None = None
         self._batch_ids: Tensor | None = None  # domains of the generation batch, of all processes
         self.last_forward: Any = None  # log-probabilities, entropies, router's loss of the loss just computed
         self.guard_callback: GuardCallback | None = None
@@ -141,7 +142,8 @@ class CareMixin:
             present = self._step_domains.to(trainer.accelerator.device, torch.float32)
             if len(present):
                 found = trainer.accelerator.reduce(present, "sum").nonzero().flatten().tolist()
-                self._step_owner = self.domain_names[found[0]] if len(found) == 1 else None
+                names = tuple(self.domain_names[i] for i in found)
+                self._step_owner = names[0] if len(names) == 1 else names
                 self._step_domains.zero_()
             if self._losses is not None:
                 self._losses.combine()

@@ -303,7 +303,8 @@ class CapabilityGuard:
         of several domains of which one has history is better served by :meth:`mixed`: a warning says so, once.
         """
         if name is not None and not isinstance(name, str):
-            self.meets_mixed(name)
+            if not self._following.edited:
+                self.meets_mixed(name)
             name = None
         if name is not None:
             self._known(name)

@@ -76,7 +76,9 @@ def test_each_domain_s_part_is_without_the_others_directions(overlap, order):
 def test_parts_of_a_domain_add_up_and_a_domain_may_be_missing(kind):
     """As many copies of gradients as domains, each edited by itself, give the same; so do micro-batches in any order."""
     model, guard, _ = guarded(kind, 0.5)
-    grads = {name: g for name, g in gradients(model).items() if name != "chat"} | {"new": gradients(model, seed=7)["math"]}
+    grads = {name: g for name, g in gradients(model).items() if name != "chat"} | {
+        "new": gradients(model, seed=7)["math"]
+    }
     want = [torch.zeros_like(p) for p in model.parameters()]
     for name, gradient in grads.items():
         copy = [g.clone() for g in gradient]

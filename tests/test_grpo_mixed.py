@@ -170,14 +170,13 @@ def test_advantages_of_mixed_stages_are_divided_by_the_domain_s_spread():
     assert 0.2 < mixed["math"] / mixed["code"] < 5
 
 
-def test_mixed_batches_without_the_editor_are_warned_of_once(tmp_path):
+def test_mixed_batches_without_the_editor_are_warned_of_once():
     run = trainer(editor=None)
     with pytest.warns(UserWarning, match=r"mixes code, chat, math: .*of code too.*editor='guard'"):
         run.run([Stage("code", 1), MIXED])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         trainer(editor=None).run([Stage("code", 1), Stage(("chat", "math"), 1)])
-        trainer(tmp_path / "by config", editor=None, **{"editor": None}).run([Stage("code", 1)])
 
 
 def test_the_editor_is_a_setting_too(tmp_path):

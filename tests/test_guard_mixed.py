@@ -1,4 +1,4 @@
-"""Mixed batches: on each domain's part of the gradient the directions of all other domains act, whatever the order and the parts."""
+"""Mixed batches: on each domain's part of the gradient the directions of all other domains act, however it comes in parts."""
 
 from __future__ import annotations
 
@@ -266,7 +266,7 @@ def test_what_mixed_batches_cannot_have_is_refused():
     model = make_model()
     with pytest.raises(ValueError, match="expected rule 'bounded' or 'remove', found 'integrated'"):
         CapabilityGuard(model, "integrated", k=4).mixed()
-    with pytest.raises(ValueError, match="expected max_grad_norm=None, found 1.0; clip"):
+    with pytest.raises(ValueError, match=r"expected max_grad_norm=None, found 1\.0; clip"):
         CapabilityGuard(model, "remove", k=4, apply_to="grad", max_grad_norm=1.0).mixed()
     guard = CapabilityGuard(model, basis="input", r=3)
     with pytest.raises(ValueError, match=r"no recording in progress, found one of code.*protect"), guard.stage("code"):

@@ -92,7 +92,16 @@ class GRPOConfig(BaseModel):
     rehearsal_weight: float = Field(
         default=0.0, ge=0, description="weight of the cross-entropy of earlier domains' stored answers (probe_examples)"
     )
-    rehearsal_batch: int = Field(default=32, ge=1, description="stored examples drawn for it in every optimizer step")
+    rehearsal_batch: int = Field(default=32, ge=1, description="examples drawn for either in every optimizer step")
+    self_rehearsal_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of the cross-entropy of the run's own right answers, of all domains trained so far; a verifier says "
+        "which are right (Domain.verify), a judge only where it is told to",
+    )
+    self_rehearsal_size: int = Field(
+        default=256, ge=1, description="of a domain's right answers a uniform sample of so many is kept"
+    )
     stage_interpolation: float = Field(
         default=1.0, gt=0, le=1, description="a stage ends at start + this * (end - start): 1 keeps what was trained"
     )

@@ -19,6 +19,7 @@ from .config import GRPOConfig
 from .domain import Domain
 from .logprobs import answer_loss
 from .losses import LossStats
+from .own_answers import OwnAnswers
 from .parallel import Ranks, whole
 from .progress import PhaseClock
 from .reference import FrozenWeights
@@ -107,6 +108,7 @@ class Learner:
         self.reference: FrozenWeights | None = None
         self.recorder: Any = None  # of the guard's stage in progress: told what every step is made of
         self.clock = PhaseClock()
+        self.own_answers = OwnAnswers(self)
 
     def step(
         self,
@@ -143,6 +145,8 @@ class Learner:
             phase=self.clock,
             advantages=config.advantage_mode(mixed),
         )
+        with self.clock("reward"):
+            self.own_answers.see(batch)
         with self.clock("loss"):
             old_logp, ref_logp = self._fixed_logprobs(batch)
         losses: list[float] = []
@@ -154,6 +158,7 @@ class Learner:
                     optimizer.zero_grad(set_to_none=True)
                     loss, part, part_gap = self._gradients(batch, rows, old_logp, ref_logp)
                     self._rehearse(earlier)
+                    self.own_answers.rehearse()
                     norm = float(whole(nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm or math.inf)))
                     loss, part_gap, *sums = self.ranks.sum([loss, part_gap, *vars(part).values()])
                 losses.append(loss)
@@ -311,4 +316,5 @@ class Learner:
             "length": tokens / len(earned.texts),
             "truncated": 1.0 - complete / len(earned.texts),
             "skipped": skipped,
+            **self.own_answers.metrics(),
         }

@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -72,11 +72,13 @@ class Batch(Judged):
         rollout: Tokens and log-probabilities.
         rows: Their row numbers in `whole`.
         whole: The step's completions of all processes, alike in each of them; the same rows when there is one process.
+        prompts: What was asked, by group id.
     """
 
     rollout: Rollout
     rows: list[int]
     whole: Judged
+    prompts: list[Example] = field(default_factory=list)
 
 
 def prompt_counts(
@@ -187,7 +189,7 @@ def rollout(
         domains=[names[i] for i in owners],
     )
     rows = [i * size + j for i in mine for j in range(size)]
-    return Batch(**vars(whole.select(rows)), rollout=sampled, rows=rows, whole=whole)
+    return Batch(**vars(whole.select(rows)), rollout=sampled, rows=rows, whole=whole, prompts=examples)
 
 
 def _rewards(

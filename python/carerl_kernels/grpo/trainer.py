@@ -129,7 +129,7 @@ class GRPOTrainer:
             `history`.
 
         Raises:
-            ValueError: A stage names an unknown domain, or resume without run_dir.
+            ValueError: A stage names an unknown domain, resume without run_dir, or own answers to rehearse that nobody verifies.
             CheckpointError: run_dir holds a run already (without resume), or one with other settings.
             RewardError: A verifier returned no finite number.
             FloatingPointError: The model diverged.
@@ -140,6 +140,7 @@ class GRPOTrainer:
             raise ValueError(f"expected stages over the domains {list(self.domains)}, found {unknown or 'no stage'}")
         if resume and self.directory is None:
             raise ValueError("resume=True needs the run_dir of the run to continue")
+        self._learner.own_answers.check([self.domains[d] for d in dict.fromkeys(d for s in stages for d in s.domains)])
         names = stage_names(stages)
         state = self._open(stages, resume)
         first, offset = (0, 0) if state is None else (state["stage"], state["stage_step"])
@@ -237,6 +238,7 @@ class GRPOTrainer:
             return
         if by_domain:
             with self._clock("guard"):
+                guard.mixed()  # says what it cannot do before anything is sampled
                 self._serving.refresh(self._step, fresh=True)
                 self._views.before(guard, name, stage.domains, resumed)
         elif stage.mixed:
@@ -360,6 +362,7 @@ class GRPOTrainer:
             reward: Any = self.domains[name].reward
             reward.load_state_dict(rewards)
         self._serving.load_state_dict(state["serving"])
+        self._learner.own_answers.load_state_dict(state["own_answers"])
         self._learner.rng.setstate(nested_tuples(state["prompts"]))
         kept = state["global"]  # one per process; another number of processes goes on with the first one's
         set_rng_state(kept[self.ranks.rank if len(kept) == self.ranks.size else 0])
@@ -382,6 +385,7 @@ class GRPOTrainer:
                 if hasattr(domain.reward, "state_dict")
             },
             "prompts": self._learner.rng.getstate(),
+            "own_answers": self._learner.own_answers.state_dict(),
             **self._earlier.state(),
             "serving": self._serving.state_dict(),
             "global": self.ranks.gather(rng_state()),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..guard import CapabilityGuard
 from ..guard.editors import Editor
+from .own_answers import OwnAnswers
 from .per_domain import DomainLosses
 from .transformers import GuardCallback, MakeGuard
 
@@ -37,6 +38,8 @@ class CareMixin:
         editor: makes the step's gradient out of one per domain (:mod:`carerl_kernels.guard.editors`); "guard" means the guard
             itself: the directions of all others act on each domain's part (:meth:`CapabilityGuard.mixed`). TRL's clipping
             follows.
+        self_rehearsal_weight: of the cross-entropy of the run's own right answers (:class:`OwnAnswers`); 0: none are kept.
+        self_rehearsal_size: right answers that are kept per domain; self_rehearsal_batch: drawn in every optimizer step.
         probe_loss, protect: see :class:`GuardCallback`.
 
     Raises:
@@ -52,6 +55,9 @@ class CareMixin:
         domain_column: str = "domain",
         domains: Sequence[str] | None = None,
         editor: Editor | str | None = None,
+        self_rehearsal_weight: float = 0.0,
+        self_rehearsal_size: int = 256,
+        self_rehearsal_batch: int = 32,
         probe_loss: Callable[[nn.Module, str], Tensor] | None = None,
         protect: Mapping[str, Iterable[Any]] | None = None,
         **kwargs: Any,
@@ -79,6 +85,11 @@ class CareMixin:
                 f"editor: expected an editor, or 'guard' with guard=, found {editor!r} with guard={guard!r}"
             )
         self._losses = None if editor is None else DomainLosses(self, editor)
+        self.own_answers: OwnAnswers | None = None
+        self._rewards: Tensor | None = None  # of the generation batch, by function, of all processes
+        if self_rehearsal_weight:
+            self.own_answers = OwnAnswers(self, self_rehearsal_weight, self_rehearsal_size, self_rehearsal_batch)
+            trainer.add_callback(self.own_answers)
 
     @property
     def guard(self) -> CapabilityGuard | None:
@@ -96,13 +107,18 @@ class CareMixin:
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         parent: Any = super()
-        if not self.domain_names:
-            return parent._generate_and_score_completions(inputs)
         trainer: Any = self
+        if not self.domain_names:
+            output = parent._generate_and_score_completions(inputs)
+            if self.own_answers is not None and trainer.model.training:
+                self.own_answers.see(output, self._rewards, ["all"] * len(inputs))
+            return output
         ids = torch.tensor([self._domain_id(row) for row in inputs], device=trainer.accelerator.device)
         self._batch_ids = trainer.accelerator.gather(ids)
         output = parent._generate_and_score_completions(inputs)
         output["domain_ids"] = ids  # shuffled and split with the batch by TRL
+        if self.own_answers is not None and trainer.model.training:
+            self.own_answers.see(output, self._rewards, [self.domain_names[i] for i in ids.tolist()])
         return output
 
     def _domain_id(self, row: Mapping[str, Any]) -> int:
@@ -147,6 +163,8 @@ class CareMixin:
                 self._step_domains.zero_()
             if self._losses is not None:
                 self._losses.combine()
+            if self.own_answers is not None:
+                self.own_answers.rehearse(model)
         return loss
 
     def compute_loss(
@@ -202,6 +220,7 @@ class CareMixin:
         rewards = parent._calculate_rewards(
             inputs, prompts, completions, completion_ids_list
         )  # [B, functions], all processes
+        self._rewards = rewards
         if self.domain_names:
             lengths = torch.tensor(
                 [len(ids) for ids in completion_ids_list], device=rewards.device, dtype=torch.float32

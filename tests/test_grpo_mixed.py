@@ -98,7 +98,7 @@ def test_resume_is_bitwise_exact(tmp_path, step):
 
 def gradients(run, takes_rows, **changes):
     learner = run._learner
-    learner.by_domain, learner._takes_rows = True, takes_rows
+    learner.by_domain, learner.takes_rows = True, takes_rows
     learner.config = learner.config.model_copy(update=changes)
     batch = rollout(
         run.model,
@@ -121,7 +121,7 @@ def test_row_by_row_and_domain_by_domain_are_one_gradient(changes):
     run = trainer()
     run._views.before(run.guard, "x", MIXED.domains, False)
     loss, tokens, rows = gradients(run, True, **changes)
-    assert run._learner._takes_rows
+    assert run._learner.takes_rows
     other, other_tokens, passes = gradients(run, False, **changes)
     assert loss == pytest.approx(other, abs=1e-3) and tokens == other_tokens  # of terms of 1e3 that cancel
     scale = max(float(p.abs().max()) for p in passes)
@@ -137,7 +137,7 @@ def test_a_model_whose_weights_are_used_otherwise_is_passed_domain_by_domain():
         layer.act_fn(layer.gate_proj(x)) * torch.nn.functional.linear(x, layer.up_proj.weight)
     )
     loss, _, found = gradients(run, True)
-    assert not run._learner._takes_rows
+    assert not run._learner.takes_rows
     other, _, passes = gradients(run, False)
     assert loss == other and all(torch.equal(a, b) for a, b in zip(found, passes, strict=True))
 

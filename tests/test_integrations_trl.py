@@ -368,7 +368,9 @@ def test_what_does_not_fit_is_refused(tmp_path, math_file):
     with pytest.raises(ValueError, match="expected one of chat, found 'math'"):
         trainer(tmp_path, rows(["math"]), domains=["chat"]).train()
     with pytest.raises(ValueError, match="mixed batches: expected rule 'bounded' or 'remove', found 'probed'"):
-        trainer(tmp_path, guard=lambda m: CapabilityGuard.load(math_file, model=m, rule="probed"), editor="guard").train()
+        trainer(
+            tmp_path, guard=lambda m: CapabilityGuard.load(math_file, model=m, rule="probed"), editor="guard"
+        ).train()
     with pytest.raises(ValueError, match="probe_loss=function"):
         trainer(tmp_path, guard=lambda m: CapabilityGuard.load(math_file, model=m, rule="probed")).train()
     with pytest.raises(ValueError, match="expected a stage to record"):

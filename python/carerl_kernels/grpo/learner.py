@@ -70,6 +70,8 @@ class Learner:
 
     Attributes:
         by_domain: The guard acts on each domain's part of a batch, with the directions of the others.
+        takes_rows: Whether one backward pass over a mixed batch is tried; no longer once the model turned out to use its weights
+            in a way that cannot be told row by row.
 
     Raises:
         ValueError: Nothing to train, no end-of-sequence token, or fewer prompts in a step than processes.
@@ -89,7 +91,7 @@ class Learner:
         self.model, self.tokenizer, self.domains, self.config = model, tokenizer, domains, config
         self.guard, self.monitor, self.editor = guard, monitor, editor
         self.by_domain = False
-        self._takes_rows = True  # until a model turns out to use its weights in a way that cannot be told row by row
+        self.takes_rows = True
         self.tokens = special_tokens(tokenizer, model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
@@ -187,10 +189,10 @@ class Learner:
         """
         fixed: dict[str, Any] = {"old_logp": old_logp, "ref_logp": ref_logp, "ranks": self.ranks}
         parts = self.guard.mixed() if self.by_domain and self.guard is not None else None
-        if parts is not None and parts.takes_rows and self._takes_rows:
+        if parts is not None and parts.takes_rows and self.takes_rows:
             done = accumulate_gradients(self.model, batch, rows, self.tokens, self.config, **fixed, watch=parts.rows)
-            self._takes_rows = parts.complete()
-            if self._takes_rows:
+            self.takes_rows = parts.complete()
+            if self.takes_rows:
                 parts.finish()
                 return done
             for p in self.parameters:
@@ -214,9 +216,10 @@ class Learner:
                 parts.gained(name)
                 continue
             gradients[name] = [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in self.parameters]
-        if self.editor is None:
+        if parts is not None:
             parts.finish()
             return loss, stats, gap
+        assert self.editor is not None
         for tensors in gradients.values():
             torch._foreach_mul_(tensors, float(len(gradients)))
         assign(self.model, self.editor.combine(gradients))  # what is not finite stays so, and the step is dropped

@@ -55,7 +55,9 @@ class Box:
         statistics: Statistics | None = None,
     ):
         self.stack, self.bounds, self.every, self._statistics = stack, bounds, every, statistics
-        self.anchor = torch.empty(0)
+        self.anchor = torch.zeros(
+            stack.layout.T, 0, device=stack.device
+        )  # rows of every parameter, as a state has them
         self.waiting = 0
         self.released = False
         self.also: Sequence[Tensor] | None = None

@@ -130,7 +130,7 @@ def uneven(path: Path | None, world: int) -> GRPOTrainer:
 def mixed(path: Path | None, world: int) -> GRPOTrainer:
     """Domains that the guard sees from a batch each; one gradient, of which each part is without what the others live on."""
     run = trainer(path, world, basis="input", editor="guard")
-    run.run(STAGES[:1] + UNEVEN)
+    run.run(UNEVEN)
     return run
 
 

@@ -55,9 +55,7 @@ class Box:
         statistics: Statistics | None = None,
     ):
         self.stack, self.bounds, self.every, self._statistics = stack, bounds, every, statistics
-        self.anchor = torch.zeros(
-            stack.layout.T, 0, device=stack.device
-        )  # rows of every parameter, as a state has them
+        self.anchor = torch.zeros(stack.layout.T, 0, device=stack.device)  # a state has it by parameter
         self.waiting = 0
         self.released = False
         self.also: Sequence[Tensor] | None = None

@@ -50,8 +50,10 @@ class RowWatch:
 
     @classmethod
     def of(cls, stack: Stack, module: nn.Module, parameters: Sequence[nn.Parameter]) -> RowWatch | None:
-        """A watch over a model; None where weights are spread over processes, or used by other modules."""
+        """A watch over a model; None where weights are spread over processes or devices, or used by other modules."""
         if not isinstance(stack, InputStack) or stack.layout.shards.sharded or not len(stack):
+            return None
+        if any(p.device != stack.device for p in parameters):
             return None
         where: dict[int, tuple[Place, str]] = {}
         for number, group in enumerate(stack.layout.groups):

@@ -110,16 +110,21 @@ class CareMixin:
         trainer: Any = self
         if not self.domain_names:
             output = parent._generate_and_score_completions(inputs)
-            if self.own_answers is not None and trainer.model.training:
-                self.own_answers.see(output, self._rewards, ["all"] * len(inputs))
+            if trainer.model.training:
+                self._keep_right(output, ["all"] * len(inputs))
             return output
         ids = torch.tensor([self._domain_id(row) for row in inputs], device=trainer.accelerator.device)
         self._batch_ids = trainer.accelerator.gather(ids)
         output = parent._generate_and_score_completions(inputs)
         output["domain_ids"] = ids  # shuffled and split with the batch by TRL
-        if self.own_answers is not None and trainer.model.training:
-            self.own_answers.see(output, self._rewards, [self.domain_names[i] for i in ids.tolist()])
+        if trainer.model.training:
+            self._keep_right(output, [self.domain_names[i] for i in ids.tolist()])
         return output
+
+    def _keep_right(self, output: dict[str, Any], domains: list[str]) -> None:
+        """The run's own right answers, of this process's rows."""
+        if self.own_answers is not None and self._rewards is not None:
+            self.own_answers.see(output, self._rewards, domains)
 
     def _domain_id(self, row: Mapping[str, Any]) -> int:
         """Place of a row's domain in `domain_names`; -1 for none, which only evaluation may have."""

@@ -201,8 +201,9 @@ def _quiet(model: nn.Module) -> Iterator[None]:
                 module.training = True
             for module in model.modules():
                 # FSDP2's root keeps its parameters gathered until a backward pass, which does not come here
-                if hasattr(module, "set_reshard_after_forward"):
-                    module.reshard()
+                reshard: Any = getattr(module, "reshard", None)
+                if reshard is not None and hasattr(module, "set_reshard_after_forward"):
+                    reshard()
 
 
 @contextmanager

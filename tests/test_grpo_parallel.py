@@ -19,7 +19,7 @@ from carerl_kernels.grpo.update import micro_batches
 from safetensors.torch import load_file
 
 pytest.importorskip("transformers")
-from trainer_worker import KILLED_AT, STAGES, redrawn, trainer, uneven
+from trainer_worker import KILLED_AT, STAGES, mixed, redrawn, trainer, uneven
 
 WORKER = Path(__file__).with_name("trainer_worker.py")
 WORLD = 2
@@ -50,7 +50,7 @@ def folder(tmp_path_factory) -> Path:
     """An uninterrupted run of two processes, one that is killed, and its copy before it goes on."""
     torch.set_num_threads(1)
     path = tmp_path_factory.mktemp("parallel")
-    first = "whole,bf16,uneven,redrawn,killed"
+    first = "whole,bf16,uneven,redrawn,mixed,killed"
     assert -signal.SIGKILL in launch(first, path), log(path, first)
     shutil.copytree(path / "killed", path / "elsewhere")
     codes = launch("resumed", path)
@@ -111,6 +111,18 @@ def test_prompts_drawn_anew_are_those_of_one_process(folder, tmp_path):
     """Prompts keep their processes, and those that agree are found from all rewards."""
     redrawn(tmp_path / "single", 1)
     assert_same_run(folder / "redrawn", tmp_path / "single")
+
+
+def test_a_guarded_mixed_stage_equals_one_process(folder, tmp_path):
+    """Two processes pass domain by domain over their shards, one looks at every row of a single pass."""
+    mixed(tmp_path / "single", 1)
+    assert_same_run(folder / "mixed", tmp_path / "single")
+    for name in ("code", "chat", "math"):
+        a, b = (
+            load_file(run / "bases" / "chat+code+math" / f"{name}.safetensors")
+            for run in (folder / "mixed", tmp_path / "single")
+        )
+        assert a.keys() == b.keys()
 
 
 def test_killed_processes_go_on_bit_by_bit(folder):

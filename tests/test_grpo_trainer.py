@@ -343,6 +343,9 @@ class WatchingGuard:
     def settle(self):
         pass
 
+    def meets_mixed(self, domains):
+        self.met = domains
+
     @contextmanager
     def stage(self, name, path=None):
         self.told.append(("stage", name, None if path is None else path.name))

@@ -367,8 +367,10 @@ def test_what_does_not_fit_is_refused(tmp_path, math_file):
         trainer(tmp_path, changes={"top_entropy_quantile": 0.5}, editor=PCGrad())
     with pytest.raises(ValueError, match="expected one of chat, found 'math'"):
         trainer(tmp_path, rows(["math"]), domains=["chat"]).train()
-    with pytest.raises(ValueError, match="edit_domains: expected apply_to='grad'"):
-        trainer(tmp_path, guard=lambda m: CapabilityGuard.load(math_file, model=m), editor="guard").train()
+    with pytest.raises(ValueError, match="mixed batches: expected rule 'bounded' or 'remove', found 'probed'"):
+        trainer(
+            tmp_path, guard=lambda m: CapabilityGuard.load(math_file, model=m, rule="probed"), editor="guard"
+        ).train()
     with pytest.raises(ValueError, match="probe_loss=function"):
         trainer(tmp_path, guard=lambda m: CapabilityGuard.load(math_file, model=m, rule="probed")).train()
     with pytest.raises(ValueError, match="expected a stage to record"):
@@ -626,3 +628,50 @@ def test_code_of_the_docs_runs(tmp_path, monkeypatch):
         exec(compile(block, f"integrations.md block {number}", "exec"), namespace)
         assert namespace["guard" if number else "trainer"] is not None
     assert {p.name for p in tmp_path.glob("*.safetensors")} == {"math.safetensors", "tanh.safetensors"}
+
+
+# ------------------------------------------------------------------------------------------------------- pooled runs
+
+
+def test_own_answers_are_the_verifier_s_and_come_back(tmp_path):
+    """Right by the function that verifies, whatever the other one says; in checkpoints; beside the guard on mixed batches."""
+
+    def verified(completions, **_):
+        return [float(len(set(text)) > 1) for text in completions]
+
+    verified.verifies = True
+
+    def judge(completions, **_):
+        return [1.0 + 0.01 * len(text) for text in completions]
+
+    def run(**changes):
+        return CareGRPOTrainer(
+            model=tiny_model(TOKENIZER, 0),
+            reward_funcs=[verified, judge],
+            args=trainer(tmp_path, changes={"per_device_train_batch_size": 12, "save_steps": 2, **changes}).args,
+            train_dataset=rows(),
+            processing_class=TOKENIZER,
+            guard=lambda m: CapabilityGuard(m, r=4),
+            protect={name: [r["prompt"] for r in rows([name])] for name in DOMAINS},
+            editor="guard",
+            self_rehearsal_weight=0.5,
+            self_rehearsal_size=5,
+            self_rehearsal_batch=4,
+        )
+
+    whole = run(save_strategy="steps")
+    whole.train()
+    counts = whole.own_answers.store.counts()
+    assert counts and max(counts.values()) <= 5
+    texts = [
+        TOKENIZER.decode(answer, skip_special_tokens=True) for n in counts for _, answer in whole.own_answers.store[n]
+    ]
+    assert verified(texts) == [1.0] * len(texts)
+    lines = [entry for entry in whole.state.log_history if "loss" in entry]
+    assert math.isfinite(lines[-1]["self_rehearsal/loss"]) and lines[-1]["guard/dropped_steps"] == 0
+    resumed = run(save_strategy="steps")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.own_answers.store.state_dict() == whole.own_answers.store.state_dict()
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
+    with pytest.raises(ValueError, match="expected a reward function that verifies, found none"):
+        trainer(tmp_path, self_rehearsal_weight=0.5)

@@ -76,10 +76,13 @@ def trainer(
 ) -> GRPOTrainer:
     tokenizer = character_tokenizer()
     model = tiny_model(tokenizer, 0).train()
-    precision, editor = changes.pop("precision", "fp32"), changes.pop("editor", None)
+    precision, editor, basis = (
+        changes.pop(*n) for n in (("precision", "fp32"), ("editor", None), ("basis", "per_matrix"))
+    )
     if world > 1 or precision == "bf16":
         shard(model, precision)
-    guard = CapabilityGuard(model, "bounded", k=3, basis="per_matrix") if guarded else None
+    options = {"k": 3} if basis == "per_matrix" else {"r": 3}
+    guard = CapabilityGuard(model, "bounded", basis=basis, **options) if guarded else None
     names = [d.name for d in domains()]
     snapshots = None if path is None else path / "snapshots"
     options = {"split_every": 1, "snapshots": snapshots, "score_range": (0.0, 8.0), "drop": 0.0}
@@ -135,6 +138,13 @@ def redrawn(path: Path | None, world: int) -> None:
     assert sum(sum(line["redrawn"].values()) for line in run.history[1:]) > 0
 
 
+def mixed(path: Path | None, world: int) -> GRPOTrainer:
+    """Domains that the guard sees from a batch each; one gradient, of which each part is without what the others live on."""
+    run = trainer(path, world, basis="input", editor="guard")
+    run.run(UNEVEN)
+    return run
+
+
 SCENARIOS: dict[str, Callable[[Path, int], object]] = {
     "whole": lambda path, world: trainer(path, world).run(STAGES),
     "killed": killed,
@@ -142,6 +152,7 @@ SCENARIOS: dict[str, Callable[[Path, int], object]] = {
     "bf16": bf16,
     "uneven": uneven,
     "redrawn": redrawn,
+    "mixed": mixed,
 }
 
 

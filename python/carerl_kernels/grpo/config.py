@@ -45,7 +45,14 @@ class GRPOConfig(BaseModel):
     advantages: Literal["group", "domain", "none"] | None = Field(
         default=None,
         description="what group_advantages divides by: the spread of the group, that of all groups of the domain, "
-        "nothing; None: as the loss prescribes (dr_grpo nothing, the others the group's)",
+        "nothing; None: in mixed stages the domain's, for domains whose rewards are on other scales must not be pooled as "
+        "they are (the one with the largest numbers takes the step); else as the loss prescribes (dr_grpo nothing, the "
+        "others the group's)",
+    )
+    editor: Literal["guard", "sum"] | None = Field(
+        default=None,
+        description="what a mixed batch's gradient is made of: guard: each domain's part without what lies along the other "
+        "domains' directions; sum: the parts as they are; None: the trainer's editor, and guard in a recipe with a guard",
     )
     kl_beta: float = Field(default=0.0, ge=0, description="weight of the k3 estimate of KL(policy || reference)")
     kl_reference: Literal["start", "stage"] = Field(
@@ -99,7 +106,16 @@ class GRPOConfig(BaseModel):
     rehearsal_weight: float = Field(
         default=0.0, ge=0, description="weight of the cross-entropy of earlier domains' stored answers (probe_examples)"
     )
-    rehearsal_batch: int = Field(default=32, ge=1, description="stored examples drawn for it in every optimizer step")
+    rehearsal_batch: int = Field(default=32, ge=1, description="examples drawn for either in every optimizer step")
+    self_rehearsal_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of the cross-entropy of the run's own right answers, of all domains trained so far; a verifier says "
+        "which are right (Domain.verify), a judge only where it is told to",
+    )
+    self_rehearsal_size: int = Field(
+        default=256, ge=1, description="of a domain's right answers a uniform sample of so many is kept"
+    )
     stage_interpolation: float = Field(
         default=1.0, gt=0, le=1, description="a stage ends at start + this * (end - start): 1 keeps what was trained"
     )
@@ -139,10 +155,9 @@ class GRPOConfig(BaseModel):
             )
         return self
 
-    @property
-    def advantage_mode(self) -> str:
-        """The mode of ``torch.ops.carerl.group_advantages``."""
-        return self.advantages or ("none" if self.loss == "dr_grpo" else "group")
+    def advantage_mode(self, mixed: bool = False) -> str:
+        """The mode of ``torch.ops.carerl.group_advantages`` in a stage of one domain, or in a mixed one."""
+        return self.advantages or ("domain" if mixed else "none" if self.loss == "dr_grpo" else "group")
 
     @property
     def updates_per_step(self) -> int:

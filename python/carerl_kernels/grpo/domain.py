@@ -147,6 +147,9 @@ class Domain:
             where several completions are right.
         probe_examples: A few stored examples with answers; guards with the rule "probed" read the gradient of their
             cross-entropy while later domains are trained.
+        verify: Which completions are right, so that the run may rehearse them (`self_rehearsal_weight`): `verify(example,
+            completion) -> bool`; or a number, from which on a reward counts as right whoever gave it, a judge too. None: a
+            reward of 1 where the reward is a verifier (`reward.verifies`); nothing that anything else says.
 
     Raises:
         ValueError: A name that no file can have, or examples without the answers that their use needs.
@@ -158,6 +161,7 @@ class Domain:
     eval_examples: Sequence[Example] = ()
     eval_mode: Literal["sampled", "exact"] = "sampled"
     probe_examples: Sequence[Example] = ()
+    verify: Callable[[Example, str], bool] | float | None = None
 
     def __post_init__(self) -> None:
         problem = name_problem(self.name)
@@ -192,6 +196,19 @@ class Domain:
                 f"found {len(examples)} of {sorted({type(e).__name__ for e in examples})}"
             )
         return examples
+
+    @property
+    def verifies(self) -> bool:
+        """Whether something says which completions are right."""
+        return self.verify is not None or bool(getattr(self.reward, "verifies", False))
+
+    def right(self, example: Example, completion: str, reward: float | None) -> bool:
+        """Whether a completion with this reward is right, by what may say so."""
+        if not self.verifies or reward is None:
+            return False
+        if callable(self.verify):
+            return bool(self.verify(example, completion))
+        return reward >= (1.0 if self.verify is None else self.verify)
 
     def score(self, example: Example, completion: str) -> float | None:
         """The reward of one completion, checked; None if it could not be judged.

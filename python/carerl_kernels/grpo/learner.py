@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +20,7 @@ from .config import GRPOConfig
 from .domain import Domain
 from .logprobs import answer_loss
 from .losses import LossStats
+from .own_answers import OwnAnswers
 from .parallel import Ranks, whole
 from .progress import PhaseClock
 from .reference import FrozenWeights
@@ -40,6 +41,9 @@ class Guard(Protocol):
     def stage(self, name: str, path: Any = None) -> AbstractContextManager[Any]: ...
     def domain(self, name: str | None) -> AbstractContextManager[Any]: ...
     def probe(self, name: str) -> AbstractContextManager[Any]: ...
+    def protect(self, name: str, batches: Any, path: Any = None, *, progress: bool = True) -> Any: ...
+    def mixed(self) -> Any: ...
+    def meets_mixed(self, domains: Collection[str]) -> None: ...
     def probes_due(self) -> bool: ...
     def settle(self) -> Any: ...
     def report(self) -> Mapping[str, Any]: ...
@@ -66,6 +70,11 @@ class Learner:
         editor: Makes one gradient out of one per domain of the batch, or None: their sum.
         sampler: Writes the completions; the model itself if None.
 
+    Attributes:
+        by_domain: The guard acts on each domain's part of a batch, with the directions of the others.
+        takes_rows: Whether one backward pass over a mixed batch is tried; no longer once the model turned out to use its weights
+            in a way that cannot be told row by row.
+
     Raises:
         ValueError: Nothing to train, no end-of-sequence token, or fewer prompts in a step than processes.
     """
@@ -83,6 +92,8 @@ class Learner:
     ) -> None:
         self.model, self.tokenizer, self.domains, self.config = model, tokenizer, domains, config
         self.guard, self.monitor, self.editor = guard, monitor, editor
+        self.by_domain = False
+        self.takes_rows = True
         self.tokens = special_tokens(tokenizer, model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
@@ -102,6 +113,7 @@ class Learner:
         self.recorder: Any = None  # of the guard's stage in progress: told what every step is made of
         self.mixture = Mixture(config, monitor, self.ranks, norms_known=editor is not None)
         self.clock = PhaseClock()
+        self.own_answers = OwnAnswers(self)
 
     def step(
         self,
@@ -110,6 +122,7 @@ class Learner:
         owner: str,
         earlier: Sequence[str] = (),
         *,
+        mixed: bool = False,
         evaluated: bool = False,
     ) -> dict[str, Any]:
         """Sample a batch and take every optimizer step on it.
@@ -120,6 +133,7 @@ class Learner:
             owner: Whose steps these are to the guard: the stage's name, also where some prompts are replayed from
                 earlier domains, for the stage records its own steps and every other domain's directions act on them.
             earlier: Names of the domains of earlier stages, whose stored answers are rehearsed.
+            mixed: Whether it is a step of a mixed stage, whose advantages have a default of their own.
             evaluated: Whether an evaluation follows, for the monitor.
 
         Returns:
@@ -137,7 +151,10 @@ class Learner:
             sampler=self.sampler,
             ranks=self.ranks,
             phase=self.clock,
+            advantages=config.advantage_mode(mixed),
         )
+        with self.clock("reward"):
+            self.own_answers.see(batch)
         self.mixture.weigh(batch)
         with self.clock("loss"):
             old_logp, ref_logp = self._fixed_logprobs(batch)
@@ -150,6 +167,7 @@ class Learner:
                     optimizer.zero_grad(set_to_none=True)
                     loss, part, part_gap = self._gradients(batch, rows, old_logp, ref_logp)
                     self._rehearse(earlier)
+                    self.own_answers.rehearse()
                     norm = float(whole(nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm or math.inf)))
                     loss, part_gap, *sums = self.ranks.sum([loss, part_gap, *vars(part).values()])
                 losses.append(loss)
@@ -187,8 +205,8 @@ class Learner:
         kept = rng_state()
         for name in dict.fromkeys(batch.whole.domains) if domains_due else ():
             with monitor.domain(name, optimizer):
-                own, more = batch.of(name, rows), {**fixed, "of": rows}
-                accumulate_gradients(self.model, batch, own, self.tokens, self.config, **more, ranks=self.ranks)
+                more: dict[str, Any] = {**fixed, "of": rows, "ranks": self.ranks}
+                accumulate_gradients(self.model, batch, batch.of(name, rows), self.tokens, self.config, **more)
         if monitor.gradients_due():
             show_gradients(monitor, self.model, self.tokenizer, self.tokens, self.domains)
         set_rng_state(kept)
@@ -196,12 +214,21 @@ class Learner:
     def _gradients(
         self, batch: Batch, rows: Tensor, old_logp: Tensor | None, ref_logp: Tensor | None
     ) -> tuple[float, LossStats, float]:
-        """Gradients of one minibatch, one domain at a time and combined by the editor where there is one.
+        """Gradients of one minibatch; where the guard or an editor wants it, one domain at a time.
 
-        Each domain's gradient is D times its share of the minibatch's, so that their mean is the gradient of the whole.
+        An editor gets D times each domain's share of the minibatch's gradient, so that their mean is the gradient of the whole.
         """
         fixed: dict[str, Any] = {"old_logp": old_logp, "ref_logp": ref_logp, "ranks": self.ranks}
-        if self.editor is None:
+        parts = self.guard.mixed() if self.by_domain and self.guard is not None else None
+        if parts is not None and parts.takes_rows and self.takes_rows:
+            done = accumulate_gradients(self.model, batch, rows, self.tokens, self.config, **fixed, watch=parts.rows)
+            self.takes_rows = parts.complete()
+            if self.takes_rows:
+                parts.finish()
+                return done
+            for p in self.parameters:
+                p.grad = None
+        if self.editor is None and parts is None:
             return accumulate_gradients(self.model, batch, rows, self.tokens, self.config, **fixed)
         names = [batch.domains[i] for i in rows.tolist()]
         loss, gap, stats = 0.0, 0.0, LossStats()
@@ -209,17 +236,24 @@ class Learner:
         present = {name for part in self.ranks.gather(sorted(set(names))) for name in part}
         for name in [n for n in dict.fromkeys(batch.whole.domains) if n in present]:  # alike in every process
             own = batch.of(name, rows)
-            for p in self.parameters:
+            for p in self.parameters if parts is None else ():
                 p.grad = None
             part_loss, part, part_gap = accumulate_gradients(
                 self.model, batch, own, self.tokens, self.config, of=rows, **fixed
             )
             loss, gap = loss + part_loss, gap + part_gap
             stats.add(part)
+            if parts is not None:
+                parts.gained(name)
+                continue
             gradients[name] = [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in self.parameters]
+        if parts is not None:
+            parts.finish()
+            return loss, stats, gap
+        assert self.editor is not None
         self.mixture.see(gradients)
-        for parts in gradients.values():
-            torch._foreach_mul_(parts, float(len(gradients)))
+        for tensors in gradients.values():
+            torch._foreach_mul_(tensors, float(len(gradients)))
         assign(self.model, self.editor.combine(gradients))  # what is not finite stays so, and the step is dropped
         return loss, stats, gap
 
@@ -271,7 +305,7 @@ class Learner:
                 self._probe(guard)
         before = sum(guard.seconds.values())
         start = time.perf_counter()
-        with guard.domain(owner):
+        with nullcontext() if self.by_domain else guard.domain(owner):
             optimizer.step()
         wall, own = time.perf_counter() - start, sum(guard.seconds.values()) - before
         self.clock.add("guard", own)
@@ -319,4 +353,5 @@ class Learner:
             "length": tokens / len(earned.texts),
             "truncated": 1.0 - complete / len(earned.texts),
             "skipped": skipped,
+            **self.own_answers.metrics(),
         }

@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -71,6 +71,7 @@ class Batch(Judged):
         drawn: [B] rewards of what was drawn first, before prompts whose rewards all agreed gave way to others: those say how good
             the policy is, `whole` says what it learns from.
         redrawn: Prompts drawn anew, per domain.
+        prompts: What was asked, by group id.
     """
 
     rollout: Rollout
@@ -78,6 +79,7 @@ class Batch(Judged):
     whole: Judged
     drawn: Tensor
     redrawn: dict[str, int]
+    prompts: list[Example] = field(default_factory=list)
 
     @property
     def mixed(self) -> bool:
@@ -144,6 +146,7 @@ def rollout(
     sampler: Sampler | None = None,
     ranks: Ranks | None = None,
     phase: Callable[[str], AbstractContextManager[Any]] | None = None,
+    advantages: str | None = None,
 ) -> Batch:
     """Draw prompts, sample `config.group_size` completions each, score and compare them.
 
@@ -162,6 +165,7 @@ def rollout(
         ranks: Processes that share the model. Each samples its share of the prompts; the first one judges all of them, so
             that stateful rewards, caches and a judge's limits see what they see in a single process.
         phase: Context manager factory timing the phases "sample" and "reward".
+        advantages: What they are divided by, as in the configuration; None: what that says of a stage of one domain.
 
     Raises:
         RewardError: A verifier returned something else than a finite number or None, or None for every completion.
@@ -231,11 +235,12 @@ def rollout(
     owners = [i for i in everyone for _ in range(size)]
     reward_tensor, group_ids = _as_tensor(rewards, device), torch.tensor(owners, device=device)
     domain_ids = torch.tensor([list(counts).index(names[i]) for i in owners], device=device)
+    mode = advantages or config.advantage_mode()
     whole = Judged(
         texts=[text for own in texts for text in own],
         rewards=reward_tensor,
         group_ids=group_ids,
-        advantages=torch.ops.carerl.group_advantages(reward_tensor, group_ids, domain_ids, config.advantage_mode),
+        advantages=torch.ops.carerl.group_advantages(reward_tensor, group_ids, domain_ids, mode),
         domains=[names[i] for i in owners],
     )
     mine = ranks.share(len(examples))
@@ -243,7 +248,15 @@ def rollout(
     sampled = joined(parts, tokens.pad)
     if len(parts) > 1:
         sampled = sampled.select(torch.tensor([place[i] * size + j for i in mine for j in range(size)], device=device))
-    return Batch(**vars(whole.select(rows)), rollout=sampled, rows=rows, whole=whole, drawn=drawn, redrawn=redrawn)
+    return Batch(
+        **vars(whole.select(rows)),
+        rollout=sampled,
+        rows=rows,
+        whole=whole,
+        drawn=drawn,
+        redrawn=redrawn,
+        prompts=examples,
+    )
 
 
 def agree(rewards: Sequence[float | None]) -> bool:

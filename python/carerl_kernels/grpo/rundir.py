@@ -3,6 +3,7 @@
 config.json                    settings, stages, domains
 metrics.jsonl                  one object per step (step 0: the evaluation before training)
 bases/NAME.safetensors         written by the guard at the end of each stage
+bases/NAME/DOMAIN.safetensors  of a mixed stage where the guard acts on each domain's part (and NAME.before: see .views)
 checkpoints/step-00000040/     model.safetensors, state.pt
 references/step-00000040.safetensors    that step's weights, for a KL term or interpolated stages, while a checkpoint needs them
 model/                         the trained model in transformers' format
@@ -291,7 +292,8 @@ class RunDirectory:
             return
         for folder in self.checkpoints_path.glob(".tmp-*"):
             shutil.rmtree(folder, ignore_errors=True)
-        for folder in (self.path, self.path / "bases", self.references_path):
+        bases = self.path / "bases"
+        for folder in (self.path, bases, *bases.glob("*/"), self.references_path):
             for file in folder.glob(".*.tmp"):
                 file.unlink(missing_ok=True)
 

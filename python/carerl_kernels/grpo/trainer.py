@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -32,6 +32,7 @@ from .rundir import (
 )
 from .sampling import Sampler
 from .serving import Serving, write_model
+from .views import DomainViews
 from .watch import Monitor, per_example
 
 
@@ -47,8 +48,10 @@ class GRPOTrainer:
         guard: Edits what the optimizer does to protect earlier domains; None trains plainly.
         monitor: Sees every line of metrics and the scores behind every evaluation; what it says of them is the line's
             "monitor". At the end of a stage those of its domains that are evaluated are measured from where they are then.
-        editor: Combines one gradient per domain of a batch (PCGrad and others, `carerl_kernels.guard.editors`); None: their
-            sum. A backward pass per domain.
+        editor: What a batch's gradient is made of. "guard": in mixed stages, of each domain's part the guard takes out what lies
+            along the directions of all others, which are seen from one batch a domain before the stage, where the guard does
+            not have them yet, and again after it. Or an editor that combines one gradient per domain (PCGrad and others,
+            `carerl_kernels.guard.editors`), in every stage. None: what the configuration says. A backward pass per domain.
         run_dir: Where records go; None keeps them in `history` only, without resume.
         make_optimizer: `make_optimizer(parameters) -> Optimizer`; default AdamW of the configuration. The trainer sets
             every group's "lr" before each step.
@@ -63,8 +66,8 @@ class GRPOTrainer:
             push, save.
 
     Raises:
-        ValueError: Domains without distinct names, nothing to train, no end-of-sequence token, or a balance by a controller that
-            no monitor has.
+        ValueError: Domains without distinct names, nothing to train, no end-of-sequence token, editor="guard" without a guard, or
+            a balance by a controller that no monitor has.
     """
 
     def __init__(
@@ -76,7 +79,7 @@ class GRPOTrainer:
         *,
         guard: Guard | None = None,
         monitor: Monitor | None = None,
-        editor: Editor | None = None,
+        editor: Editor | Literal["guard"] | None = None,
         run_dir: Path | str | None = None,
         make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
         sampler: Sampler | None = None,
@@ -84,17 +87,26 @@ class GRPOTrainer:
         on_step: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.guard, self.monitor, self.editor = guard, monitor, editor
         self.config = config or GRPOConfig()
+        if editor is None and self.config.editor == "guard":
+            editor = "guard"
+        if editor == "guard" and guard is None:
+            raise ValueError(
+                'editor="guard": expected a guard, found guard=None; pass guard=CapabilityGuard(model), or leave editor out'
+            )
+        self.guard, self.monitor = guard, monitor
+        self.editor: Editor | None = None if editor == "guard" else editor
+        self.by_domain = editor == "guard"
         self.domains = domain_table(domains)
         self.history: list[dict[str, Any]] = []
         self.guard_reports: dict[str, Mapping[str, Any]] = {}
-        self._learner = Learner(model, tokenizer, self.domains, self.config, guard, monitor, editor, sampler)
+        self._learner = Learner(model, tokenizer, self.domains, self.config, guard, monitor, self.editor, sampler)
         self.ranks = self._learner.ranks
         self.directory = None if run_dir is None else RunDirectory(run_dir, self.ranks)
         self._recipe = recipe
         self._clock = self._learner.clock
         keep = self.config.keep_checkpoints
+        self._views = DomainViews(self._learner, None if self.directory is None else self.directory.path / "bases")
         self._serving = Serving(self._learner.sampler, model, tokenizer, self.ranks, keep, self._clock)
         self.seconds = self._clock.totals
         self._make_optimizer = make_optimizer or self._adamw
@@ -118,7 +130,7 @@ class GRPOTrainer:
             `history`.
 
         Raises:
-            ValueError: A stage names an unknown domain, or resume without run_dir.
+            ValueError: A stage names an unknown domain, resume without run_dir, or own answers to rehearse that nobody verifies.
             CheckpointError: run_dir holds a run already (without resume), or one with other settings.
             RewardError: A verifier returned no finite number.
             FloatingPointError: The model diverged.
@@ -129,14 +141,18 @@ class GRPOTrainer:
             raise ValueError(f"expected stages over the domains {list(self.domains)}, found {unknown or 'no stage'}")
         if resume and self.directory is None:
             raise ValueError("resume=True needs the run_dir of the run to continue")
+        self._learner.own_answers.check([self.domains[d] for d in dict.fromkeys(d for s in stages for d in s.domains)])
         names = stage_names(stages)
         state = self._open(stages, resume)
         first, offset = (0, 0) if state is None else (state["stage"], state["stage_step"])
         if self.guard is not None:
-            for name in names[
-                : first if self.config.record_last else min(first, len(names) - 1)
-            ]:  # directions are files of the run, not part of the checkpoint
-                self.guard.add(self._basis_path(name))
+            ended = first if self.config.record_last else min(first, len(names) - 1)
+            for stage, name in zip(stages[:ended], names, strict=False):
+                # directions are files of the run, not part of the checkpoint
+                if self._by_domain(stage):
+                    self._views.load(self.guard, name, stage.domains)
+                else:
+                    self.guard.add(self._basis_path(name))
         if state is not None and first == len(stages):
             self._restore(state)
         with StageProgress(self.config.progress and self.ranks.first) as progress:
@@ -171,7 +187,7 @@ class GRPOTrainer:
             self._restore(state)
         earlier = [d for d in dict.fromkeys(d for s in stages[:index] for d in s.domains) if d not in stage.domains]
         recorded = config.record_last or index + 1 < len(stages)
-        with self._guarded(stage.name, self._basis_path(name), optimizer, recorded):
+        with self._guarded(stage, name, optimizer, recorded, resumed=state is not None and offset > 0):
             if state is not None and offset > 0:
                 self._restore(state)  # inside the stage: the guard's recording in progress is part of it
             for done in range(offset, stage.steps):
@@ -191,7 +207,7 @@ class GRPOTrainer:
                 last = done + 1 == stage.steps
                 due = last or (config.eval_every > 0 and (done + 1) % config.eval_every == 0)
                 self._serving.refresh(self._step)
-                metrics = self._learner.step(optimizer, counts, stage.name, earlier, evaluated=due)
+                metrics = self._learner.step(optimizer, counts, stage.name, earlier, mixed=stage.mixed, evaluated=due)
                 self._serving.check(self._step, metrics)
                 self._step += 1
                 if last:
@@ -220,20 +236,41 @@ class GRPOTrainer:
 
     @contextmanager
     def _guarded(
-        self, name: str, path: Path | None, optimizer: torch.optim.Optimizer, recorded: bool
+        self, stage: Stage, name: str, optimizer: torch.optim.Optimizer, recorded: bool, resumed: bool
     ) -> Iterator[None]:
         """Guard attached, and recording unless told otherwise, for the length of a stage."""
-        if self.guard is None:
+        guard, by_domain = self.guard, self._by_domain(stage)
+        if guard is None:
             yield
             return
+        if by_domain:
+            with self._clock("guard"):
+                guard.mixed()  # says what it cannot do before anything is sampled
+                self._serving.refresh(self._step, fresh=True)
+                self._views.before(guard, name, stage.domains, resumed)
+        elif stage.mixed:
+            guard.meets_mixed(stage.domains)
         with ExitStack() as stack:
             with self._clock("guard"):
-                self.guard.attach(optimizer)
-                stack.callback(self.guard.detach)
-            inside = self.guard.stage(name, path=path) if recorded else self.guard.domain(name)
-            self._learner.recorder = stack.enter_context(self._clock.around("guard", inside))
-            stack.callback(setattr, self._learner, "recorder", None)
+                guard.attach(optimizer)
+                stack.callback(guard.detach)
+            if by_domain:
+                self._learner.by_domain = True
+                stack.callback(setattr, self._learner, "by_domain", False)
+            else:
+                path = self._basis_path(name)
+                inside = guard.stage(stage.name, path=path) if recorded else guard.domain(stage.name)
+                self._learner.recorder = stack.enter_context(self._clock.around("guard", inside))
+                stack.callback(setattr, self._learner, "recorder", None)
             yield
+        if by_domain and recorded:
+            with self._clock("guard"):
+                self._serving.refresh(self._step, fresh=True)
+                self._views.after(guard, name, stage.domains)
+
+    def _by_domain(self, stage: Stage) -> bool:
+        """Whether the guard acts on each domain's part of the stage's batches."""
+        return self.by_domain and stage.mixed
 
     def _basis_path(self, name: str) -> Path | None:
         return None if self.directory is None else self.directory.path / "bases" / f"{name}.safetensors"
@@ -304,7 +341,7 @@ class GRPOTrainer:
             "stages": [{"domain": s.domain, "steps": s.steps, "lr": s.lr, "shares": s.shares} for s in stages],
             "domains": list(self.domains),
             "guarded": self.guard is not None,
-            "editor": None if self.editor is None else type(self.editor).__name__,
+            "editor": "guard" if self.by_domain else None if self.editor is None else type(self.editor).__name__,
             "controller": self._mixture.settings,
             "parameters": sum(p.numel() for p in self._learner.parameters),
             "recipe": None if self._recipe is None else dict(self._recipe),
@@ -347,6 +384,7 @@ class GRPOTrainer:
             reward: Any = self.domains[name].reward
             reward.load_state_dict(rewards)
         self._serving.load_state_dict(state["serving"])
+        self._learner.own_answers.load_state_dict(state["own_answers"])
         self._learner.rng.setstate(nested_tuples(state["prompts"]))
         kept = state["global"]  # one per process; another number of processes goes on with the first one's
         set_rng_state(kept[self.ranks.rank if len(kept) == self.ranks.size else 0])
@@ -370,6 +408,7 @@ class GRPOTrainer:
                 if hasattr(domain.reward, "state_dict")
             },
             "prompts": self._learner.rng.getstate(),
+            "own_answers": self._learner.own_answers.state_dict(),
             **self._earlier.state(),
             "serving": self._serving.state_dict(),
             "global": self.ranks.gather(rng_state()),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -74,6 +76,7 @@ def accumulate_gradients(
     ref_logp: Tensor | None,
     of: Tensor | None = None,
     ranks: Ranks | None = None,
+    watch: Callable[[Sequence[str]], AbstractContextManager[None]] | None = None,
 ) -> tuple[float, LossStats, float]:
     """Forward and backward over the `rows` of one optimizer step, in micro-batches.
 
@@ -90,6 +93,7 @@ def accumulate_gradients(
         ref_logp: [B, L] of the frozen reference, or None.
         of: [b'] rows whose number normalises the loss, where `rows` are only some of them; None: `rows`.
         ranks: Processes that share the model; every one of them runs as many forward and backward passes as the busiest.
+        watch: Entered for the forward and backward pass of every micro-batch, with its rows' domains.
 
     Returns:
         The loss, sums for reporting, and the summed |log-probability in training - in sampling| over the tokens that
@@ -118,23 +122,24 @@ def accumulate_gradients(
         part_rows = pieces[number]
         part = batch.rollout.select(part_rows)
         width = part.completion_ids.shape[1]
-        logp = rollout_logprobs(model, part, tokens, config)
-        old = logp.detach() if old_logp is None else old_logp[part_rows, :width]
-        loss, part_stats = policy_loss(
-            logp,
-            old,
-            batch.advantages[part_rows],
-            part.completion_mask,
-            kind=config.loss,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            max_tokens=config.max_new_tokens,
-            ref_logp=None if ref_logp is None else ref_logp[part_rows, :width],
-            kl_beta=config.kl_beta,
-            total_sequences=int(total_sequences),
-            total_tokens=total_tokens,
-        )
-        (loss * ranks.size).backward()  # FSDP2 averages gradients, but the processes' losses are shares of one sum
+        with nullcontext() if watch is None else watch([batch.domains[i] for i in part_rows.tolist()]):
+            logp = rollout_logprobs(model, part, tokens, config)
+            old = logp.detach() if old_logp is None else old_logp[part_rows, :width]
+            loss, part_stats = policy_loss(
+                logp,
+                old,
+                batch.advantages[part_rows],
+                part.completion_mask,
+                kind=config.loss,
+                clip_low=config.clip_low,
+                clip_high=config.clip_high,
+                max_tokens=config.max_new_tokens,
+                ref_logp=None if ref_logp is None else ref_logp[part_rows, :width],
+                kl_beta=config.kl_beta,
+                total_sequences=int(total_sequences),
+                total_tokens=total_tokens,
+            )
+            (loss * ranks.size).backward()  # FSDP2 averages gradients, but the processes' losses are shares of one sum
         loss_sum += float(loss.detach())
         stats.add(part_stats)
         gap += float((logp.detach() - part.logps).abs().masked_fill(part.completion_mask == 0, 0.0).sum())

@@ -42,6 +42,7 @@ class Box:
     Attributes:
         anchor: see :meth:`Stack.measure`.
         waiting: steps taken since the last correction.
+        released: steps were taken that the box has nothing to say of: anchors count from where the next segment begins.
         also: another copy of the weights that an optimizer keeps, confined together with the parameters.
     """
 
@@ -54,8 +55,9 @@ class Box:
         statistics: Statistics | None = None,
     ):
         self.stack, self.bounds, self.every, self._statistics = stack, bounds, every, statistics
-        self.anchor = torch.empty(0)
+        self.anchor = torch.zeros(stack.layout.T, 0, device=stack.device)  # a state has it by parameter
         self.waiting = 0
+        self.released = False
         self.also: Sequence[Tensor] | None = None
         self._snapshot: list[Tensor] | None = None
         self._adapters = lora_pairs(names) if stack.layout.kind == "input" else []
@@ -68,7 +70,7 @@ class Box:
     def rebase(self, parameters: Sequence[Tensor]) -> None:
         """Counts from the present parameters on."""
         self.anchor = self.stack.measure(parameters)
-        self._open, self.waiting, self._exempt, self._snapshot = False, 0, frozenset(), None
+        self._open, self.waiting, self._exempt, self._snapshot, self.released = False, 0, frozenset(), None, False
         self._tight = frozenset(self._fresh(parameters))
         for a in self._tight:
             self.anchor[self.stack.layout.rows_of(a)] = 0
@@ -77,6 +79,8 @@ class Box:
 
     def begin(self, parameters: Sequence[Tensor], own: str | None) -> None:
         """A step of this domain (None: of nobody's) is about to be taken."""
+        if self.released:
+            self.rebase(parameters)
         if self._statistics is not None and self._snapshot is None:
             self._snapshot = [p.clone() for p in parameters]
         own = own if own in self.stack.names else None
@@ -94,8 +98,15 @@ class Box:
         if self.waiting >= self.every:
             self.confine_(parameters)
 
+    def release(self, parameters: Sequence[Tensor]) -> None:
+        """A step is about to be taken whose gradient was edited already, one domain at a time: it goes where it goes."""
+        self.close(parameters)
+        self.released, self._snapshot = True, None
+
     def confine_(self, parameters: Sequence[Tensor]) -> None:
         """Puts the parameters back into the box now."""
+        if self.released:
+            return
         self._confine(parameters, self._own if self._open else None)
 
     def _confine(self, parameters: Sequence[Tensor], own: str | None) -> None:
@@ -199,6 +210,7 @@ class Box:
             "own_before": before,
             "exempt": sorted(self._exempt),
             "tight": sorted(self._tight),
+            "released": self.released,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -209,6 +221,7 @@ class Box:
             self._own_before = torch.zeros_like(self.anchor[:, self.stack.columns(str(self._own))])
             self.stack.pack_(self._own_before, state["own_before"])
         self._exempt, self._tight = frozenset(state["exempt"]), frozenset(state["tight"])
+        self.released = state.get("released", False)
 
 
 def lora_pairs(names: Sequence[str]) -> list[tuple[int, int]]:

@@ -21,6 +21,8 @@ from .stack import Stack
 
 BLOCK = {"cpu": 1 << 20, "cuda": 256 << 20}
 """Bytes of coefficients of input bases that are decided on at a time: a CPU keeps them in cache, a GPU wants few launches."""
+DEPENDENT = 1e-9
+"""Eigenvalues of an overlap below this share of the largest: what directions span beyond the others is rounding."""
 UNORIENTED = 1e-3
 """Coefficients of the stage's change below this share of the matrix's largest give a direction no orientation."""
 
@@ -292,6 +294,8 @@ class InputStack(FactoredStack):
         self._kept: list[Tensor] = []  # of each group, the columns that any of its matrices has
         self._acting: list[Tensor] = []  # [G, n or m, columns kept]
         self._boxes: tuple[str | None, dict[int, tuple[Tensor, Tensor, Tensor, Tensor]]] | None = None
+        self._spans: list[Tensor] = []  # of each group, orthonormal [G, n or m, kept]: what all directions span
+        self._projectors: dict[str | None, list[Tensor]] = {}  # see projectors
 
     def _sum_(self, coeffs: Tensor) -> None:
         shards = self.layout.shards
@@ -370,6 +374,7 @@ class InputStack(FactoredStack):
     def _more_factors(self) -> list[Tensor]:
         recorded = [t for b in self._recorded.values() for part in (b.left, b.right, b.moved) for t in part.values()]
         boxes = [] if self._boxes is None else [t for box in self._boxes[1].values() for t in box[1:]]
+        boxes += [*self._spans, *(t for projectors in self._projectors.values() for t in projectors)]
         return [acting for acting in self._acting if acting.shape[2] < self.rows] + recorded + boxes
 
     def put(self, basis: FactoredBasis, parameters: Sequence[Tensor]) -> None:
@@ -388,6 +393,7 @@ class InputStack(FactoredStack):
         for name in names[same.index(False) :]:  # from the first that changes, so that their order stays
             super().put(self._trimmed(name), parameters)
         self._kept, self._acting, self._boxes = [], [], None
+        self._spans, self._projectors = [], {}
         for number, group in enumerate(self.layout.groups):
             factors = self.left[number] if group.side == "left" else self.right[number]
             assert factors is not None
@@ -438,6 +444,67 @@ class InputStack(FactoredStack):
         return replace(
             basis, left=kept(basis.left), right=kept(basis.right), values=kept(basis.values), moved=kept(basis.moved)
         )
+
+    # Gradients. Parts are float32 ``[G, rows of each, kept]``, one for each group: coefficients on orthonormal directions Q that
+    # span those of all domains. There the projector onto what some of them span is exact, however alike directions are.
+
+    @property
+    def spans(self) -> Sequence[Tensor]:
+        """Q of each group ``[G, n or m, kept]``; columns are zero where directions depend on others."""
+        if not self._spans:
+            for number, (kept, factors) in enumerate(zip(self._kept, self._acting, strict=True)):
+                overlap = self._gram(number)[:, kept][:, :, kept]
+                values, vectors = torch.linalg.eigh(overlap)
+                keep = values > DEPENDENT * values[:, -1:]
+                scale = torch.where(keep, values.clamp_min(1e-300).rsqrt(), 0.0)
+                self._spans.append((factors.double() @ (vectors * scale.unsqueeze(1))).float())
+        return self._spans
+
+    def projectors(self, own: str | None) -> list[Tensor]:
+        """Onto the directions that act on a domain's gradient, as seen in Q: ``[G, kept, kept]`` of each group."""
+        key = own if own in self.names else None
+        if key not in self._projectors:
+            self._projectors[key] = []
+            for number, (kept, Q) in enumerate(zip(self._kept, self.spans, strict=True)):
+                acts = self.active(key)[kept].double()
+                root = loewdin_root(self._gram(number)[:, kept][:, :, kept] * acts * acts.unsqueeze(1))
+                inside = Q.double().mT @ (self._acting[number].double() @ root)
+                if self.layout.groups[number].side == "left":
+                    self.layout.shards.sum_(inside)
+                self._projectors[key].append((inside @ inside.mT).float())
+        return self._projectors[key]
+
+    def seen(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """See :class:`Stack`; of a matrix whose columns are spread over processes, what is here."""
+        parts = self.nothing_seen()
+        with full_precision(self.device):
+            for group, Q, part in zip(self.layout.groups, self.spans, parts, strict=True):
+                product = times_transposed if group.side == "left" else times
+                for at, _ in self._chunks(group) if group.m and Q.shape[2] else ():
+                    part[at] = product(self.layout.local(group, tensors, at), Q[at])
+        return parts
+
+    def nothing_seen(self) -> list[Tensor]:
+        """:meth:`seen` of tensors of zeros."""
+        sizes = zip(self.layout.groups, self._acting, strict=True)
+        return [torch.zeros(f.shape[0], group.each, f.shape[2], device=self.device) for group, f in sizes]
+
+    def along(self, parts: Sequence[Tensor], own: str | None) -> list[Tensor]:
+        """See :class:`Stack`."""
+        with full_precision(self.device):
+            return [part @ projector for part, projector in zip(parts, self.projectors(own), strict=True)]
+
+    def remove_(self, tensors: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+        """See :class:`Stack`."""
+        shards = self.layout.shards
+        with full_precision(self.device):
+            for group, Q, part in zip(self.layout.groups, self.spans, parts, strict=True):
+                left = group.side == "left"
+                if left and shards.sharded:
+                    part = shards.sum_(part.clone())
+                for at, _ in self._chunks(group) if group.m and Q.shape[2] else ():
+                    pair = (Q[at], -part[at]) if left else (-part[at], Q[at])
+                    add_product_(self.layout.local(group, tensors, at), *pair)
 
     # The box. Coefficients are float32 and as the factors give them, without orientation: one number each is remembered.
 

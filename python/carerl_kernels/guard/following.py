@@ -27,8 +27,9 @@ class Following:
         seconds: of the guard, to count in.
 
     Attributes:
+        parameters: as given.
         max_grad_norm: grad mode: clips the edited gradient.
-        edited: the gradient of the step to come was recorded and edited already.
+        edited: the gradient of the step to come was edited already, one domain at a time.
         restored: state was loaded: the next attach or stage goes on instead of starting afresh.
         communication: numbers summed over processes and all-reduces of the last step.
     """
@@ -42,7 +43,7 @@ class Following:
         owner: Callable[[], str | None],
         seconds: dict[str, float],
     ):
-        self._parameters, self._memory, self._recording, self._census = parameters, memory, recording, census
+        self.parameters, self._memory, self._recording, self._census = parameters, memory, recording, census
         self._owner, self._seconds = owner, seconds
         self.max_grad_norm = memory.settings.max_grad_norm
         self.edited = self.restored = False
@@ -62,7 +63,7 @@ class Following:
 
     def attach(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Puts the hooks on."""
-        self._optimizers, self._looked_for_copies = list(optimizers), None
+        self._optimizers, self._looked_for_copies, self.edited = list(optimizers), None, False
         self._stepped.clear()
         for optimizer in optimizers:
             self._handles += [
@@ -86,11 +87,11 @@ class Following:
 
     def locals(self) -> list[Tensor]:
         """The parts of the parameters that live here, sharing their memory."""
-        return [local(p) for p in self._parameters]
+        return [local(p) for p in self.parameters]
 
     def gradients(self) -> list[Tensor]:
         """Theirs; see :func:`carerl_kernels.guard.gradients.gradients`."""
-        return gradients(self._parameters, self._memory.layout.names)
+        return gradients(self.parameters, self._memory.layout.names)
 
     def finite(self, tensors: Sequence[Tensor]) -> bool:
         """One flag for all gradients of all processes: the only synchronisation of a guarded step."""
@@ -129,7 +130,9 @@ class Following:
         own = self._owner()
         if not self.edited:  # before any edit: history is made of raw gradients
             self._record_and_edit(optimizer, own)
-        if len(memory.stack) and memory.settings.apply_to == "update":
+        elif len(memory.stack) and memory.box is not None:
+            memory.box.release(self.locals())
+        if len(memory.stack) and memory.settings.apply_to == "update" and not self.edited:
             if memory.box is not None:
                 memory.box.begin(self.locals(), own)
             elif memory.settings.track_energy:
@@ -185,6 +188,7 @@ class Following:
 
     def _end(self) -> None:
         self._stepped.clear()
+        edited = self.edited
         self.restored = self.edited = False
         if self._dropped:
             return
@@ -192,7 +196,8 @@ class Following:
         if memory.settings.apply_to == "update":
             self._look_for_copies()
         if len(memory.stack) and memory.box is not None:
-            memory.box.step(self.locals())
+            if not edited:
+                memory.box.step(self.locals())
         elif len(memory.stack) and memory.settings.apply_to == "update":
             memory.steps.edit_update(self.locals(), self._owner(), self._snapshot)
             self._snapshot = None
@@ -211,8 +216,8 @@ class Following:
         box = self._memory.box
         if self._looked_for_copies is self._memory.correction:
             return
-        second = None if box is None else second_weights(self._optimizers, self._parameters)
-        refuse_copies(self._optimizers, self._parameters, second is not None)
+        second = None if box is None else second_weights(self._optimizers, self.parameters)
+        refuse_copies(self._optimizers, self.parameters, second is not None)
         if box is not None:
             box.also = second
         self._looked_for_copies = self._memory.correction

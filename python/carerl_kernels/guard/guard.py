@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Unpack
@@ -25,6 +25,7 @@ from .checks import at_least
 from .following import Following
 from .gradients import set_aside
 from .memory import Memory
+from .mixed import MixedGradient
 from .newcomer import Newcomer
 from .optimizers import Census, real_optimizer
 from .recording import Recording
@@ -116,6 +117,7 @@ class CapabilityGuard:
         )
         self._current: str | None = _UNSET  # domain of the batch; _UNSET: that of the stage
         self._seen: dict[str, None] = dict.fromkeys(self.domains or ())
+        self._warned_of_mixed = False
 
     @property
     def rule(self) -> Rule:
@@ -294,11 +296,16 @@ class CapabilityGuard:
             self._following.detach()
 
     @contextmanager
-    def domain(self, name: str | None) -> Iterator[None]:
-        """Says which domain the batch of the optimizer steps inside came from; None for a mixed batch.
+    def domain(self, name: str | Collection[str] | None) -> Iterator[None]:
+        """Says which domain the batch of the optimizer steps inside came from; several or None for a mixed batch.
 
-        The directions of every *other* domain act on it; on a mixed batch, or one of a domain without history, all do.
+        The directions of every *other* domain act on it; on a mixed batch, or one of a domain without history, all do. A batch
+        of several domains of which one has history is better served by :meth:`mixed`: a warning says so, once.
         """
+        if name is not None and not isinstance(name, str):
+            if not self._following.edited:
+                self.meets_mixed(name)
+            name = None
         if name is not None:
             self._known(name)
         before, self._current = self._current, name
@@ -473,74 +480,62 @@ class CapabilityGuard:
         if path is not None:
             basis.save(path)
 
-    # ---------------------------------------------------------------------------------------------- gradients per domain
+    # -------------------------------------------------------------------------------------------------------- mixed batches
 
-    @torch.no_grad()
-    def edit_domains(self, gradients: Mapping[str, Sequence[Tensor]]) -> list[Tensor]:
-        """Grad mode with one gradient per domain of the same step (B = D): the rows of all *other* domains act on each.
+    def mixed(self) -> MixedGradient:
+        """For the gradient of one step on a mixed batch: the directions of all *other* domains act on each domain's part of it.
 
-        The step that follows leaves ``p.grad`` alone, so put the result there (:func:`carerl_kernels.guard.editors.assign`) and
-        clip as usual. Recordings in progress see their own domain's gradient, though the batch was mixed. The ``touched_share``
-        of :meth:`report` is then over the sum of the domains' energies, each gradient by itself, not over the energy of their
-        sum: where domains agree or cancel, the share of the step's gradient that was changed is another.
+        Pass the domains backward one after another, and say after each whose it was::
 
-        Args:
-            gradients: per domain a tensor per guarded parameter (of sharded ones the local parts), adding up to the step's
-                gradient; edited in place.
+            parts = guard.mixed()
+            for name, loss in losses.items():
+                loss.backward()
+                parts.gained(name)
+            parts.finish()
+            optimizer.step()
 
-        Returns:
-            The edited gradients' sum, a tensor per parameter; it shares memory with the first of them.
+        What is removed is everything along those directions, whatever the guard does on batches of one domain. The step that
+        follows is not corrected again; a box counts from where it ends. Clip after ``finish``.
 
         Raises:
-            ValueError: not in grad mode; a norm limit, which would see each gradient for a step; no gradient.
+            ValueError: a rule that looks at signs; a norm limit, which comes after the edit; a recording in progress, for the
+                steps of a mixed batch are nobody's.
         """
-        if self.apply_to != "grad":
-            raise ValueError(f"edit_domains: expected apply_to='grad', found {self.apply_to!r}")
+        if self.rule not in ("bounded", "remove"):
+            raise ValueError(
+                f"mixed batches: expected rule 'bounded' or 'remove', found {self.rule!r}; what others' directions hold "
+                "is removed from each domain's gradient, and no sign is asked for"
+            )
         if self.max_grad_norm is not None:
             raise ValueError(
-                "edit_domains: expected max_grad_norm=None, for the limit would act on each domain's gradient by itself, found "
-                f"{self.max_grad_norm}; clip the sum instead"
+                f"mixed batches: expected max_grad_norm=None, found {self.max_grad_norm}; clip as usual after finish()"
             )
-        if not gradients:
-            raise ValueError("edit_domains: expected a gradient for at least one domain, found none")
-        if self._recording.active and self._recording.sees == "inputs":
+        if self._recording.active:
+            names = ", ".join(recorder.domain for recorder in self._recording.active)
             raise ValueError(
-                "edit_domains: a recording of basis 'input' looks at calls of the model and cannot tell whose they are in a "
-                "mixed batch; record the stage by itself, or use a basis of gradients"
+                f"mixed batches: expected no recording in progress, found one of {names}; a step of several domains is no "
+                "domain's own. Record each with guard.protect(name, its prompts), before or afterwards"
             )
-        started, recorded = time.perf_counter(), self._recording.seconds
-        for name in gradients:
-            self._known(name)
-        parts = {name: [local(g) for g in gradient] for name, gradient in gradients.items()}
-        memory = self.memory
-        if self._following.finite(
-            [g.contiguous() for part in parts.values() for g in part]
-        ):  # else the step will be dropped
-            memory.steps.settle_probes()
-            for recorder in self._recording.active:
-                if recorder.domain not in parts:
-                    recorder.discard()
-            for name, part in parts.items():
-                for basis in self._recording.update(name, part, others=False):
-                    memory.adopt(basis, self._locals())
-                if len(memory.stack):
-                    memory.steps.edit_gradients(part, name)
-        first, *others = parts.values()
-        for other in others:
-            torch._foreach_add_(first, other)
-        self._following.edited = True
-        spent = self._recording.seconds - recorded
-        self.seconds["record"] += spent
-        self.seconds["act"] += time.perf_counter() - started - spent
-        return first
+        return MixedGradient(self.memory, self._following, self.seconds, self._known, self._recording.module)
+
+    def meets_mixed(self, domains: Collection[str]) -> None:
+        """Warns, once, that a mixed batch of these domains is about to be held along its own domains' directions."""
+        held = [name for name in domains if name in self.history]
+        if held and len(domains) > 1 and self.apply_to == "update" and not self._warned_of_mixed:
+            self._warned_of_mixed = True
+            warnings.warn(
+                f"a batch mixes {', '.join(domains)}: as one step it is nobody's, so all history acts on it, that of "
+                f"{', '.join(held)} too, and the model hardly learns. Train with editor='guard' (GRPOTrainer, GRPOConfig, "
+                "CareGRPOTrainer; guard.mixed() in your own loop): on each domain's part the directions of the others act",
+                stacklevel=3,
+            )
 
     @torch.no_grad()
     def remove_(self, gradient: Sequence[Tensor]) -> None:
         """Removes what lies in the span of all history from a gradient, in place, without any rule's memory (GPM)."""
         stack = self.stack
         if len(stack):
-            frame = stack.frame(None)
-            stack.edit_(list(gradient), -frame.root(frame.root(stack.project(gradient))))
+            stack.remove_(gradient, stack.along(stack.seen(gradient), None))
 
     # ----------------------------------------------------------------------------------------------------------- state
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,7 @@ class Probes:
 
 
 class PromptStore:
-    """A few prompts with right answers per domain: all that rule "probed" needs of earlier data.
+    """A few prompts with right answers per domain: all that rule "probed" needs of earlier data, or a run's own right answers.
 
     Args:
         size: kept per domain; of more that are offered a uniform sample stays (reservoir sampling).
@@ -170,6 +170,26 @@ class PromptStore:
         items = self[domain]
         for start in range(0, len(items), size):
             yield items[start : start + size]
+
+    def __len__(self) -> int:
+        return sum(map(len, self._kept.values()))
+
+    def counts(self) -> dict[str, int]:
+        """How many items of every domain are kept."""
+        return {domain: len(items) for domain, items in self._kept.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, the random state of the sample too: plain lists and numbers."""
+        kept = {domain: list(items) for domain, items in self._kept.items()}
+        version, numbers, gauss = self._rng.getstate()
+        return {"offered": dict(self._offered), "kept": kept, "random": [version, list(numbers), gauss]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from :meth:`state_dict`."""
+        self._offered = dict(state["offered"])
+        self._kept = {domain: list(items) for domain, items in state["kept"].items()}
+        version, numbers, gauss = state["random"]
+        self._rng.setstate((version, tuple(numbers), gauss))
 
     def save(self, path: Path | str) -> None:
         """Writes a JSON file atomically."""

@@ -189,6 +189,22 @@ class Stack(ABC, Generic[L, B]):
         energy = out.square().sum()
         return energy if self.layout.shards.rank == 0 else torch.zeros_like(energy)
 
+    # What lies along other domains' directions, to be taken out of gradients. Linear in them: parts may be added and subtracted.
+
+    def seen(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Coefficients of tensors as :meth:`along` takes them, in as many parts as suits the directions."""
+        return [self.project(tensors)]
+
+    def along(self, parts: Sequence[Tensor], own: str | None) -> list[Tensor]:
+        """From :meth:`seen`, what :meth:`remove_` has to take out so that nothing is left along directions of other domains."""
+        frame = self.frame(own)
+        return [frame.root(frame.root(part)) for part in parts]
+
+    def remove_(self, tensors: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+        """Takes sums of :meth:`along` out of tensors, in place."""
+        (mix,) = parts
+        self.edit_(tensors, -mix)
+
     @abstractmethod
     def overlap_times(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
         """``S x``, all of it ``[T, K]`` or one of the blocks."""

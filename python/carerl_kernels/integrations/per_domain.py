@@ -26,7 +26,8 @@ class DomainLosses:
 
     Args:
         trainer: a :class:`carerl_kernels.integrations.trl.CareMixin`.
-        editor: gets D times each domain's share of the gradient, so that the mean of them is the plain gradient; or "guard".
+        editor: gets D times each domain's share of the gradient, so that the mean of them is the plain gradient; or "guard", for
+            which they add up in place and nothing is kept.
 
     Raises:
         ValueError: options of TRL's that look at the whole micro-batch at once, or no domains.
@@ -52,6 +53,7 @@ class DomainLosses:
         self.by_guard = editor == "guard"
         self._named: list[tuple[str, nn.Parameter]] = []
         self._gradients: dict[int, list[Tensor | None]] = {}
+        self._parts: Any = None  # of the guard: whose share of what is in the gradients
         self._current: int | None = None
         self._other_losses: Tensor | float = 0.0
 
@@ -59,6 +61,7 @@ class DomainLosses:
         """Training begins: what the optimizer moves is in the model now (during a pass, FSDP2 puts whole copies there)."""
         self._named = trainable(self.trainer.model)
         self._gradients.clear()
+        self._parts = None
         if not isinstance(self.editor, str):
             spread_editor(self.editor, self._named)
 
@@ -79,7 +82,9 @@ class DomainLosses:
             trainer.accelerator.gather(counts).view(-1, len(counts)).amax(0).tolist()
         )  # rows per domain in any process
         todo = {domain for domain, count in enumerate(most) if count}
-        if trainer.accelerator.sync_gradients:
+        if self.by_guard:
+            self._share_what_is_known(model)
+        elif trainer.accelerator.sync_gradients:
             todo |= set(self._gradients)  # gradients gathered before have to be averaged over processes now
         metrics, self._other_losses = _Metrics(trainer), 0.0
         order = sorted(todo)
@@ -134,15 +139,28 @@ class DomainLosses:
 
     # ---------------------------------------------------------------------------------------------------------- gradients
 
+    def _share_what_is_known(self, model: nn.Module) -> None:
+        """DDP averages everything gathered in the step with its first synchronised pass: what the guard knows of it, too."""
+        replicated = isinstance(model, nn.parallel.DistributedDataParallel)
+        if self._parts is None:
+            self._parts = self.trainer.guard.mixed()
+        elif replicated and self.trainer.accelerator.sync_gradients:
+            self._parts.average_(model.process_group)
+
     def _take_in(self, domain: int) -> None:
         """Lets backward add to what this domain has gathered so far."""
+        self._current = domain
+        if self.by_guard:
+            return
         kept = self._gradients.get(domain, [None] * len(self._named))
         for (_, p), grad in zip(self._named, kept, strict=True):
             p.grad = grad
-        self._current = domain
 
     def _put_away(self) -> None:
         assert self._current is not None
+        if self.by_guard:
+            self._parts.gained(self.trainer.domain_names[self._current])
+            return
         self._gradients[self._current] = [p.grad for _, p in self._named]
         for _, p in self._named:
             p.grad = None
@@ -156,7 +174,11 @@ class DomainLosses:
     @torch.no_grad()
     def combine(self) -> None:
         """Makes the step's gradient out of the domains' and puts it where the optimizer looks."""
-        trainer, names = self.trainer, self.trainer.domain_names
+        if self.by_guard:
+            self._parts.finish()
+            self._parts = None
+            return
+        names = self.trainer.domain_names
         gradients = {
             names[domain]: [
                 torch.zeros_like(local(p)) if g is None else local(g)
@@ -165,13 +187,9 @@ class DomainLosses:
             for domain, grads in sorted(self._gradients.items())
         }
         self._gradients.clear()
-        if self.by_guard:
-            edited = trainer.guard.edit_domains(gradients)
-        else:
-            for grads in gradients.values():
-                torch._foreach_mul_(grads, float(len(gradients)))
-            edited = self.editor.combine(gradients)  # type: ignore[union-attr]
-        assign(self._named, edited)
+        for grads in gradients.values():
+            torch._foreach_mul_(grads, float(len(gradients)))
+        assign(self._named, self.editor.combine(gradients))  # type: ignore[union-attr]
 
 
 def _mask(inputs: dict[str, Any]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,8 @@ class GuardCallback(TrainerCallback):
             adapters by then. ``CapabilityGuard`` itself is such a function; a guard that exists already is taken as it is.
         stage: name of the domain this training is recorded as; None records nothing.
         path: where the stage's basis goes.
-        domain: whose steps these are, a name or a function that says it before every step. None: the stage's; without a
-            stage nobody's, so that all history acts.
+        domain: whose steps these are, a name or a function that says it before every step (several names: a mixed batch's).
+            None: the stage's; without a stage nobody's, so that all history acts.
         probe_loss: ``probe_loss(model, name) -> loss`` of an earlier domain on stored prompts, for rule "probed".
         protect: by name, what else the model shall stay able to do: rows of a data set (``prompt`` and perhaps ``completion``,
             ``messages``, or ``text``), or batches of what the model is called with. They are shown to the model once, before the
@@ -53,7 +53,7 @@ class GuardCallback(TrainerCallback):
         *,
         stage: str | None = None,
         path: Path | str | None = None,
-        domain: str | Callable[[], str | None] | None = None,
+        domain: str | Callable[[], str | Collection[str] | None] | None = None,
         probe_loss: Callable[[nn.Module, str], Tensor] | None = None,
         protect: Mapping[str, Iterable[Any]] | None = None,
         every: int | None = None,
@@ -84,7 +84,7 @@ class GuardCallback(TrainerCallback):
         """Whether the trainer's clipping has to wait for the guard's edit."""
         return self.guard is not None and self.guard.apply_to == "grad"
 
-    def owner(self) -> str | None:
+    def owner(self) -> str | Collection[str] | None:
         """Whose step comes next."""
         return self._domain() if callable(self._domain) else self._domain
 

@@ -15,6 +15,7 @@ from ..guard import CapabilityGuard
 from ..guard.editors import Editor
 from ..monitor.controller import Controller
 from .balance import AdvantageBalance
+from .own_answers import OwnAnswers
 from .per_domain import DomainLosses
 from .transformers import GuardCallback, MakeGuard
 
@@ -36,8 +37,11 @@ class CareMixin:
             prompts, in all accumulated micro-batches and processes; where they differ, to none, and all history acts.
             Evaluation may have domains of its own, and prompts without one, which count in no domain's metrics.
         domains: all names that the column holds; None looks them up (not possible in a stream).
-        editor: makes the step's gradient out of one per domain (:mod:`carerl_kernels.guard.editors`); "guard" means the
-            guard itself, in grad mode: each domain's gradient is edited by the rows of the others. TRL's clipping follows.
+        editor: makes the step's gradient out of one per domain (:mod:`carerl_kernels.guard.editors`); "guard" means the guard
+            itself: the directions of all others act on each domain's part (:meth:`CapabilityGuard.mixed`). TRL's clipping
+            follows.
+        self_rehearsal_weight: of the cross-entropy of the run's own right answers (:class:`OwnAnswers`); 0: none are kept.
+        self_rehearsal_size: right answers that are kept per domain; self_rehearsal_batch: drawn in every optimizer step.
         probe_loss, protect: see :class:`GuardCallback`.
         balance: weighs the advantages of mixed batches per domain: "gradient", so that every domain's squared advantages are the
             same, or a controller by weight that a monitor feeds (``MonitorCallback(DriftMonitor(..., controller=controller))``).
@@ -55,6 +59,9 @@ class CareMixin:
         domain_column: str = "domain",
         domains: Sequence[str] | None = None,
         editor: Editor | str | None = None,
+        self_rehearsal_weight: float = 0.0,
+        self_rehearsal_size: int = 256,
+        self_rehearsal_batch: int = 32,
         probe_loss: Callable[[nn.Module, str], Tensor] | None = None,
         protect: Mapping[str, Iterable[Any]] | None = None,
         balance: Controller | Literal["gradient"] | None = None,
@@ -65,7 +72,7 @@ class CareMixin:
         trainer: Any = self
         self.domain_names = _domain_names(trainer.train_dataset, trainer.eval_dataset, domain_column, domains)
         self._step_domains = torch.zeros(len(self.domain_names), dtype=torch.bool)
-        self._step_owner: str | None = None
+        self._step_owner: str | tuple[str, ...] | None = None
         self._batch_ids: Tensor | None = None  # domains of the generation batch, of all processes
         self.last_forward: Any = None  # log-probabilities, entropies, router's loss of the loss just computed
         self.guard_callback: GuardCallback | None = None
@@ -85,6 +92,11 @@ class CareMixin:
         self._losses = None if editor is None else DomainLosses(self, editor)
         self._balance = AdvantageBalance(balance, self.domain_names)
         trainer.add_callback(self._balance)
+        self.own_answers: OwnAnswers | None = None
+        self._rewards: Tensor | None = None  # of the generation batch, by function, of all processes
+        if self_rehearsal_weight:
+            self.own_answers = OwnAnswers(self, self_rehearsal_weight, self_rehearsal_size, self_rehearsal_batch)
+            trainer.add_callback(self.own_answers)
 
     @property
     def guard(self) -> CapabilityGuard | None:
@@ -102,9 +114,12 @@ class CareMixin:
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         parent: Any = super()
-        if not self.domain_names:
-            return parent._generate_and_score_completions(inputs)
         trainer: Any = self
+        if not self.domain_names:
+            output = parent._generate_and_score_completions(inputs)
+            if trainer.model.training:
+                self._keep_right(output, ["all"] * len(inputs))
+            return output
         ids = torch.tensor([self._domain_id(row) for row in inputs], device=trainer.accelerator.device)
         self._batch_ids = trainer.accelerator.gather(ids)
         output = parent._generate_and_score_completions(inputs)
@@ -114,7 +129,13 @@ class CareMixin:
             output["advantages"], logs = self._balance.weigh(output["advantages"], ids, total)
             for key, value in logs.items():
                 self._mode_metrics()[key].append(value)
+            self._keep_right(output, [self.domain_names[i] for i in ids.tolist()])
         return output
+
+    def _keep_right(self, output: dict[str, Any], domains: list[str]) -> None:
+        """The run's own right answers, of this process's rows."""
+        if self.own_answers is not None and self._rewards is not None:
+            self.own_answers.see(output, self._rewards, domains)
 
     def _domain_id(self, row: Mapping[str, Any]) -> int:
         """Place of a row's domain in `domain_names`; -1 for none, which only evaluation may have."""
@@ -153,10 +174,13 @@ class CareMixin:
             present = self._step_domains.to(trainer.accelerator.device, torch.float32)
             if len(present):
                 found = trainer.accelerator.reduce(present, "sum").nonzero().flatten().tolist()
-                self._step_owner = self.domain_names[found[0]] if len(found) == 1 else None
+                names = tuple(self.domain_names[i] for i in found)
+                self._step_owner = names[0] if len(names) == 1 else names
                 self._step_domains.zero_()
             if self._losses is not None:
                 self._losses.combine()
+            if self.own_answers is not None:
+                self.own_answers.rehearse(model)
         return loss
 
     def compute_loss(
@@ -215,6 +239,7 @@ class CareMixin:
         rewards = parent._calculate_rewards(
             inputs, prompts, completions, completion_ids_list
         )  # [B, functions], all processes
+        self._rewards = rewards
         if self.domain_names:
             lengths = torch.tensor(
                 [len(ids) for ids in completion_ids_list], device=rewards.device, dtype=torch.float32

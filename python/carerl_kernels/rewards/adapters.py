@@ -83,6 +83,7 @@ def trl_reward(
 
     function: Callable[..., Any] = concurrent if asynchronous else sync
     function.__name__ = name or name_of(reward)
+    function.verifies = getattr(reward, "verifies", False)  # type: ignore[attr-defined]
     return function
 
 

@@ -199,6 +199,11 @@ def _quiet(model: nn.Module) -> Iterator[None]:
             torch.backends.mha.set_fastpath_enabled(fast)
             for module in training:
                 module.training = True
+            for module in model.modules():
+                # FSDP2's root keeps its parameters gathered until a backward pass, which does not come here
+                reshard: Any = getattr(module, "reshard", None)
+                if reshard is not None and hasattr(module, "set_reshard_after_forward"):
+                    reshard()
 
 
 @contextmanager

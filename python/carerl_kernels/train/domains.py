@@ -25,6 +25,8 @@ class DomainSpec(BaseModel):
         chat: Prompts go through the tokenizer's chat template as a user's message.
         system: System message before it; needs chat, and prompts as text.
         probes: Training examples with answers that are stored: for a guard's rule "probed", for rehearsal.
+        right_from: A completion with at least this reward counts as right and may be rehearsed (`self_rehearsal_weight`),
+            whoever gave it; None: of verifiers those with a reward of 1, of judges none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -32,6 +34,7 @@ class DomainSpec(BaseModel):
     chat: bool = False
     system: str | None = None
     probes: int = Field(default=0, ge=0)
+    right_from: float | None = None
 
     @model_validator(mode="after")
     def _system_needs_chat(self) -> DomainSpec:
@@ -67,7 +70,7 @@ class DomainSpec(BaseModel):
         if self.probes:
             drawn = domain.draw(random.Random(f"probes of {name}"), self.probes)
             domain = replace(domain, probe_examples=drawn)
-        return domain
+        return domain if self.right_from is None else replace(domain, verify=self.right_from)
 
     def _as_chat(self, example: Example) -> Example:
         if not isinstance(example.prompt, str):

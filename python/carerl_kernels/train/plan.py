@@ -82,7 +82,7 @@ def plan_run(recipe: Recipe, processes: int = 1) -> RunPlan:
     memory["activations and logits"] = _activations(recipe, config, own, computed)
     guard, domains = None, 0
     if recipe.guard is not None:
-        guard, domains = _guard(recipe, model, processes), len({s.name for s in recipe.stages})
+        guard, domains = _guard(recipe, model, processes), len(_recorded(recipe))
         memory["guard"] = guard["total"]
     notes = [
         "the cache of sampling and activations leave prompts out: add their length to max_new_tokens where they are long",
@@ -120,6 +120,12 @@ def _activations(recipe: Recipe, config: Any, rows: int, item: int) -> int:
     return tokens * (config.hidden_size * states * item + 2 * config.vocab_size * item)
 
 
+def _recorded(recipe: Recipe) -> set[str]:
+    """Under which names the run's stages become history."""
+    apart = recipe.guards_mixed
+    return {name for stage in recipe.stages for name in (stage.domains if apart else (stage.name,))}
+
+
 def _guard(recipe: Recipe, model: nn.Module, processes: int) -> dict[str, Any]:
     from ..subspace.kinds import kind_of, rank_of
     from ..subspace.plan import plan
@@ -130,7 +136,7 @@ def _guard(recipe: Recipe, model: nn.Module, processes: int) -> dict[str, Any]:
     kind = kind_of(options.get("basis"), k=options.get("k"), dtype=basis_dtype(recipe.guard))
     rank = rank_of(kind, options.get("k"), options.get("r"))
     item = next(model.parameters()).dtype.itemsize
-    names = {s.name for s in recipe.stages}
+    names = _recorded(recipe)
     earlier = len(history_files(recipe.guard.history))
     return plan(model, kind, rank, max(1, earlier + len(names)), processes, basis_dtype(recipe.guard), item).as_dict()
 

@@ -190,7 +190,8 @@ class Recipe(Section):
         domains: By name.
         stages: What to train, in order.
         train: Settings of the trainer (`GRPOConfig`).
-        guard: None trains plainly and records nothing.
+        guard: None trains plainly and records nothing. In mixed stages it acts on each domain's part of the gradient
+            (train.editor: sum turns that off).
         monitor: None watches nothing.
         sampler: None: the model samples itself.
     """
@@ -205,6 +206,17 @@ class Recipe(Section):
     sampler: SamplerSpec | None = None
 
     _folder: Path = PrivateAttr(default=Path("."))
+
+    @property
+    def guards_mixed(self) -> bool:
+        """Whether the guard acts on each domain's part of mixed batches: always where it can, unless told otherwise."""
+        if self.guard is None or not any(stage.mixed for stage in self.stages):
+            return False
+        if self.train.editor is not None:
+            return self.train.editor == "guard"
+        options = self.guard.options
+        seen = options.get("basis") in (None, "input") and not {"k", "basis_dtype", "max_grad_norm"} & options.keys()
+        return seen and options.get("rule", "bounded") in ("bounded", "remove")
 
     @property
     def folder(self) -> Path:
@@ -236,6 +248,10 @@ class Recipe(Section):
         if not balanced and self.monitor is not None and self.monitor.controller is not None:
             raise ValueError(
                 f"monitor.controller: expected train.balance: controller, which lets it act, found {self.train.balance}"
+            )
+        if self.train.editor == "guard" and self.guard is None:
+            raise ValueError(
+                "train.editor: guard: expected a section guard ({} will do), found none; add it, or leave editor out"
             )
         if self.sampler is not None and self.train.old_logprobs != "sampler":
             raise ValueError(

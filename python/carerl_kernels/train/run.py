@@ -73,6 +73,7 @@ def open_run(recipe: Recipe, on_step: Callable[[dict[str, Any]], None] | None = 
                     recipe.train,
                     guard=guard,
                     monitor=monitor,
+                    editor="guard" if recipe.guards_mixed else None,
                     run_dir=recipe.run_dir,
                     sampler=_sampler(recipe, model, tokenizer),
                     recipe=recipe.record(),
@@ -191,7 +192,16 @@ def history_files(history: Sequence[Path]) -> list[Path]:
             ) from error
         if not recorded["config"].get("record_last", True):
             names = names[:-1]
-        own = [path / "bases" / f"{name}.safetensors" for name in names]
+        apart = recorded.get("editor") == "guard"  # then of mixed stages there is one file for each domain
+        own = [
+            path / "bases" / file
+            for name, stage in zip(names, stages, strict=False)
+            for file in (
+                [f"{name}/{domain}.safetensors" for domain in stage["domain"]]
+                if apart and isinstance(stage["domain"], list)
+                else [f"{name}.safetensors"]
+            )
+        ]
         missing = [str(p) for p in own if not p.is_file()]
         if missing:
             raise RecipeError(

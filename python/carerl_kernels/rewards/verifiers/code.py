@@ -47,6 +47,8 @@ class CodeTests:
         strip_reasoning: See `rewards.reasoning.strip_reasoning`; an unfinished trace is worth 0.
     """
 
+    verifies = True
+
     def __init__(
         self,
         sandbox: Sandbox | None = None,

@@ -28,3 +28,6 @@ def exact_match(example: Example, completion: str, *, strip_reasoning: StripReas
         return 1.0
     text = graded_text(completion, strip_reasoning)
     return float(text is not None and text.strip() == right)
+
+
+exact_match.verifies = True  # type: ignore[attr-defined]

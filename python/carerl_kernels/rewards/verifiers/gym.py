@@ -117,6 +117,8 @@ class GymReward:
         SandboxError: Graders cannot be isolated.
     """
 
+    verifies = True
+
     def __init__(
         self,
         settings: Mapping[str, Mapping[str, Any]],

@@ -170,6 +170,9 @@ def instructions_followed(example: Example, completion: str, *, strip_reasoning:
     return sum(followed(text or "", instructions)) / len(instructions)
 
 
+instructions_followed.verifies = True  # type: ignore[attr-defined]
+
+
 def check_instructions(example: Example) -> None:
     """Refuses an example whose instructions are not understood, before anything is trained on it.
 

@@ -58,6 +58,8 @@ class MathMatch:
         ImportError: math-verify is missing; says what to install.
     """
 
+    verifies = True
+
     def __init__(self, timeout: float = 5.0, memory: int = 4 << 30, *, strip_reasoning: StripReasoning = True) -> None:
         if importlib.util.find_spec("math_verify") is None:
             raise ImportError("checking mathematics needs math-verify: pip install 'carerl-kernels[verifiers]'")

@@ -1,0 +1,129 @@
+"""The gradient of a mixed batch: on each domain's part of it the directions of all other domains act.
+
+With P_d the projector onto the span of all directions but those of domain d, the step's gradient becomes
+``sum_d (I - P_d) g_d``. What is taken out depends on the coefficients ``A g_d`` alone, so no gradient is ever copied: parts
+accumulate in ``p.grad`` as always, after each the coefficients of the sum are looked at once, and their growth is what this
+domain has added. At the end one thin product takes the sum of all corrections out.
+
+Where a model consists of linear layers and embeddings, one backward pass over the whole batch does (:class:`RowWatch`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .following import Following
+from .memory import Memory
+from .rows import RowWatch
+from .statistics import energies
+
+
+class MixedGradient:
+    """One step's gradient, told domain by domain; see :meth:`CapabilityGuard.mixed`.
+
+    Args:
+        memory, following: of the guard.
+        seconds: of the guard, to count in.
+        known: called with every domain's name.
+        module: the model, where the guard was built from one.
+    """
+
+    def __init__(
+        self,
+        memory: Memory,
+        following: Following,
+        seconds: dict[str, float],
+        known: Callable[[str], None],
+        module: nn.Module | None,
+    ):
+        self._memory, self._following, self._seconds, self._known = memory, following, seconds, known
+        self._watch = None if module is None else RowWatch.of(memory.stack, module, following.parameters)
+        self._seen: list[Tensor] | None = None  # coefficients of what was in the gradients when last looked at
+        self._out: list[Tensor] | None = None  # what is to be taken out
+
+    @torch.no_grad()
+    def gained(self, domain: str) -> None:
+        """What gradients have gained since the last call (the first: all that is in them) is this domain's."""
+        self._known(domain)
+        stack = self._memory.stack
+        if not len(stack):
+            return
+        started = time.perf_counter()
+        seen = stack.seen(self._following.gradients())
+        gain = seen if self._seen is None else torch._foreach_sub(seen, self._seen)
+        out = stack.along(gain, domain)
+        if self._out is None:
+            self._out = out
+        else:
+            torch._foreach_add_(self._out, out)
+        self._seen = seen
+        self._seconds["act"] += time.perf_counter() - started
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether :meth:`rows` can be tried: a model whose weights live here whole, in linear layers and embeddings."""
+        return self._watch is not None
+
+    @contextmanager
+    def rows(self, domains: Sequence[str]) -> Iterator[None]:
+        """One forward and backward pass over a batch inside, row i of which is ``domains[i]``'s: instead of passes domain by
+        domain and :meth:`gained`. Enter it once for every micro-batch, then ask :meth:`complete`."""
+        assert self._watch is not None
+        for name in dict.fromkeys(domains):
+            self._known(name)
+        with self._watch.watching(list(domains)):
+            yield
+
+    @torch.no_grad()
+    def complete(self) -> bool:
+        """Whether what was seen row by row is all of the gradient. If not (a weight that is used in another way), drop the
+        gradient and pass the domains backward one by one."""
+        assert self._watch is not None
+        started = time.perf_counter()
+        complete = self._watch.agrees(self._following.gradients())
+        self._out = self._watch.out if complete else None
+        self._seconds["act"] += time.perf_counter() - started
+        return complete
+
+    def average_(self, group: Any) -> None:
+        """Gradients were gathered in every process of a group by itself, and the next backward pass averages them: so does
+        this what is known of them. Collective.
+        """
+        for part in (*(self._seen or ()), *(self._out or ())):
+            dist.all_reduce(part, group=group)
+            part.div_(dist.get_world_size(group))
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Takes out of the gradients what lies along other domains' directions; the optimizer steps next."""
+        self._following.edited = True
+        memory, stack = self._memory, self._memory.stack
+        if self._out is None:
+            return
+        started = time.perf_counter()
+        gradients = self._following.gradients()
+        if memory.settings.track_energy:
+            self._count(gradients)
+        stack.remove_(gradients, self._out)
+        self._seen = self._out = None
+        self._seconds["act"] += time.perf_counter() - started
+
+    def _count(self, gradients: list[Tensor]) -> None:
+        """Energies of the step's whole gradient, and what of it is taken out."""
+        stack = self._memory.stack
+        assert self._out is not None
+        total = torch.stack([g.norm(dtype=torch.float32).double().square() for g in gradients])
+        total = stack.layout.shards.sum_(total.sum())
+        c = stack.project(gradients)
+        taken = [torch.zeros_like(g) for g in gradients]
+        stack.remove_(taken, self._out)
+        touched = torch.stack([t.norm(dtype=torch.float32).double().square() for t in taken])
+        touched = stack.layout.shards.sum_(touched.sum())
+        self._memory.statistics.count(stack, stack.column_sums(energies(c)), touched, total)

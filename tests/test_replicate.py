@@ -11,7 +11,8 @@ from carerl_kernels.cli import app
 from carerl_kernels.replicate.cells import RAW, Record, append_record, read_records, run_cells
 from carerl_kernels.replicate.grid import PRESETS, Grid, GridError
 from carerl_kernels.replicate.honoured import refuse_ignored
-from carerl_kernels.replicate.report import rows_of, verdicts, versus, write_report
+from carerl_kernels.replicate.pooled import pooled_table, worst
+from carerl_kernels.replicate.report import Row, rows_of, verdicts, versus, write_report
 from carerl_kernels.replicate.stats import estimate, holm, pareto, t_quantile, t_two_sided
 from typer.testing import CliRunner
 
@@ -158,6 +159,21 @@ def test_measures_of_a_record():
     assert mixed.new == pytest.approx(0.5)
 
 
+def test_measures_of_a_pooled_record():
+    """One mixed stage: nothing is new or old; what counts is the end and the lowest point."""
+    r = Record("s/m@1/0", "k", [["a", "b"]], [[0.4, 0.2], [0.5, 0.6]], 1.0, lowest=[0.1, 0.3])
+    assert r.average == pytest.approx(0.55)
+    assert r.dip == pytest.approx(-0.3)
+    assert all(np.isnan(getattr(r, measure)) for measure in ("forgetting", "retention", "new", "window"))
+    assert np.isnan(record("s/m@1/0", [[0.1] * 3] * 4).dip)
+    alone = Record("s/alone@1/0", "k", [["a", "b"]], [[0.4, 0.2], [0.7, 0.5]], 1.0, lowest=[0.4, 0.2])
+    assert worst(r, alone) == pytest.approx(-0.2)
+    rows = [Row("alone@1", {0: alone}), Row("none@1", {0: r})]
+    lines = pooled_table("s", rows).splitlines()
+    assert lines[2].startswith("| before | 1 | | .400 | .200 |")
+    assert "| none@1 | 1 | .550 | .500 | .600 | -.300 | -.200 |" in lines[4]
+
+
 def test_raw_lines_survive_a_kill(tmp_path):
     path = tmp_path / RAW
     first, second = (record(f"s/m@1/{i}", [[0.1] * 3] * 4, touched=0.5) for i in range(2))
@@ -244,6 +260,40 @@ def test_verdicts_follow_the_numbers():
     assert rest == "Not told apart: same@1."
     assert versus(rows, "good@1").count("\n") == 1 + 4
     assert [r.variant for r in rows_of(records, "s", confirming=False)] == ["good@1"]
+
+
+def test_pooled_cells(tmp_path):
+    """Noise and scale, an earlier stage that all share, domains alone, the guard as editor, a controller; and their report."""
+    pytest.importorskip("transformers")
+    path, out = tmp_path / "pooled.yaml", tmp_path / "out"
+    path.write_text(
+        """
+settings:
+  pool: {text: pooled, kind: lm, stages: [[code, chat, math]], steps: 4, lr: 0.003, warm_up: 80, earlier: [code, math],
+    earlier_steps: 2, shares: {code: 1, chat: 2, math: 1}, noise: {chat: 0.5}, scale: {chat: 10},
+    train: {prompts_per_step: 8, group_size: 4, advantages: group, eval_every: 2}}
+methods:
+  watched: {text: controller, lr: [1], train: {balance: controller, eval_every: 1}}
+runs: [{setting: pool, methods: [none, alone, watched, own, pooled-guard, pooled-guard-random], seeds: [0]}]
+"""
+    )
+    cells = ["none@1", "alone@1", "watched@1", "own@1", "pooled-guard@1", "pooled-guard-random@1"]
+    wanted = [word for cell in cells for word in ("--cell", f"pool/{cell}/0")]
+    ran = carerl("--preset", path, "--out", out, "--workers", 1, *wanted)
+    assert ran.exit_code == 0, ran.output
+    records = {r.variant: r for r in read_records(out / RAW)}
+    assert list(records) == cells
+    assert len({json.dumps(r.scores[0]) for r in records.values()}) == 1
+    ends = [json.dumps(r.scores[1]) for r in records.values()]
+    assert len(set(ends)) == len(ends)
+    for r in records.values():
+        assert len(r.scores) == 2 and len(r.lowest) == 3
+        assert all(low <= end for low, end in zip(r.lowest, r.scores[1], strict=True))
+    assert records["pooled-guard@1"].guard_share > 0 and records["none@1"].guard_share is None
+    report = carerl("--preset", path, "--out", out, "--report")
+    assert report.exit_code == 0, report.output
+    assert "| pooled-guard@1 | 1 |" in report.output and "worst domain - alone" in report.output
+    assert (out / "pool.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_language_model_cells(tmp_path):
@@ -361,6 +411,15 @@ def test_a_cell_runs_whatever_is_recorded_unless_resumed(tiny, tmp_path):
         ("kind: lm, stages: [[code, math, chat]], shares: {code: 1, math: 2}", "", "mixed stage"),
         ("kind: lm, stages: [code, math]", "train: {lr: 0.1}", "lr and seed from the cell"),
         ("kind: lm, stages: [code, math]", "experiment: random", "a guard to go with experiment"),
+        ("kind: lm, stages: [code, math], scale: {chat: 2}", "", "scale of code, math"),
+        (
+            "kind: lm, stages: [[code, math]], earlier: [code]",
+            "",
+            "earlier domains out of the setting's, and their steps",
+        ),
+        ("kind: lm, stages: [[code, math]], earlier: [chat], earlier_steps: 1", "", "earlier domains"),
+        ("kind: lm, stages: [code, math]", "alone: true", "domains trained alone in a pooled setting"),
+        ("kind: lm, stages: [[code, math]]", "editor: guard", "a guard to go with editor guard"),
     ],
 )
 def test_what_a_kind_would_ignore_is_refused_before_anything_runs(tmp_path, setting, method, message):

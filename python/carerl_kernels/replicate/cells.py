@@ -110,7 +110,9 @@ class Record:
     @property
     def dip(self) -> float:
         """How far the domain that fell most, at its lowest, was from where it started: below zero where it fell."""
-        return min((low - start for low, start in zip(self.lowest, self.scores[0], strict=True)), default=nan)
+        if not self.lowest:
+            return nan
+        return min(low - start for low, start in zip(self.lowest, self.scores[0], strict=True))
 
     def _early(self, domain: str) -> bool:
         return self.own(domain) < len(self.stages)

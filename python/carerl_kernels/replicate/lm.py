@@ -15,6 +15,8 @@ from ..demo import tasks
 from ..grpo import Domain, Example, GRPOConfig, GRPOTrainer, Stage, answer_loss, special_tokens
 from ..guard import CapabilityGuard
 from ..guard.validate import validate
+from ..monitor import DriftMonitor
+from ..monitor.controller import Controller
 from .grid import Cell, GridError, Method, Setting
 from .methods import Shown, editor_of, guard_of
 
@@ -57,6 +59,7 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
         domains,
         config,
         guard=guard,
+        monitor=monitor_of(config, setting.domains),
         editor="guard" if method.editor == "guard" else editor_of(method, model, seed),
         on_step=on_step,
     )
@@ -64,7 +67,7 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
     history = trainer.run([Stage(group, setting.steps, shares=shares_of(cell, group)) for group in setting.groups])
     validity.look(again=True)
     return {
-        **({"lowest": lowest_of(history, setting.domains)} if setting.pooled else {}),
+        **({"lowest": lowest_of(history, setting)} if setting.pooled else {}),
         "scores": scores_of(history, setting.domains),
         "validity": validity.shares,
         **guard_figures(guard, trainer),
@@ -95,7 +98,7 @@ def alone(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, A
         (start,), (end,) = scores_of(history, [domain])
         before.append(start)
         after.append(end)
-        lowest += lowest_of(history, [domain])
+        lowest += lowest_of(history, setting, [domain])
     return {"scores": [before, after], "lowest": lowest}
 
 
@@ -178,10 +181,19 @@ def scores_of(history: Sequence[dict[str, Any]], domains: Sequence[str]) -> list
     return [[scores[d] for d in domains] for scores in last.values()]
 
 
-def lowest_of(history: Sequence[dict[str, Any]], domains: Sequence[str]) -> Scores:
-    """The lowest accuracy per domain at an evaluation after the start."""
-    looks = [line["eval"] for line in history if "eval" in line and line["step"] > 0]
-    return [min(look[d] for look in looks) for d in domains]
+def monitor_of(config: GRPOConfig, domains: Sequence[str]) -> DriftMonitor | None:
+    """What feeds a controller of the mixture: every evaluation against the best one; None where there is none."""
+    if config.balance != "controller":
+        return None
+    return DriftMonitor(domains, baseline="best", controller=Controller(domains))
+
+
+def lowest_of(history: Sequence[dict[str, Any]], setting: Setting, domains: Sequence[str] | None = None) -> Scores:
+    """The lowest accuracy per domain after the start, at the setting's evaluations: a method may ask for more of them."""
+    every = setting.train.get("eval_every", 0)
+    looks = [line for line in history if "eval" in line and line["step"] > 0]
+    own = [line["eval"] for line in looks if line is looks[-1] or (every and line["step"] % every == 0)]
+    return [min(look[d] for look in own) for d in domains or setting.domains]
 
 
 def guard_figures(guard: CapabilityGuard | None, trainer: GRPOTrainer) -> dict[str, Any]:

@@ -298,7 +298,7 @@ def test_loud_rewards_get_the_same_share_as_others(editor):
     rewards = {"code": soft, "chat": loud, "math": soft}
     for balance in (None, "gradient"):
         run = trainer(
-            None, balance=balance, loss="dr_grpo", rewards=rewards, editor=editor and editor(), prompts_per_step=12
+            None, balance=balance, advantages="none", rewards=rewards, editor=editor and editor(), prompts_per_step=12
         )
         run.run([Stage(NAMES, 8)])
         late = [line["step_share"]["chat"] for line in run.history[-4:]]
@@ -312,7 +312,7 @@ def test_loud_rewards_get_the_same_share_as_others(editor):
 def test_the_loud_one_is_named_once_a_stage(caplog):
     caplog.set_level(logging.WARNING, "carerl_kernels.grpo")
     loud = lambda example, text: 10 * random.random()  # noqa: E731
-    run = trainer(None, loss="dr_grpo", rewards={"chat": loud}, eval_every=0)
+    run = trainer(None, advantages="none", rewards={"chat": loud}, eval_every=0)
     run.run([Stage(NAMES, 25), Stage(("code", "chat"), 12), Stage("math", 2)])
     told = [r.getMessage() for r in caplog.records if "step budget" in r.getMessage()]
     assert [t.split(":")[0] for t in told] == ["stage code+chat+math", "stage code+chat"]

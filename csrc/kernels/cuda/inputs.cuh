@@ -211,6 +211,7 @@ __global__ void __launch_bounds__(kInputThreads, 2)
       const int64_t rest = K - block * kAll;
       return rest >= kAll ? kGroups : static_cast<int>((rest + kDirections - 1) / kDirections);
     };
+    const bool works = 16 * warp < strip.there;
     uint4 next[Strip<kTerms>::kVectors], next_rows[kRows];
     float x[kSums][4];
     bool broken[2] = {false, false}, moves[2] = {false, false};  // of rows g and g + 8
@@ -236,6 +237,7 @@ __global__ void __launch_bounds__(kInputThreads, 2)
           strip.fetch((tile + 1) * kDepth, next);
           fetch_directions(block, (tile + 1) * kDepth, next_rows);
         }
+        if (!works) continue;
         uint32_t a[kDepth / 8][kTerms][4];
 #pragma unroll
         for (int step = 0; step < kDepth / 8; ++step) {
@@ -336,7 +338,7 @@ __global__ void __launch_bounds__(kInputThreads, 2)
       }
 #pragma unroll
       for (int k = 0; k < kSums; ++k) {
-        if (k / 4 >= groups) break;
+        if (k / 4 >= groups || !works) break;
         // Direction 2t of eight stands for row t of the operands and 2t + 1 for row t + 4: so x is one already.
         const float from[4] = {x[k][0], x[k][2], x[k][1], x[k][3]};
         uint32_t a[2][4];

@@ -13,8 +13,16 @@
 namespace carerl::cuda {
 
 #ifdef CARERL_EMULATED
+using emulator::mma_double;
 using emulator::mma_tf32;
 #else
+// c [8, 8] += a [8, 4] b [4, 8] in fp64. a: row g of column t; b: row t of column g; c: row g.
+CARERL_DEVICE void mma_double(double (&c)[2], double a, double b) {
+  asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0,%1}, {%2}, {%3}, {%0,%1};"
+      : "+d"(c[0]), "+d"(c[1])
+      : "d"(a), "d"(b));
+}
+
 // c [16, 8] += a [16, 8] b [8, 8] in tf32, which drops the 13 lowest bits of its operands: products are exact, sums
 // truncated fp32. a: rows g and g + 8 of column t, then of column t + 4; b: rows t and t + 4 of column g; c: row g,
 // then row g + 8.

@@ -81,13 +81,14 @@ CARERL_DEVICE void dot_rows(const typename E::Type* const (&rows)[kProjectRows],
       for (int r = 0; r < kProjectRows; ++r) {
         if constexpr (E::kScaled) scale[r] = x < n ? scales[r][(column + x) >> block_shift] : 0.0f;
       }
+      float part[kProjectRows] = {};
 #pragma unroll
       for (int q = 0; q < E::kWidth / 4; ++q) {
         float u[kProjectRows][4];
 #pragma unroll
         for (int r = 0; r < kProjectRows; ++r) {
           E::quad(raw[c][r], q, u[r]);
-          if constexpr (E::kScaled) {
+          if constexpr (E::kScaled && kBatch > 1) {  // else the sum of the vector is scaled
 #pragma unroll
             for (int i = 0; i < 4; ++i) u[r][i] *= scale[r];
           }
@@ -100,13 +101,17 @@ CARERL_DEVICE void dot_rows(const typename E::Type* const (&rows)[kProjectRows],
           const float4 v = *reinterpret_cast<const float4*>(at + b * tile);
 #pragma unroll
           for (int r = 0; r < kProjectRows; ++r) {
-            float& sum = sums[r * kBatch + b];
+            float& sum = E::kScaled && kBatch == 1 ? part[r] : sums[r * kBatch + b];
             sum += u[r][0] * v.x;
             sum += u[r][1] * v.y;
             sum += u[r][2] * v.z;
             sum += u[r][3] * v.w;
           }
         }
+      }
+      if constexpr (E::kScaled && kBatch == 1) {
+#pragma unroll
+        for (int r = 0; r < kProjectRows; ++r) sums[r] += scale[r] * part[r];
       }
     }
   }

@@ -310,7 +310,8 @@ CARERL_DEVICE void stage(int rows, int n, int padded, bool aligned, const At& at
       uint4 raw[kStaged];
 #pragma unroll
       for (int s = 0; s < kStaged; ++s) {
-        if (first + s * threads < total) raw[s] = load_aligned<E>(where(first + s * threads));
+        const int i = first + s * threads;  // beyond the last one the last one again: a branch would part the loads
+        raw[s] = load_aligned<E>(where(i < total ? i : total - 1));
       }
 #pragma unroll
       for (int s = 0; s < kStaged; ++s) {

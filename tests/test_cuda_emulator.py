@@ -90,12 +90,14 @@ MISTAKES = {  # in a file: what goes wrong, the text there, and the text that do
     ],
     "reduce.cuh": [("one slot too many", "slot < last; slot", "slot < last + MUTANT; slot")],
     "dacsp.cuh": [("few lanes sum", "for (int offset = 16;", "for (int offset = MUTANT ? 2 : 16;")],
-    "inputs.cuh": [
+    "strip.cuh": [
         ("read behind the matrix", "load<E>(p + down * stride, columns - x, aligned)",
          "load<E>(p + down * stride, MUTANT ? E::kWidth : columns - x, aligned)"),
         ("write beyond the outputs", "if (row >= rows || x >= columns) continue;",
          "if (row >= rows + MUTANT || x >= columns) continue;"),
         ("outputs that stay are written", "if (!moved[x + e]) continue;", "if (!moved[x + e] && !MUTANT) continue;"),
+    ],
+    "inputs.cuh": [
         ("x of another block of directions", "= kept[(block * kSums", "= kept[((MUTANT ? 0 : block) * kSums"),
         ("one number of a matrix is enough", "__ballot_sync(kAllLanes, broken[half]) & row",
          "__ballot_sync(kAllLanes, broken[half]) & row & (MUTANT ? 0x11111111u : ~0u)"),
@@ -105,7 +107,8 @@ MISTAKES = {  # in a file: what goes wrong, the text there, and the text that do
     "logprobs.cuh": [("half a warp sums", "for (int offset = 16;", "for (int offset = MUTANT ? 8 : 16;")],
     "storage.cuh": [("alignment forgotten", "if (aligned && n >= E::kWidth)", "if ((aligned || MUTANT) && n >= E::kWidth)")],
 }  # fmt: skip
-NOTICED_BY = {"reduce.cuh": ("project",), "storage.cuh": ("project",), "rotate.cuh": ("rotate", "edit_rotate")}
+NOTICED_BY = {"reduce.cuh": ("project",), "storage.cuh": ("project",), "rotate.cuh": ("rotate", "edit_rotate"),
+              "strip.cuh": ("inputs",)}  # fmt: skip
 BARRIER = "__syncthreads();"
 
 

@@ -339,9 +339,11 @@ void inputs_of(const Case& c, bool left) {
     double sum = 0;
     for (int64_t j = 0; j < inputs; ++j) sum += matrices[matrix]->values[at(output, j)] * v(matrix, i % k, j);
     require(found[i] == sum, "input_project");
-    x[i] = output % 5 == 0 || output == 7 ? 0.0f : static_cast<float>(draw(1));
+    const bool spoilt = output == 7;
+    const float wanted = output % 5 == 0 ? 0.0f : static_cast<float>(draw(1));
     upper[i] = static_cast<float>(2 + draw(2));
-    anchor[i] = output == 7 && i % k == k - 1 ? NAN : found[i] + (x[i] > 0 ? upper[i] + 1 : x[i]);
+    anchor[i] = spoilt && i % k == k - 1 ? NAN : found[i] + (wanted > 0 ? upper[i] + 1 : wanted);
+    x[i] = spoilt ? 0.0f : wanted;
     expected[matrix] += x[i] * x[i];
   }
   input_edit("input_confine_", call, {anchor.data(), nullptr, upper.data(), {}, {}, {}}, energies.data());

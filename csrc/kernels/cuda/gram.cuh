@@ -9,6 +9,7 @@
 #pragma once
 
 #include "mma.cuh"
+#include "stage.cuh"
 
 namespace carerl::cuda {
 

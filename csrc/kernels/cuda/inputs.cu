@@ -16,7 +16,7 @@ void launch(const char* op, const InputCall& call, const InputRule& rule, float*
   constexpr auto* kernel = input_kernel<kTerms, kDirectionTerms, kGroups>;
   const int64_t strips = ceil_div(call.all.outputs, kStrip), count = static_cast<int64_t>(call.list.size());
   const int64_t blocks = ceil_div(call.all.count, kGroups * kDirections);
-  const int64_t most = blocks > 1 ? std::min(kKeepingGrid, CARERL_SLOTS) : int64_t{1} << 31;
+  const int64_t most = blocks > 1 ? std::min(kKeepingGrid, CARERL_SLOTS) : (int64_t{1} << 31) - 1;
   float* kept = nullptr;
   if (blocks > 1 && out == nullptr) {
     const int64_t grid = std::min(most, strips * std::min<int64_t>(count, kMatrices));

@@ -2,8 +2,6 @@
 // eight sums it has columns 2t and 2t + 1.
 #pragma once
 
-#include <type_traits>
-
 #include "storage.cuh"
 
 #ifdef CARERL_EMULATED

@@ -4,11 +4,12 @@
 // it, kRows at a time with kChunks vectors of 16 bytes of each in flight: 128 bytes a thread, 64 KiB or more on an SM,
 // where 18 KiB hide the latency of an H100 at full bandwidth (3.35 TB/s * 700 ns / 132 SMs). fp32 lanes last for one
 // tile (64 products a lane and gradient), then go to fp64 totals of the slot. No tensor cores: at the largest sizes
-// meant (K = 256, B = 16, bf16: 15 flop a byte) fp32 cores keep up with memory (H100: 20), and TF32 would cost
-// accuracy.
+// meant (K = 256, B = 16, bf16: 15 flop a byte) fp32 cores keep up with memory (H100: 20). They spend 20 instructions
+// on an element of 16 gradients, though: tensor cores, in which products of 16 bits and int8 are exact, would be
+// faster.
 #pragma once
 
-#include "storage.cuh"
+#include "stage.cuh"
 
 namespace carerl::cuda {
 

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "edit.cuh"
+#include "stage.cuh"
 
 namespace carerl::cuda {
 

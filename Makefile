@@ -17,7 +17,7 @@ NVCC := $(firstword $(shell command -v nvcc) $(wildcard $(CUDA_HOME)/bin/nvcc /u
 JOBS ?= auto
 ARGS ?=
 
-.PHONY: demo test test-torch test-ops bench gpu-build gpu-check lint format info clean
+.PHONY: demo test test-torch test-ops bench gpu-build gpu-check gpu-check-offline lint format info clean
 
 demo: $(VENV)/.carerl-train
 	$(BIN)/carerl demo $(ARGS)
@@ -39,6 +39,10 @@ test-ops: $(VENV)/.torch $(SOURCES)
 # For whoever has a GPU: conformance on the device, then its benchmark; writes gpu-check.json. Exits with 2 where there is none.
 gpu-check: $(VENV)/.carerl-test
 	$(BIN)/python -m carerl_kernels.bench.gpu_check --tests tests $(ARGS)
+
+# The same beside the torch, triton and nvcc that the machine has: no environment of its own, nothing fetched.
+gpu-check-offline:
+	PYTHON=$(PYTHON) sh bench/gpu_check_offline.sh
 
 bench: $(VENV)/.carerl-bench
 	$(BIN)/carerl bench $(ARGS)

@@ -79,7 +79,7 @@ def test_cpu_tensors_do_not_reach_it():
 # -------------------------------------------------------------------------------------------------------------- gates
 
 # Registers that two blocks of 256 threads leave each other; what has fewer runs more of them.
-BUDGET = {"project": 128, "gram": 96, "edit": 128, "rotate": 128}
+BUDGET = {"project": 128, "gram": 96, "edit": 128, "rotate": 128, "input": 255}  # of input: blocks of 128, two an SM
 SMALL_BLOCKS = 168  # where two blocks of 192 share the registers
 OTHERS = 64
 
@@ -136,14 +136,14 @@ def memory(counts: Counter, kind: str) -> Counter:
 
 
 @needs_tools
-def test_every_architecture_is_in_it_and_ptx_of_the_last():
+def test_every_architecture_is_in_it_and_ptx_of_the_first_and_the_last():
     assert set(resources()) == set(ARCHITECTURES)
     kernels = set(resources()["sm_90"])
     assert {name.split("_kernel")[0] for name in kernels} == {
         "project", "gram", "reduce", "edit", "rotate", "prepare_rotation", "classify", "quantize", "logprobs",
-        "logprobs_backward"}  # fmt: skip
+        "logprobs_backward", "input", "input_energy"}  # fmt: skip
     assert all(set(resources()[a]) == kernels for a in ARCHITECTURES)
-    assert "sm_120" in cuobjdump("-lptx")
+    assert set(re.findall(r"sm_\d+", cuobjdump("-lptx"))) == {"sm_80", "sm_120"}
 
 
 @needs_tools
@@ -155,10 +155,12 @@ def test_no_spills_no_local_memory_and_few_registers(architecture):
 
 
 def in_flight(kernel: str) -> int:
-    """16-byte loads of the bases that the main loop has to issue together."""
+    """16-byte loads that the main loop has to issue together: of the bases, or of what it stages."""
     if kernel.startswith("project"):
         return 8 if kernel.endswith(" 1>") else 4
-    return 4 if kernel.startswith("edit") else 0
+    if kernel.startswith(("edit", "rotate")):
+        return 4
+    return {"gram": 3, "logprobs": 2, "logprobs_backward": 2, "input": 2}.get(kernel.split("_kernel")[0], 0)
 
 
 def together(instructions: list[str]) -> int:
@@ -166,16 +168,61 @@ def together(instructions: list[str]) -> int:
     longest = run = 0
     for name in instructions:
         run += name.startswith("LDG.E.128")
-        if name.startswith(("FFMA", "FADD", "FMUL", "BRA")):
+        if name.startswith(("FFMA", "FADD", "FMUL", "HMMA", "DMMA", "BRA")):
             longest, run = max(longest, run), 0
     return longest
+
+
+def threads(kernel: str) -> int:
+    """Of a block, as it is launched."""
+    if kernel.startswith("project") and kernel.endswith(" 16>"):
+        return 192
+    return 128 if kernel.startswith(("rotate", "input")) else 256
+
+
+HIDDEN = 18 << 10  # bytes in flight on a multiprocessor that hide 700 ns at 3.35 TB/s over 132 of them, an H100
+
+
+@needs_tools
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_enough_bytes_are_in_flight_to_hide_the_latency_of_memory(architecture):
+    """With as many blocks as the registers leave room for. Quantising reads each block of 32 to 512 elements at once."""
+    for kernel, instructions in code(architecture).items():
+        if in_flight(kernel) == 0 or kernel.startswith("input"):
+            continue  # those of inputs are bound by tensor cores
+        registers = resources()[architecture][kernel]["REG"]
+        blocks = min(65536 // (threads(kernel) * -(-registers // 8) * 8), 2048 // threads(kernel))
+        found = blocks * threads(kernel) * 16 * together(instructions)
+        assert found >= HIDDEN, f"{kernel}: {found} bytes in flight on a multiprocessor"
+
+
+@needs_tools
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_products_of_warps_are_in_tensor_cores(architecture):
+    """And as many as there are to be: split operands of ``input_kernel<terms, terms of directions, groups>`` for each tile
+    of 32 inputs, first 4 steps x 4 columns of a group of directions, then 4 steps x 4 columns of inputs. Operands come from
+    shared memory a word at a time, each lane's from another bank: one wavefront each."""
+    kernels = {kernel: Counter(name.split(".")[0] for name in names) for kernel, names in code(architecture).items()}
+    assert kernels["gram_kernel"]["DMMA"] == 9  # a side of three eights with another
+    products = {(1, 1): 1, (1, 2): 2, (2, 1): 2, (2, 2): 3}
+    seen = 0
+    for kernel, counts in kernels.items():
+        if not kernel.startswith("input_kernel"):
+            continue
+        own, directions, groups = map(int, re.findall(r"\d+", kernel))
+        wanted = 16 * groups * (products[own, directions] + products[2, directions])
+        assert counts["HMMA"] == wanted, f"{kernel}: {counts['HMMA']} products, not {wanted}"
+        most = (1.7 if groups > 1 else 2.5) * wanted
+        assert counts["LDS"] <= most, f"{kernel}: {counts['LDS']} wavefronts for {wanted} products"
+        seen += 1
+    assert seen == 8
 
 
 @needs_tools
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_passes_over_n_use_16_byte_loads_and_stores(architecture):
     kernels = code(architecture)
-    over_n = [k for k in kernels if not k.startswith(("reduce", "prepare", "classify"))]
+    over_n = [k for k in kernels if not k.startswith(("reduce", "prepare", "classify", "input_energy"))]
     assert len(over_n) > 25
     for kernel in over_n:
         counts = Counter(kernels[kernel])
@@ -193,8 +240,7 @@ def test_passes_over_n_use_16_byte_loads_and_stores(architecture):
             gathers = in_flight(kernel) * (2 if re.search("I8|F8", kernel) else 1) + 3
             assert loads[64] == 0, f"{kernel}: {loads}"
             assert sum(n for bits, n in loads.items() if bits < 64) <= gathers, f"{kernel}: {loads}"
-        if kernel.startswith(("project", "edit")):
-            assert together(kernels[kernel]) >= in_flight(kernel), kernel
+        assert together(kernels[kernel]) >= in_flight(kernel), kernel
 
 
 # ---------------------------------------------------------------------------------------------------------- on a device

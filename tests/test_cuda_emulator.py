@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing())),
 ]
-OPS = ("project", "gram", "edit", "rotate", "edit_rotate", "dacsp", "quantize", "logprobs")
+OPS = ("project", "gram", "edit", "rotate", "edit_rotate", "dacsp", "quantize", "logprobs", "inputs")
 SOURCES = emulated.ROOT / "csrc/kernels/cuda"
 
 
@@ -74,7 +74,7 @@ MISTAKES = {  # in a file: what goes wrong, the text there, and the text that do
         ("write behind the tile", "kSmallestTile * kSmallestTile,\n", "kSmallestTile * kSmallestTile + MUTANT * 2048,\n"),
         ("lanes keep the wrong half", "upper ? values[i + kHalf] :", "upper != MUTANT ? values[i + kHalf] :"),
     ],
-    "gram.cuh": [("rows run into each other", "pitch = tile + 1;", "pitch = tile + 1 - 2 * MUTANT;")],
+    "gram.cuh": [("rows run into each other", "pitch = tile + 4;", "pitch = tile + 4 - 8 * MUTANT;")],
     "edit.cuh": [
         ("read behind the rows", "plan.rows[r] * basis.stride, n, aligned)",
          "plan.rows[r] * basis.stride, MUTANT ? W : n, aligned)"),
@@ -85,17 +85,30 @@ MISTAKES = {  # in a file: what goes wrong, the text there, and the text that do
          "__ballot_sync(MUTANT ? kAllLanes >> lane : kAllLanes, used)"),
     ],
     "rotate.cuh": [
-        ("misaligned load of the tile", "(stack + m * tile + x);", "(stack + m * tile + x + MUTANT);"),
+        ("misaligned load of the tile", "(stack + m * tile + x / 2);", "(stack + m * tile + x / 2 + MUTANT);"),
         ("write behind the rows", "column + x, n - x, sums[r], seed)", "column + x, MUTANT ? 8 : n - x, sums[r], seed)"),
     ],
     "reduce.cuh": [("one slot too many", "slot < last; slot", "slot < last + MUTANT; slot")],
     "dacsp.cuh": [("few lanes sum", "for (int offset = 16;", "for (int offset = MUTANT ? 2 : 16;")],
+    "strip.cuh": [
+        ("read behind the matrix", "load<E>(p + down * stride, columns - x, aligned)",
+         "load<E>(p + down * stride, MUTANT ? E::kWidth : columns - x, aligned)"),
+        ("write beyond the outputs", "if (row >= rows || x >= columns) continue;",
+         "if (row >= rows + MUTANT || x >= columns) continue;"),
+        ("outputs that stay are written", "if (!moved[x + e]) continue;", "if (!moved[x + e] && !MUTANT) continue;"),
+    ],
+    "inputs.cuh": [
+        ("x of another block of directions", "= kept[(block * kSums", "= kept[((MUTANT ? 0 : block) * kSums"),
+        ("one number of a matrix is enough", "__ballot_sync(kAllLanes, broken[half]) & row",
+         "__ballot_sync(kAllLanes, broken[half]) & row & (MUTANT ? 0x11111111u : ~0u)"),
+    ],
     "quantize.cuh": [("read behind the rows", "min64(begin + block, basis.stride)",
          "min64(begin + block, basis.stride + 16 * MUTANT)")],
     "logprobs.cuh": [("half a warp sums", "for (int offset = 16;", "for (int offset = MUTANT ? 8 : 16;")],
     "storage.cuh": [("alignment forgotten", "if (aligned && n >= E::kWidth)", "if ((aligned || MUTANT) && n >= E::kWidth)")],
 }  # fmt: skip
-NOTICED_BY = {"reduce.cuh": ("project",), "storage.cuh": ("project",), "rotate.cuh": ("rotate", "edit_rotate")}
+NOTICED_BY = {"reduce.cuh": ("project",), "storage.cuh": ("project",), "rotate.cuh": ("rotate", "edit_rotate"),
+              "strip.cuh": ("inputs",)}  # fmt: skip
 BARRIER = "__syncthreads();"
 
 

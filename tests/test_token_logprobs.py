@@ -60,6 +60,23 @@ def test_backward_against_float64(op, T, V, dtype):
     np.testing.assert_allclose(found.double().numpy(), want, rtol=rtol, atol=5e-6)
 
 
+@pytest.mark.parametrize("op", ON_CPU)
+def test_gradient_of_tokens_of_next_to_no_probability(op):
+    """log p = -800: fp32 holds it to 3e-5, and what is taken back from it moves every probability of the row by as much. The
+    reference and CUDA sum such rows again."""
+    logits, ids = make(3, 700, "fp32", scale=1.0)
+    logits[:, 350:] += 400
+    logits[:, :350] -= 400
+    ids = torch.tensor([5, 360, 699])
+    logp, entropy = op("token_logprobs", logits, ids)
+    found = op("token_logprobs_backward", torch.ones(3), torch.ones(3), logits, ids, logp, entropy)
+    log_p, p = softmax64(logits, 1.0)
+    onehot = (np.arange(700) == ids.numpy()[:, None]).astype(float)
+    want = onehot - p - p * (log_p - (p * log_p).sum(1, keepdims=True))
+    bound = 2e-7 if op.name in ("reference", "cuda-emulated") else 1e-5
+    np.testing.assert_allclose(found.double().numpy(), want, rtol=0, atol=bound)
+
+
 def test_autograd_agrees_with_log_softmax():
     logits, ids = make(6, 301, "fp32")
     ours, plain = logits.clone().requires_grad_(), logits.clone().requires_grad_()

@@ -138,3 +138,20 @@ def test_importing_the_package_imports_no_triton():
     code = "import sys, carerl_kernels.triton_kernels; print('triton' in sys.modules)"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert child.stdout.strip() == "False"
+
+
+def test_tables_of_a_graph_are_its_own_and_stay(monkeypatch):
+    """Replays copy them again: neither side may go to somebody else, and what was copied before is in no graph."""
+    from carerl_kernels.triton_kernels import _plan
+
+    tensors = [torch.randn(300), torch.randn(40)]
+    table, first, chunks, _ = _plan._table(tensors, (300, 40), (0, 384), 128, True)
+    assert first.tolist() == [0, 3, 4] and chunks == 4
+    assert table[: 4 * chunks].view(4, 4)[:, 1:].tolist() == [[0, 128, 0], [128, 128, 0], [256, 44, 0], [384, 40, 1]]
+    assert _plan._table(tensors, (300, 40), (0, 384), 128, True)[0] is table
+    monkeypatch.setattr(_plan, "_capturing", lambda device: True)
+    monkeypatch.setattr(_plan, "_captured", [])
+    kept = dict(_plan._tables)
+    seen = [_plan._table(tensors, (300, 40), (0, 384), 128, True)[0] for _ in range(2)]
+    assert seen[0] is not seen[1] and all(same_bits(own, table) for own in seen)
+    assert [device for _, device in _plan._captured] == seen and dict(_plan._tables) == kept

@@ -14,12 +14,19 @@ from collections.abc import Callable
 
 
 def kernels() -> dict[str, Callable]:
-    """Kernel of every op overload served, named as in ``_ops.SCHEMAS``. Imports triton."""
+    """Kernel of every op overload served, named as in ``_ops.SCHEMAS``. Imports triton.
+
+    Releases before 3.5 do not compile products in fp64: the reference serves ``gram`` beside them.
+    """
+    import triton
+
     from . import dacsp, edit, edit_rotate, gram, inputs, project, quantize_bases, rotate, token_logprobs
 
     served: dict[str, Callable] = {}
     for module in (project, gram, edit, rotate, edit_rotate, dacsp, inputs, quantize_bases, token_logprobs):
         served |= module.KERNELS
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5):
+        served = {name: kernel for name, kernel in served.items() if name not in gram.KERNELS}
     return served
 
 

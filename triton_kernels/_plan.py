@@ -4,13 +4,15 @@ Why a table and not a launch per tensor: a launch costs the host 5 to 20 us, so 
 than a step of LoRA takes to edit, and most of them are too small to fill a GPU. Nor are pointers passed as arguments
 (every list length would be its own kernel). Instead one small int64 table goes to the device, a row for each chunk:
 address, column in the bases, elements, group of coefficients. Parameters and their gradients usually stay where they
-are, so tables are kept; a new one is copied from pinned memory without waiting for the device.
+are, so tables are kept; a new one is copied from pinned memory without waiting for the device. A CUDA graph gets tables of its
+own, kept for good: its replays copy them again, long after those of other calls may have gone.
 """
 
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from threading import Lock
 
 import numpy as np
 import torch
@@ -20,6 +22,8 @@ from . import _blocks
 
 TABLES = 32  # kept
 _tables: OrderedDict[tuple, tuple[Tensor, Tensor, int, bool]] = OrderedDict()
+_captured: list[tuple[Tensor, Tensor]] = []  # on the host and on the device
+_lock = Lock()
 
 
 @dataclass(frozen=True)
@@ -96,29 +100,50 @@ def _table(
 ) -> tuple[Tensor, Tensor, int, bool]:
     addresses = tuple(grad.data_ptr() for grad in grads)
     device = grads[0].device
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = (addresses, sizes, offsets, length, per_tensor, grads[0].dtype, device, stream)
-    if key in _tables:
-        _tables.move_to_end(key)
+    aligned = all(address % 16 == 0 for address, size in zip(addresses, sizes, strict=True) if size)
+    content = addresses, sizes, offsets, length, per_tensor, grads[0].itemsize
+    pinned = device.type == "cuda"
+    if _capturing(device):
+        host, chunks = _on_host(*content, pinned)
+        both = host.to(device, non_blocking=True)
+        _captured.append((host, both))
+        return both, both[4 * chunks :], chunks, aligned
+    stream = torch.cuda.current_stream(device).cuda_stream if pinned else 0
+    key = (content, device, stream)
+    with _lock:
+        if key in _tables:
+            _tables.move_to_end(key)
+            return _tables[key]
+        host, chunks = _on_host(*content, pinned)
+        both = host.to(device, non_blocking=True)
+        _tables[key] = both, both[4 * chunks :], chunks, aligned
+        if len(_tables) > TABLES:
+            _tables.popitem(last=False)
         return _tables[key]
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _on_host(
+    addresses: tuple[int, ...], sizes: tuple[int, ...], offsets: tuple[int, ...], length: int, per_tensor: bool,
+    itemsize: int, pinned: bool,
+) -> tuple[Tensor, int]:  # fmt: skip
+    """The table and behind it the first chunk of each tensor, ``[4 chunks + T + 1]``, and the number of chunks."""
     count = np.array([-(-size // length) for size in sizes], dtype=np.int64)
     first = np.concatenate([[0], np.cumsum(count)])
     chunks = int(first[-1])
     tensor = np.repeat(np.arange(len(sizes)), count)
     start = (np.arange(chunks) - first[tensor]) * length
-    host = torch.empty(4 * chunks + len(first), dtype=torch.int64, pin_memory=device.type == "cuda")
+    host = torch.empty(4 * chunks + len(first), dtype=torch.int64, pin_memory=pinned)
     rows = host.numpy()[: 4 * chunks].reshape(chunks, 4)
-    rows[:, 0] = np.array(addresses, dtype=np.int64)[tensor] + start * grads[0].itemsize
+    rows[:, 0] = np.array(addresses, dtype=np.int64)[tensor] + start * itemsize
     rows[:, 1] = np.array(offsets, dtype=np.int64)[tensor] + start
     rows[:, 2] = np.minimum(length, np.array(sizes, dtype=np.int64)[tensor] - start)
     rows[:, 3] = tensor if per_tensor else 0
     host.numpy()[4 * chunks :] = first
-    both = host.to(device, non_blocking=True)
-    aligned = all(address % 16 == 0 for address, size in zip(addresses, sizes, strict=True) if size)
-    _tables[key] = both, both[4 * chunks :], chunks, aligned
-    if len(_tables) > TABLES:
-        _tables.popitem(last=False)
-    return _tables[key]
+    return host, chunks
 
 
 def addresses(matrices: Sequence[Tensor]) -> tuple[Tensor, bool]:

@@ -67,9 +67,10 @@ def edit_kernel(
     LIST: tl.constexpr, ALIGNED: tl.constexpr, CODES: tl.constexpr,
     BATCH: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
+    batch_groups = tl.cdiv(batch, BATCH)  # of a chunk, neighbours: rows come from L2 after the first
+    b = tl.program_id(0) % batch_groups * BATCH + tl.arange(0, BATCH)
     some = b < batch
-    pointer, column, count, group = chunk_of(tl.program_id(0), grads, table, n, length, LIST, ALIGNED)
+    pointer, column, count, group = chunk_of(tl.program_id(0) // batch_groups, grads, table, n, length, LIST, ALIGNED)
     at = group + b
     factor, moved, written = judge(mix, scale, at, some, rows, BATCH, ROWS)
     full = count // WIDTH * WIDTH
@@ -93,7 +94,7 @@ def apply(work: Work, bases: Bases, mix: Tensor, scale: Tensor) -> None:
     batch, width = _blocks.batch_tile(work.batch), _blocks.width(bases.data.dtype, work.grads.dtype)
     rows = _blocks.rows_tile(width, batch, bases.rows)
     launch(
-        edit_kernel, (work.chunks, -(-work.batch // batch)), mix,
+        edit_kernel, (work.chunks * -(-work.batch // batch),), mix,
         work.grads, bases.data, bases.scales, work.table, mix, scale,
         bases.n, bases.rows, work.batch, work.stride, work.length, bases.blocks, bases.shift,
         work.is_list, work.aligned, bases.codes, batch, rows, width,

@@ -48,11 +48,12 @@ def project_kernel(
     LIST: tl.constexpr, ALIGNED: tl.constexpr, CODES: tl.constexpr,
     BATCH: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums ``[chunks, B, K]`` fp64. Programs of a chunk are neighbours: gradients come from L2 after the first."""
-    row_groups = tl.cdiv(rows, ROWS)
-    chunk = tl.program_id(0) // row_groups
-    row = tl.program_id(0) % row_groups * ROWS + tl.arange(0, ROWS)
-    b = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
+    """Partial sums ``[chunks, B, K]`` fp64. Programs of a chunk are neighbours: what they share comes from L2 after the first."""
+    row_groups, batch_groups = tl.cdiv(rows, ROWS), tl.cdiv(batch, BATCH)
+    group = tl.program_id(0) // batch_groups
+    chunk = group // row_groups
+    row = group % row_groups * ROWS + tl.arange(0, ROWS)
+    b = tl.program_id(0) % batch_groups * BATCH + tl.arange(0, BATCH)
     some, inside = b < batch, row < rows
     pointer, column, count, _ = chunk_of(chunk, grads, table, n, length, LIST, ALIGNED)
     full = count // WIDTH * WIDTH
@@ -124,7 +125,7 @@ def coefficients(work: Work, bases: Bases, dtype: torch.dtype) -> Tensor:
     batch, width = _blocks.batch_tile(work.batch), _blocks.width(bases.data.dtype)
     rows = _blocks.rows_tile(width, batch, bases.rows)
     launch(
-        project_kernel, (work.chunks * -(-bases.rows // rows), -(-work.batch // batch)), out,
+        project_kernel, (work.chunks * -(-bases.rows // rows) * -(-work.batch // batch),), out,
         work.grads, bases.data, bases.scales, work.table, partials,
         bases.n, bases.rows, work.batch, work.stride, work.length, bases.blocks, bases.shift,
         work.is_list, work.aligned, bases.codes, batch, rows, width, max(_blocks.FOLD, width),

@@ -325,6 +325,82 @@ Tensor token_logprobs_backward(const Tensor& grad_logp, const Tensor& grad_entro
   return out;
 }
 
+// ----------------------------------------------------------------------------------------------- inputs of matrices
+
+cuda::InputCall input_call(const List& matrices, const Tensor& directions, bool left, Context& context) {
+  cuda::InputCall call{{}, {}, context.device()};
+  call.list.reserve(matrices.size());
+  for (const Tensor& matrix : matrices) call.list.push_back(matrix.data_ptr());
+  call.all.directions = directions.data_ptr();
+  call.all.outputs = matrices[0].size(left ? 1 : 0);
+  call.all.inputs = directions.size(2);
+  call.all.count = directions.size(1);
+  call.all.left = left;
+  call.all.dtype = cuda_dtype(matrices[0]);
+  call.all.direction_dtype = cuda_dtype(directions);
+  return call;
+}
+
+Tensor input_project(const List& matrices, const Tensor& directions, bool left) {
+  const char* op = "input_project";
+  check_input(op, matrices, directions, left);
+  Context context(directions);
+  const cuda::InputCall call = input_call(matrices, directions, left, context);
+  Tensor out = context.empty({directions.size(0), call.all.outputs, call.all.count}, ScalarType::Float);
+  cuda::input_project(op, call, data<float>(out));
+  return out;
+}
+
+Tensor input_edit(const char* op, const List& matrices, const Tensor& directions, bool left,
+                  const cuda::InputRule& rule) {
+  Context context(directions);
+  Tensor energies = context.empty({directions.size(0)}, ScalarType::Double);
+  cuda::input_edit(op, input_call(matrices, directions, left, context), rule, data<double>(energies));
+  return energies;
+}
+
+Tensor input_confine_(const List& matrices, const Tensor& directions, const Tensor& anchor, const Optional& lower,
+                      const Optional& upper, bool left) {
+  const char* op = "input_confine_";
+  check_input(op, matrices, directions, left);
+  check_bound(op, "anchor", anchor, matrices, directions, left);
+  if (lower) check_bound(op, "lower", *lower, matrices, directions, left);
+  if (upper) check_bound(op, "upper", *upper, matrices, directions, left);
+  return input_edit(
+      op, matrices, directions, left,
+      {data<float>(anchor), lower ? data<float>(*lower) : nullptr, upper ? data<float>(*upper) : nullptr, {}, {}, {}});
+}
+
+// A number is double and its difference to 1 rounded once, as in the reference.
+float gain_of(const char* op, const char* name, double weight) {
+  check_weight(op, name, weight, true);
+  return static_cast<float>(weight - 1.0);
+}
+
+Tensor input_dacsp_(const List& matrices, const Tensor& directions, double aligned, double conflict, double threshold,
+                    bool left) {
+  const char* op = "input_dacsp_";
+  check_input(op, matrices, directions, left);
+  const float up = gain_of(op, "aligned", aligned), down = gain_of(op, "conflict", conflict);
+  check_weight(op, "threshold", threshold, false);
+  return input_edit(
+      op, matrices, directions, left,
+      {nullptr, nullptr, nullptr, {up, nullptr}, {down, nullptr}, {static_cast<float>(threshold), nullptr}});
+}
+
+Tensor input_dacsp_tensor(const List& matrices, const Tensor& directions, const Tensor& aligned, const Tensor& conflict,
+                          const Tensor& threshold, bool left) {
+  const char* op = "input_dacsp_";
+  check_input(op, matrices, directions, left);
+  const int64_t count = directions.size(1);
+  check_weight(op, "aligned", aligned, count, directions, "directions");
+  check_weight(op, "conflict", conflict, count, directions, "directions");
+  check_weight(op, "threshold", threshold, count, directions, "directions");
+  return input_edit(
+      op, matrices, directions, left,
+      {nullptr, nullptr, nullptr, {0, data<float>(aligned)}, {0, data<float>(conflict)}, {0, data<float>(threshold)}});
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(CARERL_OPS_NAMESPACE, CARERL_OPS_KEY, m) {
@@ -343,6 +419,10 @@ STABLE_TORCH_LIBRARY_IMPL(CARERL_OPS_NAMESPACE, CARERL_OPS_KEY, m) {
   m.impl("dacsp_.list", TORCH_BOX(&dacsp_list<double>));
   m.impl("dacsp_.list_tensor", TORCH_BOX(&dacsp_list<const Tensor&>));
   m.impl("quantize_bases", TORCH_BOX(&quantize_bases));
+  m.impl("input_project", TORCH_BOX(&input_project));
+  m.impl("input_confine_", TORCH_BOX(&input_confine_));
+  m.impl("input_dacsp_", TORCH_BOX(&input_dacsp_));
+  m.impl("input_dacsp_.tensor", TORCH_BOX(&input_dacsp_tensor));
   m.impl("token_logprobs", TORCH_BOX(&token_logprobs));
   m.impl("token_logprobs_backward", TORCH_BOX(&token_logprobs_backward));
 }

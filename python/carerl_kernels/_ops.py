@@ -91,13 +91,7 @@ CPU_ONLY: tuple[str, ...] = ("block_project", "block_edit_", "packed_times", "al
 """Ops with kernels for the CPU alone, where torch's thin products and reductions run at a third of what the machine can do. On
 GPUs the reference calls torch's, and those are good."""
 
-WITHOUT_CUDA: tuple[str, ...] = (*CPU_ONLY, "input_project", "input_confine_", "input_dacsp_")
-"""Ops without kernels in the CUDA library: beside it the reference serves them. Those of inputs have Triton kernels, which
-serve them where the library is not installed."""
-
-KERNEL_OVERLOADS: tuple[str, ...] = tuple(
-    name for name in SCHEMAS if name.split(".")[0] not in (*COMPOSITE, *WITHOUT_CUDA)
-)
+KERNEL_OVERLOADS: tuple[str, ...] = tuple(name for name in SCHEMAS if name.split(".")[0] not in (*COMPOSITE, *CPU_ONLY))
 """The overloads that the CUDA library has kernels for."""
 
 for _name, _schema in SCHEMAS.items():

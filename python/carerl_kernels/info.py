@@ -97,8 +97,7 @@ def _served(op: str) -> dict[str, Any]:
             served.append(backend.name)
     through = list(_ops.COMPOSITE.get(op, ()))
     on_gpu = op not in _ops.CPU_ONLY and (through or op not in _ops.COMPOSITE)
-    without = {"cuda"} if op in _ops.WITHOUT_CUDA else set()
-    evidence = {name: list(steps) for name, steps in EVIDENCE.items() if on_gpu and name not in without}
+    evidence = {name: list(steps) for name, steps in EVIDENCE.items() if on_gpu}
     return {"backends": served, "missing": missing, "through": through, "evidence": evidence}
 
 

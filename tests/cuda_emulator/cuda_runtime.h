@@ -1,6 +1,6 @@
 // Stands in for CUDA's header of the same name when the kernels of csrc/kernels/cuda are compiled by a C++ compiler for
-// the tests: vector types, intrinsics, and launches that run on the host (emulator.cpp). Not covered: races between
-// blocks, weak memory, fast-math, tensor cores, asynchronous copies. The kernels use none of the last three.
+// the tests: vector types, intrinsics, tensor cores (mma.h), and launches that run on the host (emulator.cpp). Not
+// covered: races between blocks, weak memory, fast-math, asynchronous copies. The kernels use none of the last two.
 #pragma once
 
 #include <cmath>
@@ -47,15 +47,31 @@ extern thread_local Position position __attribute__((tls_model("initial-exec")))
 void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
 unsigned char* shared();
 void barrier(int line);
+// What a lane brings to an operation of its warp: the operands of a tensor core at most.
+constexpr int kWords = 3;
+struct Words {
+  uint64_t word[kWords];
+};
 // Waits until all lanes of `mask` have come with the same operation, and returns what each of them brought.
-const uint64_t* exchange(unsigned mask, int line, uint64_t value);
+const Words* exchange(unsigned mask, int line, const Words& own);
 int lane();
 
 template <class T>
+Words to_words(const T& value) {
+  static_assert(sizeof(T) <= sizeof(Words));
+  Words words = {};
+  std::memcpy(&words, &value, sizeof(value));
+  return words;
+}
+template <class T>
+T from_words(const Words& words) {
+  T value;
+  std::memcpy(&value, &words, sizeof(value));
+  return value;
+}
+template <class T>
 uint64_t to_word(T value) {
-  uint64_t word = 0;
-  std::memcpy(&word, &value, sizeof(value));
-  return word;
+  return to_words(value).word[0];
 }
 template <class T>
 T from_word(uint64_t word) {
@@ -65,7 +81,7 @@ T from_word(uint64_t word) {
 }
 template <class T>
 T shuffle_xor(unsigned mask, T value, int offset, int line) {
-  return from_word<T>(exchange(mask, line, to_word(value))[lane() ^ offset]);
+  return from_words<T>(exchange(mask, line, to_words(value))[lane() ^ offset]);
 }
 unsigned ballot(unsigned mask, bool vote, int line);
 
@@ -87,6 +103,10 @@ unsigned ballot(unsigned mask, bool vote, int line);
 inline unsigned __float_as_uint(float x) { return emulator::from_word<unsigned>(emulator::to_word(x)); }
 inline float __uint_as_float(unsigned x) { return emulator::from_word<float>(emulator::to_word(x)); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+namespace emulator {
+inline float exp2_flushed(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
+inline float max_or_nan(float a, float b) { return a != a || b != b ? NAN : std::fmax(a, b); }
+}  // namespace emulator
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
   const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;

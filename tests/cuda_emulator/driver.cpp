@@ -309,6 +309,60 @@ void logprobs(const Case& c) {
   }
 }
 
+// Matrices of 65 outputs, either side, confined to a box that x of -1, 0 and 1 lead back to; every fifth output stays,
+// one with a NaN for an anchor too.
+void inputs_of(const Case& c, bool left) {
+  const int64_t outputs = 65, inputs = c.n % 70, k = c.tensors == 7 ? 150 : c.rows, count = c.tensors ? 5 : 1;
+  const DType direction_dtype = c.basis == DType::kBF16 ? DType::kBF16 : DType::kF32;
+  Array directions(direction_dtype, count * k * inputs, c.lead, 1);
+  std::vector<std::unique_ptr<Array>> matrices;
+  Workspace workspace;
+  InputCall call{{}, {}, workspace.device()};
+  for (int64_t i = 0; i < count; ++i) {
+    matrices.emplace_back(new Array(c.grad, outputs * inputs, c.lead));
+    call.list.push_back(matrices.back()->data);
+  }
+  call.all.directions = directions.data;
+  call.all.outputs = outputs, call.all.inputs = inputs, call.all.count = k;
+  call.all.left = left, call.all.dtype = c.grad, call.all.direction_dtype = direction_dtype;
+  const auto at = [&](int64_t output, int64_t input) {
+    return left ? input * outputs + output : output * inputs + input;
+  };
+  const auto v = [&](int64_t matrix, int64_t row, int64_t input) {
+    return directions.values[(matrix * k + row) * inputs + input];
+  };
+  std::vector<float> found(count * outputs * k, NAN), anchor(found.size()), upper(found.size()), x(found.size());
+  std::vector<double> energies(count, NAN), expected(count, 0.0);
+  input_project("input_project", call, found.data());
+  for (int64_t i = 0; i < static_cast<int64_t>(found.size()); ++i) {
+    const int64_t matrix = i / k / outputs, output = i / k % outputs;
+    double sum = 0;
+    for (int64_t j = 0; j < inputs; ++j) sum += matrices[matrix]->values[at(output, j)] * v(matrix, i % k, j);
+    require(found[i] == sum, "input_project");
+    const bool spoilt = output == 7;
+    const float wanted = output % 5 == 0 ? 0.0f : static_cast<float>(draw(1));
+    upper[i] = static_cast<float>(2 + draw(2));
+    anchor[i] = spoilt && i % k == k - 1 ? NAN : found[i] + (wanted > 0 ? upper[i] + 1 : wanted);
+    x[i] = spoilt ? 0.0f : wanted;
+    expected[matrix] += x[i] * x[i];
+  }
+  input_edit("input_confine_", call, {anchor.data(), nullptr, upper.data(), {}, {}, {}}, energies.data());
+  require(energies == expected, "input_edit energies");
+  for (int64_t matrix = 0; matrix < count; ++matrix) {
+    for (int64_t output = 0; output < outputs; ++output) {
+      for (int64_t j = 0; j < inputs; ++j) {
+        double sum = matrices[matrix]->values[at(output, j)];
+        for (int64_t row = 0; row < k; ++row) sum += x[(matrix * outputs + output) * k + row] * v(matrix, row, j);
+        require(matrices[matrix]->read(at(output, j)) == sum, "input_edit");
+      }
+    }
+  }
+}
+void inputs(const Case& c) {
+  inputs_of(c, false);
+  inputs_of(c, true);
+}
+
 // What a launch that the runtime refused is reported as.
 void errors(const Case& c) {
   const std::map<cudaError_t, std::string> texts = {
@@ -336,7 +390,7 @@ int main(int count, char** names) {
   const std::map<std::string, void (*)(const Case&)> ops = {
       {"project", project}, {"gram", gram},         {"edit", edit},         {"rotate", rotate},
       {"dacsp", dacsp},     {"quantize", quantize}, {"logprobs", logprobs}, {"edit_rotate", edit_rotate},
-      {"errors", errors}};
+      {"inputs", inputs},   {"errors", errors}};
   const bool small = std::getenv("DRIVER_SMALL") != nullptr;
   std::vector<Case> cases = {{DType::kF32, DType::kF32, 2600, 1, 9, 0, 0}, {DType::kF32, DType::kI8, 1040, 3, 5, 0, 0}};
   if (!small) {

@@ -44,7 +44,7 @@ struct Warp {
   unsigned mask = 0, arrived = 0;
   int line = 0;
   uint64_t turn = 0;
-  uint64_t values[2][32];  // a lane may be one turn ahead of those that have not read yet, never two
+  Words values[2][32];  // a lane may be one turn ahead of those that have not read yet, never two
 };
 
 struct Block {
@@ -266,7 +266,7 @@ void barrier(int line) {
 #endif
 }
 
-const uint64_t* exchange(unsigned mask, int line, uint64_t value) {
+const Words* exchange(unsigned mask, int line, const Words& own_words) {
 #ifdef EMULATOR_THREADS
   std::unique_lock<std::mutex> lock(mutex);
 #endif
@@ -282,7 +282,7 @@ const uint64_t* exchange(unsigned mask, int line, uint64_t value) {
          std::to_string(warp.line) + " and " + std::to_string(line));
   }
   const uint64_t turn = warp.turn;
-  warp.values[turn & 1][lane()] = value;
+  warp.values[turn & 1][lane()] = own_words;
   warp.arrived |= own;
   if (warp.arrived == mask) {
     warp.arrived = 0;
@@ -301,10 +301,10 @@ const uint64_t* exchange(unsigned mask, int line, uint64_t value) {
 }
 
 unsigned ballot(unsigned mask, bool vote, int line) {
-  const uint64_t* votes = exchange(mask, line, vote);
+  const Words* votes = exchange(mask, line, to_words(uint64_t{vote}));
   unsigned out = 0;
   for (int i = 0; i < 32; ++i) {
-    if (mask >> i & 1) out |= static_cast<unsigned>(votes[i]) << i;
+    if (mask >> i & 1) out |= static_cast<unsigned>(votes[i].word[0]) << i;
   }
   return out;
 }

@@ -28,9 +28,10 @@ Plan make_plan(const Call& call, int64_t unit, int64_t most);
 // The same call with gradients [first, first + count) of its batch.
 Call part_of_batch(const Call& call, int64_t first, int64_t count);
 
+void check_launch(const char* op);
+
 // Refuses sizes whose shared memory no GPU of this build offers to one block.
 void check_shared(const char* op, int64_t bytes, const char* what);
-void check_launch(const char* op);
 
 constexpr int64_t kSharedAlways = 48 << 10;  // beyond, a kernel has to be told
 constexpr int64_t kSharedMost = 96 << 10;    // what every GPU from sm_80 on has
@@ -38,9 +39,10 @@ constexpr int64_t kSharedMost = 96 << 10;    // what every GPU from sm_80 on has
 template <class Kernel>
 void allow_shared(const char* op, Kernel kernel, int64_t bytes) {
   check_shared(op, bytes, "this many rows and gradients");
-  if (bytes > kSharedAlways) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  }
+  if (bytes <= kSharedAlways) return;
+  // The same for every call: threads of the host may come together.
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedMost) != cudaSuccess)
+    check_launch(op);
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -34,6 +34,13 @@ struct Call {
   int64_t groups() const { return per_tensor ? static_cast<int64_t>(spans.size()) : 1; }
 };
 
+// One call on the inputs of weight matrices. What `all` says of a launch is not filled in.
+struct InputCall {
+  std::vector<void*> list;
+  Matrices all;
+  Device device;
+};
+
 // `op` names the op in the text of an error (std::runtime_error). Results have groups() * batch leading entries.
 void project(const char* op, const Call& call, double* coefficients);
 void project(const char* op, const Call& call, float* coefficients);
@@ -46,6 +53,10 @@ void edit_rotate(const char* op, const Call& call, const Basis& domain, const Ed
 void dacsp(const char* op, const Call& call, const Rule& rule, float* coefficients, int8_t* classes);
 void quantize(const char* op, const Basis& basis, int64_t block, DType to, uint8_t* codes, float* scales,
               const Device& device);
+// out [matrices, outputs, count]
+void input_project(const char* op, const InputCall& call, float* out);
+// energies [matrices]: the sum of x^2
+void input_edit(const char* op, const InputCall& call, const InputRule& rule, double* energies);
 void token_logprobs(const char* op, const Logits& logits, const LogProbs& out, const Device& device);
 void token_logprobs_backward(const char* op, const Logits& logits, const LogProbs& forward,
                              const LogProbsGradient& gradient, const Device& device);

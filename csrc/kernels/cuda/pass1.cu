@@ -96,20 +96,22 @@ void project(const char* op, const Call& call, float* coefficients) { project_tu
 void gram(const char* op, const Call& call, double* out) {
   const int64_t size = call.basis.rows + call.batch;
   if (size == 0) return;
-  const int64_t blocks = ceil_div(size, kGramBlock), pairs = blocks * (blocks + 1) / 2;
-  int tile = 128;
-  auto bytes = [&] { return blocks * kGramBlock * (tile + 1) * static_cast<int64_t>(sizeof(double)); };
+  const Sides shape = sides_of(static_cast<int>(size));
+  const int64_t parts = ceil_div(shape.pairs, kGramWarps), pairs = ceil_div(shape.pairs, parts);
+  int tile = 256;
+  const auto bytes = [&] { return shape.sides * shape.eights * 8 * (tile + 4) * static_cast<int64_t>(sizeof(float)); };
   while (tile > 16 && bytes() > kSharedAlways) tile /= 2;
-  const int64_t shared = std::max<int64_t>(bytes(), kGramThreads * kGramBlock * kGramBlock * sizeof(double));
+  const int64_t shared = std::max<int64_t>(bytes(), kGramWarps * 64 * sizeof(double));
   allow_shared(op, gram_kernel, shared);
   const int64_t width = size * size;
   const Plan plan = make_plan(call, tile, std::clamp<int64_t>(kPartialBytes / (width * 8), 64, kSlots));
   double* partials = allocate<double>(call.device, plan.slots * width);
   for (const Table& table : plan.tables) {
     if (table.slots == 0) continue;
-    const dim3 grid(static_cast<unsigned>(table.slots), static_cast<unsigned>(ceil_div(pairs, kGramThreads)));
-    CARERL_LAUNCH(gram_kernel, grid, dim3(kGramThreads), shared, stream_of(call.device), table.spans, call.basis, tile,
-                  partials);
+    const dim3 grid(static_cast<unsigned>(table.slots), static_cast<unsigned>(parts));
+    const dim3 block(static_cast<unsigned>(32 * pairs * (kGramWarps / pairs)));
+    CARERL_LAUNCH(gram_kernel, grid, block, shared, stream_of(call.device), table.spans, call.basis, tile,
+                  static_cast<int>(pairs), partials);
     check_launch(op);
   }
   reduce(op, call, plan, Outputs{0, 0, 0, 0, 0, 0, size}, partials, out);

@@ -11,12 +11,14 @@ namespace {
 constexpr int64_t kSlots = 8192;     // most slots of a call
 constexpr int64_t kEditUnit = 4096;  // columns: a whole number of turns of a block for every type
 
+constexpr int64_t kRotateRoom = 40 << 10;  // of the tile of a rotation: five blocks an SM or more, from sm_80 on
+
 int gradients_of(int64_t batch) { return batch == 1 ? 1 : 4; }
 
 // Threads over columns, and over groups of four gradients.
-dim3 edit_block(int64_t batch, unsigned threads = 256) {
+dim3 edit_block(int64_t batch, int64_t threads = 256) {
   const unsigned groups = batch <= 4 ? 1 : batch <= 8 ? 2 : 4;
-  return dim3(threads / groups, groups);
+  return dim3(static_cast<unsigned>(threads) / groups, groups);
 }
 
 template <class E, int kGradients>
@@ -66,15 +68,17 @@ void launch_rotate(const char* op, const Call& call, const Basis& domain, const 
                    const Edit& change) {
   const int64_t depth = domain.rows + call.batch;
   const int64_t extra = kEdit ? edit_plan_bytes(call.basis.rows, call.batch, kGradients) : 0;
-  int tile = 256;
-  while (tile > 32 && depth * tile * 4 + extra > 64 << 10) tile /= 2;
+  int tile = 1024;
+  while (tile > 32 && depth * tile * 4 + extra > kRotateRoom) tile /= 2;
   const int64_t shared = depth * tile * 4 + extra;
   allow_shared(op, rotate_kernel<kGradients, kEdit>, shared);
-  dim3 block = edit_block(call.batch, rotate_threads(kGradients));
-  if (!kEdit) {  // as many threads as have a part of the product, evenly
-    const int64_t parts = tile / kRotateColumns * ceil_div(domain.rows, kRotateRows), rounds = ceil_div(parts, 256);
-    block = dim3(static_cast<unsigned>(std::max<int64_t>(round_up(ceil_div(parts, rounds), 32), 128)));
-  }
+  // As many threads as have a part of the product, evenly; and one for every vector of what is edited.
+  const int64_t parts = tile / kRotateColumns * ceil_div(domain.rows, kRotateRows);
+  int64_t threads = round_up(ceil_div(parts, ceil_div(parts, rotate_threads(kGradients))), 32);
+  if (kEdit)
+    threads = std::max<int64_t>(threads, tile * element_size(call.basis.dtype) / 16 * edit_block(call.batch).y);
+  threads = std::clamp<int64_t>(threads, 128, rotate_threads(kGradients));
+  const dim3 block = kEdit ? edit_block(call.batch, threads) : dim3(static_cast<unsigned>(threads));
   for (const Table& table : make_plan(call, tile, kSlots).tables) {
     if (table.slots == 0) continue;
     CARERL_LAUNCH((rotate_kernel<kGradients, kEdit>), dim3(static_cast<unsigned>(table.slots)), block, shared,

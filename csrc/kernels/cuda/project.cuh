@@ -4,11 +4,12 @@
 // it, kRows at a time with kChunks vectors of 16 bytes of each in flight: 128 bytes a thread, 64 KiB or more on an SM,
 // where 18 KiB hide the latency of an H100 at full bandwidth (3.35 TB/s * 700 ns / 132 SMs). fp32 lanes last for one
 // tile (64 products a lane and gradient), then go to fp64 totals of the slot. No tensor cores: at the largest sizes
-// meant (K = 256, B = 16, bf16: 15 flop a byte) fp32 cores keep up with memory (H100: 20), and TF32 would cost
-// accuracy.
+// meant (K = 256, B = 16, bf16: 15 flop a byte) fp32 cores keep up with memory (H100: 20). They spend 20 instructions
+// on an element of 16 gradients, though: tensor cores, in which products of 16 bits and int8 are exact, would be
+// faster.
 #pragma once
 
-#include "storage.cuh"
+#include "stage.cuh"
 
 namespace carerl::cuda {
 
@@ -81,13 +82,14 @@ CARERL_DEVICE void dot_rows(const typename E::Type* const (&rows)[kProjectRows],
       for (int r = 0; r < kProjectRows; ++r) {
         if constexpr (E::kScaled) scale[r] = x < n ? scales[r][(column + x) >> block_shift] : 0.0f;
       }
+      float part[kProjectRows] = {};
 #pragma unroll
       for (int q = 0; q < E::kWidth / 4; ++q) {
         float u[kProjectRows][4];
 #pragma unroll
         for (int r = 0; r < kProjectRows; ++r) {
           E::quad(raw[c][r], q, u[r]);
-          if constexpr (E::kScaled) {
+          if constexpr (E::kScaled && kBatch > 1) {  // else the sum of the vector is scaled
 #pragma unroll
             for (int i = 0; i < 4; ++i) u[r][i] *= scale[r];
           }
@@ -100,13 +102,17 @@ CARERL_DEVICE void dot_rows(const typename E::Type* const (&rows)[kProjectRows],
           const float4 v = *reinterpret_cast<const float4*>(at + b * tile);
 #pragma unroll
           for (int r = 0; r < kProjectRows; ++r) {
-            float& sum = sums[r * kBatch + b];
+            float& sum = E::kScaled && kBatch == 1 ? part[r] : sums[r * kBatch + b];
             sum += u[r][0] * v.x;
             sum += u[r][1] * v.y;
             sum += u[r][2] * v.z;
             sum += u[r][3] * v.w;
           }
         }
+      }
+      if constexpr (E::kScaled && kBatch == 1) {
+#pragma unroll
+        for (int r = 0; r < kProjectRows; ++r) sums[r] += scale[r] * part[r];
       }
     }
   }

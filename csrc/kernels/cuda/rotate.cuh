@@ -1,12 +1,13 @@
 // U <- Q [U; G] in place, alone or together with the edit of G.
 //
-// A block holds a tile of all rows of [U; G] in shared memory as floats; a thread makes 8 rows x 8 columns of the
-// product in registers, so that 64 multiply-adds need 10 shared-memory wavefronts. Bound by memory up to k of about 32
-// (bf16, H100) and by fp32 arithmetic beyond. No tensor cores: new rows have to stay orthonormal to 1e-5, which TF32
-// does not give, and this runs once per batch of gradients.
+// A block holds a tile of all rows of [U; G] in shared memory as floats, each row halved as `halved` says; a thread
+// makes 8 rows x 8 columns of the product in registers, so that 64 multiply-adds need 10 shared-memory wavefronts.
+// Bound by memory up to k of about 32 (bf16, H100) and by fp32 arithmetic beyond. No tensor cores: new rows have to
+// stay orthonormal to 1e-5, which TF32 does not give, and this runs once per batch of gradients.
 #pragma once
 
 #include "edit.cuh"
+#include "stage.cuh"
 
 namespace carerl::cuda {
 
@@ -86,7 +87,7 @@ CARERL_DEVICE void store_row(const Basis& basis, int64_t row, int64_t column, in
   });
 }
 
-// stack [depth, tile] of floats -> rows of the basis, columns [column, column + n).
+// stack [depth, tile] of halved rows -> rows of the basis, columns [column, column + n).
 CARERL_DEVICE void rotate_tile(const Basis& basis, const float* stack, int depth, int tile, const float* table,
                                int padded, int64_t column, int n, int64_t seed) {
   const int across = tile / kRotateColumns, down = (static_cast<int>(basis.rows) + kRotateRows - 1) / kRotateRows;
@@ -97,8 +98,8 @@ CARERL_DEVICE void rotate_tile(const Basis& basis, const float* stack, int depth
 #pragma unroll 2
       for (int m = 0; m < depth; ++m) {
         const float4* q = reinterpret_cast<const float4*>(table + static_cast<int64_t>(m) * padded + row);
-        const float4* u = reinterpret_cast<const float4*>(stack + m * tile + x);
-        const float4 q0 = q[0], q1 = q[1], u0 = u[0], u1 = u[1];
+        const float4* u = reinterpret_cast<const float4*>(stack + m * tile + x / 2);
+        const float4 q0 = q[0], q1 = q[1], u0 = u[0], u1 = u[tile / 8];
         const float factor[kRotateRows] = {q0.x, q0.y, q0.z, q0.w, q1.x, q1.y, q1.z, q1.w};
         const float value[kRotateColumns] = {u0.x, u0.y, u0.z, u0.w, u1.x, u1.y, u1.z, u1.w};
 #pragma unroll
@@ -141,7 +142,8 @@ __global__ void __launch_bounds__(rotate_threads(kGradients), 2)
     const int n = static_cast<int>(min64(tile, slot.end - begin));
     __syncthreads();  // everybody is done with the tile before
     const auto put = [&](int row, int x, const float (&four)[4]) {
-      *reinterpret_cast<float4*>(stack + row * tile + x) = make_float4(four[0], four[1], four[2], four[3]);
+      *reinterpret_cast<float4*>(stack + row * tile + halved(x, tile)) =
+          make_float4(four[0], four[1], four[2], four[3]);
     };
     stage_basis(domain, slot.column + begin, n, tile, put);
     stage_gradients(spans, slot, begin, n, tile, [&](int b, int x, const float (&four)[4]) { put(rows + b, x, four); });

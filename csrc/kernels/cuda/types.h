@@ -75,6 +75,30 @@ struct Rule {
   bool root_is_double, root_per_group;
 };
 
+// Weight matrices of one shape, [outputs, inputs] or with `left` [inputs, outputs], and directions of their inputs.
+constexpr int kMatrices = kSpans;  // of a launch
+struct Matrices {
+  void* matrix[kMatrices];
+  const void* directions;  // [matrices of the call, count, inputs]
+  int64_t outputs, inputs, count;
+  int32_t first, matrices;  // of the launch, among those of the call
+  bool left;
+  DType dtype, direction_dtype;
+};
+
+// One number, or one per direction. Of the number of a weight the one less than it, its gain.
+struct InputWeight {
+  float value;
+  const float* rows;
+};
+
+// What an output moves by: w <- w + x V, x a function of its coefficients c.
+struct InputRule {
+  const float* anchor;         // [matrices, outputs, count]: x = d - clip(d, -lower, upper), d = anchor - c;
+  const float *lower, *upper;  // null: zero
+  InputWeight aligned, conflict, threshold;  // without an anchor x = (weight - 1) c by the class of c
+};
+
 // Rows of logits and what is asked of each.
 struct Logits {
   const void* data;

@@ -18,11 +18,11 @@ from torch import Tensor
 from .. import _load
 from .cases import Case, Inputs
 from .expect import Expectation, WrongResult
+from .gpu_others import ways
 from .logits import LogitsCase
 from .measure import Spread
-from .presets import one_sided
 from .roofline import cases, device_named, predict
-from .variants import OURS, ours
+from .variants import OURS, line_of, ours
 
 FLUSHED = 1 << 30  # bytes written before every call: many times any L2, and time for the host to queue the call
 ROUNDS = 15
@@ -114,18 +114,23 @@ def on_host(outputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def measure_case(
-    case: Case, device: torch.device, name: str, rates: Mapping[str, float], rounds: int = ROUNDS
+    case: Case,
+    device: torch.device,
+    name: str,
+    rates: Mapping[str, float],
+    rounds: int = ROUNDS,
+    competing: bool = True,
 ) -> dict[str, Any]:
     """Times and checks one case.
 
     Args:
-        name: of the device, as torch has it. rates: of :func:`bandwidth`.
+        name: of the device, as torch has it. rates: of :func:`bandwidth`. competing: whether others are timed beside ours.
 
     Returns:
         plain values: ``case``, ``op``, ``bytes``, ``flops``, ``predicted_ms`` (from the measured copy bandwidth),
         ``data_sheet_ms`` (from that of the data sheet, None for an unknown device), ``errors`` (relative, of every
-        output), ``wrong`` (a message, or None); and where nothing is wrong ``ms`` (low, median, high quartile), ``gbps``
-        and ``percent_of_copy``.
+        output), ``wrong`` (a message, or None); and where nothing is wrong ``ms`` (low, median, high quartile), ``gbps``,
+        ``percent_of_copy`` and ``others`` (median ms of each competitor, or why there is none).
     """
     x: Inputs | LogitsCase
     if case.op.startswith("token_logprobs"):
@@ -157,7 +162,24 @@ def measure_case(
         return result | {"wrong": str(error)}
     gbps = case.bytes / seconds.median / 1e9
     milliseconds = [1e3 * seconds.low, 1e3 * seconds.median, 1e3 * seconds.high]
-    return result | {"ms": milliseconds, "gbps": gbps, "percent_of_copy": 100 * gbps / rates["copy_gbps"]}
+    result |= {"ms": milliseconds, "gbps": gbps, "percent_of_copy": 100 * gbps / rates["copy_gbps"]}
+    return result | {"others": others(x, before, device, rounds) if competing else {}}
+
+
+def others(
+    x: Inputs | LogitsCase, before: Callable[[], Any], device: torch.device, rounds: int
+) -> dict[str, float | str]:
+    """Median milliseconds of each competitor, or the error that it ended with."""
+    found: dict[str, float | str] = {}
+    for name, call in ways(x).items():
+        try:
+            for _ in range(2):
+                before()
+                call()
+            found[name] = 1e3 * statistics.median(elapsed(call, before, device, rounds))
+        except Exception as error:  # a library without the product, a compiler without its tools: not ours to judge
+            found[name] = line_of(error)
+    return found
 
 
 def predictions(case: Case, name: str, rates: Mapping[str, float]) -> dict[str, float | None]:
@@ -177,16 +199,15 @@ def gpu_cases(largest: int = LARGEST) -> list[Case]:
         for case in cases()
     ]
     lists = [replace(case, op="dacsp_.list", tensors=300) for case in cut if case.op == "dacsp_"]
-    sided = [("input_project", torch.bfloat16), ("input_confine_", torch.bfloat16), ("input_dacsp_", torch.bfloat16)]
-    return cut + lists + one_sided(sided, [(8192, 8192)])
+    return cut + lists
 
 
-def run_gpu(ops: Sequence[str] = (), say: Callable[[str], None] = print) -> dict[str, Any]:
+def run_gpu(ops: Sequence[str] = (), say: Callable[[str], None] = print, competing: bool = True) -> dict[str, Any]:
     """Measures all cases on the current GPU.
 
     Args:
         ops: only these; all by default.
-        say: takes one line per case.
+        say: takes one line per case. competing: see :func:`measure_case`.
 
     Raises:
         NoGpu: there is none.
@@ -199,7 +220,7 @@ def run_gpu(ops: Sequence[str] = (), say: Callable[[str], None] = print) -> dict
     with torch.no_grad():
         for case in gpu_cases():
             if not ops or case.op in ops or case.op.split(".")[0] in ops:
-                results.append(measure_case(case, device, found["name"], rates))
+                results.append(measure_case(case, device, found["name"], rates, competing=competing))
                 say(line(results[-1]))
     return {
         "device": found,
@@ -219,7 +240,11 @@ def line(result: Mapping[str, Any]) -> str:
     if result["wrong"]:
         return f"{result['case']}: WRONG: {result['wrong']}"
     low, median, high = result["ms"]
+    rivals = "".join(
+        f", {name} {took:.3g} ms" if isinstance(took, float) else f", {name}: {took}"
+        for name, took in result.get("others", {}).items()
+    )
     return (
         f"{result['case']}: {median:.3g} [{low:.3g}, {high:.3g}] ms, {result['gbps']:.0f} GB/s, "
-        f"{result['percent_of_copy']:.0f} % of copy, predicted {result['predicted_ms']:.3g} ms"
+        f"{result['percent_of_copy']:.0f} % of copy, predicted {result['predicted_ms']:.3g} ms{rivals}"
     )

@@ -6,6 +6,7 @@ wrong results with 1. The file gpu-check.json holds everything; ``--show FILE`` 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -21,12 +22,16 @@ from .._files import write_bytes_atomically
 from .gpu import NoGpu, device_or_raise, run_gpu
 
 NO_GPU, FAILED = 2, 1
+ON_DEVICE = re.compile(r"pytest\.mark\.gpu|def test_\w+\(op\b")
+WORKERS = 8  # test processes beside each other on one GPU
 
 
 def run_tests(directory: Path) -> dict[str, Any]:
-    """``pytest -m gpu`` over the tests of the checkout, which skips nothing silently: numbers and names of what failed."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rfE", "-p", "no:cacheprovider", str(directory)]
-    child = subprocess.run(command, capture_output=True, text=True, cwd=directory.parent)
+    """Those tests of the checkout that run on a GPU (emulation is not its business): numbers and names of what failed."""
+    files = [str(path) for path in sorted(directory.glob("test_*.py")) if ON_DEVICE.search(path.read_text())]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-k", "not emulat", "-q", "-rfE", "-p", "no:cacheprovider"]
+    command += ["-n", str(min(os.cpu_count() or 1, WORKERS))] if importlib.util.find_spec("xdist") else []
+    child = subprocess.run([*command, *files], capture_output=True, text=True, cwd=directory.parent)
     return {"exit": child.returncode, **summary(child.stdout)}
 
 
@@ -41,10 +46,11 @@ def summary(output: str) -> dict[str, Any]:
     return {**counts, "failures": failed}
 
 
-def run_backend(backend: str) -> dict[str, Any]:
-    """The benchmark in a process of its own, with one backend forced."""
+def run_backend(backend: str, competing: bool) -> dict[str, Any]:
+    """The benchmark in a process of its own, with one backend forced; ``competing``: others are timed, too."""
     code = "import json, sys; from carerl_kernels.bench.gpu import run_gpu\n"
-    code += "json.dump(run_gpu(say=lambda text: print(text, file=sys.stderr, flush=True)), sys.stdout)"
+    code += "say = lambda text: print(text, file=sys.stderr, flush=True)\n"
+    code += f"json.dump(run_gpu(say=say, competing={competing}), sys.stdout)"
     environment = os.environ | {"CARERL_BACKEND": backend}
     child = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
     if child.returncode:
@@ -92,8 +98,8 @@ def render(report: Mapping[str, Any]) -> str:
             f"{device['name']} (capability {device['capability']}), {versions}; copy {rates['copy_gbps']:.0f} GB/s, "
             f"read {rates['read_gbps']:.0f} GB/s.",
             "",
-            "| case | served by | ms [quartiles] | GB/s | % of copy | predicted ms | by data sheet |",
-            "|---|---|---|---|---|---|---|",
+            "| case | served by | ms [quartiles] | GB/s | % of copy | predicted ms | by data sheet | fastest other |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         lines += [_row(result, run["serves"]) for result in run["results"]]
     wrong = problems(report)
@@ -106,9 +112,12 @@ def _row(result: Mapping[str, Any], serves: Mapping[str, str]) -> str:
         return f"| {result['case']} | {serves[result['op']]} | WRONG | | | | |"
     low, median, high = result["ms"]
     sheet = "" if result["data_sheet_ms"] is None else f"{result['data_sheet_ms']:.3g}"
+    took = {name: ms for name, ms in result.get("others", {}).items() if isinstance(ms, float)}
+    other = min(took, key=took.__getitem__, default="")
+    rival = f"{other} {took[other]:.3g} ms, {took[other] / median:.1f} x" if other else ""
     return (
         f"| {result['case']} | {serves[result['op']]} | {median:.3g} [{low:.3g}, {high:.3g}] | {result['gbps']:.0f} "
-        f"| {result['percent_of_copy']:.0f} | {result['predicted_ms']:.3g} | {sheet} |"
+        f"| {result['percent_of_copy']:.0f} | {result['predicted_ms']:.3g} | {sheet} | {rival} |"
     )
 
 
@@ -134,11 +143,14 @@ def check(
 
 
 def _runs() -> dict[str, Any]:
-    """Every backend that can serve GPU tensors here; the reference where none can."""
+    """Every backend that can serve GPU tensors here, competitors beside the first; the reference where none can."""
     from .. import _load
 
-    names = [name for name in ("cuda", "triton") if _load.BACKENDS[name].available]
-    return {name: run_backend(name) for name in names} or {"reference": run_gpu(say=typer.echo)}
+    can = {name: _load.BACKENDS[name].available for name in ("cuda", "triton")}
+    # Beside a CUDA library Triton is not loaded, unless it is asked for as here.
+    can["triton"] |= can["cuda"] and importlib.util.find_spec("triton") is not None
+    names = [name for name, there in can.items() if there]
+    return {name: run_backend(name, name == names[0]) for name in names} or {"reference": run_gpu(say=typer.echo)}
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)

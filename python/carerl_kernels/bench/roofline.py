@@ -1,7 +1,8 @@
 """What an op should take on a GPU, from its bytes and operations and the data sheet of the device: no measurement here.
 
-An op takes at least the longer of (bytes / memory bandwidth) and (operations / rate), and in practice somewhat more: a kernel
-that streams reaches some 90 % of the bandwidth of the data sheet, hence :data:`ATTAINABLE`.
+An op takes the longer of (bytes / bandwidth) and (operations / rate), neither of which a kernel attains in full: of the
+bandwidth that a copy has it gets a share (:data:`STREAMED`), and of the rate of the units that it uses another
+(:data:`ISSUED`). Both were judged from the machine code: loads in flight, instructions and shared-memory wavefronts.
 """
 
 from __future__ import annotations
@@ -17,35 +18,54 @@ ATTAINABLE = 0.9
 """Share of the data sheet's bandwidth that a plain copy attains (about .90 to .94 on A100 and H100, as published copies
 show); ``make gpu-check`` measures it on the device and compares with that instead."""
 
+STREAMED = {
+    "project": 0.98, "edit_": 0.97, "dacsp_": 0.97,  # 64 to 128 bytes in flight a thread, nothing waits for another
+    "token_logprobs": 0.95, "token_logprobs_backward": 0.95,  # 32 a thread, eight blocks on a multiprocessor
+    # 64 in flight a thread, and then all of a block wait for the tile and for each other: the other blocks read on.
+    "gram": 0.85, "rotate_": 0.8, "edit_rotate_": 0.8, "pca_update_": 0.82,
+    "input_project": 0.85, "input_confine_": 0.75, "input_dacsp_": 0.75,  # the matrix is read again, in part from L2
+}  # fmt: skip
+"""Share of a copy's bandwidth that a kernel bound by memory gets."""
+
+ISSUED = {"fp32": 0.75, "fp64": 0.75, "tf32": 0.55}
+"""Share of a unit's rate: a rotation issues 64 multiply-adds beside 10 reads of shared memory and 4 of its table; products of
+warps (mma.sync) attain less than the data sheet's rate on everything since Hopper."""
+
 
 @dataclass(frozen=True)
 class Device:
     """Figures of a data sheet.
 
     Attributes:
-        bandwidth: bytes per second of device memory. fp32, fp64: operations per second on the ordinary cores, an addition and
-            a multiplication counting as two. source: where the figures stand.
+        bandwidth: bytes per second of device memory. fp32: operations per second on the ordinary cores, fp64 and tf32 in
+            tensor cores (dense), an addition and a multiplication counting as two. source: where the figures stand.
     """
 
     name: str
     bandwidth: float
     fp32: float
     fp64: float
+    tf32: float
     source: str
 
 
 DEVICES = {
-    "a100": Device("A100 SXM 80 GB", 2.039e12, 19.5e12, 9.7e12, "NVIDIA A100 data sheet (2021)"),
-    "h100": Device("H100 SXM 80 GB", 3.35e12, 67e12, 34e12, "NVIDIA H100 data sheet (2023)"),
+    "a100": Device("A100 SXM 80 GB", 2.039e12, 19.5e12, 19.5e12, 156e12, "NVIDIA A100 data sheet (2021)"),
+    "h100": Device("H100 SXM 80 GB", 3.35e12, 67e12, 67e12, 494e12, "NVIDIA H100 data sheet (2023)"),
     "b200": Device(
-        "B200 180 GB", 8.0e12, 80e12, 37e12, "NVIDIA DGX B200 data sheet (2024): 64 TB/s over 8 GPUs; fp32 as HGX B200"
+        "B200 180 GB",
+        8.0e12,
+        80e12,
+        37e12,
+        1100e12,
+        "NVIDIA DGX B200 data sheet (2024): 64 TB/s over 8 GPUs; fp32 and tf32 as HGX B200",
     ),
 }
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of one call: of its bytes at the attainable bandwidth, of its operations, and the longer of the two."""
+    """Seconds of one call: of its bytes, of its operations, and the longer of the two."""
 
     case: Case
     memory: float
@@ -61,19 +81,31 @@ class Prediction:
 
 
 def predict(case: Case, device: Device, bandwidth: float | None = None) -> Prediction:
-    """The least that a call of ``case`` takes.
+    """What a call of ``case`` should take.
 
     Args:
         bandwidth: bytes per second that a copy was measured to attain; by default the share of the data sheet's.
     """
     rate = bandwidth if bandwidth is not None else ATTAINABLE * device.bandwidth
-    doubles = _fp64_operations(case)
-    return Prediction(case, case.bytes / rate, (case.flops - doubles) / device.fp32 + doubles / device.fp64)
+    rates = {"fp32": device.fp32, "fp64": device.fp64, "tf32": device.tf32}
+    arithmetic = sum(count / (ISSUED[unit] * rates[unit]) for unit, count in operations(case).items())
+    return Prediction(case, case.bytes / (rate * STREAMED[case.op.split(".")[0]]), arithmetic)
 
 
-def _fp64_operations(case: Case) -> int:
-    """Gram matrices are summed in fp64, all else in fp32."""
-    return flops_of("gram", case.shape) if case.op.split(".")[0] in ("gram", "pca_update_") else 0
+def operations(case: Case) -> dict[str, float]:
+    """Operations by unit, those on padding included: Gram matrices are summed in fp64 over blocks of eight rows, inputs of
+    matrices in tf32 over 32 directions, whose fp32 numbers are two terms each; all else is fp32."""
+    op, shape = case.op.split(".")[0], case.shape
+    if op.startswith("input_"):
+        product = 2.0 * shape.B * -(-shape.K // 32) * 32 * shape.N
+        terms = (1 + (case.grad == torch.float32)) * (1 + (case.basis == torch.float32))
+        coefficients, edit = min(terms, 3), 2 + (case.basis == torch.float32)
+        return {"tf32": product * (coefficients + (edit if op != "input_project" else 0))}
+    if op not in ("gram", "pca_update_"):
+        return {"fp32": case.flops}
+    eights = -(-(shape.K + shape.B) // 8)
+    squares = {"fp64": eights * (eights + 1) / 2 * 128.0 * shape.N}
+    return squares if op == "gram" else squares | {"fp32": flops_of("rotate_", shape)}
 
 
 def device_named(name: str) -> Device:
@@ -110,6 +142,7 @@ def cases() -> list[Case]:
         Case("pca_update_", D=1, k=12, N=N, grad=BF16, basis=BF16),
         Case("gram", D=1, k=68, N=N // 8, grad=BF16, basis=BF16),
         Case("pca_update_", D=1, k=68, N=N // 8, grad=BF16, basis=BF16),
+        *(Case(op, D=1, k=96, B=8192, N=8192, grad=BF16) for op in ("input_project", "input_confine_", "input_dacsp_")),
         Case("token_logprobs", D=0, k=0, B=16384, N=151_936, grad=BF16, basis=BF16),
         Case("token_logprobs_backward", D=0, k=0, B=16384, N=151_936, grad=BF16, basis=BF16),
     ]
@@ -118,10 +151,11 @@ def cases() -> list[Case]:
 def table(name: str) -> str:
     """Markdown: bytes, operations and predicted time of every case."""
     device = device_named(name)
-    lines = ["| case | GB | Gop | ms | bound by |", "|---|---|---|---|---|"]
+    lines = ["| case | GB | Gop | ms | % of bandwidth | bound by |", "|---|---|---|---|---|---|"]
     for case in cases():
         p = predict(case, device)
-        figures = f"{case.bytes / 1e9:.1f} | {case.flops / 1e9:.0f} | {p.seconds * 1e3:.1f} | {p.bound}"
+        share = 100 * case.bytes / p.seconds / device.bandwidth
+        figures = f"{case.bytes / 1e9:.2f} | {case.flops / 1e9:.0f} | {p.seconds * 1e3:.2f} | {share:.0f} | {p.bound}"
         lines.append(f"| `{case.op}` {case.name.removeprefix(case.op).strip()} | {figures} |")
     return "\n".join(lines)
 
@@ -159,7 +193,7 @@ def overhead(name: str, rows: int = 24, rank: int = 16) -> list[Overhead]:
     operations per weight and domain on tensor cores, counted at half their rate.
     """
     device, shard = device_named(name), PARAMETERS / GPUS
-    rate = ATTAINABLE * device.bandwidth
+    rate = ATTAINABLE * STREAMED["dacsp_"] * device.bandwidth
     step = 6 * PARAMETERS * TOKENS / (GPUS * UTILISATION * BF16_RATE[name])
     found = []
     for label, size in (("bf16", 2.0), ("int8", 1 + 4 / SCALE_BLOCK), ("fp8", 1 + 4 / SCALE_BLOCK)):
@@ -170,6 +204,9 @@ def overhead(name: str, rows: int = 24, rank: int = 16) -> list[Overhead]:
     operations = 2 * 3 * 2 * rank * LINEAR / GPUS
     guard = max(moved / rate, operations / (0.5 * BF16_RATE[name])) + 20e-6
     found.append(Overhead(f"factored, r = {rank}, 3 domains", 2 * factors, guard, step))
+    confined = Case("input_confine_", D=1, k=96, B=LINEAR // GPUS // 3584, N=3584, grad=BF16)
+    held = 4 * 96 * LINEAR / GPUS * (1 / 3584 + 1 / 3584)
+    found.append(Overhead("confined, 96 directions", held, predict(confined, device).seconds, step))
     return found
 
 
@@ -194,7 +231,7 @@ def report(name: str) -> str:
     return "\n".join(
         [
             f"{device.name}: {device.bandwidth / 1e12:.2f} TB/s, {device.fp32 / 1e12:g} TFLOP/s fp32, "
-            f"{device.fp64 / 1e12:g} fp64 ({device.source})",
+            f"{device.fp64 / 1e12:g} fp64 and {device.tf32 / 1e12:g} tf32 in tensor cores ({device.source})",
             "",
             table(name),
             "",

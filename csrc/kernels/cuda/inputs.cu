@@ -8,8 +8,8 @@
 namespace carerl::cuda {
 namespace {
 
-constexpr int64_t kMostGroups = 4;     // of kDirections in registers: beyond, x goes through memory,
-constexpr int64_t kKeepingGrid = 512;  // 16 MiB of it for every 128 directions, whatever the matrices
+constexpr int64_t kMostGroups = 3;     // of kDirections in registers, which a fourth would overflow: beyond, x goes
+constexpr int64_t kKeepingGrid = 512;  // through memory, 12 MiB of it for every 96 directions, whatever the matrices
 
 template <int kTerms, int kDirectionTerms, int kGroups>
 void launch(const char* op, const InputCall& call, const InputRule& rule, float* out, double* partials) {

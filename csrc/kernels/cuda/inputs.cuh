@@ -37,7 +37,7 @@ CARERL_DEVICE float correction(const InputRule& rule, float c, int64_t at, int64
 // strips]: the sum of x^2. More than kGroups * kDirections directions are done in blocks, whose x lie in `kept`
 // [blocks of the grid, warps, blocks, 64 kGroups / 4, 32] in between. Shared memory: see input_shared.
 template <int kTerms, int kDirectionTerms, int kGroups>
-__global__ void __launch_bounds__(kInputThreads, kGroups == 1 ? 3 : 2)
+__global__ void __launch_bounds__(kInputThreads, 2)
     input_kernel(const __grid_constant__ Matrices matrices, const __grid_constant__ InputRule rule, float* coefficients,
                  double* partials, float* kept) {
   using D = std::conditional_t<kDirectionTerms == 2, F32, BF16>;

@@ -80,8 +80,12 @@ def test_cpu_tensors_do_not_reach_it():
 
 # Registers that two blocks of 256 threads leave each other; what has fewer runs more of them.
 BUDGET = {"project": 128, "gram": 128, "edit": 128, "rotate": 128, "input": 255}  # of input: blocks of 128, two an SM
-# Bytes that nvcc 13.0 does not find a register for: fp32 matrices with bf16 directions.
-ON_THE_STACK = {("sm_120", "input_kernel<2, 1, 3>"): 8}
+# Bytes that nvcc 13.0 finds no register for: on one architecture, whose own scheduling wants more than the others.
+ON_THE_STACK = {
+    ("sm_120", "input_kernel<2, 1, 3>"): 8,
+    ("sm_120", "input_kernel<2, 2, 3>"): 40,
+    ("sm_120", "rotate_kernel<1, 1>"): 8,
+}
 SMALL_BLOCKS = 168  # where two blocks of 192 share the registers
 OTHERS = 64
 

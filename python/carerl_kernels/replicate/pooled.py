@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 ALONE = "alone"
 """The method that trains every domain by itself with the samples it has in the pooled run."""
-BEST_FRONT = "none"
 
 
 def pooled_table(setting: str, rows: Sequence[Row]) -> str:
@@ -23,11 +22,11 @@ def pooled_table(setting: str, rows: Sequence[Row]) -> str:
         setting: Its name.
         rows: As `report.rows_of` gives them.
     """
-    from .report import probability, short, signed, spread
+    from .report import FRONT, probability, short, signed, spread
 
     first = next(iter(rows[0].records.values()))
     alone = {seed: record for row in rows if row.method == ALONE for seed, record in row.records.items()}
-    best = next((row.variant for row in rows if row.method == BEST_FRONT and row.against is None), "-")
+    best = next((row.variant for row in rows if row.method == FRONT and row.against is None), "-")
     start = _means([record.scores[0] for record in rows[0].records.values()])
     lines = [
         f"| method@lr | seeds | average | {' | '.join(first.domains)} | lowest - start | worst domain - alone | "

@@ -241,7 +241,9 @@ LEGEND = (
     "Holm over the table. \\*: not dominated in retention and new learning. One cell: `carerl replicate --cell NAME`. "
     "Tables of guards: time, its share of training time; displacement along earlier domains' directions over the last "
     "stage, relative to the recorded stages' own; share of fresh gradients of earlier domains that their directions explain"
-    " as the next stage begins and at the end."
+    " as the next stage begins and at the end. Pooled settings: lowest - start, the domain that fell most, at its lowest "
+    "evaluation, against before; worst domain - alone, the domain that ends furthest below where it ends by itself on as many "
+    "samples."
 )
 
 

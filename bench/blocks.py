@@ -1,7 +1,7 @@
-"""Block directions of SmolLM2-135M's weight matrices, native kernels against torch's matmuls: ``python bench/blocks.py``.
+"""Block directions of SmolLM2-135M's weight matrices, native kernels against torch's matmuls: `python bench/blocks.py`.
 
 Rank 16, one to three acting domains, fp32. Both run in turn in every round; a ratio is taken within a round. torch's way is the
-reference of the ops: stacked where matrices are small, `mm` and `addmm_` where they are not. ``roots`` are those of two vectors
+reference of the ops: stacked where matrices are small, `mm` and `addmm_` where they are not. `roots` are those of two vectors
 on the 211 matrices, where three domains act: fp32 triangles against squares of doubles in one batched product.
 """
 

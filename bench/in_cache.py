@@ -1,4 +1,4 @@
-"""What the passes take when memory does not: ``python bench/in_cache.py``.
+"""What the passes take when memory does not: `python bench/in_cache.py`.
 
 One thread, D=3, k=8, rows that fit the second-level cache (192 KiB), the cost of a call taken off. Bytes are counted as in
 docs/performance.md. Where all cores together do little more than the memory streams, the two add up instead of hiding each

@@ -1,4 +1,4 @@
-"""What guarding a mixed batch costs, by number of domains: ``python bench/pooled.py`` (two minutes on one core).
+"""What guarding a mixed batch costs, by number of domains: `python bench/pooled.py` (two minutes on one core).
 
 The demo's model and tasks, 16 prompts x 8 completions, AdamW. Three learners with the same weights take a step each in turn:
 plainly; with the guard looking at every row of one backward pass; with the guard and a pass for each domain, as models need it

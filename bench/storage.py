@@ -1,9 +1,9 @@
-"""What storing directions in fewer bits costs in accuracy: ``python bench/storage.py``.
+"""What storing directions in fewer bits costs in accuracy: `python bench/storage.py`.
 
 Rows of unit length with normally distributed elements, the hardest case for a scale per block short of outliers. 4-bit codes
-are simulated: they exist here only, to be compared. ``row``: |U - U'| / |U|, which is also the share of a displacement along a
-direction that a guard acting on U' misses. ``coefficient``: error of u . g in units of |g| / sqrt(N), that is of the
-coefficient that pure noise has; ``removed``: what is left, after ``g - U'^T U' g``, of a gradient along u.
+are simulated: they exist here only, to be compared. `row`: |U - U'| / |U|, which is also the share of a displacement along a
+direction that a guard acting on U' misses. `coefficient`: error of u . g in units of |g| / sqrt(N), that is of the
+coefficient that pure noise has; `removed`: what is left, after `g - U'^T U' g`, of a gradient along u.
 """
 
 from __future__ import annotations

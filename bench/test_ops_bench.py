@@ -1,4 +1,4 @@
-"""The ops under pytest-benchmark, small shapes: for comparing two commits. ``carerl bench`` compares with PyTorch and bandwidth.
+"""The ops under pytest-benchmark, small shapes: for comparing two commits. `carerl bench` compares with PyTorch and bandwidth.
 
 pytest bench/ --benchmark-save=before; (change something); pytest bench/ --benchmark-compare=*before
 """

@@ -37,7 +37,7 @@ ROWS = {  # what: learning rate, standard deviation of the judge's noise, whose 
 
 
 def train(learner: Learner, counts, steps: int, lr: float, guard=None, stage: str | None = None, decay=False) -> None:
-    """Steps of one optimizer: ``counts(step)`` prompts of each domain, recorded as a stage or edited by a guard."""
+    """Steps of one optimizer: `counts(step)` prompts of each domain, recorded as a stage or edited by a guard."""
     learner.guard = guard
     optimizer = torch.optim.AdamW(learner.parameters, lr=lr, weight_decay=0.0)
     if guard is not None:

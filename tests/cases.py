@@ -17,7 +17,7 @@ LAYOUTS = {"plain": (0, 0), "offset": (1, 0), "strided": (3, 5)}  # elements bef
 
 @dataclass(frozen=True)
 class Case:
-    """One combination of sizes, dtypes, geometry and memory layout. ``batch`` 0 stands for a 1-D gradient."""
+    """One combination of sizes, dtypes, geometry and memory layout. `batch` 0 stands for a 1-D gradient."""
 
     n: int
     batch: int
@@ -74,7 +74,7 @@ def covering(**changes: Sequence) -> list[Case]:
 
 
 def directions(rng: np.random.Generator, domains: int, slots: int, n: int, geometry: str) -> np.ndarray:
-    """Rows ``[D, k, N]`` of about unit length; slots are independent, domains overlap pairwise as the geometry says."""
+    """Rows `[D, k, N]` of about unit length; slots are independent, domains overlap pairwise as the geometry says."""
     own = rng.standard_normal((domains, slots, n)) / max(n, 1) ** 0.5
     flat = own.reshape(domains * slots, n)
     if geometry.startswith("overlap"):
@@ -103,7 +103,7 @@ def block_size(name: str) -> int:
 
 
 def dense_rows(bases: Tensor, scales: Tensor | None, name: str) -> np.ndarray:
-    """The rows ``[K, N]`` in float64 that stored bases stand for."""
+    """The rows `[K, N]` in float64 that stored bases stand for."""
     dense = scales is None
     rows = to64(bases) if dense else oracle.dequantize(to64(bases), scales.cpu().numpy(), block_size(name))
     return rows.reshape(int(np.prod(rows.shape[:-1])), rows.shape[-1])
@@ -146,7 +146,7 @@ def build(case: Case, device: str = "cpu") -> Inputs:
 
 
 def draw_mix(inputs: Inputs, batch: int, device: str) -> tuple[Tensor, Tensor]:
-    """Edit coefficients ``[B, K]`` and scale ``[B]`` in fp32."""
+    """Edit coefficients `[B, K]` and scale `[B]` in fp32."""
     mix = torch.from_numpy(inputs.rng.standard_normal((batch, len(inputs.rows)))).float().to(device)
     scale = torch.from_numpy(inputs.rng.uniform(0.25, 2.0, batch)).float().to(device)
     return mix, scale

@@ -54,7 +54,7 @@ def bases(
 
 
 def frame(name: str, given: list[FactoredBasis], room: float):
-    """Orthonormal directions ``[size, K]``, and how far rows may go along them against bound 1 ``[across, K]``."""
+    """Orthonormal directions `[size, K]`, and how far rows may go along them against bound 1 `[across, K]`."""
     side, shares, factors, moved = SIDES[name], [], [], []
     for basis in given:
         squares = basis.values[name].double().numpy() ** 2

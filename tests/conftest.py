@@ -1,4 +1,4 @@
-"""Fixtures of the op tests: every test that takes ``op`` runs once per backend that can run here."""
+"""Fixtures of the op tests: every test that takes `op` runs once per backend that can run here."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _parameter(backend: Backend):
 
 @pytest.fixture(params=[_parameter(b) for b in BACKENDS if b.missing() is None])
 def op(request: pytest.FixtureRequest) -> Backend:
-    """The kernels under test, called by overload: ``op("project.list", ...)``."""
+    """The kernels under test, called by overload: `op("project.list", ...)`."""
     return request.param
 
 

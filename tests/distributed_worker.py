@@ -1,4 +1,4 @@
-"""What every process of the distributed tests runs: ``python distributed_worker.py SCENARIOS RANK WORLD FOLDER``.
+"""What every process of the distributed tests runs: `python distributed_worker.py SCENARIOS RANK WORLD FOLDER`.
 
 Each scenario trains the same small model on the same data, split over the processes, and writes what came out. World size 1 means
 no process group at all: the plain single process that the others have to equal.

@@ -1,7 +1,7 @@
-"""The CUDA backend on the host: kernels, launches and binding of ``csrc`` compiled against ``tests/cuda_emulator``.
+"""The CUDA backend on the host: kernels, launches and binding of `csrc` compiled against `tests/cuda_emulator`.
 
-The library is built once per state of the sources, under ``build/emulator``, and registers the ops of the CUDA binding in
-the namespace ``carerl_emulated`` for CPU tensors.
+The library is built once per state of the sources, under `build/emulator`, and registers the ops of the CUDA binding in
+the namespace `carerl_emulated` for CPU tensors.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def run(arguments: Sequence[str]) -> None:
 def build(
     name: str, objects: Sequence[tuple[Path, Sequence[str]]], link: Sequence[str], sources: Sequence[Path]
 ) -> Path:
-    """Compiles ``(source, flags)`` pairs and links them to ``build/emulator/<hash>/<name>``, unless that exists."""
+    """Compiles `(source, flags)` pairs and links them to `build/emulator/<hash>/<name>`, unless that exists."""
     key = hashlib.sha256(repr((objects, link)).encode())
     for path in sorted({*sources, *(source for source, _ in objects)}):
         key.update(path.read_bytes())

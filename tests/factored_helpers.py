@@ -11,7 +11,7 @@ from guard_oracle import Rule
 
 
 def columns(rng: np.random.Generator, rows: int, r: int, base: np.ndarray | None, overlap: float) -> np.ndarray:
-    """Orthonormal columns (as many as fit, the rest zero) with this overlap with each column of ``base``."""
+    """Orthonormal columns (as many as fit, the rest zero) with this overlap with each column of `base`."""
     width = min(rows, r)
     fresh = np.linalg.qr(rng.standard_normal((rows, width)))[0]
     if base is not None:
@@ -112,7 +112,7 @@ class FactoredWalk:
         self.params = list(model.parameters())
 
     def expect(self, index: int, raw: np.ndarray, own: str | None) -> np.ndarray:
-        """What the step ``raw`` (gradient convention) of a parameter should become."""
+        """What the step `raw` (gradient convention) of a parameter should become."""
         oracle = self.oracles.get(index)
         if oracle is None:
             return raw

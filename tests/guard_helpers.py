@@ -35,7 +35,7 @@ def offsets(model: torch.nn.Module) -> tuple[list[int], int]:
 
 
 def pack(model: torch.nn.Module, parts: list[np.ndarray], kind: str, k: int) -> torch.Tensor:
-    """Rows ``[k, N]`` from dense rows per coefficient row ``[k, n_t]``."""
+    """Rows `[k, N]` from dense rows per coefficient row `[k, n_t]`."""
     at, size = offsets(model)
     rows = torch.zeros(k, size)
     params = list(model.parameters())

@@ -18,9 +18,9 @@ def root_of_pinv(S: np.ndarray, power: float, rcond: float = 1e-4) -> np.ndarray
 
 
 class Rule:
-    """One rule on one coefficient row. ``step`` returns the edited g and remembers what the rule remembers.
+    """One rule on one coefficient row. `step` returns the edited g and remembers what the rule remembers.
 
-    "bounded" and "remove" of parameters are a projection: ``net`` is how far the parameters are from their anchors.
+    "bounded" and "remove" of parameters are a projection: `net` is how far the parameters are from their anchors.
     """
 
     def __init__(self, rule, A, h, aligned=1.0, conflict=0.0, lower=0.1, upper=0.1):

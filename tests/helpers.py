@@ -20,7 +20,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, repr=False)
 class Backend:
-    """A set of kernels under test: ``backend("project.list", ...)`` calls the overload of that name."""
+    """A set of kernels under test: `backend("project.list", ...)` calls the overload of that name."""
 
     name: str
     device: str
@@ -35,7 +35,7 @@ class Backend:
 
 
 def dispatched(overload: str) -> torch._ops.OpOverload:
-    """``torch.ops.carerl.<op>.<overload>``: whatever kernel the dispatcher picks for the device of the arguments."""
+    """`torch.ops.carerl.<op>.<overload>`: whatever kernel the dispatcher picks for the device of the arguments."""
     name, _, variant = overload.partition(".")
     return getattr(getattr(torch.ops.carerl, name), variant or "default")
 
@@ -110,7 +110,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def assert_within(actual: Tensor | np.ndarray, expected: np.ndarray, bound: np.ndarray | float, what: str = "") -> None:
-    """Elementwise ``|actual - expected| <= bound``, with the worst element in the message."""
+    """Elementwise `|actual - expected| <= bound`, with the worst element in the message."""
     found = to64(actual) if isinstance(actual, Tensor) else actual
     assert found.shape == expected.shape, f"{what} shape {found.shape}, expected {expected.shape}"
     error = np.abs(found - expected)
@@ -124,13 +124,13 @@ def assert_within(actual: Tensor | np.ndarray, expected: np.ndarray, bound: np.n
 
 
 def dot_bound(g: np.ndarray, rows: np.ndarray, out: torch.dtype = torch.float32) -> np.ndarray:
-    """Bound on c ``[B, K]``: the lanes' error plus one rounding to the output."""
+    """Bound on c `[B, K]`: the lanes' error plus one rounding to the output."""
     unit = FP32_UNIT if out == torch.float32 else 0.0
     return DOT_UNIT * (np.abs(g) @ np.abs(rows).T) + unit * np.abs(g @ rows.T)
 
 
 def edit_bound(g: np.ndarray, rows: np.ndarray, mix: np.ndarray, scale: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    """Bound on g' ``[B, N]``: K + 1 fp32 terms in any order, a rounding each for dequantisation, scale and storage."""
+    """Bound on g' `[B, N]`: K + 1 fp32 terms in any order, a rounding each for dequantisation, scale and storage."""
     size = np.abs(scale)[:, None] * (np.abs(g) + np.abs(mix) @ np.abs(rows))
     exact = scale[:, None] * (g + mix @ rows)
     return (len(rows) + 3) * FP32_UNIT * size + UNIT[dtype] * np.abs(exact) + FLOOR[dtype]
@@ -139,7 +139,7 @@ def edit_bound(g: np.ndarray, rows: np.ndarray, mix: np.ndarray, scale: np.ndarr
 def rotate_bound(
     rows: np.ndarray, g: np.ndarray, q: np.ndarray, dtype: torch.dtype, stochastic: bool = False
 ) -> np.ndarray:
-    """Bound on U' ``[k, N]``: k + B fp32 terms and one rounding (of up to a whole spacing when stochastic)."""
+    """Bound on U' `[k, N]`: k + B fp32 terms and one rounding (of up to a whole spacing when stochastic)."""
     stack = np.vstack([rows, g])
     size, exact = np.zeros_like(rows), np.zeros_like(rows)
     size[: len(q)], exact[: len(q)] = np.abs(q) @ np.abs(stack), np.abs(q @ stack)

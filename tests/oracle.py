@@ -1,7 +1,7 @@
 """Dense float64 versions of every op, in numpy, importing nothing from the package: what the kernels are judged by.
 
 Written from the definitions, not for speed: every function materialises what it needs. Arrays are float64 and hold
-exactly the values that the tensors store. Rows are directions: ``rows [K, N]``, gradients ``g [B, N]``.
+exactly the values that the tensors store. Rows are directions: `rows [K, N]`, gradients `g [B, N]`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ Array = NDArray[np.float64]
 
 
 def project(g: Array, rows: Array) -> Array:
-    """c = g U^T ``[B, K]``."""
+    """c = g U^T `[B, K]`."""
     return g @ rows.T
 
 
 def gram(rows: Array, g: Array) -> Array:
-    """H = [U; G] [U; G]^T ``[K+B, K+B]``."""
+    """H = [U; G] [U; G]^T `[K+B, K+B]`."""
     stack = np.vstack([rows, g])
     return stack @ stack.T
 
@@ -42,7 +42,7 @@ def rotate(rows: Array, g: Array, q: Array) -> Array:
 
 
 def edit_rotate(g: Array, bases: Array, mix: Array, scale: Array, domain: int, q: Array) -> tuple[Array, Array]:
-    """Both edits from the raw state: G' from all old rows ``[D, k, N]``, U'_domain from the raw gradients."""
+    """Both edits from the raw state: G' from all old rows `[D, k, N]`, U'_domain from the raw gradients."""
     edited = edit(g, np.concatenate(list(bases)), mix, scale)
     rotated = bases.copy()
     rotated[domain] = rotate(bases[domain], g, q)
@@ -50,7 +50,7 @@ def edit_rotate(g: Array, bases: Array, mix: Array, scale: Array, domain: int, q
 
 
 def psd_power(overlap: Array, power: float, rcond: float = 1e-4) -> Array:
-    """S^power by singular values (S is symmetric, positive semidefinite), those below ``rcond * max`` dropped."""
+    """S^power by singular values (S is symmetric, positive semidefinite), those below `rcond * max` dropped."""
     if overlap.size == 0:
         return overlap.copy()
     left, values, right = np.linalg.svd(overlap)
@@ -71,7 +71,7 @@ def dacsp(
     threshold: float | Array,
     root: Array | None = None,
 ) -> tuple[Array, Array, NDArray[np.int8], Array]:
-    """The literal rule. Returns g', c, classes, gains (w - 1), all but the first ``[B, K]``.
+    """The literal rule. Returns g', c, classes, gains (w - 1), all but the first `[B, K]`.
 
     aligned: c > threshold; conflicting: c < -threshold; everything else keeps weight 1.
     sum combine x = (w-1) c, symmetric combine x = R diag(w-1) R c.
@@ -95,7 +95,7 @@ def dacsp(
 
 
 def input_project(W: Array, V: Array) -> Array:
-    """c = W V^T ``[G, outputs, K]`` of matrices ``[G, outputs, inputs]`` and directions ``[G, K, inputs]``."""
+    """c = W V^T `[G, outputs, K]` of matrices `[G, outputs, inputs]` and directions `[G, K, inputs]`."""
     return W @ V.swapaxes(1, 2)
 
 
@@ -116,7 +116,7 @@ def input_dacsp(
 
 
 def batch_pca(data: Array, k: int) -> tuple[Array, Array]:
-    """Top k right singular vectors ``[k, N]`` and all singular values of the (uncentred) data ``[T, N]``."""
+    """Top k right singular vectors `[k, N]` and all singular values of the (uncentred) data `[T, N]`."""
     _, values, right = np.linalg.svd(data, full_matrices=False)
     return right[:k], values
 
@@ -124,7 +124,7 @@ def batch_pca(data: Array, k: int) -> tuple[Array, Array]:
 def pca_step(rows: Array, s: Array, g: Array, decay: float) -> tuple[Array, Array, Array]:
     """One exact incremental SVD step by a dense SVD of [decay diag(s) U; G].
 
-    Returns the kept rows ``[k, N]``, the kept singular values ``[k]`` and the discarded singular values.
+    Returns the kept rows `[k, N]`, the kept singular values `[k]` and the discarded singular values.
     """
     k = len(rows)
     kept, values = batch_pca(np.vstack([decay * s[:, None] * rows, g]), k)
@@ -141,7 +141,7 @@ def e4m3(values: Array) -> Array:
 
 
 def quantize(rows: Array, block: int, largest: int = 127) -> tuple[Array, NDArray[np.float32]]:
-    """Codes of ``[..., N]`` with scale = max|u| / largest in fp32 over each block: int8 (127) or e4m3 (448)."""
+    """Codes of `[..., N]` with scale = max|u| / largest in fp32 over each block: int8 (127) or e4m3 (448)."""
     n = rows.shape[-1]
     blocks = -(-n // block)
     scales = np.zeros((*rows.shape[:-1], blocks), dtype=np.float32)
@@ -186,8 +186,8 @@ def random_bits(rows: int, positions: NDArray[np.int64], seed: int) -> NDArray[n
 def round_stochastically(value: Array, bits: NDArray[np.uint32], mantissa: int, min_exponent: int) -> Array:
     """Rounds away from zero when the dropped fraction plus a uniform number in [0, 1) reaches one.
 
-    The uniform number has as many of the leading ``bits`` as an fp32 mantissa has beyond the storage format's
-    ``mantissa`` (7 for bf16, 10 for fp16). Below ``2^min_exponent`` the spacing of the format stays constant (subnormal
+    The uniform number has as many of the leading `bits` as an fp32 mantissa has beyond the storage format's
+    `mantissa` (7 for bf16, 10 for fp16). Below `2^min_exponent` the spacing of the format stays constant (subnormal
     numbers), and the fraction is first rounded to the resolution of the uniform number.
     """
     magnitude = np.abs(value)

@@ -89,7 +89,7 @@ def test_weights_are_those_of_the_domain():
 def simulated(controller, *, looks=60, n=512, samples=4, harm=0.03, seed=0, half_life=6.0):
     """A mixed run in which one domain erodes by what the others have of the batch, and learns by what it has itself.
 
-    From the tenth evaluation on "code" loses ``harm`` per evaluation times the others' share of the batch over two thirds, and
+    From the tenth evaluation on "code" loses `harm` per evaluation times the others' share of the batch over two thirds, and
     regains a share of its distance to its ceiling, times its own share. The monitor sees sampled scores of held-out examples.
     """
     rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""``carerl basis``: inspect, validate, merge, quantize, plan; and the functions behind it."""
+"""`carerl basis`: inspect, validate, merge, quantize, plan; and the functions behind it."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def budget(kernel: str) -> int:
 
 
 def short(mangled: str) -> str:
-    """``project_kernel<F8, 16>`` of the mangled name."""
+    """`project_kernel<F8, 16>` of the mangled name."""
     match = re.match(r"_ZN6carerl4cuda\d+(\w+?_kernel)(I.*?E)?E", mangled)
     assert match, mangled
     types = re.findall(r"NS0_\d([A-Z]+\d+)E|L[ib](\d+)E", match[2] or "")
@@ -206,7 +206,7 @@ def test_enough_bytes_are_in_flight_to_hide_the_latency_of_memory(architecture):
 @needs_tools
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_products_of_warps_are_in_tensor_cores(architecture):
-    """And as many as there are to be: split operands of ``input_kernel<terms, terms of directions, groups>`` for each tile
+    """And as many as there are to be: split operands of `input_kernel<terms, terms of directions, groups>` for each tile
     of 32 inputs, first 4 steps x 4 columns of a group of directions, then 4 steps x 4 columns of inputs. Operands come from
     shared memory a word at a time, each lane's from another bank: one wavefront each."""
     kernels = {kernel: Counter(name.split(".")[0] for name in names) for kernel, names in code(architecture).items()}

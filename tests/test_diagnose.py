@@ -19,7 +19,7 @@ SIZE = 8
 def simulated(folder, *, scores, steps=60, every=6, stages=None, split=None, config=None, **lines):
     """A run as the trainer writes it.
 
-    ``scores``, ``rewards``, ``agreed``, ``step_share`` and others: per domain a function of progress from 0 to 1; of the whole
+    `scores`, `rewards`, `agreed`, `step_share` and others: per domain a function of progress from 0 to 1; of the whole
     step one function. Rewards follow the scores, and prompts agree as right and wrong answers of that accuracy do, unless told.
     """
     draw, names = random.Random(0), tuple(scores)

@@ -30,7 +30,7 @@ def flat(tensors):
 
 
 def pcgrad(rows: np.ndarray, order) -> np.ndarray:
-    """The paper's algorithm on whole vectors; ``order`` gives the others in turn."""
+    """The paper's algorithm on whole vectors; `order` gives the others in turn."""
     total = np.zeros(rows.shape[1])
     for i in range(len(rows)):
         g = rows[i].copy()

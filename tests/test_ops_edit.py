@@ -1,4 +1,4 @@
-"""Pass 2: ``edit_``, ``rotate_`` and ``edit_rotate_`` against dense float64; what must keep its bits keeps them."""
+"""Pass 2: `edit_`, `rotate_` and `edit_rotate_` against dense float64; what must keep its bits keeps them."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class Problem:
 
     @property
     def W(self) -> np.ndarray:
-        """``[G, outputs, inputs]``, whatever the side."""
+        """`[G, outputs, inputs]`, whatever the side."""
         stacked = np.stack([to64(h.view) for h in self.held])
         return stacked.swapaxes(1, 2) if self.left else stacked
 
@@ -87,7 +87,7 @@ class Problem:
         return DOT_UNIT * (abs(W) @ abs(self.V).swapaxes(1, 2))
 
     def assert_moved(self, before: np.ndarray, x: np.ndarray, slack: np.ndarray, energy: Tensor) -> None:
-        """W' = W + x V and the sum of x^2, where x is known up to ``slack``."""
+        """W' = W + x V and the sum of x^2, where x is known up to `slack`."""
         exact = before + x @ self.V
         size = abs(before) + abs(x) @ abs(self.V)
         K = self.V.shape[1]

@@ -25,7 +25,7 @@ def _root(bases: torch.Tensor) -> torch.Tensor:
 
 
 def _orthonormal_slots(rng, domains: int, slots: int, geometry: str) -> np.ndarray:
-    """Domains ``[D, k, N]`` of orthonormal rows, with mutual overlaps of exactly what the geometry says."""
+    """Domains `[D, k, N]` of orthonormal rows, with mutual overlaps of exactly what the geometry says."""
     frames = np.linalg.qr(rng.standard_normal((N, (domains + 1) * slots)))[0].T.reshape(domains + 1, slots, N)
     if geometry == "deficient":
         return directions(rng, domains, slots, N, geometry)

@@ -51,7 +51,7 @@ def problem(shape: tuple[int, ...], dtype: str) -> tuple[list[Held], torch.Tenso
 
 
 def apart(factors: np.ndarray, domains: int) -> np.ndarray:
-    """``[G, D, m, r]`` out of ``[G, m, D r]``."""
+    """`[G, D, m, r]` out of `[G, m, D r]`."""
     return factors.reshape(*factors.shape[:2], domains, -1).transpose(0, 2, 1, 3)
 
 

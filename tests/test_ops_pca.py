@@ -29,7 +29,7 @@ def stream(op, batches: list[np.ndarray], k: int, decay: float = 1.0) -> tuple[n
 
 
 def decaying(rng, total: int, n: int, power: float = 1.0) -> np.ndarray:
-    """Gradients ``[total, N]`` whose covariance has standard deviations i^-power, rounded to fp32."""
+    """Gradients `[total, N]` whose covariance has standard deviations i^-power, rounded to fp32."""
     frame = np.linalg.qr(rng.standard_normal((n, 60)))[0].T
     return (rng.standard_normal((total, 60)) / np.arange(1, 61) ** power @ frame).astype(np.float32).astype(np.float64)
 

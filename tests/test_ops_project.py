@@ -1,4 +1,4 @@
-"""Pass 1: ``project`` and ``gram`` against dense float64, over lists, shards, threads and long accumulations."""
+"""Pass 1: `project` and `gram` against dense float64, over lists, shards, threads and long accumulations."""
 
 from __future__ import annotations
 

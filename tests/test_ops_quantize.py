@@ -89,7 +89,7 @@ LOW = pytest.mark.parametrize("dtype", FORMATS)
 
 
 def round_rows(op, values: torch.Tensor, dtype: str, seed: int) -> torch.Tensor:
-    """Stores fp32 rows ``[k, N]`` through a rotation that copies gradient i to row i exactly."""
+    """Stores fp32 rows `[k, N]` through a rotation that copies gradient i to row i exactly."""
     k = len(values)
     bases = torch.zeros(values.shape, dtype=DTYPES[dtype], device=values.device)
     q = torch.cat([torch.zeros(k, k), torch.eye(k)], 1).to(values.device)

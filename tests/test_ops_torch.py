@@ -1,4 +1,4 @@
-"""The ops as citizens of torch: ``opcheck`` on every overload, ``torch.compile`` without graph breaks, dispatch."""
+"""The ops as citizens of torch: `opcheck` on every overload, `torch.compile` without graph breaks, dispatch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``carerl score``: resumes anywhere, pays for nothing twice, loses no line, and says what is wrong."""
+"""`carerl score`: resumes anywhere, pays for nothing twice, loses no line, and says what is wrong."""
 
 from __future__ import annotations
 

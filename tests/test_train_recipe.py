@@ -1,4 +1,4 @@
-"""Recipes: what YAML may say, and what ``carerl train`` makes of it."""
+"""Recipes: what YAML may say, and what `carerl train` makes of it."""
 
 from __future__ import annotations
 

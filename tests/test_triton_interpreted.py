@@ -122,7 +122,7 @@ print("dispatched")
 
 
 def test_registered_kernels_compile_into_one_graph():
-    """What ``register`` does for GPU tensors, done for CPU tensors in a process without native kernels."""
+    """What `register` does for GPU tensors, done for CPU tensors in a process without native kernels."""
     environment = dict(os.environ) | {"CARERL_BACKEND": "reference"}
     child = subprocess.run(
         [sys.executable, "-c", DISPATCHED],

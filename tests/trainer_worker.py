@@ -1,4 +1,4 @@
-"""A training run of the tests, as one of several processes: ``python trainer_worker.py SCENARIOS RANK WORLD FOLDER``.
+"""A training run of the tests, as one of several processes: `python trainer_worker.py SCENARIOS RANK WORLD FOLDER`.
 
 A world of 1 means no process group: the plain single process that the others have to equal.
 """

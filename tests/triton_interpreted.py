@@ -53,7 +53,7 @@ class Guard:
 
     @contextmanager
     def allowing(self, values: Any) -> Iterator[None]:
-        """Allows all tensors in ``values``, however nested: from their first to their last element."""
+        """Allows all tensors in `values`, however nested: from their first to their last element."""
         before = len(self.ranges)
         self.ranges.extend(_extents(values))
         self._sorted = None
@@ -163,7 +163,7 @@ def patch() -> None:
 
 @cache
 def kernels() -> dict[str, Callable]:
-    """The kernels, ``pca_update_`` over them, and what needs none from the reference."""
+    """The kernels, `pca_update_` over them, and what needs none from the reference."""
     from carerl_kernels import triton_kernels
 
     patch()

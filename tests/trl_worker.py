@@ -1,4 +1,4 @@
-"""What every process of the distributed TRL tests runs: ``python trl_worker.py FOLDER``, RANK and WORLD_SIZE set.
+"""What every process of the distributed TRL tests runs: `python trl_worker.py FOLDER`, RANK and WORLD_SIZE set.
 
 Completions are a function of the prompt and of the place within the group, so that any number of processes trains on the same
 batches and has to end at the same weights.

@@ -11,7 +11,7 @@ from .. import _ops
 
 @dataclass(frozen=True)
 class Bases:
-    """Rows ``[K, N]`` and, of coded ones, their scales ``[K, blocks]`` of ``2**shift`` elements each.
+    """Rows `[K, N]` and, of coded ones, their scales `[K, blocks]` of `2**shift` elements each.
 
     Attributes:
         data: the stored rows; fp8 as its bits (uint8), which every device can load.

@@ -33,8 +33,8 @@ class Work:
     Attributes:
         grads: the batch, or the first tensor of a list (which tells the kernels the dtype).
         batch, stride: gradients and the distance of their rows. n: columns of a batch.
-        table: chunks of a list ``[chunks, 4]``; any tensor for a batch.
-        first: number of the first chunk of each tensor ``[T + 1]``, per tensor only; any tensor otherwise.
+        table: chunks of a list `[chunks, 4]`; any tensor for a batch.
+        first: number of the first chunk of each tensor `[T + 1]`, per tensor only; any tensor otherwise.
         chunks: number of them. length: columns of each but the last one of a tensor.
         groups: sets of coefficients: T per tensor, else 1.
         is_list, per_tensor: the form. aligned: whether all addresses of a list are multiples of 16 bytes.
@@ -70,7 +70,7 @@ def plan(grads: Tensor | Sequence[Tensor], offsets: Sequence[int], per_tensor: b
     """Cuts gradients into chunks.
 
     Args:
-        grads: one tensor ``[N]`` or ``[B, N]``, or a list.
+        grads: one tensor `[N]` or `[B, N]`, or a list.
         offsets: of a list, where each tensor begins in the bases.
         per_tensor: one set of coefficients for each tensor of a list.
         outputs: numbers that every chunk of a reduction writes; their memory limits the number of chunks.
@@ -130,7 +130,7 @@ def _on_host(
     addresses: tuple[int, ...], sizes: tuple[int, ...], offsets: tuple[int, ...], length: int, per_tensor: bool,
     itemsize: int, pinned: bool,
 ) -> tuple[Tensor, int]:  # fmt: skip
-    """The table and behind it the first chunk of each tensor, ``[4 chunks + T + 1]``, and the number of chunks."""
+    """The table and behind it the first chunk of each tensor, `[4 chunks + T + 1]`, and the number of chunks."""
     count = np.array([-(-size // length) for size in sizes], dtype=np.int64)
     first = np.concatenate([[0], np.cumsum(count)])
     chunks = int(first[-1])
@@ -154,7 +154,7 @@ def addresses(matrices: Sequence[Tensor]) -> tuple[Tensor, bool]:
 
 
 def launch(kernel, grid: tuple[int, ...], like: Tensor, *args, threads: int = _blocks.THREADS) -> None:
-    """Runs a kernel on the device of ``like``; an empty grid is no launch."""
+    """Runs a kernel on the device of `like`; an empty grid is no launch."""
     if 0 not in grid:
         with torch.cuda.device(like.device) if like.device.type == "cuda" else nullcontext():
             kernel[grid](*args, **_blocks.options(threads, torch.version.hip is not None))

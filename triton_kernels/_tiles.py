@@ -30,7 +30,7 @@ def chunk_of(chunk, grads, table, n, length, LIST: tl.constexpr, ALIGNED: tl.con
 
 @triton.jit
 def load_gradients(pointer, b, inside, stride, start, count, WIDTH: tl.constexpr, TAIL: tl.constexpr):
-    """Gradients ``[BT, WIDTH]`` in fp32, zero outside."""
+    """Gradients `[BT, WIDTH]` in fp32, zero outside."""
     i = start + tl.arange(0, WIDTH)
     mask = inside[:, None]
     if TAIL:
@@ -43,7 +43,7 @@ def load_rows(
     bases, scales, row, inside, n, blocks, shift, column, start, count,
     CODES: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Rows of the bases ``[R, WIDTH]`` in fp32, dequantised, zero outside. CODES: 0 floats, 1 int8, 2 fp8 bits."""
+    """Rows of the bases `[R, WIDTH]` in fp32, dequantised, zero outside. CODES: 0 floats, 1 int8, 2 fp8 bits."""
     if CODES == 0:
         i = start + tl.arange(0, WIDTH)
         mask = inside[:, None]
@@ -107,7 +107,7 @@ def mix32(x):
 
 @triton.jit
 def round_randomly(value, row, position, key, DROPPED: tl.constexpr):
-    """fp32 ``[R, WIDTH]`` to what a 16-bit dtype can store, stochastically: the bits of ``reference._random_bits``.
+    """fp32 `[R, WIDTH]` to what a 16-bit dtype can store, stochastically: the bits of `reference._random_bits`.
 
     DROPPED: mantissa bits that the storage dtype lacks, 16 (bf16) or 13 (fp16). Below its normal range fp16 has fewer:
     lifted into the first normal binade, the dropped bits line up again.
@@ -131,7 +131,7 @@ def round_randomly(value, row, position, key, DROPPED: tl.constexpr):
 def store_rows(
     bases, value, row, inside, n, column, start, count, key, DROPPED: tl.constexpr, TAIL: tl.constexpr
 ):  # fmt: skip
-    """fp32 rows ``[R, WIDTH]`` to their storage dtype; stochastically where DROPPED is not 0."""
+    """fp32 rows `[R, WIDTH]` to their storage dtype; stochastically where DROPPED is not 0."""
     WIDTH: tl.constexpr = value.shape[1]
     i = start + tl.arange(0, WIDTH)
     mask = inside[:, None]

@@ -15,7 +15,7 @@ from .project import coefficients, plan_projection
 
 @triton.jit
 def times(matrix, vector, row, rows, SIZE: tl.constexpr):
-    """Rows ``[SIZE]`` of matrix @ vector in fp64."""
+    """Rows `[SIZE]` of matrix @ vector in fp64."""
     value = tl.zeros([SIZE], tl.float64)
     for first in range(0, rows, SIZE):
         j = first + tl.arange(0, SIZE)
@@ -33,7 +33,7 @@ def core_kernel(
     root, root_stride, middle, coeffs, classes, mix, rows,
     TENSORS: tl.constexpr, ROOTED: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """``linalg.dacsp_core`` for one set of coefficients: classes, and x = (w-1) c or R diag(w-1) R c."""
+    """`linalg.dacsp_core` for one set of coefficients: classes, and x = (w-1) c or R diag(w-1) R c."""
     group = tl.program_id(0).to(tl.int64)
     c, r = coefficients + group * rows, root + group * root_stride
     for first in range(0, rows, SIZE):

@@ -16,7 +16,7 @@ from ._tiles import chunk_of, finite, load_gradients, load_rows
 
 @triton.jit
 def judge(mix, scale, at, some, rows, BATCH: tl.constexpr, ROWS: tl.constexpr):
-    """Of the gradients ``[BT]`` with coefficients in the rows ``at``: scale, whether any mix is not 0, whether to write."""
+    """Of the gradients `[BT]` with coefficients in the rows `at`: scale, whether any mix is not 0, whether to write."""
     factor = tl.load(scale + at, mask=some, other=1.0)
     moving = tl.zeros([BATCH], tl.int32)
     broken = tl.where(finite(factor), 0, 1)
@@ -34,7 +34,7 @@ def edited(
     pointer, b, at, factor, moved, written, stride, bases, scales, mix, n, rows, blocks, shift, column, start, count,
     CODES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one tile ``[BT, WIDTH]`` after the edit, in fp32."""
+    """Gradients of one tile `[BT, WIDTH]` after the edit, in fp32."""
     g = load_gradients(pointer, b, written, stride, start, count, WIDTH, TAIL)
     needed = tl.max(moved.to(tl.int32), axis=0) != 0
     value = g
@@ -90,7 +90,7 @@ def edit_kernel(
 
 
 def apply(work: Work, bases: Bases, mix: Tensor, scale: Tensor) -> None:
-    """Edits with coefficients ``mix [sets, K]`` and ``scale [sets]``."""
+    """Edits with coefficients `mix [sets, K]` and `scale [sets]`."""
     batch, width = _blocks.batch_tile(work.batch), _blocks.width(bases.data.dtype, work.grads.dtype)
     rows = _blocks.rows_tile(width, batch, bases.rows)
     launch(

@@ -22,7 +22,7 @@ def load_stack(
     row, rows, batch, pointer, stride, bases, scales, n, blocks, shift, column, start, count,
     CODES: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Rows of [U; G] ``[R, WIDTH]``: each comes from one of two masked loads, the other one fetches nothing."""
+    """Rows of [U; G] `[R, WIDTH]`: each comes from one of two masked loads, the other one fetches nothing."""
     u = load_rows(bases, scales, row, row < rows, n, blocks, shift, column, start, count, CODES, WIDTH, TAIL)
     of_batch = (row >= rows) & (row < rows + batch)
     g = load_gradients(pointer, tl.where(of_batch, row - rows, 0), of_batch, stride, start, count, WIDTH, TAIL)
@@ -34,7 +34,7 @@ def gram_kernel(
     grads, bases, scales, table, partials, n, rows, batch, stride, length, blocks, shift, tiles,
     LIST: tl.constexpr, ALIGNED: tl.constexpr, CODES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums ``[chunks, K+B, K+B]`` fp64 of a square tile above or on the diagonal, and of its mirror image."""
+    """Partial sums `[chunks, K+B, K+B]` fp64 of a square tile above or on the diagonal, and of its mirror image."""
     pairs = tiles * tiles
     chunk = tl.program_id(0) // pairs
     first, second = tl.program_id(0) % pairs // tiles, tl.program_id(0) % tiles

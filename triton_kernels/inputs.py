@@ -18,7 +18,7 @@ from ._tiles import finite
 
 @triton.jit
 def load_tile(pointer, output, input, outputs, inputs, output_stride, input_stride):
-    """Some inputs of some outputs ``[OUT, IN]`` in fp32, zeros beyond the edges."""
+    """Some inputs of some outputs `[OUT, IN]` in fp32, zeros beyond the edges."""
     mask = (output < outputs)[:, None] & (input < inputs)[None, :]
     at = output.to(tl.int64)[:, None] * output_stride + input.to(tl.int64)[None, :] * input_stride
     return tl.load(pointer + at, mask=mask, other=0.0).to(tl.float32)
@@ -26,7 +26,7 @@ def load_tile(pointer, output, input, outputs, inputs, output_stride, input_stri
 
 @triton.jit
 def load_directions(directions, row, input, rows, inputs):
-    """``[K, IN]`` in fp32."""
+    """`[K, IN]` in fp32."""
     mask = (row < rows)[:, None] & (input < inputs)[None, :]
     return tl.load(directions + row[:, None] * inputs + input[None, :], mask=mask, other=0.0).to(tl.float32)
 
@@ -36,7 +36,7 @@ def coefficients(
     pointer, directions, output, row, outputs, inputs, rows, output_stride, input_stride,
     OUT: tl.constexpr, IN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """W V^T of some outputs ``[OUT, K]``. Products of fp32 are fp32: no TF32."""
+    """W V^T of some outputs `[OUT, K]`. Products of fp32 are fp32: no TF32."""
     sums = tl.zeros([OUT, ROWS], tl.float32)
     for first in range(0, inputs, IN):
         input = first + tl.arange(0, IN)
@@ -71,7 +71,7 @@ def input_edit_kernel(
     ALIGNED: tl.constexpr, ANCHORED: tl.constexpr, LOWER: tl.constexpr, UPPER: tl.constexpr,
     OUT: tl.constexpr, IN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Edits some outputs; partials ``[G, blocks]`` fp64: the sum of x^2."""
+    """Edits some outputs; partials `[G, blocks]` fp64: the sum of x^2."""
     matrix = tl.program_id(1).to(tl.int64)
     pointer = tl.load(table + 4 * matrix).to(like.dtype)
     if ALIGNED:

@@ -17,7 +17,7 @@ def products(
     lanes, pointer, b, some, stride, bases, scales, row, inside, n, blocks, shift, column, start, count,
     CODES: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """lanes plus g u of one tile: ``[R, WIDTH]`` for one gradient, ``[BT, R, WIDTH]`` for several."""
+    """lanes plus g u of one tile: `[R, WIDTH]` for one gradient, `[BT, R, WIDTH]` for several."""
     g = load_gradients(pointer, b, some, stride, start, count, WIDTH, TAIL)
     u = load_rows(bases, scales, row, inside, n, blocks, shift, column, start, count, CODES, WIDTH, TAIL)
     if len(lanes.shape) == 2:  # in two dimensions all stays in the registers that it was loaded into
@@ -38,7 +38,7 @@ def no_products(BATCH: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def summed(lanes, BATCH: tl.constexpr, ROWS: tl.constexpr):
-    """Lanes to sums ``[BT, R]`` in fp64."""
+    """Lanes to sums `[BT, R]` in fp64."""
     return tl.reshape(tl.sum(lanes, axis=len(lanes.shape) - 1), [BATCH, ROWS]).to(tl.float64)
 
 
@@ -48,7 +48,7 @@ def project_kernel(
     LIST: tl.constexpr, ALIGNED: tl.constexpr, CODES: tl.constexpr,
     BATCH: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums ``[chunks, B, K]`` fp64. Programs of a chunk are neighbours: what they share comes from L2 after the first."""
+    """Partial sums `[chunks, B, K]` fp64. Programs of a chunk are neighbours: what they share comes from L2 after the first."""
     row_groups, batch_groups = tl.cdiv(rows, ROWS), tl.cdiv(batch, BATCH)
     group = tl.program_id(0) // batch_groups
     chunk = group // row_groups
@@ -83,7 +83,7 @@ def project_kernel(
 def totals_kernel(
     partials, first, out, chunks, columns, PER_TENSOR: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """Sums ``[chunks, columns]`` over the chunks of every group, in an order that depends on nothing but their number."""
+    """Sums `[chunks, columns]` over the chunks of every group, in an order that depends on nothing but their number."""
     group = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
     if PER_TENSOR:
@@ -100,7 +100,7 @@ def totals_kernel(
 
 
 def total(partials: Tensor, work: Work, out: Tensor, columns: int) -> None:
-    """Stage 2: partial sums ``[chunks, columns]`` into ``out [groups, columns]``."""
+    """Stage 2: partial sums `[chunks, columns]` into `out [groups, columns]`."""
     width = min(max(_blocks.power_of_two(columns), 16), 64)
     launch(
         totals_kernel, (-(-columns // width), work.groups), out,
@@ -114,7 +114,7 @@ def plan_projection(grads, offsets, per_tensor: bool, bases: Bases) -> Work:
 
 
 def coefficients(work: Work, bases: Bases, dtype: torch.dtype) -> Tensor:
-    """Coefficients ``[sets, K]``."""
+    """Coefficients `[sets, K]`."""
     out = torch.empty(work.sets, bases.rows, dtype=dtype, device=bases.data.device)
     if out.numel() == 0:
         return out

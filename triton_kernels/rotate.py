@@ -18,7 +18,7 @@ from ._tiles import chunk_of, finite, load_gradients, load_rows, store_rows
 
 @triton.jit
 def is_finite(q, kept, size, ROWS: tl.constexpr):
-    """Whether a Q ``[k', k+B]`` is finite: read once by every program, from L2."""
+    """Whether a Q `[k', k+B]` is finite: read once by every program, from L2."""
     broken = 0
     for first in range(0, kept * size, ROWS * 32):
         i = first + tl.arange(0, ROWS * 32)
@@ -32,7 +32,7 @@ def rotated(
     q, kept, pointer, batch, stride, bases, rows, n, column, start, count,
     ROWS: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Q [U; G] ``[R, WIDTH]`` of one tile in fp32; rows that Q lacks are zero."""
+    """Q [U; G] `[R, WIDTH]` of one tile in fp32; rows that Q lacks are zero."""
     out = tl.arange(0, ROWS)
     size = rows + batch
     value = tl.zeros([ROWS, WIDTH], tl.float32)
@@ -76,7 +76,7 @@ def rotate_kernel(
 
 
 def key_of(seed: int) -> int:
-    """What the hash of ``reference._random_bits`` makes of a seed; a signed 32-bit number with its bits."""
+    """What the hash of `reference._random_bits` makes of a seed; a signed 32-bit number with its bits."""
     word, low = seed & 0xFFFFFFFF, 0xFFFFFFFF
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         word = ((word ^ (word >> shift)) * factor) & low

@@ -1,6 +1,6 @@
 """Capability-aware RL post-training: gradient projection kernels, the capability guard, and a thin GRPO trainer.
 
-Importing registers ``torch.ops.carerl.*``. The trainer (``carerl_kernels.grpo``) and everything else that needs more than
+Importing registers `torch.ops.carerl.*`. The trainer (`carerl_kernels.grpo`) and everything else that needs more than
 torch is imported by name, when it is wanted.
 """
 

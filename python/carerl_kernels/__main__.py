@@ -1,4 +1,4 @@
-"""``python -m carerl_kernels`` is the ``carerl`` command."""
+"""`python -m carerl_kernels` is the `carerl` command."""
 
 from .cli import app
 

@@ -12,7 +12,7 @@ from typing import Any
 
 
 def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
-    """Lets ``write`` fill a temporary file beside ``path``, flushes it to disk and renames it into place.
+    """Lets `write` fill a temporary file beside `path`, flushes it to disk and renames it into place.
 
     Raises:
         OSError: with the path and what to do, when the directory or the disk refuses; an older file stays as it was.

@@ -1,6 +1,6 @@
 """Loads the backends, best first, and remembers why the others are missing.
 
-``CARERL_BACKEND=reference|cpu|triton|cuda`` forces one: the ops then use it, or the import says why they cannot. Without it
+`CARERL_BACKEND=reference|cpu|triton|cuda` forces one: the ops then use it, or the import says why they cannot. Without it
 an import never fails for a missing backend; the reference in plain PyTorch serves whatever the others do not.
 """
 
@@ -28,7 +28,7 @@ class Backend:
 
     Attributes:
         name: one of :data:`NAMES`.
-        ops: the op overloads it serves, named as in ``_ops.SCHEMAS``; empty if it is missing.
+        ops: the op overloads it serves, named as in `_ops.SCHEMAS`; empty if it is missing.
         reason: why it is missing; empty if it is there.
         remedy: what to do about it.
     """
@@ -51,7 +51,7 @@ def load() -> None:
     """Registers kernels for every op.
 
     Raises:
-        RuntimeError: ``CARERL_BACKEND`` names an unknown backend or one that cannot be had, or ``CARERL_CPU_ISA`` an
+        RuntimeError: `CARERL_BACKEND` names an unknown backend or one that cannot be had, or `CARERL_CPU_ISA` an
             instruction set that this CPU lacks.
     """
     forced = os.environ.get("CARERL_BACKEND", "").strip().lower()
@@ -75,7 +75,7 @@ def find_library(name: str) -> Path | None:
 
 
 def has_kernel(op: str, key: str) -> bool:
-    """Whether an op overload, named as in ``_ops.SCHEMAS``, has a kernel of its own under a dispatch key."""
+    """Whether an op overload, named as in `_ops.SCHEMAS`, has a kernel of its own under a dispatch key."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{_ops.NAMESPACE}::{op}", key)
 
 

@@ -1,22 +1,22 @@
-"""The operators of ``torch.ops.carerl``: schema, argument checks and fake kernel of each, side by side.
+"""The operators of `torch.ops.carerl`: schema, argument checks and fake kernel of each, side by side.
 
 This is the one place where an op is declared. Kernels live elsewhere and register against these schemas:
-``reference.py`` (any device), the native CPU and CUDA libraries (``csrc/ops``) and Triton.
+`reference.py` (any device), the native CPU and CUDA libraries (`csrc/ops`) and Triton.
 
 Conventions
     B gradients, N elements, D domains, k rows ("slots") per domain, K = D*k rows altogether, T tensors of a list.
-    Rows are directions in the *gradient convention*: ``u . g > 0`` means that the step ``-lr*g`` repeats prior learning.
+    Rows are directions in the *gradient convention*: `u . g > 0` means that the step `-lr*g` repeats prior learning.
     An empty slot is a row of exact zeros.
-    Every N-sized op has an overload ``.list`` that takes the tensors of a parameter list (B = 1) and, for each, the offset
+    Every N-sized op has an overload `.list` that takes the tensors of a parameter list (B = 1) and, for each, the offset
     of its first element within the rows of the bases, so that nobody has to flatten. Offsets are multiples of 128 and
-    segments do not overlap; only the covered segments are read or written. With ``per_tensor=True`` the coefficients are kept
+    segments do not overlap; only the covered segments are read or written. With `per_tensor=True` the coefficients are kept
     apart per tensor (leading dimension T), otherwise they are summed over the list.
-    int8 and float8_e4m3fn bases carry fp32 ``scales [D, k, ceil(N/block)]``; ``block`` is a power of two of at least 32.
+    int8 and float8_e4m3fn bases carry fp32 `scales [D, k, ceil(N/block)]`; `block` is a power of two of at least 32.
     Their codes are finite: what a code NaN of float8_e4m3fn reads as is not defined.
-    Nothing is written where a coefficient is not finite: a row of ``mix``/``scale`` with a NaN or an infinity leaves its
-    gradient untouched, a ``q`` with one leaves its bases untouched.
+    Nothing is written where a coefficient is not finite: a row of `mix`/`scale` with a NaN or an infinity leaves its
+    gradient untouched, a `q` with one leaves its bases untouched.
 
-All argument errors are ``RuntimeError`` and name the op, what was expected and what was found.
+All argument errors are `RuntimeError` and name the op, what was expected and what was found.
 """
 
 from __future__ import annotations
@@ -488,7 +488,7 @@ def _quantize_fake(bases, block=128, dtype=torch.int8):
 
 
 def _check_alike(op: str, matrices: Sequence[Tensor], like: Tensor, like_name: str) -> tuple[int, int]:
-    """A list of dense matrices of one shape and dtype, on the device of ``like``; returns the shape."""
+    """A list of dense matrices of one shape and dtype, on the device of `like`; returns the shape."""
     _require(len(matrices) > 0, op, "at least one tensor in matrices", "an empty list")
     first = matrices[0]
     _require(first.dim() == 2, op, "matrices with 2 dimensions", tuple(first.shape))
@@ -558,7 +558,7 @@ DIRECTION_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def _check_input(op: str, matrices: Sequence[Tensor], directions: Tensor, left: bool) -> tuple[int, int, int]:
-    """Matrices with directions of their inputs ``[G, K, n]`` (left: ``[G, K, m]``); returns the shape ``[G, outputs, K]``."""
+    """Matrices with directions of their inputs `[G, K, n]` (left: `[G, K, m]`); returns the shape `[G, outputs, K]`."""
     m, n = _check_alike(op, matrices, directions, "directions")
     rows = directions.shape[1] if directions.dim() == 3 else 0
     shape = (len(matrices), rows, m if left else n)

@@ -1,4 +1,4 @@
-"""``carerl basis``: record, look at basis files, test them against a model, merge, quantise, and plan what a kind would cost."""
+"""`carerl basis`: record, look at basis files, test them against a model, merge, quantise, and plan what a kind would cost."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def _column_error(factor: Any) -> float:
 
 
 def _orthonormality(stored: Any) -> float:
-    """Largest deviation of ``U U^T`` from the identity (empty slots aside) over coefficient rows."""
+    """Largest deviation of `U U^T` from the identity (empty slots aside) over coefficient rows."""
     import torch
 
     from .subspace.merge import segments_of

@@ -1,4 +1,4 @@
-"""``carerl basis record``: the input directions of a domain, from a finished model that is shown its prompts."""
+"""`carerl basis record`: the input directions of a domain, from a finished model that is shown its prompts."""
 
 from __future__ import annotations
 

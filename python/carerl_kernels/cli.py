@@ -1,4 +1,4 @@
-"""The ``carerl`` command. Every command imports what it needs when it runs."""
+"""The `carerl` command. Every command imports what it needs when it runs."""
 
 from __future__ import annotations
 

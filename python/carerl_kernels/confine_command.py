@@ -1,4 +1,4 @@
-"""``carerl confine`` and ``carerl merge``: the guard on finished checkpoints."""
+"""`carerl confine` and `carerl merge`: the guard on finished checkpoints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ START = "Model (a transformers directory, or a safetensors file) before training
 
 
 class Several(TyperCommand):
-    """Lists of files in one option: ``--bases A B`` is ``--bases A --bases B``; arguments come before such an option."""
+    """Lists of files in one option: `--bases A B` is `--bases A --bases B`; arguments come before such an option."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         lists = {name for p in self.params if getattr(p, "multiple", False) for name in p.opts}

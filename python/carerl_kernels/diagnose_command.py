@@ -1,4 +1,4 @@
-"""``carerl diagnose``."""
+"""`carerl diagnose`."""
 
 from __future__ import annotations
 

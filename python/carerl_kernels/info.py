@@ -1,4 +1,4 @@
-"""What is installed, what serves every op, and what is missing and why: ``carerl info``."""
+"""What is installed, what serves every op, and what is missing and why: `carerl info`."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ EVIDENCE: dict[str, tuple[str, ...]] = {
     "cuda": ("built", "emulated", "code generation checked"),
     "triton": ("interpreted", "code generation checked"),
 }
-"""What the kernels of a GPU backend have been through, each step a part of the test suite: ``built`` for every architecture,
-results and memory accesses ``emulated`` or ``interpreted`` on the host, machine code read (``code generation checked``). The
-step that is missing is ``run on a GPU``: it is added when it has happened (``make gpu-check``)."""
+"""What the kernels of a GPU backend have been through, each step a part of the test suite: `built` for every architecture,
+results and memory accesses `emulated` or `interpreted` on the host, machine code read (`code generation checked`). The
+step that is missing is `run on a GPU`: it is added when it has happened (`make gpu-check`)."""
 
 
 def collect() -> dict[str, Any]:
-    """Everything ``carerl info --json`` prints. Needs no compiler, GPU or optional package, and imports none."""
+    """Everything `carerl info --json` prints. Needs no compiler, GPU or optional package, and imports none."""
     return {
         "versions": {"carerl_kernels": __version__, "python": platform.python_version(), **_versions()},
         "machine": _machine(),
@@ -60,7 +60,7 @@ def _versions() -> dict[str, str | None]:
 
 
 def _host_call(name: str) -> Any:
-    """Result of a function of the native module ``_host``; None where it was not built, its message where it refuses."""
+    """Result of a function of the native module `_host`; None where it was not built, its message where it refuses."""
     try:
         return getattr(importlib.import_module("._host", __package__), name)()
     except ImportError:

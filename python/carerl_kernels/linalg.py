@@ -21,12 +21,12 @@ SPECTRUM_CUT = 1e-12
 
 
 def pinv_power(overlap: Tensor, power: float, rcond: float = RCOND) -> Tensor:
-    """``S^power`` on the range of a symmetric positive semidefinite S, zero on its null space.
+    """`S^power` on the range of a symmetric positive semidefinite S, zero on its null space.
 
     Args:
-        overlap: S ``[..., K, K]``, float64, ``A A^T`` of the stacked rows. Zero rows (empty slots) stay zero.
+        overlap: S `[..., K, K]`, float64, `A A^T` of the stacked rows. Zero rows (empty slots) stay zero.
         power: -1 gives the pseudo-inverse, -0.5 its square root.
-        rcond: eigenvalues below ``rcond * max`` count as zero.
+        rcond: eigenvalues below `rcond * max` count as zero.
     """
     values, vectors = torch.linalg.eigh(overlap)
     keep = values > rcond * values[..., -1:].clamp_min(torch.finfo(values.dtype).tiny)
@@ -37,11 +37,11 @@ def pinv_power(overlap: Tensor, power: float, rcond: float = RCOND) -> Tensor:
 def loewdin_root(overlap: Tensor, rcond: float = RCOND) -> Tensor:
     """R = (S^+)^(1/2): turns coefficients of overlapping rows into coefficients of the nearest orthonormal frame.
 
-    With it the edit operator ``I + A^T R diag(w - 1) R A`` is symmetric with spectrum in ``[min w, max w] u {1}``, whatever
+    With it the edit operator `I + A^T R diag(w - 1) R A` is symmetric with spectrum in `[min w, max w] u {1}`, whatever
     the overlap of the rows of A (Loewdin 1950). Changes only when the bases change: compute once, cache.
 
     Args:
-        overlap: S ``[..., K, K]`` float64, the Gram matrix of the stacked rows.
+        overlap: S `[..., K, K]` float64, the Gram matrix of the stacked rows.
         rcond: relative cut below which directions count as dependent.
     """
     return pinv_power(overlap, -0.5, rcond)
@@ -57,14 +57,14 @@ def dacsp_core(
     """Classes and edit coefficients of the literal rule (CARE-RL, arXiv:2606.00609), between the two passes.
 
     Args:
-        coeffs: c ``[..., K]`` float64.
-        aligned: weight of components with ``c > threshold``; float or ``[K]``.
-        conflict: weight of components with ``c < -threshold``; float or ``[K]``.
-        threshold: at least zero; float or ``[K]``.
-        root: R ``[..., K, K]`` of the symmetric combine; None for the sum combine.
+        coeffs: c `[..., K]` float64.
+        aligned: weight of components with `c > threshold`; float or `[K]`.
+        conflict: weight of components with `c < -threshold`; float or `[K]`.
+        threshold: at least zero; float or `[K]`.
+        root: R `[..., K, K]` of the symmetric combine; None for the sum combine.
 
     Returns:
-        classes int8 ``[..., K]`` in {-1, 0, 1}, and x float64 ``[..., K]``: the edit is ``g <- g + A^T x``.
+        classes int8 `[..., K]` in {-1, 0, 1}, and x float64 `[..., K]`: the edit is `g <- g + A^T x`.
     """
     positive, negative = coeffs > threshold, coeffs < -threshold
     classes = positive.to(torch.int8) - negative.to(torch.int8)
@@ -79,18 +79,18 @@ def dacsp_core(
 
 
 def pca_core(gram: Tensor, singular_values: Tensor, decay: float) -> tuple[Tensor, Tensor, Tensor]:
-    """One exact incremental SVD update from the measured Gram matrix of ``[U; G]`` (MATH: streaming PCA, steps 2 and 3).
+    """One exact incremental SVD update from the measured Gram matrix of `[U; G]` (MATH: streaming PCA, steps 2 and 3).
 
-    Using the measured ``U U^T`` instead of assuming the identity makes the process self-correcting.
+    Using the measured `U U^T` instead of assuming the identity makes the process self-correcting.
 
     Args:
-        gram: H ``[..., k+B, k+B]`` float64.
-        singular_values: s ``[..., k]`` of the rows U.
+        gram: H `[..., k+B, k+B]` float64.
+        singular_values: s `[..., k]` of the rows U.
         decay: factor on s before the update, 1 within a stage.
 
     Returns:
-        q ``[..., k, k+B]`` (new rows are ``q [U; G]``; unused rows are exact zeros), new singular values ``[..., k]`` in
-        descending order, discarded energy ``[...]``: what ``decay^2 sum s^2 + sum |g|^2`` had and the new rows do not.
+        q `[..., k, k+B]` (new rows are `q [U; G]`; unused rows are exact zeros), new singular values `[..., k]` in
+        descending order, discarded energy `[...]`: what `decay^2 sum s^2 + sum |g|^2` had and the new rows do not.
         If H is not finite anywhere, all of q and discarded are NaN and the singular values come back unchanged.
     """
     k = singular_values.shape[-1]

@@ -225,7 +225,7 @@ def dacsp_list(grads, bases, offsets, aligned, conflict, threshold, root=None, s
 
 
 def pca_update_(bases, singular_values, grads, decay=1.0, seed=0):
-    """Composite on every backend: the two passes go through ``gram`` and ``rotate_`` of whichever backend serves them."""
+    """Composite on every backend: the two passes go through `gram` and `rotate_` of whichever backend serves them."""
     _ops.check_pca_update(bases, singular_values, grads, decay)
     q, values, discarded = pca_core(torch.ops.carerl.gram(bases, grads), singular_values, decay)
     torch.ops.carerl.rotate_(bases, grads, q.float(), seed)
@@ -243,7 +243,7 @@ def pca_update_list(bases, singular_values, grads, offsets, decay=1.0, per_tenso
 
 
 def quantize_bases(bases, block=128, dtype=torch.int8):
-    """``scale = max|u| / 127`` (float8_e4m3fn: 448) over each block of each row, codes rounded to nearest even."""
+    """`scale = max|u| / 127` (float8_e4m3fn: 448) over each block of each row, codes rounded to nearest even."""
     _ops.check_quantize(bases, block, dtype)
     n, largest = bases.shape[-1], _ops.SCALED_DTYPES[dtype]
     codes = torch.empty(bases.shape, dtype=dtype, device=bases.device)
@@ -290,7 +290,7 @@ def token_logprobs(logits, ids, temperature=1.0):
 
 
 def token_logprobs_backward(grad_logp, grad_entropy, logits, ids, logp, entropy, temperature=1.0):
-    """``(grad_logp (onehot - p) - grad_entropy p (log p + entropy)) / temperature``; log p comes from the logits again."""
+    """`(grad_logp (onehot - p) - grad_entropy p (log p + entropy)) / temperature`; log p comes from the logits again."""
     _ops.check_token_logprobs_backward(grad_logp, grad_entropy, logits, ids, logp, entropy, temperature)
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     for rows in _row_chunks("token_logprobs_backward", logits, ids):
@@ -304,31 +304,31 @@ def token_logprobs_backward(grad_logp, grad_entropy, logits, ids, logp, entropy,
 
 
 def _members(ids: Tensor) -> Tensor:
-    """The rank ``[B]`` of every id among the distinct ones. Not torch.unique: the size of its result is a host sync."""
+    """The rank `[B]` of every id among the distinct ones. Not torch.unique: the size of its result is a host sync."""
     ordered, order = ids.sort(stable=True)
     first = torch.cat([ordered.new_zeros(1), (ordered[1:] != ordered[:-1]).to(ordered.dtype)])
     return torch.empty_like(ids).scatter_(0, order, first.cumsum(0)).long()
 
 
 def group_advantages(rewards, group_ids, domain_ids=None, mode="group", eps=1e-6):
-    """Rewards relative to the mean of their group (the completions of one prompt), on a scale that ``mode`` chooses.
+    """Rewards relative to the mean of their group (the completions of one prompt), on a scale that `mode` chooses.
 
-    * ``group``: ``(r - mean_g) / (std_g + eps)`` with the unbiased std, GRPO (arXiv:2402.03300) as TRL and verl have it;
-    * ``domain``: ``(r - mean_g) / (std_d + eps)`` with the std pooled over those groups of the domain whose rewards
-      differ (all groups are one domain without ``domain_ids``): no domain dominates for the spread of its rewards, and
+    * `group`: `(r - mean_g) / (std_g + eps)` with the unbiased std, GRPO (arXiv:2402.03300) as TRL and verl have it;
+    * `domain`: `(r - mean_g) / (std_d + eps)` with the std pooled over those groups of the domain whose rewards
+      differ (all groups are one domain without `domain_ids`): no domain dominates for the spread of its rewards, and
       within one no prompt gains weight for being nearly unanimous;
-    * ``none``: ``r - mean_g``, Dr. GRPO (arXiv:2503.20783).
+    * `none`: `r - mean_g`, Dr. GRPO (arXiv:2503.20783).
 
     A group whose rewards are all equal teaches nothing and gets exact zeros, whatever the rounding of its mean. A NaN
     is a completion that was not judged: advantage 0, and no part in any mean or spread.
 
     Args:
-        rewards: ``[B]``; infinity is refused on the CPU (elsewhere that would be a host sync).
-        group_ids, domain_ids: ``[B]`` integers, in any order. A group belongs to the domain of its completions.
+        rewards: `[B]`; infinity is refused on the CPU (elsewhere that would be a host sync).
+        group_ids, domain_ids: `[B]` integers, in any order. A group belongs to the domain of its completions.
         eps: added to the standard deviation: rewards that differ by rounding stay small.
 
     Returns:
-        ``[B]`` float32.
+        `[B]` float32.
     """
     _ops.check_group_advantages(rewards, group_ids, domain_ids, mode, eps)
     r = rewards.detach().double()
@@ -384,18 +384,18 @@ def block_edit_(matrices, left, mix, right):
 
 
 def _input_products(matrices: Sequence[Tensor], directions: Tensor, left: bool) -> Tensor:
-    """``W V^T`` ``[c, m, K]``, or ``W^T U^T`` ``[c, n, K]``, float32."""
+    """`W V^T` `[c, m, K]`, or `W^T U^T` `[c, n, K]`, float32."""
     with full_precision(directions.device):
         return (times_transposed if left else times)(matrices, directions.float().mT)
 
 
 def input_project(matrices, directions, left=False):
-    """Coefficients of the inputs of weight matrices, float32 ``[G, outputs, K]``.
+    """Coefficients of the inputs of weight matrices, float32 `[G, outputs, K]`.
 
     Args:
-        matrices: G of one shape ``[m, n]`` and dtype. A row is an output and its columns are inputs: ``W V^T [G, m, K]``.
-        directions: V ``[G, K, n]`` float32 or bfloat16, rows are directions.
-        left: columns are the outputs instead (embeddings, Conv1D): directions ``[G, K, m]``, result ``W^T V^T [G, n, K]``.
+        matrices: G of one shape `[m, n]` and dtype. A row is an output and its columns are inputs: `W V^T [G, m, K]`.
+        directions: V `[G, K, n]` float32 or bfloat16, rows are directions.
+        left: columns are the outputs instead (embeddings, Conv1D): directions `[G, K, m]`, result `W^T V^T [G, n, K]`.
     """
     out = directions.new_empty(_ops.check_input_project(matrices, directions, left), dtype=torch.float32)
     for at in _stacks(matrices):
@@ -404,7 +404,7 @@ def input_project(matrices, directions, left=False):
 
 
 def _input_edit(matrices: Sequence[Tensor], directions: Tensor, left: bool, correction: Callable) -> Tensor:
-    """``W <- W + x V`` with ``x [c, outputs, K]`` and whether it is finite ``[c, outputs]`` from ``correction(at, W V^T)``.
+    """`W <- W + x V` with `x [c, outputs, K]` and whether it is finite `[c, outputs]` from `correction(at, W V^T)`.
 
     An output whose x is zero or not finite keeps its bits. Returns the sum of x^2 of every matrix.
     """
@@ -424,18 +424,18 @@ def _input_edit(matrices: Sequence[Tensor], directions: Tensor, left: bool, corr
 def input_confine_(matrices, directions, anchor, lower=None, upper=None, left=False):
     """Puts the displacement of every output along the directions back into its box, in one pass over each matrix.
 
-    ``d = anchor - w V^T`` (gradient convention: positive repeats prior learning), ``x = d - clip(d, -lower, upper)``,
-    ``w <- w + x V`` with one rounding. A second call changes nothing but rounding where the directions of a matrix are
+    `d = anchor - w V^T` (gradient convention: positive repeats prior learning), `x = d - clip(d, -lower, upper)`,
+    `w <- w + x V` with one rounding. A second call changes nothing but rounding where the directions of a matrix are
     orthonormal or zero, which is up to the caller. An output with x = 0, or with a number in d or in its bounds that is none,
     keeps its bits; an infinite bound leaves that way free.
 
     Args:
         matrices, directions, left: see :func:`input_project`.
-        anchor: ``[G, outputs, K]`` float32, where the coefficients stood.
+        anchor: `[G, outputs, K]` float32, where the coefficients stood.
         lower, upper: the same shape, at least 0; None is 0.
 
     Returns:
-        ``[G]`` float64, the sum of x^2: the squared length of each correction.
+        `[G]` float64, the sum of x^2: the squared length of each correction.
     """
     _ops.check_input_confine(matrices, directions, anchor, lower, upper, left)
 
@@ -449,10 +449,10 @@ def input_confine_(matrices, directions, anchor, lower=None, upper=None, left=Fa
 
 
 def input_dacsp_(matrices, directions, aligned, conflict, threshold, left=False):
-    """The literal rule on matrices of gradients: ``c = g V^T``, ``g <- g + ((weight - 1) c) V`` in one pass.
+    """The literal rule on matrices of gradients: `c = g V^T`, `g <- g + ((weight - 1) c) V` in one pass.
 
-    The weight is ``aligned`` where c is above the threshold, ``conflict`` where it is below minus the threshold, else 1: a number
-    each, or float32 ``[K]``. What moves, what does not and what is returned: as :func:`input_confine_`.
+    The weight is `aligned` where c is above the threshold, `conflict` where it is below minus the threshold, else 1: a number
+    each, or float32 `[K]`. What moves, what does not and what is returned: as :func:`input_confine_`.
     """
     _ops.check_input_dacsp(matrices, directions, aligned, conflict, threshold, left)
 

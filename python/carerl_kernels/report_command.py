@@ -1,4 +1,4 @@
-"""``carerl report``."""
+"""`carerl report`."""
 
 from __future__ import annotations
 

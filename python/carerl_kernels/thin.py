@@ -39,7 +39,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 def _row_blocks(matrix: Tensor, copied: bool = False) -> Iterator[slice]:
-    """All rows at once in float32, else (or when ``copied``) as many as fit the workspace in float32."""
+    """All rows at once in float32, else (or when `copied`) as many as fit the workspace in float32."""
     m, n = matrix.shape
     whole = matrix.dtype == torch.float32 and not copied
     step = max(m, 1) if whole else max(1, workspace(matrix.device) // max(4 * n, 1))
@@ -48,7 +48,7 @@ def _row_blocks(matrix: Tensor, copied: bool = False) -> Iterator[slice]:
 
 
 def times(matrices: Sequence[Tensor], right: Tensor) -> Tensor:
-    """``W V`` ``[c, m, q]`` of c matrices ``[m, n]`` and V ``[c, n, q]`` float32."""
+    """`W V` `[c, m, q]` of c matrices `[m, n]` and V `[c, n, q]` float32."""
     if len(matrices) > 1:
         return torch.stack(list(matrices)).float() @ right
     (matrix,) = matrices
@@ -59,7 +59,7 @@ def times(matrices: Sequence[Tensor], right: Tensor) -> Tensor:
 
 
 def times_transposed(matrices: Sequence[Tensor], left: Tensor) -> Tensor:
-    """``W^T U`` ``[c, n, q]`` of c matrices ``[m, n]`` and U ``[c, m, q]`` float32."""
+    """`W^T U` `[c, n, q]` of c matrices `[m, n]` and U `[c, m, q]` float32."""
     if len(matrices) > 1:
         return torch.stack(list(matrices)).float().mT @ left
     (matrix,) = matrices
@@ -70,9 +70,9 @@ def times_transposed(matrices: Sequence[Tensor], left: Tensor) -> Tensor:
 
 
 def add_product_(matrices: Sequence[Tensor], left: Tensor, right: Tensor, moved: Tensor | None = None) -> None:
-    """``W <- W + L R^T`` in place; L ``[c, m, q]``, R ``[c, n, q]`` float32; one rounding in low precision.
+    """`W <- W + L R^T` in place; L `[c, m, q]`, R `[c, n, q]` float32; one rounding in low precision.
 
-    ``moved`` ``[c, m or 1, n or 1]``: what shall change; everything else keeps its bits, also of NaN and -0.
+    `moved` `[c, m or 1, n or 1]`: what shall change; everything else keeps its bits, also of NaN and -0.
     """
     if len(matrices) > 1:
         before = torch.stack(list(matrices))

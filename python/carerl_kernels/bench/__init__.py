@@ -3,7 +3,7 @@
 Times on shared machines mean little, so everything here is a ratio taken within one run: against PyTorch written three
 ways, and against the machine's own streaming-read bandwidth measured in the same rounds. Every timed call is checked.
 
-Nothing is imported before it is wanted, because the command line imports this package for ``carerl info`` too.
+Nothing is imported before it is wanted, because the command line imports this package for `carerl info` too.
 """
 
 from typing import Any

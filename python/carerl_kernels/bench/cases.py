@@ -20,7 +20,7 @@ class Case:
     """One op at one shape.
 
     Attributes:
-        op: name in the schema, with ``.list`` for the multi-tensor form.
+        op: name in the schema, with `.list` for the multi-tensor form.
         D, k, B, N: as everywhere; N counts the padding between tensors of a list.
         grad, basis: dtypes.
         tensors: number of tensors of a list form, 0 for a single tensor.
@@ -53,7 +53,7 @@ class Case:
 
     @property
     def dtypes(self) -> str:
-        """For example ``bf16`` or, where bases differ, ``bf16/int8`` (gradients / bases)."""
+        """For example `bf16` or, where bases differ, `bf16/int8` (gradients / bases)."""
         return short(self.grad) if self.grad == self.basis else f"{short(self.grad)}/{short(self.basis)}"
 
     @property
@@ -74,12 +74,12 @@ class Inputs:
     Rows are random of unit length: orthonormal up to 1/sqrt(N), which costs what exactly orthonormal ones do.
 
     Attributes:
-        grads: ``[B, N]``; of a list form ``[1, N]`` before the call, with zeros between the tensors.
+        grads: `[B, N]`; of a list form `[1, N]` before the call, with zeros between the tensors.
         tensors, offsets: of a list form.
-        bases: ``[D, k, N]``; scales: of int8 bases, else None.
-        anchor, bound ``[B, K]``: fp32, of input_confine_, where the gradients stand for a matrix.
-        mix ``[B, K]``, scale ``[B]``, q ``[k, k+B]``: fp32, dense (a kernel may skip rows with a zero mix).
-        singular_values: ``[k]`` float64, of ``bases[0]``.
+        bases: `[D, k, N]`; scales: of int8 bases, else None.
+        anchor, bound `[B, K]`: fp32, of input_confine_, where the gradients stand for a matrix.
+        mix `[B, K]`, scale `[B]`, q `[k, k+B]`: fp32, dense (a kernel may skip rows with a zero mix).
+        singular_values: `[k]` float64, of `bases[0]`.
     """
 
     def __init__(self, case: Case, seed: int = 0):
@@ -128,7 +128,7 @@ class Inputs:
         self.singular_values.copy_(self._first)
 
     def flat(self, tensors: list[Tensor]) -> Tensor:
-        """Tensors of a list form as ``[1, N]`` with zeros between."""
+        """Tensors of a list form as `[1, N]` with zeros between."""
         out = torch.zeros(1, self.case.N, dtype=self.case.grad)
         for tensor, offset in zip(tensors, self.offsets, strict=True):
             out[0, offset : offset + tensor.numel()] = tensor.view(-1)
@@ -145,7 +145,7 @@ def _sizes(count: int, n: int, draw: torch.Generator) -> list[int]:
 
 
 def _offsets(sizes: list[int], n: int) -> tuple[list[int], Tensor | None]:
-    """Offsets of the tensors, and a mask ``[N]`` of the elements that they cover."""
+    """Offsets of the tensors, and a mask `[N]` of the elements that they cover."""
     if not sizes:
         return [], None
     covered, offsets, end = torch.zeros(n, dtype=torch.bool), [], 0

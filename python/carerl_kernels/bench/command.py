@@ -1,4 +1,4 @@
-"""``carerl bench``."""
+"""`carerl bench`."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ class Shape:
     """What a cost depends on.
 
     Attributes:
-        D, k: domains and rows per domain, K = D*k together. ``rotate_`` and ``pca_update_`` work on one domain.
+        D, k: domains and rows per domain, K = D*k together. `rotate_` and `pca_update_` work on one domain.
         B: gradients. N: elements of each.
         grad, basis: dtypes of gradients and bases.
     """
@@ -68,7 +68,7 @@ def basis_row_bytes(shape: Shape) -> int:
 
 
 def passes_of(op: str, shape: Shape) -> list[int]:
-    """Bytes of every pass of ``op`` (schema name, with or without overload), reads and writes."""
+    """Bytes of every pass of `op` (schema name, with or without overload), reads and writes."""
     count = {"0": 0, "B": shape.B, "K": shape.K, "k": shape.k}
     row, grad = basis_row_bytes(shape), shape.N * shape.grad.itemsize
     beside = _PER_COEFFICIENT.get(op, 0) * shape.B * shape.K

@@ -42,9 +42,9 @@ def _columns(x: Inputs) -> Tensor:
 class Expectation:
     """Expected outputs of a case, from its inputs before the first call.
 
-    Outputs are dictionaries with some of: ``coeffs [B, K]``, ``gram [K+B, K+B]``, ``grads [B, N]`` or a list of
-    tensors, ``rows [k, N]`` (of the first domain), ``singular_values [k]``. With singular values, rows are compared
-    through ``U^T diag(s^2) U``, which does not depend on their signs.
+    Outputs are dictionaries with some of: `coeffs [B, K]`, `gram [K+B, K+B]`, `grads [B, N]` or a list of
+    tensors, `rows [k, N]` (of the first domain), `singular_values [k]`. With singular values, rows are compared
+    through `U^T diag(s^2) U`, which does not depend on their signs.
     """
 
     def __init__(self, x: Inputs):
@@ -63,7 +63,7 @@ class Expectation:
         self.expected = self._expected(total, self._stack(self.columns))
 
     def _stack(self, at: Tensor) -> Tensor:
-        """Columns of [U; G] in float64 ``[K+B, m]``."""
+        """Columns of [U; G] in float64 `[K+B, m]`."""
         x = self.x
         where = slice(int(at[0]), int(at[-1]) + 1) if at.numel() == CHUNK else at
         rows = x.bases.flatten(0, 1)[: self._rows, where].double()

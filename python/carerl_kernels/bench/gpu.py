@@ -1,6 +1,6 @@
 """The ops timed on a GPU: CUDA events, L2 flushed before every call, results checked as on the CPU, bandwidth measured.
 
-``make gpu-check`` runs this after the tests; ``carerl bench --gpu`` alone. Nothing here has an opinion on what is fast: it
+`make gpu-check` runs this after the tests; `carerl bench --gpu` alone. Nothing here has an opinion on what is fast: it
 prints time and bandwidth beside what :mod:`roofline` predicts from the device's data sheet.
 """
 
@@ -68,7 +68,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def elapsed(call: Callable[[], Any], before: Callable[[], Any], device: torch.device, rounds: int) -> list[float]:
-    """Seconds of every call by CUDA events; ``before`` runs on the same stream before each, outside the time."""
+    """Seconds of every call by CUDA events; `before` runs on the same stream before each, outside the time."""
     pairs = []
     for _ in range(rounds):
         before()
@@ -82,7 +82,7 @@ def elapsed(call: Callable[[], Any], before: Callable[[], Any], device: torch.de
 
 
 def bandwidth(device: torch.device, size: int = FLUSHED) -> dict[str, float]:
-    """GB/s of a copy (bytes read and written) and of a sum (bytes read) over ``size`` bytes."""
+    """GB/s of a copy (bytes read and written) and of a sum (bytes read) over `size` bytes."""
     source, target = (torch.ones(size // 4, device=device) for _ in range(2))
     ways: dict[str, tuple[Callable[[], Any], int]] = {
         "copy_gbps": (lambda: target.copy_(source), 2 * size),
@@ -127,10 +127,10 @@ def measure_case(
         name: of the device, as torch has it. rates: of :func:`bandwidth`. competing: whether others are timed beside ours.
 
     Returns:
-        plain values: ``case``, ``op``, ``bytes``, ``flops``, ``predicted_ms`` (from the measured copy bandwidth),
-        ``data_sheet_ms`` (from that of the data sheet, None for an unknown device), ``errors`` (relative, of every
-        output), ``wrong`` (a message, or None); and where nothing is wrong ``ms`` (low, median, high quartile), ``gbps``,
-        ``percent_of_copy`` and ``others`` (median ms of each competitor, or why there is none).
+        plain values: `case`, `op`, `bytes`, `flops`, `predicted_ms` (from the measured copy bandwidth),
+        `data_sheet_ms` (from that of the data sheet, None for an unknown device), `errors` (relative, of every
+        output), `wrong` (a message, or None); and where nothing is wrong `ms` (low, median, high quartile), `gbps`,
+        `percent_of_copy` and `others` (median ms of each competitor, or why there is none).
     """
     x: Inputs | LogitsCase
     if case.op.startswith("token_logprobs"):

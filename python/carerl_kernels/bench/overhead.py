@@ -53,7 +53,7 @@ def call_overhead(rounds: int = 15, calls: int = 1000) -> dict[str, Spread]:
 
 @dataclass(frozen=True)
 class Line:
-    """Least squares fit of ``seconds = fixed + per_byte * bytes``, in relative errors."""
+    """Least squares fit of `seconds = fixed + per_byte * bytes`, in relative errors."""
 
     fixed: float
     per_byte: float
@@ -63,7 +63,7 @@ class Line:
     def fit(cls, counted: Sequence[int], seconds: Sequence[float]) -> Line:
         """Fits in relative terms, so that small sizes count as much as large ones.
 
-        ``r_squared`` is that of the plain residuals in seconds.
+        `r_squared` is that of the plain residuals in seconds.
         """
         b, t = np.asarray(counted, float), np.asarray(seconds, float)
         design = np.stack([1 / t, b / t], axis=1)
@@ -101,7 +101,7 @@ def sweep(
     """Times our op alone along every axis and fits a line to each.
 
     Returns:
-        per axis ``points`` and ``line``.
+        per axis `points` and `line`.
     """
     out: dict[str, Any] = {}
     for axis, cases in axes.items():

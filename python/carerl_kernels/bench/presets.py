@@ -12,7 +12,7 @@ PRESETS = ("quick", "full", "llm", "sweep")
 
 
 def cases(preset: str) -> list[Case]:
-    """Cases of ``quick`` or ``full``, all K and N as promised in docs/performance.md."""
+    """Cases of `quick` or `full`, all K and N as promised in docs/performance.md."""
     return _quick() if preset == "quick" else _full()
 
 

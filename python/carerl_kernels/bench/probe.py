@@ -23,7 +23,7 @@ PROBE_BYTES = 512 << 20  # far beyond any last-level cache, so that what is time
 class Bandwidth:
     """Streaming-read bandwidth of all of torch's threads over one buffer of at least 512 MiB.
 
-    Several ways of reading are tried, the native probe of the ``_host`` module (if it was built) and two torch reductions,
+    Several ways of reading are tried, the native probe of the `_host` module (if it was built) and two torch reductions,
     and the fastest stays: a ceiling should be one.
 
     Args:
@@ -54,7 +54,7 @@ class Bandwidth:
 
 
 def _ways(size: int) -> dict[str, Callable[[], float]]:
-    """Ways of reading ``size`` bytes, each returns bytes per second."""
+    """Ways of reading `size` bytes, each returns bytes per second."""
     buffer = torch.ones(size // 4)  # touched, so that no page is missing when it is timed
 
     def timed(read: Callable[[], Any]) -> float:
@@ -87,7 +87,7 @@ def cache_bytes() -> int:
 
 
 def peak_memory(call: Callable[[], Any]) -> tuple[int, int] | None:
-    """Bytes resident before ``call`` and at most during it; None where the system does not say (not Linux).
+    """Bytes resident before `call` and at most during it; None where the system does not say (not Linux).
 
     Resident pages, not allocations: memory taken by libraries behind Python's back counts.
     """
@@ -102,7 +102,7 @@ def peak_memory(call: Callable[[], Any]) -> tuple[int, int] | None:
 
 
 def peak_extra_memory(call: Callable[[], Any]) -> int | None:
-    """Bytes by which the resident set grew at most during ``call``; None where the system does not say.
+    """Bytes by which the resident set grew at most during `call`; None where the system does not say.
 
     Make the call once before, so that buffers kept for ever after and thread stacks are there already.
     """

@@ -16,7 +16,7 @@ from .cost import SCALE_BLOCK, flops_of
 
 ATTAINABLE = 0.9
 """Share of the data sheet's bandwidth that a plain copy attains (about .90 to .94 on A100 and H100, as published copies
-show); ``make gpu-check`` measures it on the device and compares with that instead."""
+show); `make gpu-check` measures it on the device and compares with that instead."""
 
 STREAMED = {
     "project": 0.98, "edit_": 0.97, "dacsp_": 0.97,  # 64 to 128 bytes in flight a thread, nothing waits for another
@@ -81,7 +81,7 @@ class Prediction:
 
 
 def predict(case: Case, device: Device, bandwidth: float | None = None) -> Prediction:
-    """What a call of ``case`` should take.
+    """What a call of `case` should take.
 
     Args:
         bandwidth: bytes per second that a copy was measured to attain; by default the share of the data sheet's.
@@ -187,8 +187,8 @@ class Overhead:
 def overhead(name: str, rows: int = 24, rank: int = 16) -> list[Overhead]:
     """The default guard (project the parameters, edit them) on a 7B run sharded by FSDP2, flat and factored bases.
 
-    A step costs 6 operations per parameter and token. Flat bases hold ``rows`` rows: two passes over the local shard, and
-    an all-reduce of ``rows`` numbers (20 us). Factored ones (U, V of rank ``rank`` for each weight matrix, D = 3 domains):
+    A step costs 6 operations per parameter and token. Flat bases hold `rows` rows: two passes over the local shard, and
+    an all-reduce of `rows` numbers (20 us). Factored ones (U, V of rank `rank` for each weight matrix, D = 3 domains):
     the weights are read twice and written once, the factors are read twice, U^T W V and W + U X V^T cost 2 * 2 * rank
     operations per weight and domain on tensor cores, counted at half their rate.
     """
@@ -226,7 +226,7 @@ def overhead_table(name: str) -> str:
 
 
 def report(name: str) -> str:
-    """What ``carerl bench --predict`` prints and docs/gpu.md holds."""
+    """What `carerl bench --predict` prints and docs/gpu.md holds."""
     device = device_named(name)
     return "\n".join(
         [

@@ -51,7 +51,7 @@ def run_bench(
         printer: where to print; a terminal by default.
 
     Returns:
-        what the JSON file holds: ``environment``, and ``cases`` or what the preset measures instead.
+        what the JSON file holds: `environment`, and `cases` or what the preset measures instead.
 
     Raises:
         ValueError: an unknown preset or op.

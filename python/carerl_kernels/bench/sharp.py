@@ -1,8 +1,8 @@
 """The ops as somebody writes them who knows PyTorch and looks at bytes: all rows in one product, in place, no copies.
 
-Several ways per op, because none is best for every dtype and BLAS: one product over all rows where they lie (``mm``),
-the same as matrix times vector (``mv``), or tiles of columns that stay in cache (``tiles``), cast there where the dtype
-has no fast product. The benchmark times all of them first and takes the fastest correct one as ``sharp``.
+Several ways per op, because none is best for every dtype and BLAS: one product over all rows where they lie (`mm`),
+the same as matrix times vector (`mv`), or tiles of columns that stay in cache (`tiles`), cast there where the dtype
+has no fast product. The benchmark times all of them first and takes the fastest correct one as `sharp`.
 """
 
 from __future__ import annotations
@@ -285,7 +285,7 @@ def _seconds(x: Inputs, call: Callable[[], Any]) -> float:
 
 
 def candidates(x: Inputs) -> dict[str, Callable[[], Outputs]]:
-    """Every way worth trying for this case by name; of ``dacsp_`` in the order of the time of the two halves."""
+    """Every way worth trying for this case by name; of `dacsp_` in the order of the time of the two halves."""
     op, rows = x.case.op.split(".")[0], x.bases.flatten(0, 1)
     coeffs, edits = halves(x)
     if op in ("input_confine_", "input_dacsp_"):

@@ -1,4 +1,4 @@
-"""``pca_update_`` against scikit-learn's IncrementalPCA: the same update of the same state, and the same stream.
+"""`pca_update_` against scikit-learn's IncrementalPCA: the same update of the same state, and the same stream.
 
 Both are primed with k rows. scikit-learn centres, our op does not: every batch here has zero mean, so that both solve
 the same problem.
@@ -21,10 +21,10 @@ TOLERANCE = 1e-4  # relative, of singular values
 
 
 class SharedStream:
-    """A stream of gradients ``[B, N]`` fp32 with a low-rank signal in noise, and both PCA states after k rows of it.
+    """A stream of gradients `[B, N]` fp32 with a low-rank signal in noise, and both PCA states after k rows of it.
 
     Args:
-        case: ``pca_update_`` with D = 1, fp32; k and B even.
+        case: `pca_update_` with D = 1, fp32; k and B even.
         batches: length of the stream whose captured energy is compared.
     """
 

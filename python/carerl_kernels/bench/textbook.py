@@ -1,6 +1,6 @@
 """The ops as a paper's listing has them: domain by domain, in float32, results in new tensors.
 
-All take grads ``[B, N]`` and bases ``[D, k, N]``, int8 bases with their scales.
+All take grads `[B, N]` and bases `[D, k, N]`, int8 bases with their scales.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from .cost import SCALE_BLOCK
 
 
 def widen(rows: Tensor, scales: Tensor | None) -> Tensor:
-    """Rows ``[k, N]`` of one domain in float32."""
+    """Rows `[k, N]` of one domain in float32."""
     if scales is None:
         return rows.float()
     return rows.float() * scales.repeat_interleave(SCALE_BLOCK, dim=1)[:, : rows.shape[1]]
@@ -40,7 +40,7 @@ def edit(grads: Tensor, bases: Tensor, mix: Tensor, scale: Tensor, scales: Tenso
 def dacsp(
     grads: Tensor, bases: Tensor, aligned: float, conflict: float, scales: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The literal rule with the sum combine: coefficients ``[B, K]`` and the edited gradients."""
+    """The literal rule with the sum combine: coefficients `[B, K]` and the edited gradients."""
     g = grads.float()
     edit, coeffs = torch.zeros_like(g), []
     for domain in domains(bases, scales):
@@ -52,7 +52,7 @@ def dacsp(
 
 
 def confine(grads: Tensor, rows: Tensor, anchor: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-    """A matrix ``[B, N]`` whose displacement along each row from the anchor ``[B, K]`` is put back into its box."""
+    """A matrix `[B, N]` whose displacement along each row from the anchor `[B, K]` is put back into its box."""
     w = grads.float()
     d = anchor - w @ rows.T
     return (w + (d - torch.clamp(d, -lower, upper)) @ rows).to(grads.dtype)

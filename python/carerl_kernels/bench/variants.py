@@ -23,7 +23,7 @@ class Variant:
 
     Attributes:
         call: computes on the inputs as they are, and returns outputs for :class:`Expectation`.
-        reset: puts back what ``call`` changed beyond the inputs (untimed).
+        reset: puts back what `call` changed beyond the inputs (untimed).
         exact: see :meth:`Expectation.check`.
         note: said beside the result.
         expectation: another one than the case's, where the inputs differ.
@@ -103,7 +103,7 @@ def ours(x: Inputs) -> Callable[[], dict[str, Any]]:
 
 
 def textbook_call(x: Inputs, compiled: bool = False) -> Callable[[], dict[str, Any]]:
-    """The textbook version, with the flattening that list forms need; ``compiled``: through torch.compile."""
+    """The textbook version, with the flattening that list forms need; `compiled`: through torch.compile."""
 
     def made(function: Callable) -> Callable:
         return torch.compile(function, dynamic=False) if compiled else function

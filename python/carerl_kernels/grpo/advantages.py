@@ -1,4 +1,4 @@
-"""Group-relative advantages come from ``torch.ops.carerl.group_advantages``; here is how much they have to say."""
+"""Group-relative advantages come from `torch.ops.carerl.group_advantages`; here is how much they have to say."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ def loud(recent: Sequence[Mapping[str, float]]) -> str | None:
 
 
 class Mixture:
-    """What the configuration's ``balance`` makes of the mixed batches of a run, and what is told of them.
+    """What the configuration's `balance` makes of the mixed batches of a run, and what is told of them.
 
     Args:
         config: Of the trainer.

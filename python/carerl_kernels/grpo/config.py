@@ -156,7 +156,7 @@ class GRPOConfig(BaseModel):
         return self
 
     def advantage_mode(self, mixed: bool = False) -> str:
-        """The mode of ``torch.ops.carerl.group_advantages`` in a stage of one domain, or in a mixed one."""
+        """The mode of `torch.ops.carerl.group_advantages` in a stage of one domain, or in a mixed one."""
         return self.advantages or ("domain" if mixed else "none" if self.loss == "dr_grpo" else "group")
 
     @property

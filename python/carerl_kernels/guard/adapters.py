@@ -1,6 +1,6 @@
 """LoRA adapters as checkpoints: what an adapter adds is B A x, and A alone sees x.
 
-With A off the directions U of what is fed into the base layer, ``A <- A (I - U^T U)``, the adapter adds nothing on protected
+With A off the directions U of what is fed into the base layer, `A <- A (I - U^T U)`, the adapter adds nothing on protected
 inputs whatever B is. So A is confined around zero, and B stays what it is.
 """
 
@@ -36,7 +36,7 @@ def confine_adapter(
     device: torch.device,
 ) -> Confined:
     """Writes the adapter with every A off the protected inputs of its base layer. Whole tensors that were trained beside it
-    (``modules_to_save``) are confined as those of a model.
+    (`modules_to_save`) are confined as those of a model.
 
     Args:
         there: of the base model.

@@ -1,7 +1,7 @@
 """Confinement: the net displacement along protected directions stays inside a box, whatever the optimizer did in between.
 
 Given anchors A = W_0 U^T of where a stage began, a call puts every weight matrix back by as much as it has left the box:
-``D = A - W U^T``, ``X = D - clip(D, -against, along)``, ``W <- W + X U`` with U orthonormal over all acting domains. It is a
+`D = A - W U^T`, `X = D - clip(D, -against, along)`, `W <- W + X U` with U orthonormal over all acting domains. It is a
 projection: a second call changes nothing (of directions that several domains have in common to 1e-4, with different bounds, it
 comes closer), the anchored weights themselves are left alone, and neither the number of optimizer steps before a call nor their
 order matters. So it may run after every step, every few steps, or once on a finished checkpoint.
@@ -130,7 +130,7 @@ class Box:
         return self.stack.confine_(parameters, self.anchor, self.bounds, own, self._exempt, self._tight)
 
     def _update_since(self, before: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Energies of the update along all rows ``[2, K]``, and its squared norm."""
+        """Energies of the update along all rows `[2, K]`, and its squared norm."""
         c = self.stack.project(before) - self.stack.project(parameters)
         total = self.stack.layout.shards.sum_(squared_distance(before, parameters))
         return self.stack.column_sums(energies(c)), total
@@ -159,7 +159,7 @@ class Box:
         """After a change of the stack: anchors of domains that stay, given with what acted before, go on; others begin here.
 
         Args:
-            kept: by domain, its anchors ``[T, width]`` and what of them acted ``[T, width]``.
+            kept: by domain, its anchors `[T, width]` and what of them acted `[T, width]`.
         """
         self.anchor = self.stack.measure(parameters)
         for name, (anchor, acted) in kept.items():

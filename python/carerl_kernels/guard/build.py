@@ -52,7 +52,7 @@ def lay_out(
 
 
 def new_stack(layout: Layout | MatrixLayout, dtype: torch.dtype, device: torch.device, room: float = 1.0) -> Stack:
-    """The acting directions of a layout, none yet; ``room`` as input bases have it.
+    """The acting directions of a layout, none yet; `room` as input bases have it.
 
     Raises:
         ValueError: factored bases in another storage than float32.

@@ -31,12 +31,12 @@ NOISE = 1e-6
 
 @dataclass
 class Matrix:
-    """A matrix of two checkpoints, ``[m, n]`` float32.
+    """A matrix of two checkpoints, `[m, n]` float32.
 
     Attributes:
         unit: of its directions, None where it has none; across: rows of a right-sided one, columns of a left-sided one, among
             those of the unit.
-        start, end: values. gain: ``[m, m]`` float64 where a matrix of LoRA's stands for a larger one, with |G X|^2 = <X, gain X>.
+        start, end: values. gain: `[m, m]` float64 where a matrix of LoRA's stands for a larger one, with |G X|^2 = <X, gain X>.
     """
 
     unit: Unit | None
@@ -50,7 +50,7 @@ class Matrix:
         return "right" if self.unit is None else self.unit.side
 
     def energy(self, rows: Tensor) -> float:
-        """Of some change ``[m, ...]`` of it, or its coefficients."""
+        """Of some change `[m, ...]` of it, or its coefficients."""
         rows = rows.double()
         return float((rows * (rows if self.gain is None else self.gain @ rows)).sum())
 

@@ -39,8 +39,8 @@ def confine(
     Args:
         start: directory of a transformers model or a safetensors file: what is protected.
         end: the same after training, or the directory of a LoRA adapter trained on it.
-        bases: input bases of the protected domains, recorded on ``start`` or on what it came from.
-        out: directory to write, a copy of ``end`` but for what was corrected.
+        bases: input bases of the protected domains, recorded on `start` or on what it came from.
+        out: directory to write, a copy of `end` but for what was corrected.
         bound: rows may move by this fraction of the recorded stage's own displacement; domains that were observed without a
             stage have none, and nothing moves along their directions.
         room: directions of all domains together that a matrix has at most, as a share of its inputs.
@@ -130,13 +130,13 @@ def merge(
     room: float = 0.5,
     device: torch.device | str = "cpu",
 ) -> Merged:
-    """Start, plus ``scale`` times every expert's change, each confined off the directions of the other domains.
+    """Start, plus `scale` times every expert's change, each confined off the directions of the other domains.
 
     Args:
         start: directory of a transformers model, or a safetensors file, that every expert was trained from.
         experts: by domain, the same after training on it.
         bases: input bases of those domains and, perhaps, of others that nobody was trained on.
-        out: directory to write, a copy of ``start`` but for the sums, in its dtypes.
+        out: directory to write, a copy of `start` but for the sums, in its dtypes.
         scale: of the changes; room, device: see :func:`confine`.
 
     Raises:

@@ -32,7 +32,7 @@ class StepCorrection:
 
     Attributes:
         params, state: of the rule.
-        q_prev, q_start: coefficients ``[T, K]`` of the parameters after the last step and when the stage began.
+        q_prev, q_start: coefficients `[T, K]` of the parameters after the last step and when the stage began.
     """
 
     def __init__(self, stack: Stack, settings: Settings, probes: Probes, statistics: Statistics):
@@ -72,7 +72,7 @@ class StepCorrection:
         """On a changed stack: what was remembered of domains that stay goes on; the rest begins here.
 
         Args:
-            kept: by domain, its part of :meth:`remembered` and what of it acted ``[T, width]``.
+            kept: by domain, its part of :meth:`remembered` and what of it acted `[T, width]`.
         """
         self.rebase(parameters)
         now = self.remembered()
@@ -198,7 +198,7 @@ class StepCorrection:
         )
 
     def _fallback(self) -> Tensor | None:
-        """``[K]`` bool: rows whose probes cannot be trusted; None where none are."""
+        """`[K]` bool: rows whose probes cannot be trusted; None where none are."""
         if self.settings.rule != "probed" or not (names := self.probes.distrusted(self.stack.names)):
             return None
         mask = torch.zeros(self.stack.rows, dtype=torch.bool, device=self.stack.device)

@@ -72,7 +72,7 @@ class GramEditor(Stateless):
     """Weighted sums of the domains' gradients, weights a function of their inner products.
 
     Args:
-        weigh: gives weights ``[D]`` float64 from the Gram matrix ``[D, D]`` float64 (on the CPU).
+        weigh: gives weights `[D]` float64 from the Gram matrix `[D, D]` float64 (on the CPU).
         per_module: one Gram matrix per module instead of one for all parameters: conflicts are looked for where they are.
         names: of the parameters, needed per module: those that share everything before the last dot belong together.
         shards: of sharded parameters; None: :func:`spread_editor` sets them.
@@ -181,7 +181,7 @@ def modular_surgery(model: nn.Module, seed: int = 0) -> PCGrad:
 
 
 def torchjd_editor(weighting: Callable[[Any], Tensor], shards: Shards | None = None) -> GramEditor:
-    """Any of TorchJD's Gramian weightings (``torchjd.aggregation.UPGradWeighting()`` and others; pip install
+    """Any of TorchJD's Gramian weightings (`torchjd.aggregation.UPGradWeighting()` and others; pip install
     'carerl-kernels[editors]'): they see the inner products only, so nothing is flattened or gathered."""
     return GramEditor(lambda gram: weighting(gram).double(), shards=shards)
 
@@ -191,8 +191,8 @@ class GPM(Stateless):
     removed from the summed gradient.
 
     Args:
-        guard: built with ``basis="input", room=1.0`` (or "per_matrix" for gradient subspaces), ``rule="remove"``,
-            ``apply_to="grad"`` and its history added. It need not be attached.
+        guard: built with `basis="input", room=1.0` (or "per_matrix" for gradient subspaces), `rule="remove"`,
+            `apply_to="grad"` and its history added. It need not be attached.
     """
 
     def __init__(self, guard: CapabilityGuard):
@@ -218,7 +218,7 @@ class GPM(Stateless):
 
 
 def spread_editor(editor: Editor, model: nn.Module | Iterable[tuple[str, nn.Parameter]]) -> None:
-    """Lets an editor that was built without ``shards`` sum its inner products over the processes that hold the model's parts.
+    """Lets an editor that was built without `shards` sum its inner products over the processes that hold the model's parts.
 
     Without that every process would weigh its own part by itself, and no sum of the domains' gradients would come out.
 
@@ -231,7 +231,7 @@ def spread_editor(editor: Editor, model: nn.Module | Iterable[tuple[str, nn.Para
 
 
 def domain_gradients(model: nn.Module, losses: Mapping[str, Callable[[], Tensor]]) -> dict[str, list[Tensor]]:
-    """One gradient per domain: a backward pass each; ``p.grad`` is empty afterwards. What was in it is dropped."""
+    """One gradient per domain: a backward pass each; `p.grad` is empty afterwards. What was in it is dropped."""
     parameters = [p for _, p in trainable(model)]
     out = {}
     for name, loss in losses.items():

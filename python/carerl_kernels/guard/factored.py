@@ -31,7 +31,7 @@ class FactoredStack(Stack[MatrixLayout, FactoredBasis]):
     """What block and input bases share. Factors are float32, orthonormal per domain and matrix, columns domain after domain.
 
     Attributes:
-        left: per group ``[G, m, D*r]`` or None; right: ``[G, n, D*r]`` or None.
+        left: per group `[G, m, D*r]` or None; right: `[G, n, D*r]` or None.
     """
 
     def __init__(self, layout: MatrixLayout, device: torch.device):
@@ -77,7 +77,7 @@ class FactoredStack(Stack[MatrixLayout, FactoredBasis]):
 
     @property
     def sign(self) -> Tensor:
-        """``[T, K]`` orientation of the directions, 1 where there is none."""
+        """`[T, K]` orientation of the directions, 1 where there is none."""
         return self._orientation()[1]
 
     def recorded_size(self, domain: str) -> float:
@@ -197,21 +197,21 @@ class FactoredStack(Stack[MatrixLayout, FactoredBasis]):
     def _coefficients(
         self, out: Tensor, number: int, group: Group, tensors: Sequence[Tensor], domain: str | None
     ) -> None:
-        """Puts the coefficients of a group into its rows of ``out``."""
+        """Puts the coefficients of a group into its rows of `out`."""
 
     @abstractmethod
     def _add_(self, number: int, group: Group, tensors: Sequence[Tensor], mix: Tensor) -> None:
-        """Adds ``A^T mix`` to the matrices of a group; mix ``[rows of the group, K]`` float32."""
+        """Adds `A^T mix` to the matrices of a group; mix `[rows of the group, K]` float32."""
 
     @abstractmethod
     def _gram_times(self, number: int, x: Tensor, matrices: slice) -> Tensor:
-        """``S x`` of some matrices of a group, x ``[matrices, rows of each, K]``."""
+        """`S x` of some matrices of a group, x `[matrices, rows of each, K]`."""
 
 
 class BlockStack(FactoredStack):
-    """Two-sided blocks: coefficients ``U_d^T G V_d`` of every domain, r x r each.
+    """Two-sided blocks: coefficients `U_d^T G V_d` of every domain, r x r each.
 
-    S factors into small matrices: ``(d, i, j)`` and ``(e, k, l)`` overlap by ``(U_d^T U_e)_ik (V_d^T V_e)_jl``, so ``S x`` costs
+    S factors into small matrices: `(d, i, j)` and `(e, k, l)` overlap by `(U_d^T U_e)_ik (V_d^T V_e)_jl`, so `S x` costs
     next to nothing. A root of S is needed only where several domains act at once: two have one in closed form.
     """
 
@@ -274,9 +274,9 @@ class BlockStack(FactoredStack):
 
 
 class InputStack(FactoredStack):
-    """One-sided input bases: coefficients ``G V_d``, a row per output; or ``G^T U_d``, a row per column.
+    """One-sided input bases: coefficients `G V_d`, a row per output; or `G^T U_d`, a row per column.
 
-    All rows of a matrix share one overlap ``V_d^T V_e``. Sharded, the rows of right-sided matrices stay with their process:
+    All rows of a matrix share one overlap `V_d^T V_e`. Sharded, the rows of right-sided matrices stay with their process:
     nothing is sent. Of the r columns of a domain those that no matrix of a group has take no part in products.
 
     Args:
@@ -402,11 +402,11 @@ class InputStack(FactoredStack):
             self._acting.append(factors if bool(found.all()) else factors[:, :, self._kept[-1]].contiguous())
 
     def _present(self, number: int) -> Tensor:
-        """``[G, K]`` bool: columns that are not zero."""
+        """`[G, K]` bool: columns that are not zero."""
         return self._gram(number).diagonal(dim1=1, dim2=2) > 0.5
 
     def _shares_of(self, basis: FactoredBasis) -> list[Tensor]:
-        """Per group ``[G, r]``: of what the directions hold of the inputs of each matrix, the share of each."""
+        """Per group `[G, r]`: of what the directions hold of the inputs of each matrix, the share of each."""
         out = []
         for group in self.layout.groups:
             names = self.layout.labels(group)
@@ -445,12 +445,12 @@ class InputStack(FactoredStack):
             basis, left=kept(basis.left), right=kept(basis.right), values=kept(basis.values), moved=kept(basis.moved)
         )
 
-    # Gradients. Parts are float32 ``[G, rows of each, kept]``, one for each group: coefficients on orthonormal directions Q that
+    # Gradients. Parts are float32 `[G, rows of each, kept]`, one for each group: coefficients on orthonormal directions Q that
     # span those of all domains. There the projector onto what some of them span is exact, however alike directions are.
 
     @property
     def spans(self) -> Sequence[Tensor]:
-        """Q of each group ``[G, n or m, kept]``; columns are zero where directions depend on others."""
+        """Q of each group `[G, n or m, kept]`; columns are zero where directions depend on others."""
         if not self._spans:
             for number, (kept, factors) in enumerate(zip(self._kept, self._acting, strict=True)):
                 overlap = self._gram(number)[:, kept][:, :, kept]
@@ -461,7 +461,7 @@ class InputStack(FactoredStack):
         return self._spans
 
     def projectors(self, own: str | None) -> list[Tensor]:
-        """Onto the directions that act on a domain's gradient, as seen in Q: ``[G, kept, kept]`` of each group."""
+        """Onto the directions that act on a domain's gradient, as seen in Q: `[G, kept, kept]` of each group."""
         key = own if own in self.names else None
         if key not in self._projectors:
             self._projectors[key] = []
@@ -546,8 +546,8 @@ class InputStack(FactoredStack):
         return energy
 
     def _box(self, number: int, own: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What acts in a group on a domain's steps: columns ``[A]``, orthonormal directions ``[G, A, n or m]``, R ``[G, A, A]``,
-        all float32, and reach ``[G, A]``. Of the last set of acting domains they are kept."""
+        """What acts in a group on a domain's steps: columns `[A]`, orthonormal directions `[G, A, n or m]`, R `[G, A, A]`,
+        all float32, and reach `[G, A]`. Of the last set of acting domains they are kept."""
         key = own if own in self.names else None
         if self._boxes is None or self._boxes[0] != key:
             self._boxes = key, {}
@@ -564,7 +564,7 @@ class InputStack(FactoredStack):
     def _bounds(
         self, group: Group, at: slice, columns: Tensor, far: Tensor, bounds: RuleParams | None, tight: Set[int]
     ) -> tuple[Tensor | None, Tensor | None]:
-        """How far rows may go below and above their anchors ``[c, each, A]``; None: nowhere."""
+        """How far rows may go below and above their anchors `[c, each, A]`; None: nowhere."""
         domains = [name for name in self.names if self._moved[name]]
         if not domains or bounds is None:
             return None, None

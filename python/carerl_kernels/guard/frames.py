@@ -26,7 +26,7 @@ class Span:
         self.rows = rows
 
     def apply(self, coeffs: Tensor) -> Tensor:
-        """``R c`` of coefficients ``[..., rows, A]`` of active columns."""
+        """`R c` of coefficients `[..., rows, A]` of active columns."""
         return coeffs
 
     def part(self, first: int, last: int) -> Span:
@@ -41,7 +41,7 @@ class Span:
 
 
 class DenseSpan(Span):
-    """From overlaps ``[G, A, A]`` float64, ``each`` coefficient rows to one of them."""
+    """From overlaps `[G, A, A]` float64, `each` coefficient rows to one of them."""
 
     def __init__(self, rows: slice, each: int, overlap: Tensor):
         super().__init__(rows)
@@ -92,12 +92,12 @@ class PairSpan(Span):
     """R of two domains' blocks, in closed form.
 
     Blocks overlap by the Kronecker product of A = U_1^T U_2 and B = V_1^T V_2. In the singular vectors of both,
-    ``A = P a Q^T`` and ``B = P' b Q'^T``, S falls apart into 2 x 2 matrices with ones on the diagonal and s = a_i b_j beside
+    `A = P a Q^T` and `B = P' b Q'^T`, S falls apart into 2 x 2 matrices with ones on the diagonal and s = a_i b_j beside
     it, whose eigenvalues are 1 + s and 1 - s: no matrix of r^2 x r^2 is ever built.
 
     Args:
         rows: one per matrix.
-        left, right: A and B ``[G, r, r]`` float64. Factors are orthonormal, or zero in empty slots, whose coefficients are zero.
+        left, right: A and B `[G, r, r]` float64. Factors are orthonormal, or zero in empty slots, whose coefficients are zero.
     """
 
     def __init__(self, rows: slice, left: Tensor, right: Tensor):
@@ -127,7 +127,7 @@ class PairSpan(Span):
 
 
 def reach(root: Tensor, overlap: Tensor) -> Tensor:
-    """``sqrt(diag(R S R))`` ``[..., A]``: how far a unit displacement along a row is in the frame; 1 without overlap."""
+    """`sqrt(diag(R S R))` `[..., A]`: how far a unit displacement along a row is in the frame; 1 without overlap."""
     return (root @ overlap @ root).diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
 
 
@@ -137,14 +137,14 @@ def _even_odd(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Frame:
-    """R of one set of active rows. It takes and gives ``[..., T, K]`` float64; inactive rows count as zero and come out as zero.
+    """R of one set of active rows. It takes and gives `[..., T, K]` float64; inactive rows count as zero and come out as zero.
 
     Args:
-        active: ``[K]`` bool.
+        active: `[K]` bool.
         spans: that together cover the coefficient rows.
-        reach: ``[T, K]``, see :func:`reach`. Duplicated rows share one displacement; bounds scale with this so that they count
+        reach: `[T, K]`, see :func:`reach`. Duplicated rows share one displacement; bounds scale with this so that they count
             once.
-        sign: ``[T, K]`` orientation of rows whose directions are stored without it; the map is that of oriented rows.
+        sign: `[T, K]` orientation of rows whose directions are stored without it; the map is that of oriented rows.
     """
 
     def __init__(self, active: Tensor, spans: Sequence[Span], reach: Tensor, sign: Tensor | None = None):
@@ -156,7 +156,7 @@ class Frame:
     def dense(
         cls, overlaps: Sequence[tuple[slice, int, Tensor]], active: Tensor, T: int, sign: Tensor | None = None
     ) -> Frame:
-        """From overlaps ``[G, K, K]`` float64, each with its coefficient rows and how many of them belong to one matrix."""
+        """From overlaps `[G, K, K]` float64, each with its coefficient rows and how many of them belong to one matrix."""
         columns = active.nonzero().squeeze(1)
         far = torch.zeros(T, active.numel(), dtype=torch.float64, device=active.device)
         spans = []
@@ -186,7 +186,7 @@ class Frame:
         return self._parts[first, last]
 
     def root(self, coeffs: Tensor) -> Tensor:
-        """``R c``: components of coefficients, and edit coefficients x of changes of components."""
+        """`R c`: components of coefficients, and edit coefficients x of changes of components."""
         if self.sign is not None:
             coeffs = self.sign * coeffs
         everything = self._columns.numel() == coeffs.shape[-1]

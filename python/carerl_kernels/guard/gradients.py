@@ -14,7 +14,7 @@ from ..subspace.shards import local
 def gradients(parameters: Sequence[nn.Parameter], names: Sequence[str]) -> list[Tensor]:
     """The local part of every gradient; one that is missing counts as zero.
 
-    A gradient that is not contiguous becomes so, in place of the one that was there: what edits it edits ``p.grad``.
+    A gradient that is not contiguous becomes so, in place of the one that was there: what edits it edits `p.grad`.
 
     Raises:
         ValueError: a sparse gradient.

@@ -46,7 +46,7 @@ class CapabilityGuard:
 
     Args:
         model: the module whose trainable parameters are guarded, or pairs of name and parameter.
-        rule: "bounded" lets a stage move along a direction by ``bound`` of what the recorded stage moved, and not at all along
+        rule: "bounded" lets a stage move along a direction by `bound` of what the recorded stage moved, and not at all along
             directions without a stage; "remove" not at all; "integrated", "instant" (the literal reading of the paper) and
             "probed" decide on the sign of every step, see :mod:`carerl_kernels.guard.rules`.
         process_group: over which the parameters of a plain list are sharded (each process gives a contiguous part of every
@@ -63,7 +63,7 @@ class CapabilityGuard:
         bound: a number for both sides, (against, along), or one of these per domain.
         aligned, conflict: weights of components along (at least 0, 1 passes) and against (0 removes) prior learning, for the
             rules that decide on signs; a number, or one per domain.
-        apply_to: "update" corrects the parameters, whatever the optimizer made of the gradient; "grad" edits ``p.grad`` before
+        apply_to: "update" corrects the parameters, whatever the optimizer made of the gradient; "grad" edits `p.grad` before
             the step (Adam largely normalises such an edit away).
         max_grad_norm: grad mode: clips the edited gradient (clip before the step as usual in update mode).
         probe_every: rule "probed": steps between probes; probe_adaptive: this is where the interval starts, and it follows how
@@ -147,7 +147,7 @@ class CapabilityGuard:
 
     @classmethod
     def load(cls, *paths: Path | str, model: nn.Module, **options: Any) -> CapabilityGuard:
-        """A guard with the history in these files; ``options`` as for the constructor.
+        """A guard with the history in these files; `options` as for the constructor.
 
         Raises:
             BasisError: a file of another model, format or kind. A file whose end is neither the start of another file's
@@ -189,13 +189,13 @@ class CapabilityGuard:
         """Protects what the model can do now, from prompts alone: no stage has to have been recorded.
 
         The model is shown the batches once, and the leading directions of what every weight matrix is fed become history: from
-        here on nothing moves along them (``energy``, ``r``, ``room``; docs/evidence.md has what that keeps). 64 prompts with
+        here on nothing moves along them (`energy`, `r`, `room`; docs/evidence.md has what that keeps). 64 prompts with
         answers are a good number; prompts alone do, too.
 
         Args:
             name: of the domain.
             batches: what the model is called with: mappings of keyword arguments, tensors of token ids, tuples of arguments, or
-                texts with a ``tokenizer``. Attention masks are honoured.
+                texts with a `tokenizer`. Attention masks are honoured.
             path: safetensors file to write, atomically.
             run, positions, unseen, progress: see :func:`carerl_kernels.subspace.observe.observe`.
 
@@ -245,7 +245,7 @@ class CapabilityGuard:
         (self.memory.add if rebase else self.memory.adopt)(basis, self._locals())
 
     def basis(self, name: str) -> Any:
-        """The recorded basis of a domain (rows rounded to ``basis_dtype``): to inspect, or to save once more.
+        """The recorded basis of a domain (rows rounded to `basis_dtype`): to inspect, or to save once more.
 
         Raises:
             KeyError: a domain without history.
@@ -351,7 +351,7 @@ class CapabilityGuard:
     ) -> Iterator[Recorder]:
         """Records a stage: on exit what it learned becomes history.
 
-        Steps inside belong to this domain unless ``guard.domain`` says otherwise; only its own steps are recorded. If the
+        Steps inside belong to this domain unless `guard.domain` says otherwise; only its own steps are recorded. If the
         block raises, nothing becomes history.
 
         Args:
@@ -360,11 +360,11 @@ class CapabilityGuard:
             start_checkpoint: safetensors file with the parameters as they are now; None keeps a temporary one.
             inputs: basis "input": batches of the domain to show at the stage's end, as :meth:`protect` takes them; None keeps a
                 sample of what the model is called with.
-            shown: ``run``, ``tokenizer``, ``positions``, ``unseen``: see :meth:`protect`.
+            shown: `run`, `tokenizer`, `positions`, `unseen`: see :meth:`protect`.
 
         Raises:
             RuntimeError: inside another stage, or no finite gradient arrived.
-            OSError: a file could not be written; the basis is history all the same, and ``guard.basis(name).save(path)``
+            OSError: a file could not be written; the basis is history all the same, and `guard.basis(name).save(path)`
                 tries again.
         """
         self._known(name, recorded=True)
@@ -402,7 +402,7 @@ class CapabilityGuard:
 
     @contextmanager
     def probe(self, name: str) -> Iterator[None]:
-        """Rule "probed": inside, call ``loss.backward()`` on the earlier domain's own loss on stored prompts.
+        """Rule "probed": inside, call `loss.backward()` on the earlier domain's own loss on stored prompts.
 
         The gradient is projected on that domain's rows and thrown away; gradients gathered for training are put back. Entered
         several times before the next step (micro-batches), the projections add up: no second gradient is ever kept.
@@ -438,8 +438,8 @@ class CapabilityGuard:
     def open_domain(self, name: str, check_every: int = 25) -> None:
         """Records a domain that appears in the middle of a run: from now on its own steps feed its basis.
 
-        Its own steps are those inside ``guard.domain(name)``. It acts on other domains' steps as soon as what it found explains
-        more of its fresh gradients than noise would, and is renewed every ``check_every`` own steps; until then the report
+        Its own steps are those inside `guard.domain(name)`. It acts on other domains' steps as soon as what it found explains
+        more of its fresh gradients than noise would, and is renewed every `check_every` own steps; until then the report
         lists it as an open window. The displacement it knows is that of the whole run since it was opened.
         :meth:`close_domain` ends the recording; a checkpoint does not hold it, so open the domain again after resuming.
 
@@ -495,7 +495,7 @@ class CapabilityGuard:
             optimizer.step()
 
         What is removed is everything along those directions, whatever the guard does on batches of one domain. The step that
-        follows is not corrected again; a box counts from where it ends. Clip after ``finish``.
+        follows is not corrected again; a box counts from where it ends. Clip after `finish`.
 
         Raises:
             ValueError: a rule that looks at signs; a norm limit, which comes after the edit; a recording in progress, for the
@@ -552,7 +552,7 @@ class CapabilityGuard:
         return {**state, "seen": list(self._seen), "recorder": None if stage is None else stage.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from :meth:`state_dict`, before or after ``attach`` and ``stage`` of the same stage.
+        """Goes on from :meth:`state_dict`, before or after `attach` and `stage` of the same stage.
 
         Raises:
             ValueError: the state is of an earlier version, has another history or rule than this guard, or belongs to other
@@ -619,7 +619,7 @@ class CapabilityGuard:
     def rebase(self) -> None:
         """Counts from the present parameters on: displacements and probes start afresh.
 
-        ``attach``, ``stage``, ``add`` and ``protect`` do it. Call it after changing the parameters by hand (loading weights,
+        `attach`, `stage`, `add` and `protect` do it. Call it after changing the parameters by hand (loading weights,
         merging, EMA): otherwise the next correction takes the change for training's and undoes it along protected directions.
         """
         self.memory.rebase(self._locals())

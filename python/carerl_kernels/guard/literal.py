@@ -46,7 +46,7 @@ class LiteralRecording:
         """Records a gradient and edits it in place.
 
         Returns:
-            Coefficients of the rows that act, and what was taken out along them: ``[T, K]`` float64.
+            Coefficients of the rows that act, and what was taken out along them: `[T, K]` float64.
         """
         stack, pca = self.stack, self.recorder.pca
         measured = stack.layout.gram(self._bases, grads)  # [T, R + 1, R + 1]

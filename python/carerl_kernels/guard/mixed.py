@@ -1,8 +1,8 @@
 """The gradient of a mixed batch: on each domain's part of it the directions of all other domains act.
 
 With P_d the projector onto the span of all directions but those of domain d, the step's gradient becomes
-``sum_d (I - P_d) g_d``. What is taken out depends on the coefficients ``A g_d`` alone, so no gradient is ever copied: parts
-accumulate in ``p.grad`` as always, after each the coefficients of the sum are looked at once, and their growth is what this
+`sum_d (I - P_d) g_d`. What is taken out depends on the coefficients `A g_d` alone, so no gradient is ever copied: parts
+accumulate in `p.grad` as always, after each the coefficients of the sum are looked at once, and their growth is what this
 domain has added. At the end one thin product takes the sum of all corrections out.
 
 Where a model consists of linear layers and embeddings, one backward pass over the whole batch does (:class:`RowWatch`).
@@ -73,7 +73,7 @@ class MixedGradient:
 
     @contextmanager
     def rows(self, domains: Sequence[str]) -> Iterator[None]:
-        """One forward and backward pass over a batch inside, row i of which is ``domains[i]``'s: instead of passes domain by
+        """One forward and backward pass over a batch inside, row i of which is `domains[i]`'s: instead of passes domain by
         domain and :meth:`gained`. Enter it once for every micro-batch, then ask :meth:`complete`."""
         assert self._watch is not None
         for name in dict.fromkeys(domains):

@@ -54,7 +54,7 @@ class Newcomer:
         return self.stack.column_sums(inside).sum() / self.stack.layout.shards.sum_(total).clamp_min(1e-300)
 
     def explained(self) -> tuple[float, float] | None:
-        """Mean share of fresh gradients' energy explained and its standard error; None before ``LEAST`` of them."""
+        """Mean share of fresh gradients' energy explained and its standard error; None before `LEAST` of them."""
         if len(self._shares) < LEAST:
             return None
         shares = torch.stack(self._shares)

@@ -52,7 +52,7 @@ _STEP = torch.optim.Optimizer.profile_hook_step(lambda optimizer: None).__code__
 
 
 def inside_another_step(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether hooks run once more within one step: torch calls them for a subclass's step and for ``super().step()`` in it.
+    """Whether hooks run once more within one step: torch calls them for a subclass's step and for `super().step()` in it.
 
     Only the stack knows: a count of begun steps would be off for good after one that raised.
     """
@@ -68,7 +68,7 @@ def second_weights(
 ) -> list[Tensor] | None:
     """Another copy of the weights that has to be confined with the parameters: the fast sequence z of schedule-free optimizers.
 
-    Their parameters are an average of it while training and another one in ``optimizer.eval()``; both stay inside the box when
+    Their parameters are an average of it while training and another one in `optimizer.eval()`; both stay inside the box when
     both sequences do.
 
     Returns:

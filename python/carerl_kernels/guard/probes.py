@@ -19,7 +19,7 @@ used."""
 STEADY = 0.9
 """Agreement from which probes may come half as often."""
 SLOWEST, FASTEST = 8, 4
-"""The interval stays between ``probe_every / FASTEST`` and ``probe_every * SLOWEST`` steps."""
+"""The interval stays between `probe_every / FASTEST` and `probe_every * SLOWEST` steps."""
 
 
 class Probes:
@@ -49,7 +49,7 @@ class Probes:
         self._noisy: set[str] = set()
 
     def add(self, name: str, coefficients: Tensor) -> None:
-        """Takes in one micro-batch's coefficients ``[T, width]``."""
+        """Takes in one micro-batch's coefficients `[T, width]`."""
         self._sums[name] = coefficients if name not in self._sums else self._sums[name] + coefficients
 
     def due(self, names: Sequence[str]) -> bool:
@@ -82,7 +82,7 @@ class Probes:
         return total.sign()
 
     def total(self, name: str) -> Tensor:
-        """Coefficients ``[T, width]`` of the domain's round under way."""
+        """Coefficients `[T, width]` of the domain's round under way."""
         return self._sums[name]
 
     def pending(self) -> list[str]:

@@ -15,7 +15,7 @@ class DomainReport(TypedDict):
             stage's own; None where no stage was recorded, and in grad mode. moved: its norm.
         capture: share of what was recorded that the directions hold: "gradient" of the energy of gradients or inputs,
             "displacement" of the squared displacement of the stage (None without one).
-        acting: share of what its directions hold that acts: less than 1 where ``room`` was short.
+        acting: share of what its directions hold that acts: less than 1 where `room` was short.
         steps: recorded.
     """
 

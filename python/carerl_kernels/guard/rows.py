@@ -1,9 +1,9 @@
 """Watching a backward pass row by row: what each domain's rows add to the coefficients of every weight's gradient.
 
-A linear layer's gradient is ``dy^T x``. Taking directions out of it from the right is taking them out of its inputs, and
-every row's inputs can be put off the directions of all domains but the row's own: ``dy^T (x - x Q N_d Q^T)``, Q the span of all
+A linear layer's gradient is `dy^T x`. Taking directions out of it from the right is taking them out of its inputs, and
+every row's inputs can be put off the directions of all domains but the row's own: `dy^T (x - x Q N_d Q^T)`, Q the span of all
 directions and N_d the projector onto those of the other domains in it. So one pass over a mixed batch is enough, and the thin
-products ``dy^T (x Q N_d)`` are all that is added to it, however many domains there are.
+products `dy^T (x Q N_d)` are all that is added to it, however many domains there are.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class RowWatch:
         dtype: of the gradients.
 
     Attributes:
-        out: sums over all rows of what ``stack.along`` says of each domain's part of the gradient.
-        check: of each group ``[G, rows of each]``, what one random combination of the directions sees of the gradient.
+        out: sums over all rows of what `stack.along` says of each domain's part of the gradient.
+        check: of each group `[G, rows of each]`, what one random combination of the directions sees of the gradient.
         untold: a module was fed something else than one row for each of the batch.
     """
 
@@ -108,14 +108,14 @@ class RowWatch:
 
     @torch.no_grad()
     def _multiply(self, place: Place, x: Tensor, dy: Tensor) -> None:
-        """A linear layer was fed x ``[B, T, n]``; dy ``[B, T, m]``."""
+        """A linear layer was fed x `[B, T, n]`; dy `[B, T, m]`."""
         with full_precision(x.device):
             coeffs = x.float() @ self._span(place)
             self._add(place, dy.flatten(0, 1).float().mT, coeffs)
 
     @torch.no_grad()
     def _look_up(self, module: nn.Embedding, place: Place, ids: Tensor, dy: Tensor) -> None:
-        """An embedding was asked for ids ``[B, T]``; dy ``[B, T, n]``."""
+        """An embedding was asked for ids `[B, T]`; dy `[B, T, n]`."""
         number, position = place
         dy, Q = dy.float(), self._span(place)
         if module.padding_idx is not None:
@@ -132,13 +132,13 @@ class RowWatch:
         return self._stack.spans[place[0]][place[1]]
 
     def _add(self, place: Place, dy: Tensor, coeffs: Tensor) -> None:
-        """Inputs with these coefficients ``[B, T, kept]`` met dy ``[m, B T]``."""
+        """Inputs with these coefficients `[B, T, kept]` met dy `[m, B T]`."""
         number, position = place
         self.check[number][position].addmv_(dy, (coeffs @ self._probes[number]).flatten())
         self.out[number][position].addmm_(dy, self._others(coeffs, place).flatten(0, 1))
 
     def _others(self, coeffs: Tensor, place: Place) -> Tensor:
-        """Of coefficients ``[B, T, kept]``, what lies along the directions that act on each row."""
+        """Of coefficients `[B, T, kept]`, what lies along the directions that act on each row."""
         number, position = place
         out = torch.empty_like(coeffs)
         for at, projectors in self._slices:

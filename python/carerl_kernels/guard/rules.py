@@ -1,8 +1,8 @@
-"""The rules that decide step by step how much of each component passes. Float64, ``[T, K]``, no host synchronisation.
+"""The rules that decide step by step how much of each component passes. Float64, `[T, K]`, no host synchronisation.
 
     instant         sign of this minibatch's coefficient. The literal reading of CARE-RL; its sign is mostly minibatch
                     noise, which the rule rectifies into a drift. Kept for comparison.
-    integrated      acts on P, the displacement accumulated since the stage began: a step applies ``f(P_new) - f(P_old)``,
+    integrated      acts on P, the displacement accumulated since the stage began: a step applies `f(P_new) - f(P_old)`,
                     f(P) = w P with w = aligned for P > 0 and conflict for P < 0, so that noise averages out
     probed          a direction counts as aligned when it lowers the earlier domain's loss *now*, by a recent probe gradient;
                     one without a probe that can be trusted is held as by "bounded"
@@ -35,7 +35,7 @@ MEMORY: dict[Rule, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class RuleParams:
-    """Numbers of a rule, ``[K]`` float64 so that domains may differ.
+    """Numbers of a rule, `[K]` float64 so that domains may differ.
 
     Attributes:
         aligned, conflict: weights of components along and against prior learning.
@@ -50,7 +50,7 @@ class RuleParams:
 
 @dataclass
 class RuleState:
-    """What rules remember between steps, all ``[T, K]`` float64.
+    """What rules remember between steps, all `[T, K]` float64.
 
     Attributes:
         p: raw displacement accumulated since the stage began (gradient convention), before any edit.
@@ -106,17 +106,17 @@ def decide(
 
     Args:
         rule: "instant", "integrated", "probed" or "remove".
-        c: raw coefficients of this step ``[T, K]`` in the gradient convention (positive repeats prior learning).
-        active: ``[K]`` bool, the rows that act: those of every domain but the batch's own.
+        c: raw coefficients of this step `[T, K]` in the gradient convention (positive repeats prior learning).
+        active: `[K]` bool, the rows that act: those of every domain but the batch's own.
         state: changed in place, on active rows only, and only when every c is finite.
         params, frame: see their classes.
-        displacement: h ``[T, K]``, the recorded stages' displacement along each row.
+        displacement: h `[T, K]`, the recorded stages' displacement along each row.
         finite: 0-d bool, whether every c is; None looks at c, which sees this process's rows only.
-        fallback: ``[K]`` bool, rows that rule "probed" treats as "bounded" does, because their signs cannot be trusted.
-        floor: 0-d or ``[T, 1]``, smallest |c| of which the sign means anything: stored directions are rounded.
+        fallback: `[K]` bool, rows that rule "probed" treats as "bounded" does, because their signs cannot be trusted.
+        floor: 0-d or `[T, 1]`, smallest |c| of which the sign means anything: stored directions are rounded.
 
     Returns:
-        x ``[T, K]``: the step ``g`` (gradient, or negated parameter change) becomes ``g - A^T x``.
+        x `[T, K]`: the step `g` (gradient, or negated parameter change) becomes `g - A^T x`.
     """
     acting = active & (c.isfinite().all() if finite is None else finite)
     c = torch.where(active, c, 0.0)

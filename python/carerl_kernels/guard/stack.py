@@ -41,7 +41,7 @@ B = TypeVar("B", bound=StoredBasis)
 class Stack(ABC, Generic[L, B]):
     """What the guard asks of the directions A of every domain, whatever they look like: one interface for all bases.
 
-    Coefficients are ``[T, K]`` float64: T rows of the layout, K = D * width columns, domain after domain. S = A A^T.
+    Coefficients are `[T, K]` float64: T rows of the layout, K = D * width columns, domain after domain. S = A A^T.
 
     Args:
         layout: of the guarded parameters.
@@ -69,7 +69,7 @@ class Stack(ABC, Generic[L, B]):
     @property
     @abstractmethod
     def displacement(self) -> Tensor:
-        """h ``[T, K]`` float64, at least zero: how far each recorded stage moved along its directions."""
+        """h `[T, K]` float64, at least zero: how far each recorded stage moved along its directions."""
 
     @abstractmethod
     def recorded_size(self, domain: str) -> float:
@@ -89,7 +89,7 @@ class Stack(ABC, Generic[L, B]):
         return 1.0
 
     def present(self, domain: str) -> Tensor:
-        """``[T, width]`` bool: coefficients whose direction acts."""
+        """`[T, width]` bool: coefficients whose direction acts."""
         return torch.ones(self.layout.T, self.layout.width, dtype=torch.bool, device=self.device)
 
     @property
@@ -125,7 +125,7 @@ class Stack(ABC, Generic[L, B]):
             )
 
     def active(self, own: str | None) -> Tensor:
-        """``[K]`` bool: every row but those of the batch's own domain."""
+        """`[K]` bool: every row but those of the batch's own domain."""
         mask = torch.ones(self.rows, dtype=torch.bool, device=self.device)
         if own in self.names:
             mask[self.columns(own)] = False
@@ -151,14 +151,14 @@ class Stack(ABC, Generic[L, B]):
 
     @abstractmethod
     def project(self, tensors: Sequence[Tensor], domain: str | None = None, out: Tensor | None = None) -> Tensor:
-        """Coefficients ``A t``: ``[T, K]``, or ``[T, width]`` on one domain's directions only; perhaps in ``out``."""
+        """Coefficients `A t`: `[T, K]`, or `[T, width]` on one domain's directions only; perhaps in `out`."""
 
     @abstractmethod
     def edit_(self, tensors: Sequence[Tensor], mix: Tensor, scale: Tensor | None = None) -> None:
-        """``t <- scale*(t + A^T mix)`` in place, scale 0-d; nothing moves where mix or scale is not finite."""
+        """`t <- scale*(t + A^T mix)` in place, scale 0-d; nothing moves where mix or scale is not finite."""
 
     def measure(self, parameters: Sequence[Tensor], domain: str | None = None) -> Tensor:
-        """Coefficients of the parameters as the box remembers them: ``[T, K]``, or ``[T, width]`` of one domain."""
+        """Coefficients of the parameters as the box remembers them: `[T, K]`, or `[T, width]` of one domain."""
         return self.project(parameters, domain)
 
     def confine_(
@@ -207,14 +207,14 @@ class Stack(ABC, Generic[L, B]):
 
     @abstractmethod
     def overlap_times(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
-        """``S x``, all of it ``[T, K]`` or one of the blocks."""
+        """`S x`, all of it `[T, K]` or one of the blocks."""
 
     @abstractmethod
     def memory(self) -> int:
         """Bytes of directions, overlaps and cached frames in this process."""
 
     def column_sums(self, values: Tensor) -> Tensor:
-        """Sums ``[..., K]`` over all coefficient rows of values ``[..., T, K]``, those of other processes included."""
+        """Sums `[..., K]` over all coefficient rows of values `[..., T, K]`, those of other processes included."""
         return self.summed(self.own_sums(values))
 
     def own_sums(self, values: Tensor, rows: slice = slice(None)) -> Tensor:
@@ -230,7 +230,7 @@ class Stack(ABC, Generic[L, B]):
         return torch.ops.carerl.all_finite([coeffs.contiguous()])
 
     def unpack(self, rows: Tensor) -> Any:
-        """Numbers per coefficient row ``[T, ...]``, as a checkpoint can keep them; :meth:`pack_` takes them back."""
+        """Numbers per coefficient row `[T, ...]`, as a checkpoint can keep them; :meth:`pack_` takes them back."""
         return rows.clone()
 
     def pack_(self, rows: Tensor, parts: Any) -> None:
@@ -241,7 +241,7 @@ class Stack(ABC, Generic[L, B]):
 
 
 class RowStack(Stack[Layout, DomainBasis]):
-    """Flat and per-matrix bases: one ``[D, k, N]`` tensor, so that one pass serves all domains.
+    """Flat and per-matrix bases: one `[D, k, N]` tensor, so that one pass serves all domains.
 
     Args:
         layout, device: see :class:`Stack`.
@@ -325,7 +325,7 @@ class RowStack(Stack[Layout, DomainBasis]):
             floor: smallest coefficient whose sign counts.
 
         Returns:
-            Coefficients of the rows that act, and what was taken out along them: ``[T, K]`` float64.
+            Coefficients of the rows that act, and what was taken out along them: `[T, K]` float64.
         """
         active, T, K, root = self.active(own), self.layout.T, self.rows, self.root(own)
         threshold = torch.as_tensor(floor, dtype=torch.float32, device=self.device).expand(K).contiguous()
@@ -349,7 +349,7 @@ class RowStack(Stack[Layout, DomainBasis]):
         return c, -x
 
     def root(self, own: str | None) -> Tensor:
-        """R ``[T, K, K]`` float64 of the rows that act on a domain's steps, zero for the others."""
+        """R `[T, K, K]` float64 of the rows that act on a domain's steps, zero for the others."""
         root = torch.zeros(self.layout.T, self.rows, self.rows, dtype=torch.float64, device=self.device)
         columns = self.active(own).nonzero().squeeze(1)
         root[:, columns.unsqueeze(1), columns] = self.frame(own).spans[0].tensors()[0]

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 def energies(c: Tensor) -> Tensor:
-    """``[2, T, K]`` of coefficients c: energy aligned, and conflicting."""
+    """`[2, T, K]` of coefficients c: energy aligned, and conflicting."""
     energy = c.square()
     return torch.stack([torch.where(c > 0, energy, 0.0), torch.where(c < 0, energy, 0.0)])
 
 
 def squared_distance(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
-    """``|a - b|^2`` over all tensors, 0-d float64."""
+    """`|a - b|^2` over all tensors, 0-d float64."""
     steps = ((a.double() - b.double()).square().sum() for a, b in zip(before, after, strict=True))
     return torch.stack(list(steps)).sum()
 
@@ -39,7 +39,7 @@ class Statistics:
         self._touched: Tensor | None = None  # [energy of corrections, total energy]
 
     def count(self, stack: Stack, sums: Tensor, touched: Tensor, total: Tensor | None) -> None:
-        """Adds an update: sums of :func:`energies` ``[2, K]``, the energy of its correction, and its squared norm if known."""
+        """Adds an update: sums of :func:`energies` `[2, K]`, the energy of its correction, and its squared norm if known."""
         known = (
             torch.full((), torch.nan, dtype=sums.dtype, device=sums.device) if total is None else total.to(sums.dtype)
         )

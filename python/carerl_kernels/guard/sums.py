@@ -12,8 +12,8 @@ from torch import Tensor
 
 
 def task_arithmetic(start: Tensor, experts: Sequence[Tensor], scale: float = 1.0) -> Tensor:
-    """``start + scale * sum(expert - start)`` (Ilharco et al., "Editing models with task arithmetic", ICLR 2023); the average of
-    the experts with ``scale = 1 / len(experts)``."""
+    """`start + scale * sum(expert - start)` (Ilharco et al., "Editing models with task arithmetic", ICLR 2023); the average of
+    the experts with `scale = 1 / len(experts)`."""
     return start.float() + scale * sum((expert.float() - start.float() for expert in experts), torch.zeros(()))
 
 

@@ -63,8 +63,8 @@ class AdvantageBalance(TrainerCallback):
         """A batch is about to be learned from.
 
         Args:
-            advantages: ``[B]`` of this process.
-            ids: ``[B]`` places of their domains in ``names``.
+            advantages: `[B]` of this process.
+            ids: `[B]` places of their domains in `names`.
             reduce: sums a tensor over all processes.
 
         Returns:

@@ -19,7 +19,7 @@ from ..guard.probes import PromptStore
 class OwnAnswers(TrainerCallback):
     """Of one process: it keeps what it generated itself, and draws from that.
 
-    Right is what every reward function that verifies (``function.verifies``) gives a 1; what other functions say, a judge's among
+    Right is what every reward function that verifies (`function.verifies`) gives a 1; what other functions say, a judge's among
     them, does not count.
 
     Args:
@@ -51,7 +51,7 @@ class OwnAnswers(TrainerCallback):
 
         Args:
             output: of TRL's generation, before it is shuffled.
-            rewards: ``[B, functions]`` of all processes.
+            rewards: `[B, functions]` of all processes.
             domains: of this process's rows.
         """
         first = self.trainer.accelerator.process_index * len(domains)

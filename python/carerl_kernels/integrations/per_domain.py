@@ -193,7 +193,7 @@ class DomainLosses:
 
 
 def _mask(inputs: dict[str, Any]) -> Tensor:
-    """Tokens that count, ``[B, L]``."""
+    """Tokens that count, `[B, L]`."""
     return inputs["completion_mask"] * inputs.get("tool_mask", 1)
 
 

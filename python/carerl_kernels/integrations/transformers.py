@@ -1,4 +1,4 @@
-"""A callback that guards any transformers ``Trainer``, TRL's included: stage, domain of the step, probes, logs, resume."""
+"""A callback that guards any transformers `Trainer`, TRL's included: stage, domain of the step, probes, logs, resume."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ MakeGuard = Callable[[nn.Module], CapabilityGuard]
 
 
 class GuardCallback(TrainerCallback):
-    """Puts a guard behind the optimizer of a transformers ``Trainer`` for the length of ``train()``.
+    """Puts a guard behind the optimizer of a transformers `Trainer` for the length of `train()`.
 
-    The guard is in every checkpoint (``checkpoint-N/guard*``), and a resumed run goes on with it. In grad mode the trainer's
-    clipping moves behind the edit: ``args.max_grad_norm`` becomes the guard's for the time of the training.
+    The guard is in every checkpoint (`checkpoint-N/guard*`), and a resumed run goes on with it. In grad mode the trainer's
+    clipping moves behind the edit: `args.max_grad_norm` becomes the guard's for the time of the training.
 
     Args:
-        guard: ``make(model) -> CapabilityGuard``, called when training begins: the model is wrapped, sharded and has its
-            adapters by then. ``CapabilityGuard`` itself is such a function; a guard that exists already is taken as it is.
+        guard: `make(model) -> CapabilityGuard`, called when training begins: the model is wrapped, sharded and has its
+            adapters by then. `CapabilityGuard` itself is such a function; a guard that exists already is taken as it is.
         stage: name of the domain this training is recorded as; None records nothing.
         path: where the stage's basis goes.
         domain: whose steps these are, a name or a function that says it before every step (several names: a mixed batch's).
             None: the stage's; without a stage nobody's, so that all history acts.
-        probe_loss: ``probe_loss(model, name) -> loss`` of an earlier domain on stored prompts, for rule "probed".
-        protect: by name, what else the model shall stay able to do: rows of a data set (``prompt`` and perhaps ``completion``,
-            ``messages``, or ``text``), or batches of what the model is called with. They are shown to the model once, before the
-            first step (every process shows all of them), and what was seen is kept in ``output_dir/bases``, where a resumed run
+        probe_loss: `probe_loss(model, name) -> loss` of an earlier domain on stored prompts, for rule "probed".
+        protect: by name, what else the model shall stay able to do: rows of a data set (`prompt` and perhaps `completion`,
+            `messages`, or `text`), or batches of what the model is called with. They are shown to the model once, before the
+            first step (every process shows all of them), and what was seen is kept in `output_dir/bases`, where a resumed run
             finds it.
         every: corrects the weights every so many steps of the trainer instead of following its optimizer, for optimizers that
             hooks do not reach; rules "bounded" and "remove". None follows the optimizer. Nothing can be recorded then.

@@ -26,10 +26,10 @@ except ImportError as e:
 
 
 class CareMixin:
-    """What :class:`CareGRPOTrainer` adds; put it before a subclass of TRL's ``GRPOTrainer`` of your own.
+    """What :class:`CareGRPOTrainer` adds; put it before a subclass of TRL's `GRPOTrainer` of your own.
 
     Args:
-        guard: a guard, or ``make(model) -> CapabilityGuard``; see :class:`GuardCallback`. None: metrics and editor alone.
+        guard: a guard, or `make(model) -> CapabilityGuard`; see :class:`GuardCallback`. None: metrics and editor alone.
         stage: name of the domain this training is recorded as. All its steps are this domain's, also where the data set
             replays prompts of others.
         stage_path: where the stage's basis goes.
@@ -44,7 +44,7 @@ class CareMixin:
         self_rehearsal_size: right answers that are kept per domain; self_rehearsal_batch: drawn in every optimizer step.
         probe_loss, protect: see :class:`GuardCallback`.
         balance: weighs the advantages of mixed batches per domain: "gradient", so that every domain's squared advantages are the
-            same, or a controller by weight that a monitor feeds (``MonitorCallback(DriftMonitor(..., controller=controller))``).
+            same, or a controller by weight that a monitor feeds (`MonitorCallback(DriftMonitor(..., controller=controller))`).
 
     Raises:
         ValueError: domains are needed and not there, or an option of TRL's that per-domain gradients cannot honour.
@@ -298,7 +298,7 @@ class CareMixin:
 
 
 class CareGRPOTrainer(CareMixin, GRPOTrainer):
-    """TRL's ``GRPOTrainer`` with a guard and domains: its arguments, and those of :class:`CareMixin` by name."""
+    """TRL's `GRPOTrainer` with a guard and domains: its arguments, and those of :class:`CareMixin` by name."""
 
 
 class _TRLCallback(GuardCallback):

@@ -36,7 +36,7 @@ class StepBudget:
 
     @contextmanager
     def around(self, name: str, optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
-        """Around the backward pass of one domain's part of the loss; what ``p.grad`` held is put back.
+        """Around the backward pass of one domain's part of the loss; what `p.grad` held is put back.
 
         Args:
             name: of the domain.
@@ -52,7 +52,7 @@ class StepBudget:
 
         Returns:
             "gradient": of the gradients. "step", where the optimizer is Adam's kind: of the gradients divided, as Adam does, by
-            the root of its second moments: an update's worth of each domain. ``directions`` holds these (without second
+            the root of its second moments: an update's worth of each domain. `directions` holds these (without second
             moments the gradients), pointing downhill.
         """
         kept, self._keeper.kept = self._keeper.kept, {}

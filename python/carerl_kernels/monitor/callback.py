@@ -21,18 +21,18 @@ STATE = "monitor.json"
 
 
 class MonitorCallback(TrainerCallback):
-    """Steps a monitor along with a Trainer: ``trainer.add_callback(MonitorCallback(monitor))``.
+    """Steps a monitor along with a Trainer: `trainer.add_callback(MonitorCallback(monitor))`.
 
-    The monitor evaluates before the first step and then every ``monitor.every`` optimizer steps, with the weights after that
+    The monitor evaluates before the first step and then every `monitor.every` optimizer steps, with the weights after that
     step; what the trainer logged at a step goes to the sinks with it. Checkpoints of the trainer hold the monitor's state, and a
     resumed run goes on with it: the first process reads it, for all. One callback watches one run.
 
     Args:
-        monitor: with ``evaluate``, which every process has to call alike; give sinks to rank 0 only.
-        losses: per domain, its loss on stored examples; where ``monitor.gradients_due()``, their gradients are compared with
-            the batch's own, and with ``split_every`` they are what is split into conflict and curvature (without dropout then).
-        resume_from_checkpoint: what ``trainer.train`` is given under this name, where that lies outside of ``args.output_dir``: a
-            callback is not told. ``args.resume_from_checkpoint`` is looked at, too.
+        monitor: with `evaluate`, which every process has to call alike; give sinks to rank 0 only.
+        losses: per domain, its loss on stored examples; where `monitor.gradients_due()`, their gradients are compared with
+            the batch's own, and with `split_every` they are what is split into conflict and curvature (without dropout then).
+        resume_from_checkpoint: what `trainer.train` is given under this name, where that lies outside of `args.output_dir`: a
+            callback is not told. `args.resume_from_checkpoint` is looked at, too.
 
     Raises:
         RuntimeError: when training begins anew, at a step that the monitor has seen.

@@ -5,9 +5,9 @@ what a single-domain run reached), and that drop's standard error. The law is pr
 
     excess  = drop - errors * standard error                          in units of the score range
     acting  from excess >= raise_at on, until excess <= release_at
-    target  = exp(gain * excess) while acting, else 1;                 at most ``limit``
-    factor  moves towards the target, by ``rise`` at most upwards and ``fall`` downwards, per evaluation; not at all while the
-            two differ by less than ``hold``, unless the domain was let go
+    target  = exp(gain * excess) while acting, else 1;                 at most `limit`
+    factor  moves towards the target, by `rise` at most upwards and `fall` downwards, per evaluation; not at all while the
+            two differ by less than `hold`, unless the domain was let go
 
 Nothing is integrated, so nothing winds up while a domain recovers; letting go is slower than reaching out, so that a domain
 that came back is not dropped at once; and the noise of evaluations moves nothing: this is what keeps it from swinging.

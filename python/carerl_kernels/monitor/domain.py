@@ -62,7 +62,7 @@ class WatchedDomain:
         best: every earlier evaluation is a baseline, not the first alone.
 
     Attributes:
-        latest: scores ``[n]`` of the last evaluation, NaN where not judged; None before the first.
+        latest: scores `[n]` of the last evaluation, NaN where not judged; None before the first.
         alerted: since the last rebase.
     """
 
@@ -91,7 +91,7 @@ class WatchedDomain:
         return "best" if self.best else "start"
 
     def pairs(self, values: Any) -> tuple[Numbers, list[Numbers]]:
-        """Present scores ``[n]``, and those to compare with, each ``[n]``; none on a first evaluation. Changes nothing.
+        """Present scores `[n]`, and those to compare with, each `[n]`; none on a first evaluation. Changes nothing.
 
         Args:
             values: scores, or with fresh examples (scores, baseline's scores).

@@ -20,8 +20,8 @@ CHUNK = 1 << 20  # elements per gradient of the buffer that inner products are t
 def gradient_gram(gradients: Sequence[Sequence[Tensor]], shards: Shards | None = None, chunk: int = CHUNK) -> Tensor:
     """All inner products of D gradients.
 
-    Pieces of all gradients are copied side by side into a buffer ``[D, chunk]`` (many small tensors, or part of a large one), and
-    ``torch.ops.carerl.gram`` reads it: nothing of size N is allocated, sums are float64.
+    Pieces of all gradients are copied side by side into a buffer `[D, chunk]` (many small tensors, or part of a large one), and
+    `torch.ops.carerl.gram` reads it: nothing of size N is allocated, sums are float64.
 
     Args:
         gradients: D times one tensor per parameter (of sharded parameters the local parts), of equal sizes.
@@ -29,7 +29,7 @@ def gradient_gram(gradients: Sequence[Sequence[Tensor]], shards: Shards | None =
         chunk: elements per gradient in the buffer: 4 D chunk bytes.
 
     Returns:
-        ``[D, D]`` float64, on the CPU.
+        `[D, D]` float64, on the CPU.
 
     Raises:
         ValueError: no gradients, or of different sizes.
@@ -63,7 +63,7 @@ def gradient_gram(gradients: Sequence[Sequence[Tensor]], shards: Shards | None =
 
 
 def _gram(rows: Tensor) -> Tensor:
-    """``rows @ rows.T`` in float64 by the op, which wants at least one row on either side."""
+    """`rows @ rows.T` in float64 by the op, which wants at least one row on either side."""
     if rows.shape[0] == 1:
         return torch.ops.carerl.gram(rows, rows)[:1, :1]
     return torch.ops.carerl.gram(rows[:-1], rows[-1:])
@@ -85,16 +85,16 @@ class GradientKeeper:
         self.kept: dict[str, list[Tensor]] = {}
 
     def keep(self, name: str) -> None:
-        """Copies what is in ``p.grad`` now."""
+        """Copies what is in `p.grad` now."""
         self.kept[name] = self._add(name, [g.clone() for g in self._gradients()])
 
     @contextmanager
     def around(self, name: str, training: bool) -> Iterator[None]:
-        """Keeps what backward passes inside add to ``p.grad``; several blocks of one name before the comparison add up.
+        """Keeps what backward passes inside add to `p.grad`; several blocks of one name before the comparison add up.
 
         Args:
             name: under which it is kept.
-            training: afterwards ``p.grad`` holds what it held before plus the new gradient; else what it held before. With one
+            training: afterwards `p.grad` holds what it held before plus the new gradient; else what it held before. With one
                 backward pass per block the sum is bitwise that without this. Those of several in one block are summed first
                 and then added to what was there: another order, which may round differently.
 

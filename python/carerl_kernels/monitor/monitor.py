@@ -31,21 +31,21 @@ _log = logging.getLogger(__name__)
 class DriftMonitor:
     """Held-out evaluation per domain, an alert when one falls, and figures of who pulls where.
 
-    Call :meth:`step` once per training step. A domain is alerted once it is at least ``drop`` below its baseline *and* a
+    Call :meth:`step` once per training step. A domain is alerted once it is at least `drop` below its baseline *and* a
     sequential test on paired scores says that this is no accident; see :mod:`carerl_kernels.monitor.sequential`.
 
     Args:
         domains: their names.
         evaluate: gives the scores of held-out examples per domain, always in the same order; None for an example that could not
             be judged. None: scores are handed to :meth:`step` (the reference trainer hands over its own evaluations).
-        every: steps between calls of ``evaluate``; the first call of :meth:`step` evaluates, too.
+        every: steps between calls of `evaluate`; the first call of :meth:`step` evaluates, too.
         baseline: what domains are compared with. "start": their own first evaluation (since :meth:`rebase`). "best": every
             earlier evaluation of the run, at the price of some power: for mixed runs, in which domains rise before they fall.
             Else, per domain, a known score or the scores of a single-domain model on the same examples; or files of these
             (:meth:`save_scores`). Domains that are not given are compared with their start.
         test_from: evaluations at earlier steps are recorded, not tested: a baseline of another run has to be reached first.
         examples: "fixed": the same held-out examples at every evaluation. "fresh": others each time, which adds up evidence over
-            evaluations; ``evaluate`` then gives (scores, baseline's scores on the same examples) per domain, unless the baseline
+            evaluations; `evaluate` then gives (scores, baseline's scores on the same examples) per domain, unless the baseline
             is a known score. Scores given beforehand belong to other examples and are refused.
         drop: alerts are for drops of at least this (0.03: three points of an accuracy).
         alpha: probability of any false alarm, over all domains and the whole run, at most.
@@ -186,7 +186,7 @@ class DriftMonitor:
         Args:
             step: number of the step, larger at every call.
             metrics: of the step, for the sinks; see :func:`carerl_kernels.monitor.reward_statistics`.
-            scores: of an evaluation that was made anyway, as ``evaluate`` gives them.
+            scores: of an evaluation that was made anyway, as `evaluate` gives them.
             losses: as the constructor's, for this call.
             acting: domain or stage whose step this was.
 
@@ -289,7 +289,7 @@ class DriftMonitor:
 
         Args:
             name: a domain's, or another's under which the cosines shall appear.
-            training: False: the gradient is only looked at, and what ``p.grad`` held is put back. Else ``p.grad`` holds the sum,
+            training: False: the gradient is only looked at, and what `p.grad` held is put back. Else `p.grad` holds the sum,
                 bitwise as without the monitor if the block holds one backward pass.
 
         Raises:
@@ -317,7 +317,7 @@ class DriftMonitor:
 
     @contextmanager
     def domain(self, name: str, optimizer: Any = None) -> Iterator[None]:
-        """Around the backward pass of one domain's part of the batch, which only looks: what ``p.grad`` held is put back.
+        """Around the backward pass of one domain's part of the batch, which only looks: what `p.grad` held is put back.
 
         :meth:`step` says what share of the step each domain has, of the gradients and, for Adam's kind, of the normalised step.
 
@@ -335,7 +335,7 @@ class DriftMonitor:
             yield
 
     def keep_gradients(self, name: str) -> None:
-        """Keeps a copy of what is in ``p.grad`` now."""
+        """Keeps a copy of what is in `p.grad` now."""
         with self._timed("gradients"):
             self._gradient_keeper().keep(name)
 

@@ -34,7 +34,7 @@ BETS: Numbers = np.geomspace(0.02, 0.95, 14)
 
 
 def look_weight(look: int, planned: int) -> float:
-    """Weight of evaluation ``look`` (from 1): nine tenths spread evenly over the planned ones, the rest over all that follow.
+    """Weight of evaluation `look` (from 1): nine tenths spread evenly over the planned ones, the rest over all that follow.
 
     The sum over all looks is at most 1.
     """
@@ -45,11 +45,11 @@ def log_capital(differences: Numbers, tolerance: float = 0.0) -> Numbers:
     """Log capital after betting that the mean of the differences exceeds the tolerance.
 
     Args:
-        differences: ``[..., n]`` in [-1, 1]; NaN: no bet on this one.
+        differences: `[..., n]` in [-1, 1]; NaN: no bet on this one.
         tolerance: of the claim.
 
     Returns:
-        ``[bets, ...]``.
+        `[bets, ...]`.
     """
     gains = np.nan_to_num(
         (differences - tolerance) / (1 + tolerance)
@@ -93,7 +93,7 @@ class DropTest:
         """Takes one evaluation; returns the log evidence.
 
         Args:
-            differences: baseline - present ``[n]`` in [-1, 1], NaN where one is missing; or ``[R, n]``, for several baselines in
+            differences: baseline - present `[n]` in [-1, 1], NaN where one is missing; or `[R, n]`, for several baselines in
                 the order of their appearance.
 
         Raises:

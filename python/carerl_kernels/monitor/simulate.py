@@ -1,4 +1,4 @@
-"""``python -m carerl_kernels.monitor.simulate``: how often the monitor is wrong, and how late it is right.
+"""`python -m carerl_kernels.monitor.simulate`: how often the monitor is wrong, and how late it is right.
 
 A simulated run has three domains and 40 evaluations after that of the start. Every example has a success probability, drawn from
 a U-shaped Beta distribution with mean .6; before every evaluation 3 % of the examples draw theirs anew, as models change without
@@ -50,7 +50,7 @@ class Outcome:
 def simulate(
     case: Case, drop: float, runs: int, *, seed: int = 0, alert_drop: float = 0.02, alpha: float = 0.05
 ) -> Outcome:
-    """Runs of which the first domain falls by ``drop`` (0: none)."""
+    """Runs of which the first domain falls by `drop` (0: none)."""
     outcome = Outcome(delays=[])
     for run in range(runs):
         rng = np.random.default_rng([seed, run])
@@ -81,7 +81,7 @@ def simulate(
 
 
 def _scores(case: Case, rng: np.random.Generator, skill: Numbers, drop: float) -> Numbers | tuple[Numbers, Numbers]:
-    """Scores of one evaluation; ``skill`` changes in place. With fresh examples a pair: present, and the start's."""
+    """Scores of one evaluation; `skill` changes in place. With fresh examples a pair: present, and the start's."""
     start = rng.beta(*ALPHA_BETA, case.n) if case.examples == "fresh" else skill
     present = start.copy() if case.examples == "fresh" else skill
     moved = rng.random(case.n) < CHURN
@@ -97,7 +97,7 @@ def _judged(case: Case, rng: np.random.Generator, skill: Numbers) -> Numbers:
 
 
 def table(cases: list[Case], drops: list[float], runs: int, power_runs: int) -> str:
-    """Markdown: false alarms over ``runs``, and per drop the share detected within the run and the median delay."""
+    """Markdown: false alarms over `runs`, and per drop the share detected within the run and the median delay."""
     heads = [
         "examples",
         "baseline",

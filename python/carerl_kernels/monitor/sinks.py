@@ -42,7 +42,7 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """One JSON object per step, in the format of the trainer's metrics.jsonl: ``carerl report`` reads its directory.
+    """One JSON object per step, in the format of the trainer's metrics.jsonl: `carerl report` reads its directory.
 
     Args:
         path: file, appended to; conventionally metrics.jsonl in a directory of the run's own. It must be new or empty, unless the
@@ -124,10 +124,10 @@ class TensorBoard:
 class WandB:
     """Weights & Biases. Goes on in the run that is active, else starts one.
 
-    A resumed run of theirs (``id=...``, ``resume="must"``) ignores steps that it has seen already: nothing is logged twice.
+    A resumed run of theirs (`id=...`, `resume="must"`) ignores steps that it has seen already: nothing is logged twice.
 
     Args:
-        settings: for ``wandb.init``: project, name, mode="offline", ...
+        settings: for `wandb.init`: project, name, mode="offline", ...
 
     Raises:
         ImportError: wandb is missing.
@@ -160,7 +160,7 @@ class Trackio:
 
     Args:
         project: their name of a group of runs.
-        settings: for ``trackio.init``: name, space_id, ...
+        settings: for `trackio.init`: name, space_id, ...
 
     Raises:
         ImportError: trackio is missing.

@@ -107,7 +107,7 @@ class KeptWeights:
         return math.sqrt(float(self._shards.sum_(square.to(place))))
 
     def _each(self, work: Callable[[str, Tensor, Tensor], object]) -> None:
-        """Calls ``work(name, parameter, kept)`` with this process's parts, of a file one after another."""
+        """Calls `work(name, parameter, kept)` with this process's parts, of a file one after another."""
         self._ready()
         if self.path is None:
             for name, p in self._parameters.items():
@@ -131,14 +131,14 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def split_since(start: KeptWeights, now: KeptWeights, losses: Losses, at_start: Mapping[str, float]) -> LossSplit:
-    """What the steps from ``start`` to ``now`` did, ``now`` being the weights in the model; they are there again afterwards.
+    """What the steps from `start` to `now` did, `now` being the weights in the model; they are there again afterwards.
 
     Two evaluations of the losses: here, and at the mirrored point.
 
     Args:
         start, now: kept weights.
         losses: see :data:`Losses`.
-        at_start: what it gave at ``start``.
+        at_start: what it gave at `start`.
     """
     plus = dict(losses())
     with _restored(now):
@@ -150,14 +150,14 @@ def split_since(start: KeptWeights, now: KeptWeights, losses: Losses, at_start: 
 def split_along(
     now: KeptWeights, offset: Sequence[Tensor], length: float, losses: Losses, here: Mapping[str, float]
 ) -> LossSplit:
-    """What a displacement of this length along ``offset`` would do from the present weights, which are there again afterwards.
+    """What a displacement of this length along `offset` would do from the present weights, which are there again afterwards.
 
     Args:
         now: the weights in the model.
         offset: a tensor per parameter (of sharded ones the local parts), not zero.
         length: Euclidean.
         losses: see :data:`Losses`.
-        here: what it gave at ``now``.
+        here: what it gave at `now`.
     """
     with _restored(now):
         norm = now.go(offset, 0.0)  # of the offset; the weights do not move

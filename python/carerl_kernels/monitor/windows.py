@@ -99,7 +99,7 @@ class Windows:
             kept.drop()
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain Python values; the snapshot is its file. Those of the last ``keep`` states stay."""
+        """Plain Python values; the snapshot is its file. Those of the last `keep` states stay."""
         if self.folder is not None and self._start is not None:
             kept = [*(s for s in self._needed if s != self._since), self._since]
             self._needed = kept[-self.keep :]

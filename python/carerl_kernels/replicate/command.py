@@ -1,4 +1,4 @@
-"""``carerl replicate``: run a grid, or one of its cells, and report."""
+"""`carerl replicate`: run a grid, or one of its cells, and report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``carerl score``."""
+"""`carerl score`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``carerl score``: rewards for a file of prompts and responses, one JSON object a line. Stops and resumes anywhere.
+"""`carerl score`: rewards for a file of prompts and responses, one JSON object a line. Stops and resumes anywhere.
 
 Every finished row goes at once to OUTPUT.partial; when all are done, OUTPUT is written in the order of the input and the partial
 file goes. A row is known by what decides its reward (prompt, response, answer, settings), so a second run asks only for what is

@@ -1,7 +1,7 @@
 """Where directions come from: bases over the parameters of a model, recorded, oriented, stored.
 
-Rows over all parameters (``flat``, ``per_matrix``: streaming gradient PCA) and factors per weight matrix (``block``: the stage's
-parameter change; ``input``: what is fed into the matrix) share one interface: a layout, a recorder, a stored form
+Rows over all parameters (`flat`, `per_matrix`: streaming gradient PCA) and factors per weight matrix (`block`: the stage's
+parameter change; `input`: what is fed into the matrix) share one interface: a layout, a recorder, a stored form
 (:class:`~carerl_kernels.subspace.store.StoredBasis`) and, in :mod:`carerl_kernels.guard`, a stack of acting directions.
 """
 

@@ -61,7 +61,7 @@ def _padded(rows: list[list[int]], tokenizer: Any) -> dict[str, Tensor]:
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """Calls a model with a batch: keyword arguments, a tuple of arguments, or both as ``(args, kwargs)``, or one argument."""
+    """Calls a model with a batch: keyword arguments, a tuple of arguments, or both as `(args, kwargs)`, or one argument."""
     args, kwargs = arguments(batch)
     return model(*args, **kwargs)
 
@@ -92,11 +92,11 @@ def to_device(batch: Any, device: torch.device) -> Any:
 def text_positions(model: nn.Module, batch: Any) -> tuple[Tensor | None, str | None]:
     """Which positions of a batch are text, by the mask in it, wherever that stands.
 
-    ``attention_mask`` first, by key or by the name that the model's ``forward`` gives an argument; then another mask, of which
+    `attention_mask` first, by key or by the name that the model's `forward` gives an argument; then another mask, of which
     those with "padding" in their name say what is *not* text. Unnamed: a tensor of zeros and ones shaped as the first.
 
     Returns:
-        bool ``[B, T]``, or None: all are; and the name of a mask that is there and of no use, or None.
+        bool `[B, T]`, or None: all are; and the name of a mask that is there and of no use, or None.
     """
     args, kwargs = arguments(batch)
     found: list[tuple[str, Tensor]] = []

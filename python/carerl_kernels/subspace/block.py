@@ -124,9 +124,9 @@ def change_energy(start: StageStart, parameters: Sequence[Tensor], shards: Shard
 def leading_factors(
     matrices: Sequence[Tensor], r: int, names: Sequence[str], whole: int, shards: Shards
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading singular vectors and values of c matrices ``[m, n]`` whose rows may be sharded.
+    """Leading singular vectors and values of c matrices `[m, n]` whose rows may be sharded.
 
-    Subspace iteration: only ``[n, r + 8]`` per matrix and round travels between processes, never a matrix.
+    Subspace iteration: only `[n, r + 8]` per matrix and round travels between processes, never a matrix.
 
     Args:
         matrices: float32, local rows.
@@ -136,7 +136,7 @@ def leading_factors(
         shards: sums over processes.
 
     Returns:
-        U ``[c, m, r]`` float32 (local rows), S ``[c, r]`` float64 descending, V ``[c, n, r]`` float32; columns are
+        U `[c, m, r]` float32 (local rows), S `[c, r]` float64 descending, V `[c, n, r]` float32; columns are
         orthonormal, or zero beyond the numerical rank.
     """
     n = matrices[0].shape[1]

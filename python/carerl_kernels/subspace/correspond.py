@@ -25,7 +25,7 @@ class Unit:
     """A matrix in a tensor of a file, and where a basis has its directions.
 
     Attributes:
-        label: of the matrix in the basis: a parameter's name, or ``name[e]`` of a slice.
+        label: of the matrix in the basis: a parameter's name, or `name[e]` of a slice.
         side: of its directions.
         at: which slice of a stack of matrices in the file it is; None where it is all of the tensor.
         rows: of the labelled matrix that stand here, in this order; None: all.
@@ -43,7 +43,7 @@ class Correspondence:
     Args:
         weights: of the model that the bases were recorded on, or one like it.
         bases: input bases of one model.
-        like: others of the same model, for its configuration where ``weights`` have none.
+        like: others of the same model, for its configuration where `weights` have none.
 
     Attributes:
         units: by tensor name, its matrices that have directions.

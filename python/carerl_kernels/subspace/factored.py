@@ -21,19 +21,19 @@ from .store import BasisError, BasisInfo, StoredBasis
 
 @dataclass(frozen=True)
 class FactoredBasis(StoredBasis):
-    """Factors per covered weight matrix W ``[m, n]``, by parameter name (MATH: block, input).
+    """Factors per covered weight matrix W `[m, n]`, by parameter name (MATH: block, input).
 
-    ``block``: directions u_i v_j^T with U = ``left`` ``[m, r]`` and V = ``right`` ``[n, r]``, the leading singular vectors of the
-    stage's change theta_start - theta_end; all r x r of them act. ``input``: directions e_a v_j^T (``right`` alone) or u_j e_b^T
-    (``left`` alone). Columns are orthonormal, or zero where there are fewer.
+    `block`: directions u_i v_j^T with U = `left` `[m, r]` and V = `right` `[n, r]`, the leading singular vectors of the
+    stage's change theta_start - theta_end; all r x r of them act. `input`: directions e_a v_j^T (`right` alone) or u_j e_b^T
+    (`left` alone). Columns are orthonormal, or zero where there are fewer.
 
     Attributes:
         info: see :class:`BasisInfo`.
         left, right: factors, float32 or bfloat16.
-        values: ``[r]`` float64: singular values of the stage's change (block) or of the inputs (input).
-        moved: coefficients of the stage's change along the directions, gradient convention: ``[r, r]`` (block), ``[m, r]`` or
-            ``[n, r]`` (input). Their signs orient the directions, their sizes are the displacement. All zero where no stage
-            was recorded (``info.displacement_capture`` is None); files leave them out then.
+        values: `[r]` float64: singular values of the stage's change (block) or of the inputs (input).
+        moved: coefficients of the stage's change along the directions, gradient convention: `[r, r]` (block), `[m, r]` or
+            `[n, r]` (input). Their signs orient the directions, their sizes are the displacement. All zero where no stage
+            was recorded (`info.displacement_capture` is None); files leave them out then.
         layout: of sharded parameters, when this is one process's part only; else None.
     """
 
@@ -95,7 +95,7 @@ class FactoredBasis(StoredBasis):
         )
 
     def _by_output(self, name: str) -> bool:
-        """Whether ``moved`` has a row per row of the matrix, which may be sharded."""
+        """Whether `moved` has a row per row of the matrix, which may be sharded."""
         return self.info.kind == "input" and name not in self.left
 
     def _shards(self) -> Shards | None:
@@ -190,7 +190,7 @@ def _random_columns(rows: int, r: int, draw: torch.Generator) -> Tensor:
 
 
 def orthonormal(columns: Tensor, shards: Shards | None = None) -> Tensor:
-    """The nearest orthonormal columns (Loewdin) of ``[..., m, r]``, float32; zero columns stay zero.
+    """The nearest orthonormal columns (Loewdin) of `[..., m, r]`, float32; zero columns stay zero.
 
     Computed in float64; sharded rows need one all-reduce of r x r numbers. Repeated once, because the first pass of nearly
     dependent columns loses digits.

@@ -27,8 +27,8 @@ class BasisKind:
         rank: what its number of directions is called, "k" (rows over parameters) or "r" (factors per weight matrix).
         default: that number.
         sees: where directions come from: the gradients of a stage, its parameter change, or the inputs of weight matrices.
-        layout: ``layout(named, kind, rank, process group, sides)``.
-        recorder: of a stage: ``recorder(domain, layout, parameters, **options)``.
+        layout: `layout(named, kind, rank, process group, sides)`.
+        recorder: of a stage: `recorder(domain, layout, parameters, **options)`.
     """
 
     rank: Literal["k", "r"]

@@ -25,16 +25,16 @@ class Call:
     per_tensor: bool
 
     def row_of(self, position: int) -> int:
-        """Row of the tensor at this position of ``indices``."""
+        """Row of the tensor at this position of `indices`."""
         return self.rows[position] if self.per_tensor else self.rows[0]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Names, shapes and offsets of the parameters within basis rows of ``size`` elements.
+    """Names, shapes and offsets of the parameters within basis rows of `size` elements.
 
-    ``flat``: one basis over all parameters, T = 1 row of coefficients. ``per_matrix``: one basis per tensor; tensors with
-    fewer than ``8*k`` elements are too small for k directions of their own and share one pooled basis in the last row.
+    `flat`: one basis over all parameters, T = 1 row of coefficients. `per_matrix`: one basis per tensor; tensors with
+    fewer than `8*k` elements are too small for k directions of their own and share one pooled basis in the last row.
 
     Sharded parameters (FSDP2, or plain local parts with a process group) lie here with their local part only; coefficients and
     Gram matrices are summed over the processes, so every process sees the same numbers.
@@ -62,7 +62,7 @@ class Layout:
 
     @classmethod
     def of(cls, named: Iterable[tuple[str, Tensor]], kind: RowKind, k: int, group: Any = None) -> Layout:
-        """Lays out named tensors; ``group`` is the process group of plain local parts.
+        """Lays out named tensors; `group` is the process group of plain local parts.
 
         Raises:
             ValueError: no tensors, an unknown kind, k < 1, or a tensor that is not dense, not floating, or sharded in another
@@ -136,7 +136,7 @@ class Layout:
         return out
 
     def unpack(self, rows: Tensor) -> dict[str, Tensor]:
-        """Rows ``[k, N]`` as one tensor ``[k, *shape]`` per parameter, for checkpoints; DTensors where parameters are."""
+        """Rows `[k, N]` as one tensor `[k, *shape]` per parameter, for checkpoints; DTensors where parameters are."""
         out = {}
         for index, (name, piece, (here, _)) in enumerate(
             zip(self.names, self.shards.pieces, self.file_columns, strict=True)
@@ -163,7 +163,7 @@ class Layout:
         op: Callable[[list[Tensor], list[int], bool], Tensor],
         trailing: tuple[int, ...],
     ) -> Tensor:
-        """Runs a coefficient op over all calls: float64 ``[T, *trailing]``; pooled calls, and processes, add up."""
+        """Runs a coefficient op over all calls: float64 `[T, *trailing]`; pooled calls, and processes, add up."""
         out = torch.zeros(self.T, *trailing, dtype=torch.float64, device=tensors[0].device)
         for call in self.calls:
             part = op([tensors[i] for i in call.indices], [self.offsets[i] for i in call.indices], call.per_tensor)
@@ -171,7 +171,7 @@ class Layout:
         return self.shards.sum_(out)
 
     def project(self, tensors: Sequence[Tensor], bases: Tensor, scales: Tensor | None = None) -> Tensor:
-        """Coefficients ``[T, D*k]`` float64 of tensors laid out like the parameters on bases ``[D, k, N]``."""
+        """Coefficients `[T, D*k]` float64 of tensors laid out like the parameters on bases `[D, k, N]`."""
 
         def op(part: list[Tensor], offsets: list[int], per_tensor: bool) -> Tensor:
             return torch.ops.carerl.project.list(part, bases, offsets, scales, torch.float64, per_tensor)
@@ -179,7 +179,7 @@ class Layout:
         return self.gather(tensors, op, (bases.shape[0] * bases.shape[1],))
 
     def gram(self, bases: Tensor, tensors: Sequence[Tensor], scales: Tensor | None = None) -> Tensor:
-        """Gram matrices ``[T, K+1, K+1]`` float64 of the rows and the tensors."""
+        """Gram matrices `[T, K+1, K+1]` float64 of the rows and the tensors."""
 
         def op(part: list[Tensor], offsets: list[int], per_tensor: bool) -> Tensor:
             return torch.ops.carerl.gram.list(bases, part, offsets, scales, per_tensor)
@@ -190,7 +190,7 @@ class Layout:
     def edit_(
         self, tensors: Sequence[Tensor], bases: Tensor, mix: Tensor, scale: Tensor, scales: Tensor | None = None
     ) -> None:
-        """``tensor <- scale*(tensor + mix U)`` in place; mix ``[T, D*k]``, scale ``[T]``."""
+        """`tensor <- scale*(tensor + mix U)` in place; mix `[T, D*k]`, scale `[T]`."""
         mix, scale = mix.float(), scale.float()
         for call in self.calls:
             torch.ops.carerl.edit_.list(
@@ -206,7 +206,7 @@ class Layout:
     def edit_rotate_(
         self, tensors: Sequence[Tensor], bases: Tensor, mix: Tensor, domain: int, q: Tensor, seed: int = 0
     ) -> None:
-        """``tensor <- tensor + mix U`` and ``U_domain <- q [U_domain; tensor]`` of the tensor as it was, in one pass."""
+        """`tensor <- tensor + mix U` and `U_domain <- q [U_domain; tensor]` of the tensor as it was, in one pass."""
         mix, q = mix.float(), q.float()
         for call in self.calls:
             rows = list(call.rows)
@@ -223,7 +223,7 @@ class Layout:
             )
 
     def rotate_(self, bases: Tensor, tensors: Sequence[Tensor], q: Tensor, seed: int = 0) -> None:
-        """``U <- q [U; g]`` in place on one domain's rows ``[k, N]``; q ``[T, k', k+1]``."""
+        """`U <- q [U; g]` in place on one domain's rows `[k, N]`; q `[T, k', k+1]`."""
         q = q.float()
         for call in self.calls:
             part = q[list(call.rows)] if call.per_tensor else q[call.rows[0]]

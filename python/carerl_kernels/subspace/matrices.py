@@ -1,7 +1,7 @@
 """How weight matrices lie under factored bases.
 
-A factored basis has directions for every weight matrix W ``[m, n]``: a tensor of two dimensions, a slice ``W[e]`` of a stack of
-matrices ``[E, m, n]`` (fused experts), or a tensor of more dimensions flattened to ``[shape[0], rest]`` (convolutions, in block
+A factored basis has directions for every weight matrix W `[m, n]`: a tensor of two dimensions, a slice `W[e]` of a stack of
+matrices `[E, m, n]` (fused experts), or a tensor of more dimensions flattened to `[shape[0], rest]` (convolutions, in block
 bases). Vectors (biases, norms) are not covered and move freely.
 """
 
@@ -60,9 +60,9 @@ class Group:
 class MatrixLayout:
     """Names, shapes and groups of the parameters under a factored basis.
 
-    ``block``: directions u_i v_j^T, r x r coefficients ``U^T G V`` in one row per matrix. ``input``: directions e_a v_j^T for
-    every output a, coefficients ``G V``, one row of r per output (for embeddings and other weights that multiply from the other
-    side ``U^T G``, one row per column). Sharded along dimension 0, right-sided coefficients belong to the process that has the
+    `block`: directions u_i v_j^T, r x r coefficients `U^T G V` in one row per matrix. `input`: directions e_a v_j^T for
+    every output a, coefficients `G V`, one row of r per output (for embeddings and other weights that multiply from the other
+    side `U^T G`, one row per column). Sharded along dimension 0, right-sided coefficients belong to the process that has the
     output; all others are summed over processes.
 
     Attributes:
@@ -198,7 +198,7 @@ class MatrixLayout:
         return min(1.0, self.width * rows / self.parameters)
 
     def labels(self, group: Group, at: slice = slice(None)) -> list[str]:
-        """Names of the group's matrices: the parameter's, ``name[e]`` of a slice."""
+        """Names of the group's matrices: the parameter's, `name[e]` of a slice."""
         return [label(self.names[i], e) for i, e in zip(group.indices[at], group.slices[at], strict=True)]
 
     def matrices(self, group: Group) -> Iterator[tuple[int, str, slice]]:
@@ -218,7 +218,7 @@ class MatrixLayout:
     def local(
         self, group: Group, tensors: Sequence[Tensor] | Callable[[int], Tensor], at: slice = slice(None)
     ) -> list[Tensor]:
-        """Matrices ``[m, n]`` of the group, all or those at these positions: views of the tensors.
+        """Matrices `[m, n]` of the group, all or those at these positions: views of the tensors.
 
         Args:
             tensors: of all parameters, or a function that gives one; asked once where slices of one follow each other.
@@ -231,7 +231,7 @@ class MatrixLayout:
         return out
 
     def unpack(self, rows: Tensor) -> Any:
-        """Numbers per coefficient row ``[T, ...]`` for checkpoints: where rows are spread over processes, by parameter."""
+        """Numbers per coefficient row `[T, ...]` for checkpoints: where rows are spread over processes, by parameter."""
         if self.kind == "block" or self.shards.mesh is None:
             return rows.clone()
         out = {}

@@ -22,7 +22,7 @@ def merge(bases: Sequence[StoredBasis], domain: str, k: int | None = None) -> St
     that are partly given up, and not known any more: gradient None, displacement scaled by the energy kept.
 
     Args:
-        bases: at least two, whole ones, of one model, kind and (unless ``k`` is given) number of directions.
+        bases: at least two, whole ones, of one model, kind and (unless `k` is given) number of directions.
         domain: name of the result.
         k: directions per row, or rank; that of the first by default.
 
@@ -149,7 +149,7 @@ def _merge_factors(bases: list[FactoredBasis], k: int) -> tuple[FactoredBasis, f
 
 
 def _leading(parts: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """Leading left singular vectors ``[m, k]`` and values ``[k]`` of stacked columns, zero beyond the rank."""
+    """Leading left singular vectors `[m, k]` and values `[k]` of stacked columns, zero beyond the rank."""
     U, S, _ = torch.linalg.svd(torch.cat(parts, dim=1), full_matrices=False)
     keep = (CUT**0.5 * S[:1] < S) & (S > 0)
     U, S = U * keep, torch.where(keep, S, 0.0)

@@ -20,7 +20,7 @@ from .start import StageStart
 from .store import BasisInfo
 
 EXACT = 1024
-"""Input vectors of up to so many elements have their second moments ``[n, n]`` kept whole, longer ones a sketch."""
+"""Input vectors of up to so many elements have their second moments `[n, n]` kept whole, longer ones a sketch."""
 NARROW = 256
 """Up to so many elements the products themselves are taken in float64, which costs next to nothing."""
 CHUNK = 4096
@@ -36,12 +36,12 @@ Use = tuple[str, Side]
 
 @dataclass
 class Sum:
-    """Sum of ``x x^T`` over input vectors: whole, or its product with a fixed random matrix and its trace.
+    """Sum of `x x^T` over input vectors: whole, or its product with a fixed random matrix and its trace.
 
     Both are linear in the sum: batches and processes add up, in any order.
 
     Attributes:
-        values: ``[n, n]``, or Y = (sum of x x^T) Omega ``[n, s]``; float64.
+        values: `[n, n]`, or Y = (sum of x x^T) Omega `[n, s]`; float64.
         trace: of the sum, 0-d float64.
         vectors: how many there were.
     """
@@ -59,7 +59,7 @@ class Sum:
         )
 
     def add(self, rows: Tensor) -> None:
-        """Takes in ``[T, n]``."""
+        """Takes in `[T, n]`."""
         n, columns = self.values.shape
         wide = rows.dtype == torch.float64 or n <= NARROW
         for part in rows.split(CHUNK):
@@ -72,7 +72,7 @@ class Sum:
         self.vectors += rows.shape[0]
 
     def leading(self, r: int) -> tuple[Tensor, Tensor]:
-        """Eigenvectors ``[n, r']`` and eigenvalues ``[r']`` of the sum, at most r of them, descending; float64."""
+        """Eigenvectors `[n, r']` and eigenvalues `[r']` of the sum, at most r of them, descending; float64."""
         n, columns = self.values.shape
         if n == columns:
             squares, vectors = torch.linalg.eigh((self.values + self.values.mT) / 2)
@@ -103,7 +103,7 @@ _OMEGAS: dict[tuple[int, int, torch.device], Tensor] = {}
 
 
 def omega(n: int, width: int, device: torch.device) -> Tensor:
-    """The random matrix ``[n, width]`` of sketches, float32, orthonormal columns: always the same."""
+    """The random matrix `[n, width]` of sketches, float32, orthonormal columns: always the same."""
     key = (n, width, device)
     if key not in _OMEGAS:
         drawn = torch.randn(n, width, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
@@ -140,10 +140,10 @@ class Accumulator:
 
         Args:
             use: the matrix and the side.
-            inputs: ``[..., K]``; must not change before :meth:`settle`.
+            inputs: `[..., K]`; must not change before :meth:`settle`.
             keep: bool, shaped as the rows; None: all count.
             n: elements of an input vector of this matrix.
-            columns: ``[K]`` positions of the elements among the n; None: K = n, in order.
+            columns: `[K]` positions of the elements among the n; None: K = n, in order.
         """
         place = None if columns is None else tuple(columns.tolist())
         where = (inputs.untyped_storage()._cdata, inputs.storage_offset(), inputs.shape, inputs.stride())
@@ -210,7 +210,7 @@ class Moments:
 
     Attributes:
         batches: shown, over all processes.
-        free: labels of covered matrices of which nothing was seen, allowed by ``unseen="free"``: they have no directions.
+        free: labels of covered matrices of which nothing was seen, allowed by `unseen="free"`: they have no directions.
         idle: labels of experts that no token was routed to: they have no directions either, and took no part.
         uncoverable: weights that were used, but in no product with an input, and by which operators.
     """
@@ -255,7 +255,7 @@ class Moments:
         return layout.with_sides(self.sides, parameters)
 
     def second(self, label: str, side: Side) -> Tensor:
-        """The sum of ``x x^T`` over the inputs of a matrix, ``[n, n]`` float64, where it was kept whole."""
+        """The sum of `x x^T` over the inputs of a matrix, `[n, n]` float64, where it was kept whole."""
         if (label, side) not in self._sums:
             return self._counts[label, side].diag()
         return self._combined(label, side).values
@@ -292,7 +292,7 @@ class Moments:
         """Leading input directions of a matrix: as few as hold this share of the energy, at most r.
 
         Returns:
-            Orthonormal columns ``[n, r']`` float32 and singular values of the inputs ``[r']`` float64; None: nothing was seen.
+            Orthonormal columns `[n, r']` float32 and singular values of the inputs `[r']` float64; None: nothing was seen.
         """
         total = self.energy(label, side)
         if total <= 0:

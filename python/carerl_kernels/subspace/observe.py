@@ -46,13 +46,13 @@ def observe(
     its own share of the batches; a process that runs out shows its last one again, uncounted, until all are done.
 
     Args:
-        model: bare, or inside ``DistributedDataParallel``, ``torch.compile`` or ``fully_shard``.
+        model: bare, or inside `DistributedDataParallel`, `torch.compile` or `fully_shard`.
         batches: each a mapping of keyword arguments, a tuple of arguments, or a tensor (token ids); or a text, a list of texts,
-            or a row with a list of ``input_ids``, which are put together, padded and masked.
+            or a row with a list of `input_ids`, which are put together, padded and masked.
         layout: which weights are covered; its k is the rank that will be asked for.
-        run: ``run(batch)`` calls the model, where it is not called as ``model(**batch)``.
+        run: `run(batch)` calls the model, where it is not called as `model(**batch)`.
         tokenizer: of texts.
-        positions: ``positions(batch) -> bool [B, T]``, which positions count, where the batch does not hold the mask.
+        positions: `positions(batch) -> bool [B, T]`, which positions count, where the batch does not hold the mask.
         group: process group over which batches are spread; None: this process has all of them, or FSDP2's processes have.
         unseen: "error" refuses a covered weight of which nothing was seen; "free" warns and leaves it without directions.
         progress: shows a bar on stderr where it takes longer than two seconds.

@@ -17,7 +17,7 @@ _NUMBERS = ("singular_values", "energy", "discarded", "seen", "skipped")
 class StreamingPCA:
     """Top directions of a stream of gradients, kept current in two passes over gradient and rows per update.
 
-    ``k + oversample`` rows are stored and truncated to k by :meth:`directions`: with four extra rows the captured energy was
+    `k + oversample` rows are stored and truncated to k by :meth:`directions`: with four extra rows the captured energy was
     .999 of batch PCA, without .95. Uncentred by default, because the guard wants energy, mean included.
 
     Args:
@@ -30,10 +30,10 @@ class StreamingPCA:
         centred: subtract the running mean, as scikit-learn's IncrementalPCA does (keeps one more row).
 
     Attributes:
-        rows: ``[k + oversample (+ 1 mean), N]``.
-        singular_values: ``[T, k + oversample]`` float64.
+        rows: `[k + oversample (+ 1 mean), N]`.
+        singular_values: `[T, k + oversample]` float64.
         seen: updates taken in; skipped: updates refused because a gradient was not finite.
-        energy: ``[T]`` sum of squared gradients; discarded: ``[T]`` the part the rows do not hold.
+        energy: `[T]` sum of squared gradients; discarded: `[T]` the part the rows do not hold.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class StreamingPCA:
     def update(self, grads: Sequence[Tensor], decay: float = 1.0) -> None:
         """Takes in one gradient (a tensor per parameter of the layout). No N-sized temporary, no host synchronisation.
 
-        A gradient that is not finite changes nothing but ``skipped``.
+        A gradient that is not finite changes nothing but `skipped`.
         """
         q = self.decide(self.layout.gram(self.rows, grads), decay)
         self.layout.rotate_(self.rows, grads, q, self.seed)
@@ -72,10 +72,10 @@ class StreamingPCA:
         """The rotation of one update, and its numbers counted; the rows are the caller's to rotate.
 
         Args:
-            measured: Gram matrix ``[T, W, W]`` float64 of the rows and the gradient, W = rows + 1.
+            measured: Gram matrix `[T, W, W]` float64 of the rows and the gradient, W = rows + 1.
 
         Returns:
-            q ``[T, W - 1, W]``: new rows are ``q [rows; g]``.
+            q `[T, W - 1, W]`: new rows are `q [rows; g]`.
         """
         self._updates += 1
         transform = self._centring(measured)
@@ -93,7 +93,7 @@ class StreamingPCA:
         return q
 
     def _mean_row(self, measured: Tensor) -> Tensor:
-        """Combination ``[T, 1, W]`` of the rows [U; mean; g] that is the new mean."""
+        """Combination `[T, 1, W]` of the rows [U; mean; g] that is the new mean."""
         n = self.seen.double()
         row = torch.zeros_like(measured[..., :1, :])
         row[..., -2] = n / (n + 1)
@@ -113,7 +113,7 @@ class StreamingPCA:
         return out
 
     def directions(self) -> tuple[Tensor, Tensor]:
-        """The leading k rows ``[k, N]`` (a view) and their singular values ``[T, k]``."""
+        """The leading k rows `[k, N]` (a view) and their singular values `[T, k]`."""
         return self.rows[: self.k], self.singular_values[:, : self.k]
 
     def state_dict(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Portion:
-    """A part of a tensor that is handled at once: a matrix ``[m, n]``, or some rows or columns of one.
+    """A part of a tensor that is handled at once: a matrix `[m, n]`, or some rows or columns of one.
 
     Attributes:
         key: of the tensor; entry: where it stands. unit: of its directions, None where it has none.
@@ -49,11 +49,11 @@ class Portion:
         return self.unit is not None and self.unit.side == "left"
 
     def read(self, weights: Weights, key: str | None = None) -> Tensor:
-        """``[m, n]`` in the dtype of the file."""
+        """`[m, n]` in the dtype of the file."""
         return weights.read(key or self.key, self.at, self.rows, self.columns).reshape(self.shape).contiguous()
 
     def write(self, copy: Copy, values: Tensor) -> None:
-        """Puts ``[m, n]`` into the copy of a file, in its dtype."""
+        """Puts `[m, n]` into the copy of a file, in its dtype."""
         copy.write(self.key, values.to(self.entry.dtype), self.at, self.rows, self.columns)
 
 

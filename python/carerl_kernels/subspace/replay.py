@@ -27,12 +27,12 @@ SEQUENCES = 64
 class ReplayRecorder:
     """Shows batches to the model at the end of a stage, and measures how far the stage moved along their directions.
 
-    Without ``inputs`` a sample of what the model was called with is kept: told by the trainer (:meth:`see`), or heard at the
+    Without `inputs` a sample of what the model was called with is kept: told by the trainer (:meth:`see`), or heard at the
     call of the model itself, with gradients enabled; calls of steps that were dropped, skipped or another domain's are not kept.
 
     Args:
         domain, parameters, start_checkpoint, architecture: see :class:`StageRecorder`.
-        layout: of the parameters. Unless ``fixed``, :meth:`finish` corrects its sides by what it sees.
+        layout: of the parameters. Unless `fixed`, :meth:`finish` corrects its sides by what it sees.
         model: what the training calls, wrappers included.
         energy: keep the fewest directions with this share of the inputs' energy, at most r.
         inputs: batches to show, as :func:`observe` takes them; a collection, for it may be gone through several times.
@@ -102,7 +102,7 @@ class ReplayRecorder:
         """A trainer says what the step that comes is made of; from then on calls of the model are not listened to.
 
         Args:
-            batch: what the model is called with. Of ``input_ids`` and ``attention_mask`` ``[B, T]`` alone padding is not kept.
+            batch: what the model is called with. Of `input_ids` and `attention_mask` `[B, T]` alone padding is not kept.
         """
         if self._paused or self.inputs is not None:
             return
@@ -201,7 +201,7 @@ class ReplayRecorder:
 
 
 class _Ear:
-    """Hears the calls of one module, in the place where ``Module.__call__`` looks for a compiled call.
+    """Hears the calls of one module, in the place where `Module.__call__` looks for a compiled call.
 
     No forward hook: compiled code does not notice new ones, and copies of the model would bring theirs along. Copies of this
     (deepcopy, pickle) are nothing.

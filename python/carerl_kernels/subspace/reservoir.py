@@ -18,7 +18,7 @@ Item = tuple[Any, list[bool]]
 
 
 class Reservoir:
-    """Keeps ``size`` of all sequences of accepted steps, every one as likely as any other (algorithm R, Vitter 1985).
+    """Keeps `size` of all sequences of accepted steps, every one as likely as any other (algorithm R, Vitter 1985).
 
     What is offered waits until its step is accepted; it is copied only where it was drawn, never kept by reference.
 

@@ -24,12 +24,12 @@ _FOLDS = {
 class Rows:
     """The positions of a batch that count, wherever their vectors go.
 
-    A tensor is known by its shape where that says enough: ``[B, T, ...]``, ``[T, B, ...]``, ``[B*T, ...]``, ``[T, ...]``. Rows
+    A tensor is known by its shape where that says enough: `[B, T, ...]`, `[T, B, ...]`, `[B*T, ...]`, `[T, ...]`. Rows
     that were gathered from such tensors, as experts of a mixture get them, are known by the index, and stay known through
     operators that keep the number of rows.
 
     Args:
-        mask: ``[B, T]`` or ``[B]`` bool, which positions count; None: all.
+        mask: `[B, T]` or `[B]` bool, which positions count; None: all.
     """
 
     def __init__(self, mask: Tensor | None):
@@ -52,7 +52,7 @@ class Rows:
         return mask.expand(shape)
 
     def of_columns(self, tensor: Tensor) -> Tensor | None:
-        """The same of the columns of ``[K, T]`` or ``[b, K, T]``."""
+        """The same of the columns of `[K, T]` or `[b, K, T]`."""
         known = self._known.get(tensor) if self.mask is not None else None
         if known is not None and tensor.dim() == 3:
             return known.unsqueeze(1).expand(tensor.shape[0], tensor.shape[2])

@@ -119,7 +119,7 @@ def _signed(number: int) -> int:
 
 
 class _Gathered:
-    """Pieces of all processes, one at a time, in an order that all of them know: ``(tensor name, piece, where)``."""
+    """Pieces of all processes, one at a time, in an order that all of them know: `(tensor name, piece, where)`."""
 
     def __init__(self, parts: Mapping[str, Part], shards: Shards):
         self._steps = self._run(parts, shards)

@@ -1,6 +1,6 @@
 """How parameters are spread over processes, and the sums over them, counted.
 
-Sharded parameters are FSDP2's DTensors (``fully_shard``: split along dimension 0, on any number of processes, unevenly, some
+Sharded parameters are FSDP2's DTensors (`fully_shard`: split along dimension 0, on any number of processes, unevenly, some
 parts empty) or plain lists of local parts with a process group. Replicated ones (DDP, one process) need no communication.
 """
 
@@ -22,7 +22,7 @@ def is_sharded_type(tensor: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Piece:
-    """The part of one parameter that lives in this process: elements ``[start, stop)`` of the flattened whole."""
+    """The part of one parameter that lives in this process: elements `[start, stop)` of the flattened whole."""
 
     shape: tuple[int, ...]
     start: int
@@ -149,7 +149,7 @@ class Shards:
         return tensor
 
     def spread(self, index: int, part: Tensor, dim: int = 0) -> Tensor:
-        """This process's part of something as large as a parameter along its dimension 0, here ``dim``: a DTensor, so that
+        """This process's part of something as large as a parameter along its dimension 0, here `dim`: a DTensor, so that
         torch.distributed.checkpoint can put it together and cut it for another number of processes. Itself, without DTensors.
         """
         if self.mesh is None or self.placements is None:

@@ -12,7 +12,7 @@ _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.
 
 
 def wrappers(model: nn.Module) -> Iterator[nn.Module]:
-    """The model and what is inside it, through any nesting of ``DistributedDataParallel`` and ``torch.compile``."""
+    """The model and what is inside it, through any nesting of `DistributedDataParallel` and `torch.compile`."""
     yield model
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -39,10 +39,10 @@ def plain_name(name: str) -> str:
 def guess_sides(model: nn.Module, named: Iterable[tuple[str, Tensor]]) -> dict[str, Side]:
     """From which side each weight matrix is multiplied, by parameter name.
 
-    Right-sided are linear layers ``[m, n]`` (LoRA's adapters and the projections of ``MultiheadAttention`` are some) and
-    whatever is not known; left-sided are transformers' ``Conv1D``, whose weight is transposed, and embeddings, whose inputs are
+    Right-sided are linear layers `[m, n]` (LoRA's adapters and the projections of `MultiheadAttention` are some) and
+    whatever is not known; left-sided are transformers' `Conv1D`, whose weight is transposed, and embeddings, whose inputs are
     tokens. A weight that an embedding shares with another layer counts as that layer's. Three-dimensional weights are stacks of
-    matrices (fused experts), right-sided unless their module says ``is_transposed``. Convolutions have no side.
+    matrices (fused experts), right-sided unless their module says `is_transposed`. Convolutions have no side.
 
     Args:
         model: whose modules are asked.

@@ -58,7 +58,7 @@ class BasisInfo:
 
 
 class StoredBasis(ABC):
-    """The recorded directions of one domain, in one file: :class:`DomainBasis` (rows) or ``FactoredBasis`` (factors)."""
+    """The recorded directions of one domain, in one file: :class:`DomainBasis` (rows) or `FactoredBasis` (factors)."""
 
     info: BasisInfo
 
@@ -163,15 +163,15 @@ class Fingerprint(Protocol):
 
 @dataclass(frozen=True)
 class DomainBasis(StoredBasis):
-    """Rows over all parameters, oriented so that ``u . (theta_start - theta_end) >= 0`` (gradient convention).
+    """Rows over all parameters, oriented so that `u . (theta_start - theta_end) >= 0` (gradient convention).
 
     Attributes:
         info: see :class:`BasisInfo`.
-        directions: ``[k, N]``, rows orthonormal per coefficient row (float32, bfloat16 or float16; with scales int8 or
+        directions: `[k, N]`, rows orthonormal per coefficient row (float32, bfloat16 or float16; with scales int8 or
             float8_e4m3fn).
-        singular_values: ``[T, k]`` float64, of the stage's gradients.
-        displacement: h ``[T, k]`` float64, at least zero: how far the stage moved along each direction.
-        scales: ``[k, ceil(N/block)]`` of int8 or float8_e4m3fn directions, else None.
+        singular_values: `[T, k]` float64, of the stage's gradients.
+        displacement: h `[T, k]` float64, at least zero: how far the stage moved along each direction.
+        scales: `[k, ceil(N/block)]` of int8 or float8_e4m3fn directions, else None.
         layout: of sharded parameters, when the directions are this process's part only; else None.
     """
 
@@ -285,7 +285,7 @@ class DomainBasis(StoredBasis):
 
 
 def _part(layout: Layout, k: int, read: Callable[[slice], Tensor]) -> Tensor:
-    """The local rows ``[k, N]`` of a layout, from columns of whole rows."""
+    """The local rows `[k, N]` of a layout, from columns of whole rows."""
     out = torch.zeros(k, layout.size)
     for here, there in layout.file_columns:
         if there.stop > there.start:
@@ -297,7 +297,7 @@ def _part(layout: Layout, k: int, read: Callable[[slice], Tensor]) -> Tensor:
 
 
 def _dequantized(codes: Tensor, scales: Tensor, columns: int, start: int = 0) -> Tensor:
-    """float32 columns from block-scaled ones that begin at ``start`` of rows with this many columns."""
+    """float32 columns from block-scaled ones that begin at `start` of rows with this many columns."""
     block = block_of("dequantized", columns, scales.shape[-1])
     out = codes.float()
     stop = start + codes.shape[-1]

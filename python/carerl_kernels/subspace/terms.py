@@ -18,7 +18,7 @@ class Weight:
 
     Attributes:
         name: of the parameter; None where it is not covered, and only matters as what adapters are added to.
-        offset, shape, stride: of its elements in their storage: ``[m, n]``, or a stack ``[E, m, n]``.
+        offset, shape, stride: of its elements in their storage: `[m, n]`, or a stack `[E, m, n]`.
         dtype: of the elements.
     """
 
@@ -40,7 +40,7 @@ class Leaf:
 
     Attributes:
         view: a tensor of this shape whose offset and strides say where in the weight its elements are (itself, or on meta).
-        pick: ``[S]`` which slice of a stack each of S matrices is, where they were gathered; else None.
+        pick: `[S]` which slice of a stack each of S matrices is, where they were gathered; else None.
     """
 
     weight: Weight
@@ -50,7 +50,7 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Product:
-    """A product of two weights ``[.., o, r] @ [.., r, i]``, as adapters are that are added to a weight before it is used.
+    """A product of two weights `[.., o, r] @ [.., r, i]`, as adapters are that are added to a weight before it is used.
 
     Attributes:
         left, right: the factors.

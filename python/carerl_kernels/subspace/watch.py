@@ -166,7 +166,7 @@ class Watch(TorchDispatchMode):
         """A term is multiplied with input vectors.
 
         Args:
-            x: ``[T, K]``, or ``[b, T, K]`` for a batch of matrices; with ``offs``, ``[T, K]`` sorted by matrix.
+            x: `[T, K]`, or `[b, T, K]` for a batch of matrices; with `offs`, `[T, K]` sorted by matrix.
             keep: which vectors count; None: not known here.
             c, o: dimension of the term's view that is summed over, and the other one.
             offs: ends of the vectors of each matrix.

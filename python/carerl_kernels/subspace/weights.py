@@ -119,7 +119,7 @@ class Weights:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What stands in ``config.json`` or, beside an adapter, ``adapter_config.json``; nothing where there is none."""
+        """What stands in `config.json` or, beside an adapter, `adapter_config.json`; nothing where there is none."""
         if self.path.is_dir():
             for name in ("adapter_config.json", "config.json") if self.is_adapter else ("config.json",):
                 if (self.folder / name).is_file():
@@ -131,7 +131,7 @@ class Weights:
         return self.files[0].name == ADAPTER
 
     def read(self, name: str, at: int | None = None, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
-        """A tensor as stored; or slice ``at`` of a stack of matrices, some rows or columns of a matrix."""
+        """A tensor as stored; or slice `at` of a stack of matrices, some rows or columns of a matrix."""
         entry = self.entries[name]
         if entry.file not in self._open:
             self._open[entry.file] = safe_open(entry.file, framework="pt")
@@ -201,7 +201,7 @@ class Copy:
 
 
 def _matrix(shape: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of a tensor, flattened to ``[shape[0], rest]``."""
+    """Rows and columns of a tensor, flattened to `[shape[0], rest]`."""
     return (shape[0], prod(shape[1:])) if shape else (1, 1)
 
 
@@ -209,13 +209,13 @@ def _matrix(shape: Sequence[int]) -> tuple[int, int]:
 def copied(template: Weights, out: Path | str) -> Iterator[tuple[Copy, list[str]]]:
     """A directory like the template's: its weights, to be changed inside the context, and all other files but foreign weights.
 
-    It is made beside ``out`` under a temporary name and renamed at the end; an error leaves nothing behind.
+    It is made beside `out` under a temporary name and renamed at the end; an error leaves nothing behind.
 
     Yields:
         The copy, and the names of files that were left out because they may hold weights of another format.
 
     Raises:
-        FileExistsError: ``out`` is there and not empty.
+        FileExistsError: `out` is there and not empty.
         OSError: the directory or the disk refuses, with what to do.
     """
     out = Path(out)

@@ -1,4 +1,4 @@
-"""``carerl train``: a recipe, from the command line or under torchrun."""
+"""`carerl train`: a recipe, from the command line or under torchrun."""
 
 from __future__ import annotations
 

@@ -193,7 +193,7 @@ def line_chart(
 
 
 def thin(points: Points, limit: int = POINTS) -> list[tuple[float, float]]:
-    """At most ``limit`` points: means over buckets of consecutive ones; the last is kept where nothing had to be averaged."""
+    """At most `limit` points: means over buckets of consecutive ones; the last is kept where nothing had to be averaged."""
     if len(points) <= limit:
         return list(points)
     size = math.ceil(len(points) / limit)
@@ -212,7 +212,7 @@ def smooth(points: Points, window: int) -> list[tuple[float, float]]:
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
-    """About ``count`` round numbers that cover the interval."""
+    """About `count` round numbers that cover the interval."""
     span = high - low
     if span <= 1e-9 * max(abs(low), abs(high)):  # a constant
         span = abs(high) or 1.0

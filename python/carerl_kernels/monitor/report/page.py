@@ -93,7 +93,7 @@ def render(page: Page) -> str:
 
 
 def build_page(record: RunRecord) -> Page:
-    """Everything that can be said of a run; what cannot is listed in ``missing`` with what would have to be recorded."""
+    """Everything that can be said of a run; what cannot is listed in `missing` with what would have to be recorded."""
     missing: Missing = []
     stages = [(s.name, float(max(s.first - 1, 0)), float(s.last)) for s in record.spans]
     tests = record.series("monitor", "alpha")
@@ -146,7 +146,7 @@ def build_page(record: RunRecord) -> Page:
 def _verdict(record: RunRecord, name: str) -> tuple[str, str]:
     """Status and what it rests on.
 
-    A domain has recovered where it is, at the end, within the alerts' ``drop`` of the baseline of *every* alert: after a
+    A domain has recovered where it is, at the end, within the alerts' `drop` of the baseline of *every* alert: after a
     rebase the monitor compares with what is left of it, which says nothing about coming back.
     """
     found = record.found("monitor", "domains", name)

@@ -104,7 +104,7 @@ class RunRecord:
         return int(self.lines[-1]["step"])
 
     def series(self, *keys: str) -> list[tuple[int, float]]:
-        """(step, value) wherever ``line[keys[0]][keys[1]]...`` is a number."""
+        """(step, value) wherever `line[keys[0]][keys[1]]...` is a number."""
         return [
             (step, float(value))
             for step, value in self._values(*keys)

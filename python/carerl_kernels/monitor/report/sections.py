@@ -1,6 +1,6 @@
 """The parts of the page below the domains: interference, rewards and shares, guard, cost.
 
-Where a run recorded nothing, they add to ``missing`` what it would need.
+Where a run recorded nothing, they add to `missing` what it would need.
 """
 
 from __future__ import annotations

@@ -43,6 +43,7 @@ __global__ void __launch_bounds__(kInputThreads, 2)
   using D = std::conditional_t<kDirectionTerms == 2, F32, BF16>;
   constexpr int kAll = kGroups * kDirections, kSums = kAll / 8;
   constexpr int kRows = kAll * kDepth / D::kWidth / kInputThreads;  // vectors of directions a thread carries
+  constexpr bool kCarries = !(kFewRegisters && kTerms == 2 && kGroups > 1);  // else it reads them when they are due
   CARERL_SHARED(shared);
   double* energies = reinterpret_cast<double*>(shared);
   float* v = reinterpret_cast<float*>(energies + kInputWarps);
@@ -92,15 +93,16 @@ __global__ void __launch_bounds__(kInputThreads, 2)
         for (int i = 0; i < 4; ++i) x[j][i] = 0.0f;
       }
       strip.fetch(0, next);
-      fetch_directions(block, 0, next_rows);
+      if (kCarries) fetch_directions(block, 0, next_rows);
       for (int64_t tile = 0; tile < tiles; ++tile) {
         __syncthreads();  // everybody is done with the tile before
         strip.put(next, w);
+        if (!kCarries) fetch_directions(block, tile * kDepth, next_rows);
         put<D, kDepth>(next_rows, v, kDepthPitch);
         __syncthreads();
         if (tile + 1 < tiles) {
           strip.fetch((tile + 1) * kDepth, next);
-          fetch_directions(block, (tile + 1) * kDepth, next_rows);
+          if (kCarries) fetch_directions(block, (tile + 1) * kDepth, next_rows);
         }
         if (!works) continue;
         uint32_t a[kDepth / 8][kTerms][4];
@@ -176,10 +178,10 @@ __global__ void __launch_bounds__(kInputThreads, 2)
     const bool any = __any_sync(kAllLanes, (moved[lane] | moved[lane + 32]) != 0);
 
     const int64_t steps = any ? tiles * blocks : 0;  // tiles from the last to the first, the blocks of each
+    const auto input_of = [&](int64_t step) { return (tiles - 1 - step / blocks) * kDepth; };
     const auto fetch_step = [&](int64_t step) {
-      const int64_t input = (tiles - 1 - step / blocks) * kDepth;
-      if (step % blocks == 0) strip.fetch(input, next);
-      fetch_directions(static_cast<int>(step % blocks), input, next_rows);
+      if (step % blocks == 0) strip.fetch(input_of(step), next);
+      if (kCarries) fetch_directions(static_cast<int>(step % blocks), input_of(step), next_rows);
     };
     float sums[kDepth / 8][4];
     if (steps > 0) fetch_step(0);
@@ -187,6 +189,7 @@ __global__ void __launch_bounds__(kInputThreads, 2)
       const int block = static_cast<int>(step % blocks), groups = groups_of(block);
       __syncthreads();  // everybody is done with the tile and the directions before
       if (block == 0) strip.put(next, w);
+      if (!kCarries) fetch_directions(block, input_of(step), next_rows);
       put<D, kDepth>(next_rows, v, kDepthPitch);
       __syncthreads();
       if (step + 1 < steps) fetch_step(step + 1);
@@ -226,7 +229,7 @@ __global__ void __launch_bounds__(kInputThreads, 2)
         }
       }
       __syncthreads();
-      strip.store((tiles - 1 - step / blocks) * kDepth, w, moved);
+      strip.store(input_of(step), w, moved);
     }
   }
 }

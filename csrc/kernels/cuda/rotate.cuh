@@ -95,7 +95,8 @@ CARERL_DEVICE void rotate_tile(const Basis& basis, const float* stack, int depth
     const int row = i / across * kRotateRows, x = i % across * kRotateColumns;
     float sums[kRotateRows][kRotateColumns] = {};
     if (row < padded) {
-#pragma unroll 2
+      constexpr int kUnrolled = kFewRegisters ? 1 : 2;
+#pragma unroll kUnrolled
       for (int m = 0; m < depth; ++m) {
         const float4* q = reinterpret_cast<const float4*>(table + static_cast<int64_t>(m) * padded + row);
         const float4* u = reinterpret_cast<const float4*>(stack + m * tile + x / 2);

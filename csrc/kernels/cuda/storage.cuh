@@ -19,6 +19,13 @@ namespace carerl::cuda {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
+// On sm_120 the compiler's schedules take more registers than elsewhere. Where they run out there, less is in flight.
+#if defined(CARERL_FEW_REGISTERS) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200)
+constexpr bool kFewRegisters = true;
+#else
+constexpr bool kFewRegisters = false;
+#endif
+
 CARERL_DEVICE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 CARERL_DEVICE bool is_finite(float x) { return x - x == 0.0f; }
 CARERL_DEVICE int linear_thread() { return threadIdx.y * blockDim.x + threadIdx.x; }

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read at numpy's import: the oracle shall not fight the kernels
+os.environ["PYTHONPATH"] = os.pathsep.join(  # for processes that tests start; pyproject.toml has the same for the tests
+    filter(None, (os.path.dirname(__file__), os.environ.get("PYTHONPATH")))
+)
 
 import pytest
 import torch

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
+from helpers import CLEAR, resident
 
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 N = 8_000_000  # a gradient in bf16 is 16 MB, a fp32 copy of it 32 MB, one of the bases 64 MB
 ALLOWED = 8 << 20  # bytes: the chunks of the reference, and threads
 
 pytestmark = pytest.mark.skipif(not CLEAR.exists(), reason="no /proc/self/clear_refs to reset the peak with")
-
-
-def resident(field: str) -> int:
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
 
 
 def arguments(overload: str, n: int) -> tuple:

@@ -32,6 +32,7 @@ def arguments(overload: str, n: int) -> tuple:
     }[overload]
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
 def test_peak_memory_does_not_grow_with_matrices(op, left):
     if op.device != "cpu":
@@ -56,6 +57,7 @@ def test_peak_memory_does_not_grow_with_matrices(op, left):
 OVERLOADS = "project project.list gram edit_ edit_.list rotate_ edit_rotate_ edit_rotate_.list dacsp_ pca_update_"
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("overload", OVERLOADS.split())
 def test_peak_memory_does_not_grow_with_n(op, overload):
     if op.device != "cpu":

@@ -92,6 +92,7 @@ unsigned ballot(unsigned mask, bool vote, int line);
 #define blockDim (emulator::position.block_dim)
 #define gridDim (emulator::position.grid_dim)
 #define __syncthreads() emulator::barrier(__LINE__)
+#define __syncwarp() ((void)emulator::exchange(~0u, __LINE__, {}))
 #define __shfl_xor_sync(mask, value, offset) emulator::shuffle_xor(mask, value, offset, __LINE__)
 #define __ballot_sync(mask, vote) emulator::ballot(mask, vote, __LINE__)
 #define __any_sync(mask, vote) (emulator::ballot(mask, vote, __LINE__) != 0)
@@ -108,6 +109,10 @@ inline float exp2_flushed(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
 inline float max_or_nan(float a, float b) { return a != a || b != b ? NAN : std::fmax(a, b); }
 }  // namespace emulator
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
   const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
   unsigned out = 0;
@@ -131,7 +136,11 @@ enum cudaError_t {
   cudaErrorInsufficientDriver
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor };
+enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrSingleToDoublePrecisionPerfRatio
+};
 #define CUDART_VERSION 13000
 namespace emulator {
 extern cudaError_t pending;  // what the next cudaGetLastError returns

@@ -353,7 +353,13 @@ cudaError_t cudaGetLastError() {
 }
 const char* cudaGetErrorString(cudaError_t) { return "as the test asked for"; }
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+// CARERL_EMULATED_FP64: what part of the rate of fp32 that of fp64 is, for kernels that are chosen by it.
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  return *value = attribute == cudaDevAttrComputeCapabilityMajor ? 7 : 5, cudaSuccess;
+  const char* ratio = std::getenv("CARERL_EMULATED_FP64");
+  *value = attribute == cudaDevAttrComputeCapabilityMajor   ? 7
+           : attribute == cudaDevAttrComputeCapabilityMinor ? 5
+           : ratio                                          ? std::atoi(ratio)
+                                                            : 2;
+  return cudaSuccess;
 }
 cudaError_t cudaDriverGetVersion(int* version) { return *version = 12040, cudaSuccess; }

@@ -1,7 +1,6 @@
 // Gram matrix of [U; G]. Products are taken and added in fp64, where those of fp32 numbers are exact: streaming PCA
 // divides by eigenvalues down to 1e-6 of this matrix. In tensor cores, which data-centre GPUs have for it (H100: 67
-// Tflop/s, K + B = 25 rows of bf16 take half as long as reading them); consumer GPUs have a hundredth of that and are
-// bound by it.
+// Tflop/s, K + B = 25 rows of bf16 take half as long as reading them); for GPUs without it see gram_float.cuh.
 //
 // A block holds a tile of all rows in shared memory as floats. Rows are taken eight at a time, up to four of these
 // eights make a side, and a warp has the sums of one pair of sides. Eight rows of four columns are operands of either

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kInputThreads, 2)
                  double* partials, float* kept) {
   using D = std::conditional_t<kDirectionTerms == 2, F32, BF16>;
   constexpr int kAll = kGroups * kDirections, kSums = kAll / 8;
-  constexpr int kRows = kAll * kDepth / D::kWidth / kInputThreads;  // vectors of directions a thread carries
+  constexpr int kRows = kAll * kDepth / D::kWidth / kInputThreads;           // vectors of directions a thread carries
   constexpr bool kCarries = !(kFewRegisters && kTerms == 2 && kGroups > 1);  // else it reads them when they are due
   CARERL_SHARED(shared);
   double* energies = reinterpret_cast<double*>(shared);

@@ -12,6 +12,7 @@ namespace carerl::cuda {
 
 #ifdef CARERL_EMULATED
 using emulator::mma_double;
+using emulator::mma_half;
 using emulator::mma_tf32;
 #else
 // c [8, 8] += a [8, 4] b [4, 8] in fp64. a: row g of column t; b: row t of column g; c: row g.
@@ -28,6 +29,21 @@ CARERL_DEVICE void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// c [16, 8] += a [16, 16] b [16, 8] of bf16 or fp16 numbers, two to a word: products are exact, sums truncated fp32. a:
+// rows g and g + 8 of columns 2t and 2t + 1, then of 2t + 8 and 2t + 9; b: those rows of column g; c: as above.
+template <bool kFp16>
+CARERL_DEVICE void mma_half(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  if constexpr (kFp16) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
 }
 #endif
 

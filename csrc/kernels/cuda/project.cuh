@@ -3,12 +3,12 @@
 // A block stages a tile of the gradients in shared memory as floats; each warp then streams its rows of the bases past
 // it, kRows at a time with kChunks vectors of 16 bytes of each in flight: 128 bytes a thread, 64 KiB or more on an SM,
 // where 18 KiB hide the latency of an H100 at full bandwidth (3.35 TB/s * 700 ns / 132 SMs). fp32 lanes last for one
-// tile (64 products a lane and gradient), then go to fp64 totals of the slot. No tensor cores: at the largest sizes
-// meant (K = 256, B = 16, bf16: 15 flop a byte) fp32 cores keep up with memory (H100: 20). They spend 20 instructions
-// on an element of 16 gradients, though: tensor cores, in which products of 16 bits and int8 are exact, would be
-// faster.
+// tile (64 products a lane and gradient), then go to fp64 totals of the slot. Several gradients beside bases of 8 or 16
+// bits are in project_mma.cuh; those left here are beside fp32 bases, or fp16 bases with gradients of a wider range,
+// of which tensor cores would drop bits.
 #pragma once
 
+#include "reduce.cuh"
 #include "stage.cuh"
 
 namespace carerl::cuda {
@@ -22,29 +22,6 @@ template <class E>
 CARERL_DEVICE int place(int x) {
   constexpr int kChunk = 32 * E::kWidth;
   return x / kChunk * kChunk + x % E::kWidth / 4 * 128 + x / E::kWidth % 32 * 4;
-}
-
-// Sums V values over the lanes of a warp with about V + 5 shuffles instead of 5 V: in each step a lane hands half of
-// its kLeft values over and keeps the other half. Returns the index of the first of the max(V / 32, 1) sums left in
-// `values`; with V < 32, lanes that are multiples of 32 / V hold one each.
-template <int V, int kLeft = V, int kOffset = 16>
-CARERL_DEVICE int sum_over_warp(float (&values)[V], int lane) {
-  if constexpr (kOffset == 0) {
-    return 0;
-  } else if constexpr (kLeft == 1) {
-    values[0] += __shfl_xor_sync(kAllLanes, values[0], kOffset);
-    return sum_over_warp<V, 1, kOffset / 2>(values, lane);
-  } else {
-    constexpr int kHalf = kLeft / 2;
-    const bool upper = (lane & kOffset) != 0;
-#pragma unroll
-    for (int i = 0; i < kHalf; ++i) {
-      const float sent = upper ? values[i] : values[i + kHalf];
-      const float kept = upper ? values[i + kHalf] : values[i];
-      values[i] = kept + __shfl_xor_sync(kAllLanes, sent, kOffset);
-    }
-    return (upper ? kHalf : 0) + sum_over_warp<V, kHalf, kOffset / 2>(values, lane);
-  }
 }
 
 // sums[r * kBatch + b] += u[r] . g[b] over the columns of a tile that belong to this lane.
@@ -89,10 +66,6 @@ CARERL_DEVICE void dot_rows(const typename E::Type* const (&rows)[kProjectRows],
 #pragma unroll
         for (int r = 0; r < kProjectRows; ++r) {
           E::quad(raw[c][r], q, u[r]);
-          if constexpr (E::kScaled && kBatch > 1) {  // else the sum of the vector is scaled
-#pragma unroll
-            for (int i = 0; i < 4; ++i) u[r][i] *= scale[r];
-          }
         }
         const float* at = g + begin + c * kChunk + q * 128 + lane * 4;
 #pragma unroll

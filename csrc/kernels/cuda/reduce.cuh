@@ -1,4 +1,4 @@
-// Second stage of pass 1: fp64 partials of the slots, added up in a fixed order.
+// Sums over lanes, and the second stage of pass 1: fp64 partials of the slots, added up in a fixed order.
 #pragma once
 
 #include "storage.cuh"
@@ -6,6 +6,29 @@
 namespace carerl::cuda {
 
 constexpr int kReduceColumns = 32, kReduceSlices = 16;
+
+// Sums V values over the lanes of a warp with about V + 5 shuffles instead of 5 V: in each step a lane hands half of
+// its kLeft values over and keeps the other half. Returns the index of the first of the max(V / 32, 1) sums left in
+// `values`; with V < 32, lanes that are multiples of 32 / V hold one each.
+template <class T, int V, int kLeft = V, int kOffset = 16>
+CARERL_DEVICE int sum_over_warp(T (&values)[V], int lane) {
+  if constexpr (kOffset == 0) {
+    return 0;
+  } else if constexpr (kLeft == 1) {
+    values[0] += __shfl_xor_sync(kAllLanes, values[0], kOffset);
+    return sum_over_warp<T, V, 1, kOffset / 2>(values, lane);
+  } else {
+    constexpr int kHalf = kLeft / 2;
+    const bool upper = (lane & kOffset) != 0;
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      const T sent = upper ? values[i] : values[i + kHalf];
+      const T kept = upper ? values[i + kHalf] : values[i];
+      values[i] = kept + __shfl_xor_sync(kAllLanes, sent, kOffset);
+    }
+    return (upper ? kHalf : 0) + sum_over_warp<T, V, kHalf, kOffset / 2>(values, lane);
+  }
+}
 
 // Where the sum of partial i goes: [group, batch, K] from a turn of `rows` rows and `batch` gradients at (row, b).
 struct Outputs {

@@ -95,7 +95,7 @@ CARERL_DEVICE void rotate_tile(const Basis& basis, const float* stack, int depth
     const int row = i / across * kRotateRows, x = i % across * kRotateColumns;
     float sums[kRotateRows][kRotateColumns] = {};
     if (row < padded) {
-      constexpr int kUnrolled = kFewRegisters ? 1 : 2;
+      [[maybe_unused]] constexpr int kUnrolled = kFewRegisters ? 1 : 2;
 #pragma unroll kUnrolled
       for (int m = 0; m < depth; ++m) {
         const float4* q = reinterpret_cast<const float4*>(table + static_cast<int64_t>(m) * padded + row);

@@ -25,8 +25,8 @@ KERNELS = sorted((ROOT / "csrc/kernels/cuda").glob("*.cu"))
 EMULATOR = ROOT / "tests/cuda_emulator"
 FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", f"-I{EMULATOR}",
          '-DCARERL_CUDA_ARCHITECTURES="sm_80"',
-         # Few tensors a launch and few slots: small inputs then need several launches, and slots several tiles.
-         "-DCARERL_SPANS=4", "-DCARERL_SLOTS=int64_t{3}")  # fmt: skip
+         # Few tensors or matrices a launch and few slots: small inputs then need several launches, and slots several tiles.
+         "-DCARERL_SPANS=4", "-DCARERL_MATRICES=4", "-DCARERL_SLOTS=int64_t{3}")  # fmt: skip
 
 
 def compiler() -> str | None:

@@ -163,7 +163,7 @@ template <class E, int kGradients>
 __global__ void __launch_bounds__(256, kGradients == 1 ? 3 : 2)
     edit_kernel(const __grid_constant__ Spans spans, const __grid_constant__ Basis basis, Edit all) {
   CARERL_SHARED(shared);
-  const Slot slot = find_slot(spans, slot_index(spans));
+  const Slot slot = find_slot(spans, slot_from_the_end(spans));
   const Edit edit = edit_of(all, slot, basis.rows);
   const EditPlan plan = plan_edit<kGradients>(edit, static_cast<int>(basis.rows), spans.batch, shared);
   if (plan.any) edit_columns<E, kGradients>(spans, basis, slot, slot.begin, slot.end, plan, edit.scale);

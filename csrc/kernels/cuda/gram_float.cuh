@@ -12,7 +12,7 @@
 namespace carerl::cuda {
 
 constexpr int kUnitRows = 8, kUnitColumns = 4, kUnitSums = kUnitRows * kUnitColumns;
-constexpr int kFloatWarps = 8;
+constexpr int kFloatWarps = 6;  // two blocks of them leave the 168 registers that sums and tiles need
 
 __host__ __device__ static inline int units_of(int size) {
   int units = 0;

@@ -1,4 +1,5 @@
-// Launches of pass 2: edit, rotate and both at once; dacsp, which is pass 1, the classes and pass 2.
+// Launches of pass 2: edit, rotate and both at once, from the last columns to the first; dacsp, which is pass 1, the
+// classes and pass 2.
 #include <algorithm>
 
 #include "dacsp.cuh"
@@ -25,10 +26,10 @@ template <class E, int kGradients>
 void launch_edit(const char* op, const Call& call, const Plan& plan, const Edit& change) {
   const int64_t shared = edit_plan_bytes(call.basis.rows, call.batch, kGradients);
   allow_shared(op, edit_kernel<E, kGradients>, shared);
-  for (const Table& table : plan.tables) {
-    if (table.slots == 0) continue;
-    CARERL_LAUNCH((edit_kernel<E, kGradients>), dim3(static_cast<unsigned>(table.slots)), edit_block(call.batch),
-                  shared, stream_of(call.device), table.spans, call.basis, change);
+  for (auto table = plan.tables.rbegin(); table != plan.tables.rend(); ++table) {
+    if (table->slots == 0) continue;
+    CARERL_LAUNCH((edit_kernel<E, kGradients>), dim3(static_cast<unsigned>(table->slots)), edit_block(call.batch),
+                  shared, stream_of(call.device), table->spans, call.basis, change);
     check_launch(op);
   }
 }
@@ -79,10 +80,11 @@ void launch_rotate(const char* op, const Call& call, const Basis& domain, const 
     threads = std::max<int64_t>(threads, tile * element_size(call.basis.dtype) / 16 * edit_block(call.batch).y);
   threads = std::clamp<int64_t>(threads, 128, rotate_threads(kGradients));
   const dim3 block = kEdit ? edit_block(call.batch, threads) : dim3(static_cast<unsigned>(threads));
-  for (const Table& table : make_plan(call, tile, kSlots).tables) {
-    if (table.slots == 0) continue;
-    CARERL_LAUNCH((rotate_kernel<kGradients, kEdit>), dim3(static_cast<unsigned>(table.slots)), block, shared,
-                  stream_of(call.device), table.spans, domain, rotation, tile, call.basis, change);
+  const Plan plan = make_plan(call, tile, kSlots);
+  for (auto table = plan.tables.rbegin(); table != plan.tables.rend(); ++table) {
+    if (table->slots == 0) continue;
+    CARERL_LAUNCH((rotate_kernel<kGradients, kEdit>), dim3(static_cast<unsigned>(table->slots)), block, shared,
+                  stream_of(call.device), table->spans, domain, rotation, tile, call.basis, change);
     check_launch(op);
   }
 }

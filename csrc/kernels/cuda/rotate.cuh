@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(rotate_threads(kGradients), 2)
     rotate_kernel(const __grid_constant__ Spans spans, const __grid_constant__ Basis domain, const Rotation rotation,
                   int tile, const __grid_constant__ Basis all, const Edit edits) {
   CARERL_SHARED(shared);
-  const Slot slot = find_slot(spans, slot_index(spans));
+  const Slot slot = find_slot(spans, slot_from_the_end(spans));
   const int rows = static_cast<int>(domain.rows), depth = rows + spans.batch;
   const bool rotates = rotation.finite[slot.group] != 0;
   float* stack = reinterpret_cast<float*>(shared);

@@ -274,6 +274,10 @@ CARERL_DEVICE Slot find_slot(const Spans& spans, int64_t index) {
 }
 
 CARERL_DEVICE int64_t slot_index(const Spans& spans) { return spans.span[0].first_slot + blockIdx.x; }
+// From the last slot to the first, for the second of two passes: the cache still has the end of the first one.
+CARERL_DEVICE int64_t slot_from_the_end(const Spans& spans) {
+  return spans.span[0].first_slot + gridDim.x - 1 - blockIdx.x;
+}
 
 template <class E>
 CARERL_DEVICE typename E::Type* gradient(const Spans& spans, const Slot& slot, int b, int64_t at) {

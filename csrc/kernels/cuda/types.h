@@ -29,10 +29,12 @@ struct Span {
   int64_t column, length, first_slot;
 };
 
-// Tensors of a launch: their table has to fit into the 4 KiB of kernel parameters, so that no copy is needed. And an
-// upper bound on the slots of a call, where tests need few of either.
+// Tensors, or weight matrices, of a launch: their table is among the parameters of the kernel, so that no copy is
+// needed. These could be 32 KiB, but travel with every launch however short the list: 4 are taken. And an upper bound
+// on the slots of a call. Tests need few of each.
 #ifndef CARERL_SPANS
 #define CARERL_SPANS 120
+#define CARERL_MATRICES 480
 #define CARERL_SLOTS (int64_t{1} << 40)
 #endif
 constexpr int kSpans = CARERL_SPANS;
@@ -76,7 +78,7 @@ struct Rule {
 };
 
 // Weight matrices of one shape, [outputs, inputs] or with `left` [inputs, outputs], and directions of their inputs.
-constexpr int kMatrices = kSpans;  // of a launch
+constexpr int kMatrices = CARERL_MATRICES;  // of a launch
 struct Matrices {
   void* matrix[kMatrices];
   const void* directions;  // [matrices of the call, count, inputs]
@@ -98,6 +100,8 @@ struct InputRule {
   const float *lower, *upper;  // null: zero
   InputWeight aligned, conflict, threshold;  // without an anchor x = (weight - 1) c by the class of c
 };
+
+static_assert(sizeof(Spans) <= 3900 && sizeof(Matrices) + sizeof(InputRule) <= 4072, "room for the other parameters");
 
 // Rows of logits and what is asked of each.
 struct Logits {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -23,6 +24,10 @@ class Call:
     indices: tuple[int, ...]
     rows: tuple[int, ...]
     per_tensor: bool
+
+    def index(self, device: torch.device) -> slice | Tensor:
+        """What `rows` are of a tensor with rows, without a copy from the host in each call."""
+        return _index(self.rows, device)
 
     def row_of(self, position: int) -> int:
         """Row of the tensor at this position of `indices`."""
@@ -167,7 +172,7 @@ class Layout:
         out = torch.zeros(self.T, *trailing, dtype=torch.float64, device=tensors[0].device)
         for call in self.calls:
             part = op([tensors[i] for i in call.indices], [self.offsets[i] for i in call.indices], call.per_tensor)
-            out[list(call.rows)] += part.view(-1, *trailing).to(out.device)
+            out[call.index(out.device)] += part.view(-1, *trailing).to(out.device)
         return self.shards.sum_(out)
 
     def project(self, tensors: Sequence[Tensor], bases: Tensor, scales: Tensor | None = None) -> Tensor:
@@ -197,8 +202,8 @@ class Layout:
                 [tensors[i] for i in call.indices],
                 bases,
                 [self.offsets[i] for i in call.indices],
-                mix[list(call.rows)],
-                scale[list(call.rows)],
+                mix[call.index(mix.device)],
+                scale[call.index(scale.device)],
                 scales,
                 call.per_tensor,
             )
@@ -209,15 +214,14 @@ class Layout:
         """`tensor <- tensor + mix U` and `U_domain <- q [U_domain; tensor]` of the tensor as it was, in one pass."""
         mix, q = mix.float(), q.float()
         for call in self.calls:
-            rows = list(call.rows)
             torch.ops.carerl.edit_rotate_.list(
                 [tensors[i] for i in call.indices],
                 bases,
                 [self.offsets[i] for i in call.indices],
-                mix[rows],
-                mix.new_ones(len(rows)),
+                mix[call.index(mix.device)],
+                mix.new_ones(len(call.rows)),
                 domain,
-                (q[rows] if call.per_tensor else q[rows[0]]).contiguous(),
+                (q[call.index(q.device)] if call.per_tensor else q[call.rows[0]]).contiguous(),
                 call.per_tensor,
                 seed,
             )
@@ -226,7 +230,7 @@ class Layout:
         """`U <- q [U; g]` in place on one domain's rows `[k, N]`; q `[T, k', k+1]`."""
         q = q.float()
         for call in self.calls:
-            part = q[list(call.rows)] if call.per_tensor else q[call.rows[0]]
+            part = q[call.index(q.device)] if call.per_tensor else q[call.rows[0]]
             torch.ops.carerl.rotate_.list(
                 bases,
                 [tensors[i] for i in call.indices],
@@ -256,6 +260,13 @@ def checked(named: Iterable[tuple[str, Tensor]], k: int, group: Any) -> tuple[li
         if not tensor.is_contiguous():
             raise ValueError(f"parameter {name!r}: expected a contiguous tensor, found strides {tensor.stride()}")
     return parts, shards
+
+
+@functools.lru_cache(maxsize=256)
+def _index(rows: tuple[int, ...], device: torch.device) -> slice | Tensor:
+    if rows == tuple(range(rows[0], rows[-1] + 1)):
+        return slice(rows[0], rows[-1] + 1)
+    return torch.tensor(rows, device=device)  # once: from the host to a GPU, which the host waits for
 
 
 def _padded(numel: int) -> int:

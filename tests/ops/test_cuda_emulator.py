@@ -48,8 +48,11 @@ def plain() -> Path:
 
 @pytest.mark.parametrize("seed", ["1", "2"])
 def test_results_do_not_depend_on_the_schedule(plain, seed):
-    child = run(plain, *OPS, CARERL_EMULATOR_SEED=seed)
-    assert passed(child), child.stderr
+    for child in (
+        run(plain, *OPS, CARERL_EMULATOR_SEED=seed),
+        run(plain, "gram", CARERL_EMULATOR_SEED=seed, **SLOW_DOUBLES),
+    ):
+        assert passed(child), child.stderr
 
 
 def test_launches_that_a_gpu_refuses_say_why(plain):
@@ -72,8 +75,13 @@ MISTAKES = {  # in a file: what goes wrong, the text there, and the text that do
         ("misaligned load", "begin + c * kChunk + lane * E::kWidth);\n", "begin + c * kChunk + lane * E::kWidth + MUTANT);\n"),
         ("read behind the rows", "rows[r] + x, n - x, aligned)", "rows[r] + x, MUTANT ? E::kWidth : n - x, aligned)"),
         ("write behind the tile", "kSmallestTile * kSmallestTile,\n", "kSmallestTile * kSmallestTile + MUTANT * 2048,\n"),
-        ("lanes keep the wrong half", "upper ? values[i + kHalf] :", "upper != MUTANT ? values[i + kHalf] :"),
     ],
+    "project_mma.cuh": [
+        ("misaligned load", "(rows[r] + own + c * kChunk);", "(rows[r] + own + c * kChunk + MUTANT);"),
+        ("read behind the rows", "rows[r] + x, n - x, aligned)", "rows[r] + x, MUTANT ? W : n - x, aligned)"),
+        ("sums of another row", "row % 16 / 8 * 2 + b % 2;", "row % 16 / 8 * 2 + (b + MUTANT) % 2;"),
+    ],
+    "gram_float.cuh": [("a row of another scale", "power_of_two(254 - now)", "power_of_two(254 - now + MUTANT)")],
     "gram.cuh": [("rows run into each other", "pitch = tile + 4;", "pitch = tile + 4 - 8 * MUTANT;")],
     "edit.cuh": [
         ("read behind the rows", "plan.rows[r] * basis.stride, n, aligned)",
@@ -88,7 +96,10 @@ MISTAKES = {  # in a file: what goes wrong, the text there, and the text that do
         ("misaligned load of the tile", "(stack + m * tile + x / 2);", "(stack + m * tile + x / 2 + MUTANT);"),
         ("write behind the rows", "column + x, n - x, sums[r], seed)", "column + x, MUTANT ? 8 : n - x, sums[r], seed)"),
     ],
-    "reduce.cuh": [("one slot too many", "slot < last; slot", "slot < last + MUTANT; slot")],
+    "reduce.cuh": [
+        ("one slot too many", "slot < last; slot", "slot < last + MUTANT; slot"),
+        ("lanes keep the wrong half", "upper ? values[i + kHalf] :", "upper != MUTANT ? values[i + kHalf] :"),
+    ],
     "dacsp.cuh": [("few lanes sum", "for (int offset = 16;", "for (int offset = MUTANT ? 2 : 16;")],
     "strip.cuh": [
         ("read behind the matrix", "load<E>(p + down * stride, columns - x, aligned)",
@@ -108,7 +119,8 @@ MISTAKES = {  # in a file: what goes wrong, the text there, and the text that do
     "storage.cuh": [("alignment forgotten", "if (aligned && n >= E::kWidth)", "if ((aligned || MUTANT) && n >= E::kWidth)")],
 }  # fmt: skip
 NOTICED_BY = {"reduce.cuh": ("project",), "storage.cuh": ("project",), "rotate.cuh": ("rotate", "edit_rotate"),
-              "strip.cuh": ("inputs",)}  # fmt: skip
+              "strip.cuh": ("inputs",), "project_mma.cuh": ("project",), "gram_float.cuh": ("gram",)}  # fmt: skip
+SLOW_DOUBLES = {"CARERL_EMULATED_FP64": "64"}  # of fp32's rate a 64th: `gram` then runs in pairs of fp32
 BARRIER = "__syncthreads();"
 
 
@@ -154,17 +166,17 @@ def mutable() -> Path:
     return driver("driver_asan", flags, sorted(mutable_copy().glob("*.cu")))
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_no_undefined_behaviour(mutable, op):
+@pytest.mark.parametrize(("op", "environment"), [*((op, {}) for op in OPS), ("gram", SLOW_DOUBLES)])
+def test_no_undefined_behaviour(mutable, op, environment):
     """AddressSanitizer and UBSan over every op, with aligned and unaligned inputs and tails; no mutation chosen."""
-    child = run(mutable, op)
+    child = run(mutable, op, **environment)
     assert passed(child), child.stderr[-3000:]
 
 
 @pytest.mark.parametrize(("file", "name"), MUTATIONS, ids=[f"{f}: {n}" for f, n in MUTATIONS])
 def test_mistakes_are_noticed(mutable, file, name):
     """By one of the ops that run this file, on one of a few schedules."""
-    chosen = {"CARERL_MUTANT": str(MUTATIONS.index((file, name)))}
+    chosen = {"CARERL_MUTANT": str(MUTATIONS.index((file, name)))} | (SLOW_DOUBLES if file == "gram_float.cuh" else {})
     ops = NOTICED_BY.get(file, (Path(file).stem,))
     schedules: list[dict[str, str]] = [{}, *({"CARERL_EMULATOR_SEED": seed} for seed in "123")]
     for op, schedule in itertools.product(ops, schedules):

@@ -28,7 +28,7 @@ WORKERS = 8  # test processes beside each other on one GPU
 
 def run_tests(directory: Path) -> dict[str, Any]:
     """Those tests of the checkout that run on a GPU (emulation is not its business): numbers and names of what failed."""
-    files = [str(path) for path in sorted(directory.glob("test_*.py")) if ON_DEVICE.search(path.read_text())]
+    files = [str(path) for path in sorted(directory.rglob("test_*.py")) if ON_DEVICE.search(path.read_text())]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-k", "not emulat", "-q", "-rfE", "-p", "no:cacheprovider"]
     command += ["-n", str(min(os.cpu_count() or 1, WORKERS))] if importlib.util.find_spec("xdist") else []
     child = subprocess.run([*command, *files], capture_output=True, text=True, cwd=directory.parent)

@@ -129,7 +129,7 @@ def test_merge_refuses_what_does_not_belong_together(stages):
 
 @pytest.mark.parametrize("kind", ["flat", "per_matrix", "block", "input"])
 def test_validation_tells_a_basis_of_the_domain_from_random_directions(kind, stages):
-    from carerl_kernels.guard.validate import random_basis
+    from carerl_kernels.subspace.random_basis import random_basis
 
     # A wide model, because in a small one random directions hold much of anything.
     torch.manual_seed(0)

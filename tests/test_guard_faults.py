@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 from carerl_kernels import BasisError, CapabilityGuard, DomainBasis, StreamingPCA
-from carerl_kernels.subspace import FactoredBasis, Layout, StoredBasis
+from carerl_kernels.subspace import Layout, StoredBasis
+from carerl_kernels.subspace.random_basis import random_basis
 from factored_helpers import make_factored
 from guard_helpers import Walk, make_history, make_model
 from test_distributed_guard import launch
@@ -166,7 +167,7 @@ def test_closed_loop_holds_with_int8_bases_and_bf16_parameters(rule):
 def test_factored_closed_loop_in_bf16():
     model = make_model(dtype=torch.bfloat16)
     guard = CapabilityGuard(model, "remove", basis="block", r=3)
-    guard.add(FactoredBasis.random(guard.layout, "math", architecture="Sequential"))
+    guard.add(random_basis(guard.layout, domain="math", architecture="Sequential"))
     basis = guard.basis("math")
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     guard.attach(optimizer)

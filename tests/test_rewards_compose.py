@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from carerl_kernels.grpo import Domain, Example, RewardError
-from carerl_kernels.grpo.domain import group_numbers
 from carerl_kernels.rewards.compose import (
     Component,
     Composition,
@@ -18,6 +17,7 @@ from carerl_kernels.rewards.compose import (
     domination,
     rank_in_group,
 )
+from carerl_kernels.task import group_numbers
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -511,7 +511,7 @@ stages: [{domain: NAME, steps: 1}]
 )
 def test_names_that_no_file_can_have_are_refused_before_anything_runs(tmp_path, monkeypatch, name, message):
     from carerl_kernels.grpo import Domain
-    from carerl_kernels.grpo.domain import name_problem
+    from carerl_kernels.task import name_problem
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "r.yaml").write_text(SMALL.replace("NAME", name), encoding="utf-8")

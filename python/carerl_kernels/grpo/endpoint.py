@@ -27,8 +27,8 @@ import torch
 
 from .._http import RetryingClient, TryAgainError, raise_if_transient
 from .._json import as_logprob
+from ..text import SpecialTokens, left_pad, right_pad
 from .sampling import Rollout, SamplerError
-from .text import SpecialTokens, left_pad, right_pad
 
 LOGGER = logging.getLogger("carerl_kernels.sampler")
 Engine = Literal["vllm", "sglang"]
@@ -136,7 +136,7 @@ class EndpointSampler:
             SamplerError: No usable answer.
             ValueError: top_p below 1 away from temperature 1.
         """
-        from ..rewards.pa_grm.loop import run_sync
+        from .._loop import run_sync
 
         if top_p < 1 and temperature != 1:
             raise ValueError(TRUNCATED.format(top_p=top_p, temperature=temperature))
@@ -258,7 +258,7 @@ class EndpointSampler:
             SamplerError: The engine does not load them.
             OSError: They cannot be written.
         """
-        from ..rewards.pa_grm.loop import run_sync
+        from .._loop import run_sync
 
         path = self.path(step)
         if write is not None:

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from .domain import Domain, RewardError
-from .logprobs import answer_logprobs, success_probability
+from ..logprobs import answer_logprobs, success_probability
+from ..task import Domain, RewardError
+from ..text import SpecialTokens, decode, encode_prompts
 from .parallel import Ranks, gathered
 from .sampling import ModelSampler, Sampler
-from .text import SpecialTokens, decode, encode_prompts
 
 
 def example_scores(

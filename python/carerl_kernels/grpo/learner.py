@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ..guard.editors import Editor, assign, spread_editor
-from ..subspace.shards import local
+from ..guard.gradients import local_gradients
+from ..logprobs import answer_loss
+from ..task import Domain
+from ..text import special_tokens
 from .advantages import informative_fraction
 from .balance import Mixture
 from .config import GRPOConfig
-from .domain import Domain
-from .logprobs import answer_loss
 from .losses import LossStats
 from .own_answers import OwnAnswers
 from .parallel import Ranks, whole
@@ -27,7 +28,6 @@ from .reference import FrozenWeights
 from .rollout import Batch, rollout
 from .rundir import rng_state, set_rng_state
 from .sampling import ModelSampler, Sampler
-from .text import special_tokens
 from .update import accumulate_gradients, frozen_logprobs
 from .watch import Monitor, show_gradients
 
@@ -246,7 +246,7 @@ class Learner:
             if parts is not None:
                 parts.gained(name)
                 continue
-            gradients[name] = [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in self.parameters]
+            gradients[name] = local_gradients(self.parameters)
         if parts is not None:
             parts.finish()
             return loss, stats, gap

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..guard.probes import PromptStore
-from .domain import Domain, Example
-from .logprobs import answer_loss
+from ..logprobs import answer_loss
+from ..task import Domain, Example
 from .rollout import Batch
 
 if TYPE_CHECKING:

@@ -16,13 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .._errors import PlainError
 from ..subspace.shards import is_sharded_type, local
 
 Precision = Literal["fp32", "bf16"]
 T = TypeVar("T")
 
 
-class PeerError(RuntimeError):
+class PeerError(PlainError):
     """Something failed in another process; its own message says what."""
 
 

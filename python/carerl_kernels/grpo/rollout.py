@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..task import Domain, Example, RewardError
+from ..text import SpecialTokens, decode, encode_prompts
 from .config import GRPOConfig
-from .domain import Domain, Example, RewardError
 from .parallel import Ranks
 from .sampling import ModelSampler, Rollout, Sampler, joined
 from .statistics import reward_statistics
-from .text import SpecialTokens, decode, encode_prompts
 
 
 @dataclass

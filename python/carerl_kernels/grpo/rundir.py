@@ -28,12 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._errors import PlainError
 from .._files import json_line, write_atomically, write_bytes_atomically
 from ..subspace.shards import local
 from .parallel import Ranks, gather_state, placed, whole
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(PlainError):
     """A checkpoint or run directory does not belong to this run, or is damaged."""
 
 

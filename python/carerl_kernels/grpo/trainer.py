@@ -14,8 +14,8 @@ from torch import nn
 
 from .._files import write_bytes_atomically
 from ..guard.editors import Editor
+from ..task import Domain, domain_table
 from .config import COSMETIC_FIELDS, GRPOConfig, Stage, lr_factor, stage_names
-from .domain import Domain, domain_table
 from .evaluate import example_scores, held_out_losses, mean_score
 from .learner import Guard, Learner
 from .parallel import spread_optimizer, spread_state

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .text import encode_prompts
+from ..text import encode_prompts
 from .update import micro_batches
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from .domain import Domain
-from .logprobs import answer_loss
-from .text import SpecialTokens
+from ..logprobs import answer_loss
+from ..task import Domain
+from ..text import SpecialTokens
 
 Scores = Mapping[str, Sequence[float | None]]
 

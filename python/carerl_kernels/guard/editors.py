@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..subspace.shards import Shards, is_sharded_type, local
 from .build import trainable
+from .gradients import local_gradients, set_aside
 from .guard import CapabilityGuard
 
 Gradients = Mapping[str, Sequence[Tensor]]
@@ -231,16 +232,13 @@ def spread_editor(editor: Editor, model: nn.Module | Iterable[tuple[str, nn.Para
 
 
 def domain_gradients(model: nn.Module, losses: Mapping[str, Callable[[], Tensor]]) -> dict[str, list[Tensor]]:
-    """One gradient per domain: a backward pass each; `p.grad` is empty afterwards. What was in it is dropped."""
+    """One gradient per domain: a backward pass each. What `p.grad` held before is there again afterwards."""
     parameters = [p for _, p in trainable(model)]
     out = {}
     for name, loss in losses.items():
-        for p in parameters:
-            p.grad = None
-        loss().backward()
-        out[name] = [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in parameters]
-    for p in parameters:
-        p.grad = None
+        with set_aside(parameters):
+            loss().backward()
+            out[name] = local_gradients(parameters)
     return out
 
 

@@ -76,3 +76,23 @@ def flat_numbers(report: Mapping[str, Any]) -> dict[str, float]:
         numbers |= {f"guard/{name}/{key}": domain[key] for key in ("net_displacement", "moved")}
         numbers |= {f"guard/{name}/{share}": value for share, value in (domain["energy"] or {}).items()}
     return {name: float(value) for name, value in numbers.items() if value is not None}
+
+
+def guard_figures(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Of `CapabilityGuard.report()`, since the guard was attached.
+
+    Returns:
+        "touched_share", "steps", "dropped_steps", "open_windows" and "domains": per domain with history "aligned",
+        "conflicting", "orthogonal" (shares of raw update energy), "net_displacement" (relative to the recorded stage's) and
+        "capture" (share of the recorded stage's squared displacement that its directions hold). None: not measured.
+    """
+    domains = {}
+    for name, found in report["domains"].items():
+        energy = found["energy"] or {}
+        domains[name] = {
+            **{key: energy.get(key) for key in ("aligned", "conflicting", "orthogonal")},
+            "net_displacement": found["net_displacement"],
+            "capture": found["capture"]["displacement"],
+        }
+    kept = {key: report[key] for key in ("touched_share", "steps", "dropped_steps", "open_windows")}
+    return {**kept, "domains": domains}

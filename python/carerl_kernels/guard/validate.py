@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..subspace.factored import FactoredBasis
-from ..subspace.layout import Layout
+from ..subspace.random_basis import as_random, random_basis
 from ..subspace.shards import local
-from ..subspace.store import BasisInfo, DomainBasis, StoredBasis
+from ..subspace.store import StoredBasis
 from .build import architecture_of, lay_out, new_stack, sides_of, trainable
+from .gradients import gradients, set_aside
 from .stack import Stack, noise_floor
 
 # two-sided 95 % points of Student's t for 2, 3, ... degrees of freedom; beyond the last the normal's
@@ -77,15 +77,12 @@ def validate(basis: StoredBasis, model: nn.Module, losses: Iterable[Callable[[],
             stack: Stack = new_stack(layout, torch.float32, device)
             stack.put(one, [local(p) for p in parameters])
             stacks.append(stack)
-    kept = [p.grad for p in parameters]
     shares: list[list[float]] = [[], []]
-    try:
-        for loss in losses:
-            for p in parameters:
-                p.grad = None
+    for loss in losses:
+        with set_aside(parameters):
             loss().backward()
             with torch.no_grad():
-                grads = [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in parameters]
+                grads = gradients(parameters, layout.names)
                 total = layout.shards.sum_(torch.stack([g.double().square().sum() for g in grads]).sum())
                 if not (total.isfinite() and total > 0):
                     raise ValueError(
@@ -94,9 +91,6 @@ def validate(basis: StoredBasis, model: nn.Module, losses: Iterable[Callable[[],
                 for stack, out in zip(stacks, shares, strict=True):
                     inside = stack.frame(None).root(stack.project(grads)).square()
                     out.append(float(stack.column_sums(inside).sum() / total))
-    finally:
-        for p, grad in zip(parameters, kept, strict=True):
-            p.grad = grad
     if len(shares[0]) < 3:
         raise ValueError(f"validate: expected at least 3 losses for an interval, found {len(shares[0])}")
     (mean, low, high), (chance, _, chance_high) = _interval(shares[0]), _interval(shares[1])
@@ -104,42 +98,6 @@ def validate(basis: StoredBasis, model: nn.Module, losses: Iterable[Callable[[],
     if low > max(chance_high, noise_floor(chance)):
         verdict = "functional"
     return Validation(info.domain, info.kind, info.k, len(shares[0]), mean, low, high, chance, chance_high, verdict)
-
-
-def as_random(basis: StoredBasis, fresh: StoredBasis) -> StoredBasis:
-    """Random directions under the recorded domain's name, no more in any tensor than were recorded there."""
-    fresh = replace(fresh, info=basis.info)  # type: ignore[type-var]
-    if not isinstance(basis, FactoredBasis) or not isinstance(fresh, FactoredBasis):
-        return fresh
-
-    def as_many(fresh: Mapping[str, Tensor], recorded: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: t * (recorded[name] != 0).any(0).to(t.device) for name, t in fresh.items()}
-
-    return replace(fresh, left=as_many(fresh.left, basis.left), right=as_many(fresh.right, basis.right))
-
-
-def random_basis(layout: Any, seed: int = 0) -> StoredBasis:
-    """Random directions as many as a basis over this layout has."""
-    if not isinstance(layout, Layout):
-        return FactoredBasis.random(layout, "random", seed)
-    draw = torch.Generator().manual_seed(seed)
-    rows = torch.randn(layout.k, layout.size, generator=draw)
-    info = BasisInfo(
-        domain="random",
-        kind=layout.kind,
-        k=layout.k,
-        architecture="",
-        names=layout.names,
-        shapes=layout.shapes,
-        start_hash="",
-        end_hash="",
-        steps=0,
-        skipped=0,
-        gradient_capture=None,
-        displacement_capture=layout.chance,
-    )
-    ones = torch.ones(layout.T, layout.k, dtype=torch.float64)
-    return DomainBasis(info, rows, ones, ones.clone(), None, layout if layout.shards.sharded else None)
 
 
 def _interval(values: list[float]) -> tuple[float, float, float]:

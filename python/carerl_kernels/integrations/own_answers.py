@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from .._files import write_bytes_atomically
-from ..grpo.text import left_pad, right_pad
 from ..guard.probes import PromptStore
+from ..text import left_pad, right_pad
 
 
 class OwnAnswers(TrainerCallback):

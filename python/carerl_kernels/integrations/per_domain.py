@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..guard.build import trainable
 from ..guard.editors import Editor, assign, spread_editor
-from ..subspace.shards import local
+from ..guard.gradients import gradient_of
 
 ROW_MEANS = ("grpo", "sapo", "dr_grpo", "luspo")
 """Losses divided by the sequences of the micro-batch; bnpo by its tokens; the others by numbers of the whole batch."""
@@ -180,10 +180,7 @@ class DomainLosses:
             return
         names = self.trainer.domain_names
         gradients = {
-            names[domain]: [
-                torch.zeros_like(local(p)) if g is None else local(g)
-                for (_, p), g in zip(self._named, grads, strict=True)
-            ]
+            names[domain]: [gradient_of(p, g) for (_, p), g in zip(self._named, grads, strict=True)]
             for domain, grads in sorted(self._gradients.items())
         }
         self._gradients.clear()

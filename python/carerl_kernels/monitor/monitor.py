@@ -15,11 +15,11 @@ from typing import Any, get_args
 from torch import nn
 
 from .._files import write_bytes_atomically
+from ..guard.report import guard_figures
 from .budget import StepBudget
 from .controller import Controller
 from .domain import Alert, Given, WatchedDomain, is_number, plain, read_baseline
 from .gradients import GradientKeeper
-from .guarded import guard_figures
 from .sequential import DropTest, Examples
 from .sinks import Sink, plain_values
 from .split import Losses

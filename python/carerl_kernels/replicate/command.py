@@ -38,9 +38,9 @@ def replicate(
     list_cells: Annotated[bool, typer.Option("--list", help="Print the cells and which are done.")] = False,
 ) -> None:
     """Does it help? Guards, baselines and controls over tasks and seeds; every cell is recorded as it ends."""
-    from ..cli import _plain_errors
+    from .._command import plain_errors
 
-    with _plain_errors("replicate", "train"):
+    with plain_errors("replicate", "train"):
         from rich.console import Console
 
         from .cells import RAW, current, read_records, recorded

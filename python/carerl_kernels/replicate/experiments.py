@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..guard import CapabilityGuard
-from ..guard.validate import as_random, random_basis
 from ..subspace import StoredBasis
+from ..subspace.random_basis import as_random, random_basis
 
 
 class RandomGuard(CapabilityGuard):

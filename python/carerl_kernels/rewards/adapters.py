@@ -21,7 +21,7 @@ from typing import Any
 
 from .._http import MAX_BODY
 from .._json import parse_json
-from ..grpo.domain import Example
+from ..task import Example
 from .handed_over import Examples, Reward, as_example, as_number, judged, name_of, plain
 from .prompts import Prompt, completion_text
 from .reasoning import StripReasoning, strip_special_tokens

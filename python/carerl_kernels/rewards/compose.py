@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..grpo.domain import BatchReward, Example, checked_rewards, group_numbers
+from ..task import BatchReward, Example, checked_rewards, group_numbers
 from .normalize import ROUNDING, Running, rank_in_group, spread_of, standardized
 
 Normalization = Literal["none", "group", "rank", "running"]

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 from .._files import write_bytes_atomically
 from .._json import parse_json
 from .._rows import is_text_or_chat, read_rows
-from ..grpo.domain import Example, checked_rewards
+from ..task import Example, checked_rewards
 from .pa_grm import Item, Score, Scorer, judge_noise
 from .prompts import completion_text
 from .reasoning import StripReasoning

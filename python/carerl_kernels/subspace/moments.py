@@ -369,17 +369,13 @@ class Moments:
         layout.shards.sum_(moved_energy)
         now = hash_parameters(parameters, layout.shards)
         change = 0.0 if start is None else change_energy(start, parameters, layout.shards)
-        info = BasisInfo(
-            domain=domain,
-            kind=layout.kind,
-            k=layout.k,
+        info = BasisInfo.of(
+            layout,
+            domain,
             architecture=architecture,
-            names=layout.names,
-            shapes=layout.shapes,
             start_hash=now if start is None else start.hash,
             end_hash=now,
             steps=self.batches if steps is None else steps,
-            skipped=0,
             gradient_capture=held / total if total > 0 else 0.0,
             displacement_capture=float(moved_energy) / change if start is not None and change > 0 else None,
         )

@@ -143,13 +143,11 @@ class StageRecorder(GradientRecorder):
         total = float(layout.shards.sum_(energy))
         self._orient(directions, moved)
         seen = float(self.pca.energy.sum())
-        info = BasisInfo(
-            domain=self.domain,
-            kind=self.layout.kind,
+        info = BasisInfo.of(
+            layout,
+            self.domain,
             k=directions.shape[0],
             architecture=self.architecture,
-            names=self.layout.names,
-            shapes=self.layout.shapes,
             start_hash=self.start.hash,
             end_hash=hash_parameters(parameters, layout.shards),
             steps=int(self.pca.seen),

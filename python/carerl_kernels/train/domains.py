@@ -12,8 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from .._rows import read_rows
-from ..grpo.domain import BatchReward, Domain, Example
 from ..rewards.reasoning import StripReasoning
+from ..task import BatchReward, Domain, Example
 
 Reward = Callable[[Example, str], float | None] | BatchReward
 

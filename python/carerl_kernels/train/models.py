@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..grpo.domain import Domain
 from ..grpo.progress import quiet_transformers
+from ..task import Domain
 from .recipe import Lora, ModelSpec
 
 PAD, EOS = "<pad>", "<eos>"

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from torch import nn
 
+from .._command import size
 from ..grpo.parallel import blocks
 from ..subspace.layout import RowKind
 from .models import shapes
@@ -168,13 +169,3 @@ def lines(recipe: Recipe, plan: RunPlan) -> list[str]:
     out += [f"  {size(n):>10}  {name}" for name, n in plan.memory.items()]
     out.append(f"  {size(plan.total):>10}  in all")
     return out + [f"  ({note})" for note in plan.notes]
-
-
-def size(n: int) -> str:
-    """Bytes for people."""
-    value, unit = float(n), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            break
-        value /= 1000
-    return f"{value:.3g} {unit}"

@@ -11,9 +11,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from ..grpo.config import GRPOConfig, Stage
-from ..grpo.domain import name_problem
 from ..grpo.endpoint import TRUNCATED, Engine
 from ..grpo.parallel import Precision
+from ..task import name_problem
 from .domains import AnyDomain
 from .recipe_yaml import RecipeError, read_yaml
 

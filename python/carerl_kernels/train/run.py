@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from ..grpo.config import Stage, stage_names
-from ..grpo.domain import Domain
 from ..grpo.endpoint import EndpointSampler
 from ..grpo.parallel import Ranks, process_group, shard
-from ..grpo.text import special_tokens
 from ..grpo.trainer import GRPOTrainer
+from ..task import Domain
+from ..text import special_tokens
 from .models import load_model
 from .recipe import GuardSpec, Recipe, RecipeError
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+from ..._errors import PlainError
 from ..log import LOGGER
 
 
-class BackendError(RuntimeError):
+class BackendError(PlainError):
     """No usable reply, after all retries: this one item cannot be judged."""
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...grpo.text import cache_name, encode_prompts, forward_accepts, left_pad, position_ids, special_tokens
+from ...text import cache_name, encode_prompts, forward_accepts, left_pad, position_ids, special_tokens
 from .backend import BackendError, Meter, Reply, Request, Token
 
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from ..._loop import run_sync
 from ..log import LOGGER
 from ..prompts import Prompt, prompt_text
 from ..reasoning import StripReasoning, graded_text
@@ -16,13 +17,12 @@ from .backend import Backend, BackendError, BackendRefusedError
 from .builder import ProtocolBuilder
 from .cache import Cache
 from .judge import Judge, Verdict
-from .loop import run_sync
 from .protocol import Limits, Protocol
 from .signs import REPORT, signs, without_signs
 from .untrusted import Controls
 
 if TYPE_CHECKING:
-    from ...grpo.domain import Example
+    from ...task import Example
 
 Calibration = Literal["scale", "anchors", "group"]
 OnSigns = Literal["lower", "zero", "note"]
@@ -292,7 +292,7 @@ class Scorer:
             BackendRefusedError: The backend refuses whatever it is asked. All else that a server does wrong is a None.
             OSError: The cache's file cannot be read or written.
         """
-        from ...grpo.domain import group_numbers
+        from ...task import group_numbers
 
         items = [Item(e.prompt, text, e.answer) for e, text in zip(examples, completions, strict=True)]
         return [s.reward for s in run_sync(self.score_all(items, groups=group_numbers(examples)))]

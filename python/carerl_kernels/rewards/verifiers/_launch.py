@@ -19,12 +19,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ..._errors import PlainError
+
 _HERE = Path(__file__).parent
 _PROGRAM = (_HERE / "_program.py").read_text(encoding="utf-8")
 START_PATIENCE = 60.0  # seconds for the inside to start on a busy machine
 
 
-class SandboxError(RuntimeError):
+class SandboxError(PlainError):
     """The sandbox itself failed, or cannot be had here; says nothing about the program."""
 
 

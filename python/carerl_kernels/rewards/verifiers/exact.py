@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..reasoning import StripReasoning, graded_text
 
 if TYPE_CHECKING:
-    from ...grpo.domain import Example
+    from ...task import Example
 
 
 def exact_match(example: Example, completion: str, *, strip_reasoning: StripReasoning = True) -> float:

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from ...grpo.domain import Domain, Example
+from ...task import Domain, Example
 from ..log import LOGGER
 from ..reasoning import StripReasoning, graded_text
 from .answers import tagged_answer

@@ -12,7 +12,7 @@ from ..reasoning import StripReasoning, graded_text
 from .fences import fenced_blocks
 
 if TYPE_CHECKING:
-    from ...grpo.domain import Example
+    from ...task import Example
 
 Check = Callable[..., bool]
 CHECKS: dict[str, Check] = {}

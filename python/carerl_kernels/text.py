@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .domain import Messages
+from .task import Messages
 
 
 @dataclass(frozen=True)

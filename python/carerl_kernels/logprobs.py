@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .domain import Example
+from .task import Example
 from .text import SpecialTokens, encode_answers, encode_prompts, forward_accepts, left_pad, position_ids, right_pad
 
 

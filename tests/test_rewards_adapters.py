@@ -5,9 +5,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
-import threading
-import urllib.error
-import urllib.request
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +13,6 @@ import torch
 from carerl_kernels.grpo import RewardError
 from carerl_kernels.rewards.adapters import (
     openrlhf_reward_func,
-    openrlhf_server,
     slime_custom_rm,
     trl_reward,
     verifiers_reward,
@@ -162,26 +158,6 @@ def test_openrlhf():
         function(["xy"], ["a"], ["b"])
     with pytest.raises(ValueError, match="as many queries, prompts and labels, found 1, 2, 1"):
         function(["ab"], ["a", "a"], ["b"])
-
-
-def test_openrlhf_server():
-    with openrlhf_server(length, port=0, excluded=0.0) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_address[1]}/get_reward"
-
-        def post(body):
-            request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-            with urllib.request.urlopen(request) as response:
-                return json.loads(response.read())
-
-        got = post({"query": ["ab", "a?"], "prompts": ["a", "a"], "labels": ["b", "b"]})
-        assert got == {"rewards": [pytest.approx(1.1), 0.0], "scores": [1.0, 0.0], "extra_logs": {"judged": [1.0, 0.0]}}
-        assert post({"query": ["ab"], "prompts": ["a"]})["rewards"] == [pytest.approx(0.1)]
-        for body in ({"query": ["ab"]}, {"query": ["x"], "prompts": ["a"]}, []):
-            with pytest.raises(urllib.error.HTTPError) as error:
-                post(body)
-            assert error.value.code == 400 and "error" in json.loads(error.value.read())
-        server.shutdown()
 
 
 def sample(response, label="b"):
@@ -381,16 +357,3 @@ def test_reasoning_is_left_out_where_it_is_asked_for(strip):
         seen.calls.clear()
         call(text), call(unfinished)
         assert [c for _, (c,) in seen.calls] == ([text, unfinished] if strip is False else ["4", ""])
-
-
-@pytest.mark.parametrize(
-    "body", [b"[" * 5000, b"\xff", b'{"query": ["ab"], "prompts": [1e999]}', b"3", b'{"query": 3, "prompts": 3}']
-)
-def test_openrlhf_server_answers_any_body(body):
-    with openrlhf_server(length, port=0, excluded=0.0) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_address[1]}/get_reward"
-        with pytest.raises(urllib.error.HTTPError) as error:
-            urllib.request.urlopen(urllib.request.Request(url, body))
-        assert error.value.code == 400 and "error" in json.loads(error.value.read())
-        server.shutdown()

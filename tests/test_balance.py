@@ -12,7 +12,6 @@ import pytest
 import torch
 from carerl_kernels.grpo.balance import EqualNorms, domination_of, step_shares, weighted
 from carerl_kernels.monitor import Controller, DriftMonitor
-from carerl_kernels.monitor.simulate import ALPHA_BETA
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -94,7 +93,7 @@ def simulated(controller, *, looks=60, n=512, samples=4, harm=0.03, seed=0, half
     """
     rng = np.random.default_rng(seed)
     monitor = DriftMonitor(NAMES, baseline="best", planned=looks, controller=controller)
-    skill = {name: rng.beta(*ALPHA_BETA, n) for name in NAMES}
+    skill = {name: rng.beta(0.75, 0.5, n) for name in NAMES}
     ceiling = {name: float(s.mean()) for name, s in skill.items()}
     level, factors, levels = dict(ceiling), [], []
     for look in range(looks):

@@ -1,4 +1,4 @@
-"""`python -m carerl_kernels.monitor.simulate`: how often the monitor is wrong, and how late it is right.
+"""`python bench/monitor_alerts.py`: how often the monitor is wrong, and how late it is right.
 
 A simulated run has three domains and 40 evaluations after that of the start. Every example has a success probability, drawn from
 a U-shaped Beta distribution with mean .6; before every evaluation 3 % of the examples draw theirs anew, as models change without
@@ -14,9 +14,8 @@ from typing import Annotated
 
 import numpy as np
 import typer
-
-from .monitor import DriftMonitor
-from .sequential import Examples, Numbers
+from carerl_kernels.monitor import DriftMonitor
+from carerl_kernels.monitor.sequential import Examples, Numbers
 
 DOMAINS = ("first", "second", "third")
 LOOKS, BEGIN, CHURN = 40, 10, 0.03
@@ -126,7 +125,7 @@ def main(
     only: Annotated[str | None, typer.Option(help="Only these rows: fixed-start, fixed-best or fresh-start.")] = None,
 ) -> None:
     """Prints the table of docs/monitor.md; about half an hour on one core."""
-    logging.getLogger(__package__).setLevel(logging.ERROR)  # alerts are counted here, not told
+    logging.getLogger("carerl_kernels.monitor").setLevel(logging.ERROR)  # alerts are counted here, not told
     kinds = {
         "fixed-start": ("exact", "1 sample", "4 samples"),
         "fixed-best": ("exact", "1 sample"),

@@ -67,7 +67,7 @@ class Recording:
                 f"stage {name!r}: expected {', '.join(shown)} with basis='input' alone, found {self.layout.kind!r}"
             )
         if self.sees == "gradients":
-            options |= {"k": self.layout.k, "every": self.settings.record_every}
+            options["every"] = self.settings.record_every
         if self.sees == "inputs":
             if self.module is None:
                 raise RuntimeError(

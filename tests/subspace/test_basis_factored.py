@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from carerl_kernels import BasisError, CapabilityGuard, DomainBasis
-from carerl_kernels.guard.factored import BLOCK
+from carerl_kernels.guard.input_stack import BLOCK
 from carerl_kernels.subspace import FactoredBasis, StoredBasis
 from carerl_kernels.subspace.block import leading_factors
 from carerl_kernels.subspace.random_basis import random_basis

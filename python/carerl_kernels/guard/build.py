@@ -12,7 +12,8 @@ from ..subspace.kinds import KINDS
 from ..subspace.layout import Kind, Layout
 from ..subspace.matrices import MatrixLayout, Side
 from ..subspace.sites import guess_sides, plain_name, unwrapped, wrappers
-from .factored import BlockStack, InputStack
+from .block_stack import BlockStack
+from .input_stack import InputStack
 from .stack import RowStack, Stack
 
 

@@ -1,6 +1,6 @@
 """Changes of weight matrices between two checkpoints, confined: the part that needs no files.
 
-The projection is that of :class:`~carerl_kernels.guard.factored.InputStack` (MATH: confinement).
+The projection is that of :class:`~carerl_kernels.guard.input_stack.InputStack` (docs/math.md, "bounded displacement (box)").
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..subspace.matrices import MatrixLayout, Side
 from ..subspace.portions import Portion
 from ..subspace.weights import DTYPES
 from .correct import rule_params
-from .factored import InputStack
+from .input_stack import InputStack
 from .rules import RuleParams
 from .settings import Settings
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..subspace.sites import unwrapped
 from ..thin import full_precision
-from .factored import InputStack
+from .input_stack import InputStack
 from .stack import Stack
 
 Place = tuple[int, int]

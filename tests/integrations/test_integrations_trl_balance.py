@@ -121,3 +121,13 @@ def test_processes_weigh_alike():
     assert logs["domain/a/step_share"] == pytest.approx(0.5, abs=1e-5) and logs["domination"] == pytest.approx(
         1, abs=1e-5
     )
+
+
+def test_a_loud_domain_is_named_once_with_trls_own_setting(caplog):
+    balance = AdvantageBalance(None, ["a", "b"])
+    ids = torch.tensor([0, 0, 1, 1])
+    for _ in range(100):
+        balance.weigh(torch.tensor([10.0, -10.0, 0.1, -0.1]), ids, lambda sums: sums)
+    (told,) = [record.message for record in caplog.records]
+    assert "a has 100% of the step budget" in told and "scale_rewards='group'" in told
+    assert "advantages=" not in told

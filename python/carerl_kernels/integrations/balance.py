@@ -102,7 +102,7 @@ class AdvantageBalance(TrainerCallback):
 
     def _tell(self, shares: dict[str, float]) -> None:
         self._recent = [*self._recent, shares][-LOUD_OVER:]
-        told = None if self._warned else loud(self._recent)
+        told = None if self._warned else loud(self._recent, "scale_rewards='group'")
         if told is not None:
             self._warned = True
             _log.warning("%s", told)

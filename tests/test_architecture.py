@@ -19,7 +19,7 @@ NAME = PACKAGE.name
 
 LEAVES = {
     "_command", "_errors", "_files", "_http", "_json", "_load", "_loop", "_ops", "_rows",
-    "info", "linalg", "logprobs", "reference", "task", "text", "thin",
+    "info", "linalg", "logprobs", "reference", "reference_matrices", "reference_policy", "task", "text", "thin",
 }  # fmt: skip
 """Modules without a room, which every room may use and which use each other only."""
 COMMANDS = {"__main__", "basis_command", "basis_record", "cli", "confine_command", "diagnose_command", "report_command"}

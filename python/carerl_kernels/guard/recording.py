@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..subspace.kinds import KINDS
@@ -16,6 +17,8 @@ from ..subspace.layout import Layout
 from ..subspace.matrices import MatrixLayout
 from ..subspace.recorder import Recorder
 from ..subspace.store import StoredBasis
+from .build import new_stack
+from .checks import at_least
 from .newcomer import Newcomer
 from .settings import Settings
 
@@ -76,6 +79,32 @@ class Recording:
                 )
             options |= {"model": self.module, "energy": self.settings.energy, "group": self.data_group, "fixed": fixed}
         return KINDS[self.layout.kind].recorder(name, self.layout, self.locals(), **options, **shown)
+
+    def open(self, name: str, check_every: int, device: torch.device, *, fixed: bool) -> None:
+        """Begins to record a newcomer; see :meth:`CapabilityGuard.open_domain`."""
+        at_least("check_every", check_every, 1)
+        if self.sees == "change":
+            raise ValueError(
+                "open_domain: expected a basis of gradients or inputs, found 'block', whose directions come from the "
+                "parameter change of all domains together; use guard.stage, or another basis"
+            )
+        if name in [recorder.domain for recorder in self.active]:
+            raise RuntimeError(f"domain {name!r} is being recorded already")
+        recorder = self.recorder(name, fixed=fixed)
+        recorder.begin()
+        self.newcomers[name] = Newcomer(recorder, new_stack(self.layout, torch.float32, device), check_every)
+
+    def close(self, name: str) -> StoredBasis:
+        """Ends the recording of a newcomer; what was found."""
+        if name not in self.newcomers:
+            raise KeyError(
+                f"close_domain: expected a domain opened before ({', '.join(self.newcomers)}), found {name!r}"
+            )
+        recorder = self.newcomers.pop(name).recorder
+        try:
+            return recorder.finish(self.locals())
+        finally:
+            recorder.end()
 
     @property
     def wants_gradients(self) -> bool:

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, TypedDict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .memory import Memory
+    from .optimizers import Census
+    from .recording import Recording
 
 
 class DomainReport(TypedDict):
@@ -62,6 +69,41 @@ class Report(TypedDict, total=False):
     communication: dict[str, int]
     memory: int
     covered: float
+
+
+def report_of(
+    memory: Memory, census: Census, recording: Recording, parameters: Sequence[Tensor], seen: Iterable[str]
+) -> Report:
+    """The report of a guard, but for its seconds and what its last step communicated.
+
+    Args:
+        memory: What the guard remembers.
+        census: Which parameters move freely.
+        recording: What is being recorded.
+        parameters: The local parts of the guarded parameters.
+        seen: Names of all domains that the guard has heard of.
+    """
+    settings, layout, statistics, box = memory.settings, memory.layout, memory.statistics, memory.box
+    history = memory.history
+    return {
+        "rule": settings.rule,
+        "apply_to": settings.apply_to,
+        "basis": layout.kind,
+        "k": layout.k,
+        "every": 1 if box is None else settings.every,
+        "steps": statistics.steps,
+        "dropped_steps": statistics.dropped,
+        "waiting": 0 if box is None else box.waiting,
+        "touched_share": statistics.touched_share,
+        "domains": {name: memory.domain(name, parameters) for name in history},
+        "open_windows": [n for n in seen if n not in history] + [n for n in history if memory.blind(n)],
+        "unguarded": census.report(),
+        "recording": {name: newcomer.as_dict() for name, newcomer in recording.newcomers.items()},
+        **({"probes": memory.probes.report(history)} if settings.rule == "probed" else {}),
+        "communication": {"elements": layout.shards.elements, "all_reduces": layout.shards.calls},
+        "memory": memory.bytes(),
+        "covered": layout.covered / layout.parameters,
+    }
 
 
 def flat_numbers(report: Mapping[str, Any]) -> dict[str, float]:

@@ -182,8 +182,6 @@ def _validate(file: Path, folder: Path, prompts: Path, batch: int, gradients: in
     from .text import special_tokens
 
     stored = StoredBasis.load(file)
-    if not prompts.is_file():
-        raise FileNotFoundError(f"prompts {prompts}: expected a file of JSON lines, found none")
     examples = [Example(row["prompt"], answer=str(row["answer"])) for row in read_rows(prompts, ("prompt", "answer"))]
     network = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     for name, parameter in network.named_parameters():

@@ -37,8 +37,8 @@ class Answer:
     """What a server answered.
 
     Attributes:
-        status: Of HTTP.
-        headers: With names in any case.
+        status: The status code of HTTP.
+        headers: The headers, with names in any case.
         body: Unpacked bytes.
     """
 
@@ -74,7 +74,7 @@ class RetryingClient:
         log: Gets a line (INFO) for every retry.
 
     Attributes:
-        url: As given, for messages: without its password.
+        url: The address as it was given, for messages: without its password.
         retries: So far.
 
     Raises:

@@ -91,7 +91,7 @@ def success_probability(
     Args:
         model: Causal LM.
         tokenizer: Its tokenizer.
-        examples: With answers.
+        examples: The examples, with answers.
         tokens: Padding, end and banned ids.
         max_new_tokens: The sampler's limit: an answer of just that many tokens is cut there and needs no end token, a
             longer one cannot be written and has probability 0. None: no limit.

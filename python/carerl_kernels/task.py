@@ -92,9 +92,9 @@ def checked_rewards(
     """Rewards of completions, example i belonging to completion i: finite numbers, or None for what could not be judged.
 
     Args:
-        name: Of what is judged, for messages.
+        name: The name of what is judged, for messages.
         reward: See `Domain`.
-        examples: As many as completions.
+        examples: As many examples as completions.
         completions: Decoded.
         training: False asks for the reward's `evaluate_batch` where it has one.
 
@@ -224,7 +224,7 @@ class Domain:
         """The rewards of several completions, example i belonging to completion i.
 
         Args:
-            examples: As many as completions; `group_numbers` says which are one group.
+            examples: As many examples as completions; `group_numbers` says which are one group.
             completions: Decoded.
             training: False asks for the reward's `evaluate_batch` where it has one.
 

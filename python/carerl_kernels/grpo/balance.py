@@ -136,8 +136,8 @@ class Mixture:
     """What the configuration's `balance` makes of the mixed batches of a run, and what is told of them.
 
     Args:
-        config: Of the trainer.
-        monitor: Whose controller acts, or None.
+        config: The config of the trainer.
+        monitor: The monitor whose controller acts, or None.
         ranks: Processes that share the model.
         norms_known: Whether gradients of single domains are told to `see`: an editor combines them.
 

@@ -173,7 +173,7 @@ class Stage:
         domain: A domain's name, or several names for mixed batches (prompts split as evenly as possible).
         steps: Number of rollout batches.
         lr: Learning rate of this stage; None takes the configuration's.
-        shares: Of the prompts of a mixed stage, one per domain, positive; None: equal.
+        shares: The shares of the prompts of a mixed stage, one per domain, positive; None: equal.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # where a recipe says it

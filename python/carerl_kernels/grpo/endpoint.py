@@ -51,19 +51,19 @@ class EndpointSampler:
 
     Args:
         url: Up to and including /v1.
-        model: As the engine names it.
+        model: The model's name in the engine.
         tokens: Padding, end and banned ids of the policy.
-        engine: Whose calls reload weights.
+        engine: The engine whose calls reload weights.
         folder: Weights for the engine are written to "served" in it, and older ones there removed: a folder of this run alone.
         sync_every: Steps between two pushes of weights; 1: completions always come from the present ones.
         device: Where the tokens go.
-        api_key: By default the environment's CARERL_SAMPLER_API_KEY, if any.
+        api_key: The key, by default the environment's CARERL_SAMPLER_API_KEY, if any.
         max_in_flight: Requests under way at once: prompts for vLLM, single completions for SGLang.
         timeout: Seconds for one attempt at a request.
         reload_timeout: Seconds for the engine to read weights.
         max_gap: Largest mean |log-probability in training - from the engine| that is still believed, in nats per token, where
             the engine has the present weights.
-        dtype: Of the weights written for it; None: as they are trained.
+        dtype: The dtype of the weights written for it; None: as they are trained.
         attempts: Tries of one request in all.
         backoff, max_backoff: See `RetryingClient`.
 
@@ -251,7 +251,7 @@ class EndpointSampler:
         """Has the engine load the weights of a step; older ones on the disk go, except those it had before.
 
         Args:
-            step: Whose weights these are.
+            step: The step whose weights these are.
             write: Writes a model folder; None: it is there.
 
         Raises:

@@ -38,13 +38,13 @@ def example_scores(
     Args:
         model: Causal LM.
         tokenizer: Its tokenizer.
-        domain: With eval_examples.
+        domain: The domain, with eval_examples.
         tokens: Padding, end and banned ids.
         max_new_tokens: The sampler's limit.
         num_samples: Completions per example (sampled mode).
-        temperature: Of the sampled mode.
+        temperature: The temperature of the sampled mode.
         batch_size: Sequences at once.
-        seed: Of the sampled mode.
+        seed: The seed of the sampled mode.
         sampler: Writes the completions; the model itself if None.
         ranks: Processes that share the model: each evaluates its share of the examples, the first one judges.
 

@@ -63,7 +63,7 @@ class Learner:
     Args:
         model: Policy.
         tokenizer: Its tokenizer.
-        domains: By name.
+        domains: The domains, by name.
         config: Settings.
         guard: Or None.
         monitor: Or None.
@@ -130,7 +130,7 @@ class Learner:
         Args:
             optimizer: Over this model's parameters, learning rate set.
             counts: Prompts per domain name.
-            owner: Whose steps these are to the guard: the stage's name, also where some prompts are replayed from
+            owner: The domain whose steps these are to the guard: the stage's name, also where some prompts are replayed from
                 earlier domains, for the stage records its own steps and every other domain's directions act on them.
             earlier: Names of the domains of earlier stages, whose stored answers are rehearsed.
             mixed: Whether it is a step of a mixed stage, whose advantages have a default of their own.

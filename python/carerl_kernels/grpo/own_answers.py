@@ -23,7 +23,7 @@ class OwnAnswers:
     """Keeps right completions, and adds the gradient of their cross-entropy.
 
     Args:
-        learner: Of the run, with its settings.
+        learner: The learner of the run, with its settings.
 
     Attributes:
         loss: Mean negative log-likelihood per token of what was rehearsed last; None: nothing yet.

@@ -35,7 +35,8 @@ class Ranks:
         device: Where numbers to be summed live (a GPU for NCCL).
 
     Attributes:
-        rank, size: Of this process, of the group.
+        rank: The rank of this process.
+        size: The number of processes in the group.
     """
 
     def __init__(self, group: Any = None, device: torch.device | None = None) -> None:
@@ -142,7 +143,7 @@ def shard(model: nn.Module, precision: Precision = "fp32", device: str | None = 
 
     Args:
         model: Each of its repeated blocks becomes a unit that is gathered on its own.
-        precision: Of forward and backward.
+        precision: The precision of forward and backward.
         device: "cuda" moves each block to this process's GPU as it is split; None: where the model is.
     """
     from torch.distributed.device_mesh import init_device_mesh

@@ -22,7 +22,7 @@ class FrozenWeights:
     """A copy of a model's trainable parameters, as they are now.
 
     Args:
-        model: Whose `in_place` puts the copy into, for a moment.
+        model: The model whose `in_place` puts the copy into, for a moment.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -74,10 +74,10 @@ class EarlierWeights:
     Args:
         model: Policy.
         config: Whether and with what the KL term compares, and where a stage ends.
-        directory: Of the run, or None.
+        directory: The directory of the run, or None.
 
     Attributes:
-        reference: Of the KL term; None without one.
+        reference: The weights of the KL term; None without one.
     """
 
     def __init__(self, model: nn.Module, config: GRPOConfig, directory: RunDirectory | None) -> None:
@@ -91,9 +91,10 @@ class EarlierWeights:
         """A stage begins, or goes on after an interruption: takes the present weights, or brings back those kept.
 
         Args:
-            index, offset: Of the stage, and how many of its steps are done.
-            step: Of the run.
-            state: Of the checkpoint that the run goes on from; None in between.
+            index: The number of the stage.
+            offset: How many of its steps are done.
+            step: The step of the run.
+            state: The state of the checkpoint that the run goes on from; None in between.
 
         Returns:
             `reference`.

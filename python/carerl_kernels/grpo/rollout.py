@@ -157,7 +157,7 @@ def rollout(
         model: Policy.
         tokenizer: Its tokenizer.
         tokens: Padding, end and banned ids.
-        domains: By name.
+        domains: The domains, by name.
         counts: Prompts per domain name.
         config: Sampling and advantage settings.
         rng: Draws prompts and their seeds, alike in every process.

@@ -82,8 +82,8 @@ def load_tensors(path: Path, own: Mapping[str, Tensor], put: Callable[[str, Tens
     """Copy stored tensors into `own` ones in place (optimizers keep pointing at the same parameters).
 
     Args:
-        path: Of `save_tensors`.
-        own: By name; each process reads its parts of sharded ones.
+        path: The path of `save_tensors`.
+        own: This run's tensors, by name; each process reads its parts of sharded ones.
         put: Called with name and value (this process's part) instead of copying.
 
     Raises:
@@ -194,7 +194,7 @@ class RunDirectory:
         """Compare settings with those the run was started with.
 
         Args:
-            settings: As given to `start`.
+            settings: The settings, as given to `start`.
             cosmetic: Names under "config" that may differ.
 
         Raises:

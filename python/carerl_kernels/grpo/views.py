@@ -24,7 +24,7 @@ class DomainViews:
     """Shows domains to a guard, and keeps what it saw.
 
     Args:
-        learner: Of the run; its random state is left alone.
+        learner: The learner of the run; its random state is left alone.
         folder: Where bases are kept; None: nowhere.
     """
 

@@ -74,8 +74,9 @@ class Confined:
 
     Attributes:
         out: directory; seconds: of all of it.
-        norm: of the change; remained: share of its energy that is left.
-        domains: by name. Domains overlap: their shares do not add up.
+        norm: The norm of the change.
+        remained: The share of its energy that is left.
+        domains: The domains, by name. Domains overlap: their shares do not add up.
         corrected: tensors that were changed; kept: number of those that are bitwise what they were.
         uncovered: tensors of two or more dimensions that moved without directions; free: share of the change's energy in them and
             in vectors.
@@ -149,9 +150,10 @@ def confined(
     """The matrices' ends inside the box around their starts, float32 numbers that this dtype can store.
 
     Args:
-        matrices: on one device.
-        bases: that act; bound, room: see :func:`confine`.
-        dtype: of the file; float32 where nothing is stored yet.
+        matrices: The matrices on one device.
+        bases: The bases that act.
+        bound, room: See :func:`confine`.
+        dtype: The dtype of the file; float32 where nothing is stored yet.
         result: gathers energies along every domain's directions, and of what remains.
     """
     new = [matrix.end for matrix in matrices]

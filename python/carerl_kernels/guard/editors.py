@@ -75,8 +75,8 @@ class GramEditor(Stateless):
     Args:
         weigh: gives weights `[D]` float64 from the Gram matrix `[D, D]` float64 (on the CPU).
         per_module: one Gram matrix per module instead of one for all parameters: conflicts are looked for where they are.
-        names: of the parameters, needed per module: those that share everything before the last dot belong together.
-        shards: of sharded parameters; None: :func:`spread_editor` sets them.
+        names: The names of the parameters, needed per module: those that share everything before the last dot belong together.
+        shards: The shards of sharded parameters; None: :func:`spread_editor` sets them.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class PCGrad(GramEditor):
     removed, in random order; the results are averaged.
 
     Args:
-        seed: of the order, which has to be the same in every process.
+        seed: The seed of the domains' order, which has to be the same in every process.
         per_module, names, shards: see :class:`GramEditor`.
     """
 
@@ -225,7 +225,7 @@ def spread_editor(editor: Editor, model: nn.Module | Iterable[tuple[str, nn.Para
 
     Args:
         editor: any; changed if its weights come from inner products.
-        model: as it is trained, sharded already; or pairs of name and parameter.
+        model: The model as it is trained, sharded already; or pairs of name and parameter.
     """
     if isinstance(editor, GramEditor) and (editor.shards is None or not editor.shards.sharded):
         editor.shards = Shards.of(trainable(model))

@@ -148,7 +148,7 @@ class CapabilityGuard(Protection):
         block raises, nothing becomes history.
 
         Args:
-            name: of the domain.
+            name: The name of the domain.
             path: safetensors file to write on exit, atomically.
             start_checkpoint: safetensors file with the parameters as they are now; None keeps a temporary one.
             inputs: basis "input": batches of the domain to show at the stage's end, as :meth:`protect` takes them; None keeps a

@@ -20,8 +20,8 @@ class LiteralRecording:
     where a correction and a recording by themselves take four.
 
     Args:
-        stack: of float32 rows, at least one domain.
-        recorder: of the stage; from now on its rows live here.
+        stack: The stack of float32 rows, at least one domain.
+        recorder: The recorder of the stage; from now on its rows live here.
     """
 
     def __init__(self, stack: RowStack, recorder: StageRecorder):

@@ -28,9 +28,9 @@ class Memory:
     """Directions, and what corrects steps along them: a box, or a rule that looks at every step.
 
     Args:
-        layout: of the guarded parameters.
-        settings: of the guard.
-        device: of the parameters.
+        layout: The layout of the guarded parameters.
+        settings: The settings of the guard.
+        device: The device of the parameters.
 
     Attributes:
         stack: directions of all domains. box: for rules that are a projection; steps: for the others.

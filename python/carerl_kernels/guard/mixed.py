@@ -30,8 +30,8 @@ class MixedGradient:
     """One step's gradient, told domain by domain; see :meth:`CapabilityGuard.mixed`.
 
     Args:
-        memory, following, recording: of the guard.
-        seconds: of the guard, to count in.
+        memory, following, recording: The memory, following and recording of the guard.
+        seconds: The guard's seconds per part, which are counted up here.
         known: called with every domain's name.
 
     Raises:

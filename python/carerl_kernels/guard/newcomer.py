@@ -23,7 +23,7 @@ class Newcomer:
     standard errors has to lie above the noise floor.
 
     Args:
-        recorder: of the domain.
+        recorder: The recorder of the domain.
         stack: empty, to hold the directions found so far.
         check_every: own steps between looks at the directions.
     """

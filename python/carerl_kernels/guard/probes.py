@@ -142,7 +142,7 @@ class PromptStore:
 
     Args:
         size: kept per domain; of more that are offered a uniform sample stays (reservoir sampling).
-        seed: of the sample.
+        seed: The seed of the sample.
     """
 
     def __init__(self, size: int = 32, seed: int = 0):

@@ -28,8 +28,8 @@ class Recording:
     """The recorders of a guard.
 
     Attributes:
-        layout, settings, architecture, data_group: of the guard.
-        module: that the training calls; None where the guard was built from pairs.
+        layout, settings, architecture, data_group: The `layout`, `settings`, `architecture` and `data_group` of the guard.
+        module: The module that the training calls; None where the guard was built from pairs.
         locals: gives the parameters' local parts.
         stage: the recorder of the stage in progress; newcomers: of domains that appeared on the way.
         seconds: spent.
@@ -54,7 +54,7 @@ class Recording:
         """A new recorder of this guard's kind.
 
         Args:
-            name: of the domain.
+            name: The name of the domain.
             start_checkpoint: see :meth:`CapabilityGuard.stage`.
             fixed: there is history, so that the layout has to stay.
             shown: what an input basis shows the model, and how.
@@ -136,7 +136,7 @@ class Recording:
 
         Args:
             own: the step's domain.
-            gradient: of every parameter; nothing where nobody looks at it.
+            gradient: The gradient of every parameter; nothing where nobody looks at it.
             others: whether other domains' recorders are told.
             stage: whether the stage's recorder is fed here, and not by the edit.
 

@@ -38,14 +38,15 @@ class Report(TypedDict, total=False):
     """The whole report; JSON can hold it.
 
     Attributes:
-        rule, apply_to, basis, k, every: of the guard.
+        rule, apply_to, basis, k, every: The options of the guard.
         steps, dropped_steps: optimizer steps taken; those dropped for a gradient that is not finite.
         waiting: steps since the last correction; the weights may be outside of their box by what these did.
         touched_share: energy of corrections over energy of updates; None unless tracked.
-        domains: by name.
+        domains: The domains, by name.
         open_windows: domains that nothing protects: no basis, or one that holds no more than chance.
         unguarded: parameters of the optimizer that move freely, by reason, with their number and how many elements they have.
-        recording: of newcomers. probes: of rule "probed".
+        recording: What is known of newcomers.
+        probes: What is known of the probes of rule "probed".
         seconds: spent acting, recording and probing. communication: numbers summed over processes, and all-reduces.
         memory: bytes of directions, anchors and what belongs to them in this process.
         covered: share of the guarded parameters that directions exist for.

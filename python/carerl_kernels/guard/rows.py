@@ -30,11 +30,11 @@ class RowWatch:
     Args:
         stack: directions.
         places: modules, each with the place of its weight.
-        dtype: of the gradients.
+        dtype: The dtype of the gradients.
 
     Attributes:
         out: sums over all rows of what `stack.along` says of each domain's part of the gradient.
-        check: of each group `[G, rows of each]`, what one random combination of the directions sees of the gradient.
+        check: What one random combination of the directions sees of the gradient, per group `[G, rows of each]`.
         untold: a module was fed something else than one row for each of the batch.
     """
 

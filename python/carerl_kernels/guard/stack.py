@@ -44,8 +44,8 @@ class Stack(ABC, Generic[L, B]):
     Coefficients are `[T, K]` float64: T rows of the layout, K = D * width columns, domain after domain. S = A A^T.
 
     Args:
-        layout: of the guarded parameters.
-        device: of the parameters.
+        layout: The layout of the guarded parameters.
+        device: The device of the parameters.
 
     Attributes:
         names: domains with history, oldest first; infos: what is known about their bases.
@@ -170,11 +170,11 @@ class Stack(ABC, Generic[L, B]):
         exempt: Set[int] = frozenset(),
         tight: Set[int] = frozenset(),
     ) -> Tensor:
-        """Puts parameters back into the box around an anchor, in place (MATH: confinement).
+        """Puts parameters back into the box around an anchor, in place (docs/math.md, "bounded displacement (box)").
 
         Args:
             parameters: local parts.
-            anchor: from :meth:`measure`.
+            anchor: The coefficients that the box is around, from :meth:`measure`.
             bounds: how far "bounded" lets every row move; None: nowhere.
             own: domain whose rows do not act.
             exempt: indices of parameters that move freely; tight: of those that no bound is for.

@@ -26,7 +26,7 @@ class Validation:
     """How much of fresh gradients a basis explains.
 
     Attributes:
-        domain, kind, k: of the basis.
+        domain, kind, k: The domain, kind and number k of the basis.
         gradients: how many were drawn.
         explained: mean share of their energy inside the basis; low, high: its 95 % interval (Student's t over gradients).
         random: mean share inside random directions of equal number; random_high: upper end of its interval.
@@ -56,10 +56,10 @@ def validate(basis: StoredBasis, model: nn.Module, losses: Iterable[Callable[[],
     fresh gradients is.
 
     Args:
-        basis: of the domain.
+        basis: The basis of the domain.
         model: its trainable parameters are those of the basis. Gradients it holds are put back.
         losses: each gives the domain's loss on fresh data; at least three.
-        seed: of the random directions.
+        seed: The seed of the random directions.
 
     Raises:
         BasisError: the basis belongs to another model.

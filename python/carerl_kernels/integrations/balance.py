@@ -29,8 +29,8 @@ class AdvantageBalance(TrainerCallback):
     Args:
         balance: a controller by weight, whose factors the advantages are multiplied by; "gradient": weights under which every
             domain's squared advantages are the same; None: nothing is weighed.
-        names: of the domains.
-        limit: of the weights of "gradient".
+        names: The names of the domains.
+        limit: The limit of the weights of "gradient".
 
     Raises:
         ValueError: a balance that TRL has no place for.

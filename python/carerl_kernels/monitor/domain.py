@@ -54,7 +54,7 @@ class WatchedDomain:
     """Scores of one domain over a run, compared with its baseline.
 
     Args:
-        name: of the domain.
+        name: The name of the domain.
         test: gathers the evidence.
         domains: how many are tested: evidence of one has to be that much stronger.
         score_range: smallest and largest possible score.

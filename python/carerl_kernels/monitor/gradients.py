@@ -26,7 +26,7 @@ def gradient_gram(gradients: Sequence[Sequence[Tensor]], shards: Shards | None =
 
     Args:
         gradients: D times one tensor per parameter (of sharded parameters the local parts), of equal sizes.
-        shards: of sharded parameters; sums over their processes.
+        shards: The shards of sharded parameters; sums over their processes.
         chunk: elements per gradient in the buffer: 4 D chunk bytes.
 
     Returns:
@@ -76,7 +76,7 @@ class GradientKeeper:
     Costs while kept: N numbers per name (in the gradients' dtype) beside the optimizer's own; comparing reads each once.
 
     Args:
-        model: whose trainable parameters the gradients belong to.
+        model: The model whose trainable parameters the gradients belong to.
     """
 
     def __init__(self, model: nn.Module | Iterable[tuple[str, nn.Parameter]]) -> None:

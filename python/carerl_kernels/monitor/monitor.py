@@ -182,9 +182,9 @@ class DriftMonitor:
 
         Args:
             step: number of the step, larger at every call.
-            metrics: of the step, for the sinks; see :func:`carerl_kernels.monitor.reward_statistics`.
-            scores: of an evaluation that was made anyway, as `evaluate` gives them.
-            losses: as the constructor's, for this call.
+            metrics: The metrics of the step, for the sinks; see :func:`carerl_kernels.monitor.reward_statistics`.
+            scores: The scores of an evaluation that was made anyway, as `evaluate` gives them.
+            losses: Takes the place of the constructor's `losses` for this call.
             acting: domain or stage whose step this was.
 
         Returns:
@@ -320,8 +320,8 @@ class DriftMonitor:
         :meth:`step` says what share of the step each domain has, of the gradients and, for Adam's kind, of the normalised step.
 
         Args:
-            name: of the domain.
-            optimizer: whose step follows.
+            name: The name of the domain.
+            optimizer: The optimizer whose step follows.
 
         Raises:
             ValueError: the monitor was built without a model.

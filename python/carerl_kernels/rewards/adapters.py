@@ -49,7 +49,7 @@ def trl_reward(
     Args:
         reward: Any.
         answer: Data set column with the right answer; every column is in `example.info`.
-        name: In TRL's logs.
+        name: The name of the reward in TRL's logs.
         asynchronous: An `async def`, which TRL runs beside other asynchronous rewards.
         strip_reasoning: See the module.
 

@@ -20,7 +20,7 @@ from .store import BasisError, BasisInfo, StoredBasis
 
 @dataclass(frozen=True)
 class FactoredBasis(StoredBasis, kinds=("block", "input")):
-    """Factors per covered weight matrix W `[m, n]`, by parameter name (MATH: block, input).
+    """Factors per covered weight matrix W `[m, n]`, by parameter name (docs/math.md, "input directions").
 
     `block`: directions u_i v_j^T with U = `left` `[m, r]` and V = `right` `[n, r]`, the leading singular vectors of the
     stage's change theta_start - theta_end; all r x r of them act. `input`: directions e_a v_j^T (`right` alone) or u_j e_b^T
@@ -33,7 +33,7 @@ class FactoredBasis(StoredBasis, kinds=("block", "input")):
         moved: coefficients of the stage's change along the directions, gradient convention: `[r, r]` (block), `[m, r]` or
             `[n, r]` (input). Their signs orient the directions, their sizes are the displacement. All zero where no stage
             was recorded (`info.displacement_capture` is None); files leave them out then.
-        layout: of sharded parameters, when this is one process's part only; else None.
+        layout: The layout of sharded parameters, when this is one process's part only; else None.
     """
 
     info: BasisInfo

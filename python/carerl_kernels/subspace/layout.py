@@ -40,7 +40,7 @@ class Layout:
     Gram matrices are summed over the processes, so every process sees the same numbers.
 
     Attributes:
-        names, shapes: of the whole parameters, in order.
+        names, shapes: The names and shapes of the whole parameters, in order.
         kind: "flat" or "per_matrix".
         k: directions per domain and coefficient row.
         offsets: first element of each parameter within a local row; multiples of 128, zero-padded between.

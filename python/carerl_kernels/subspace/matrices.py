@@ -28,7 +28,7 @@ class Group:
     """Matrices of equal shape, handled together.
 
     Attributes:
-        indices: of the parameters, one for each matrix: a stack of matrices has its index several times.
+        indices: The indices of the parameters, one for each matrix: a stack of matrices has its index several times.
         m: rows that live here; whole: rows of the whole matrix; n: columns.
         side: which factors a direction has: "both" (u v^T), "right" (any column times v^T), "left" (u times any row).
         first: first coefficient row; each: coefficient rows per matrix.
@@ -66,10 +66,10 @@ class MatrixLayout:
     output; all others are summed over processes.
 
     Attributes:
-        names, shapes: of the whole parameters, in order.
+        names, shapes: The names and shapes of the whole parameters, in order.
         kind: "block" or "input".
         k: rank r.
-        groups: of covered matrices.
+        groups: The groups of covered matrices.
         T: coefficient rows here.
         shards: what of every parameter lives here.
     """

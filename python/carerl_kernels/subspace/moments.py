@@ -42,7 +42,7 @@ class Sum:
 
     Attributes:
         values: `[n, n]`, or Y = (sum of x x^T) Omega `[n, s]`; float64.
-        trace: of the sum, 0-d float64.
+        trace: The trace of the sum, 0-d float64.
         vectors: how many there were.
     """
 
@@ -327,13 +327,13 @@ class Moments:
         """The input basis of a domain.
 
         Args:
-            layout: of kind "input"; its k is the rank.
+            layout: A layout of kind "input"; its k is the rank.
             domain: name.
             energy: keep the fewest directions with this share of the inputs' energy, at most r.
             architecture: class name of the model, for the fingerprint.
             parameters: local parts, as they are now.
             start: of the stage, to measure how far it moved along the directions; None: moved by 0, no stage was recorded.
-            steps: of the stage; the batches shown by default.
+            steps: The number of steps of the stage; by default the batches shown.
 
         Raises:
             ValueError: inputs of a matrix were seen, but not from the side that the layout has.

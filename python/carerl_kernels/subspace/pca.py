@@ -24,7 +24,7 @@ class StreamingPCA:
         layout: where the tensors lie; flat or per matrix.
         k: directions wanted, per coefficient row of the layout.
         oversample: extra rows stored while streaming.
-        device: of the rows, which are float32.
+        device: The device of the rows, which are float32.
 
     Attributes:
         rows: `[k + oversample, N]`.

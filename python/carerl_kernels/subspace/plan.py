@@ -31,7 +31,8 @@ class Plan:
 
     Attributes:
         kind, k, domains, world_size, dtype: what was planned; k is the rank of factored kinds.
-        parameters: of the model; covered: of them under directions.
+        parameters: The number of parameters of the model.
+        covered: The number of them under directions.
         directions: bytes of all domains' directions. cores: bytes of overlaps and of the frames of every set of domains that
             acts (one per domain left out, and all).
         state: bytes of the rule's memory, the baselines and, of input bases, what was recorded.
@@ -39,7 +40,7 @@ class Plan:
         disk: bytes of one domain's file (float32); start: of a process's temporary copy of the parameters in a stage.
         read: bytes of parameters and directions moved by one acting step; flops: multiplications and additions of it.
         communicated: numbers summed over processes by one acting step; recorded: and by recording one gradient.
-        seconds: of an acting step, memory traffic and arithmetic one after the other.
+        seconds: The duration of an acting step, memory traffic and arithmetic one after the other.
     """
 
     kind: Kind
@@ -86,7 +87,7 @@ def plan(
     Args:
         model: its shapes count.
         kind, k: see :class:`~carerl_kernels.CapabilityGuard`; k is the rank of "block" and "input".
-        domains: with history, besides none or one that is being recorded.
+        domains: The number of domains with history, besides none or one that is being recorded.
         world_size: processes that share the parameters (FSDP2).
         dtype: storage of row bases.
         parameter_bytes: per element of the parameters that the optimizer updates.

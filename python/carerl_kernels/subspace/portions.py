@@ -22,7 +22,9 @@ class Portion:
     """A part of a tensor that is handled at once: a matrix `[m, n]`, or some rows or columns of one.
 
     Attributes:
-        key: of the tensor; entry: where it stands. unit: of its directions, None where it has none.
+        key: The name of the tensor.
+        entry: Where the tensor stands in the files.
+        unit: Where its directions are; None where it has none.
         at: which slice of a stack of matrices; rows, columns: of the matrix.
     """
 

@@ -34,7 +34,7 @@ class Part:
     """What this process holds of one tensor of a file.
 
     Attributes:
-        shape, dtype: of the whole tensor.
+        shape, dtype: The shape and dtype of the whole tensor.
         dim: along which it is split, 0 or 1; pieces: tensors and where they belong along it.
     """
 

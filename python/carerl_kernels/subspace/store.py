@@ -32,10 +32,11 @@ class BasisInfo:
 
     Attributes:
         domain: name of the domain.
-        kind, k: of the basis; directions per coefficient row, or rank of factored bases.
+        kind: The kind of the basis.
+        k: Its number of directions per coefficient row, or the rank of factored bases.
         architecture: class name of the model, for messages.
-        names, shapes: of the parameters, in order.
-        start_hash, end_hash: of the parameter values when the stage began and ended.
+        names, shapes: The names and shapes of the parameters, in order.
+        start_hash, end_hash: The hashes of the parameter values when the stage began and ended.
         steps: gradients streamed in; skipped: gradients refused because they were not finite.
         gradient_capture: share of the stage's gradient energy that the directions hold, 0..1; None where gradients were not
             looked at (block bases come from the parameter change alone).
@@ -105,8 +106,8 @@ class StoredBasis(ABC):
         """Reads a file written by :meth:`save`: the class that fits what is in it.
 
         Args:
-            path: of the file.
-            layout: of sharded parameters: only what belongs to this process is read.
+            path: The path of the file.
+            layout: The layout of sharded parameters: only what belongs to this process is read.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -209,7 +210,7 @@ class DomainBasis(StoredBasis, kinds=("flat", "per_matrix")):
         singular_values: `[T, k]` float64, of the stage's gradients.
         displacement: h `[T, k]` float64, at least zero: how far the stage moved along each direction.
         scales: `[k, ceil(N/block)]` of int8 or float8_e4m3fn directions, else None.
-        layout: of sharded parameters, when the directions are this process's part only; else None.
+        layout: The layout of sharded parameters, when the directions are this process's part only; else None.
     """
 
     info: BasisInfo

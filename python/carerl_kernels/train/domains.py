@@ -50,7 +50,7 @@ class DomainSpec(BaseModel):
         """The domain.
 
         Args:
-            name: Of the domain.
+            name: The name of the domain.
             folder: What relative paths of data are relative to: the recipe's.
             cache: File for what a judge was paid for, where the recipe names none.
 
@@ -268,7 +268,7 @@ class JudgeSpec(BaseModel):
 
     Args:
         url: Up to and including /v1.
-        model: As the server names it.
+        model: The model's name on the server.
         writer_model: Writes the protocols; None: the judge does.
         max_in_flight, timeout, attempts: See `Endpoint`.
         scale: Highest level of a criterion.

@@ -38,8 +38,8 @@ def load_model(spec: ModelSpec, domains: Sequence[Domain]) -> tuple[nn.Module, A
     """Model and tokenizer, warmed up where the recipe says so.
 
     Args:
-        spec: Of the recipe.
-        domains: Whose answers the warm-up learns.
+        spec: What the recipe says of the model.
+        domains: The domains whose answers the warm-up learns.
 
     Raises:
         OSError: transformers finds no such model.

@@ -45,7 +45,7 @@ def open_run(recipe: Recipe, on_step: Callable[[dict[str, Any]], None] | None = 
     """Builds everything a recipe names; under torchrun inside its process group.
 
     Args:
-        recipe: From `load_recipe`.
+        recipe: The recipe from `load_recipe`.
         on_step: See `GRPOTrainer`.
 
     Raises:

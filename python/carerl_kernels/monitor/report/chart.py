@@ -23,7 +23,7 @@ class Line:
     """One line.
 
     Attributes:
-        name: for legend and screen readers.
+        name: The name for legend and screen readers.
         points: (x, y).
         colour: number of the page's colour and of the dash pattern.
         marks: draw the points.
@@ -106,9 +106,9 @@ def line_chart(
     """Draws lines over steps.
 
     Args:
-        title, caption: of the figure.
+        title, caption: The title and caption of the figure.
         lines: what to draw; at least one with points.
-        y_label, x_label: of the axes; none for no label.
+        y_label, x_label: The `y_label` and `x_label` of the axes; none for no label.
         stages: (name, first, last) shown along the top.
         own: names of stages to be shaded.
         alerts: (x, text) marked by vertical lines.

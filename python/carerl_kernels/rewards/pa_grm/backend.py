@@ -40,10 +40,10 @@ class Request:
     Attributes:
         messages: {"role", "content"}.
         schema: JSON schema that the reply shall satisfy.
-        name: Of the schema.
+        name: The name of the schema.
         max_tokens: Limit of the reply.
         temperature: 0 takes the likeliest token.
-        seed: Of the sampler.
+        seed: The seed of the sampler.
         choices: Texts whose probabilities matter wherever one of them is generated: the digits of a scale.
     """
 
@@ -61,9 +61,9 @@ class Reply:
     """What came back.
 
     Attributes:
-        text: Of the reply.
+        text: The text of the reply.
         complete: False when it was cut at max_tokens.
-        tokens: With alternatives; empty when the backend gives none.
+        tokens: The tokens, with alternatives; empty when the backend gives none.
     """
 
     text: str

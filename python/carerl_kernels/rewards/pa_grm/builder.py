@@ -39,7 +39,7 @@ class ProtocolBuilder:
         cache: Where protocols are kept, by prompt, reference answer, model and limits.
         limits: Size and scale.
         attempts: Replies to ask for until one is valid; a whole group depends on it.
-        max_tokens: Of a reply; doubled when one was cut off.
+        max_tokens: The limit of a reply's length; doubled when one was cut off.
     """
 
     def __init__(

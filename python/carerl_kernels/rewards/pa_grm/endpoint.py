@@ -48,8 +48,8 @@ class Endpoint:
 
     Args:
         url: Up to and including `/v1`.
-        model: As the server names it.
-        api_key: By default the environment's CARERL_JUDGE_API_KEY, if any.
+        model: The model's name on the server.
+        api_key: The key, by default the environment's CARERL_JUDGE_API_KEY, if any.
         max_in_flight: Requests under way at once.
         timeout: Seconds for one attempt, from sending to the last byte.
         attempts: Tries of one request in all.

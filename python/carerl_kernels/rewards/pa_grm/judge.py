@@ -35,7 +35,7 @@ class Finding:
 
     Attributes:
         key: c1, c2, ... of the protocol.
-        weight: Of the criterion.
+        weight: The weight of the criterion.
         evidence: Quoted from the response.
         reasoning: The judge's.
         level: The digit it wrote.
@@ -57,7 +57,7 @@ class Verdict:
     """A response judged.
 
     Attributes:
-        findings: In the protocol's order.
+        findings: The findings, in the protocol's order.
         violated: Keys of disqualifiers.
         scale: Highest level.
         model: The judge.
@@ -97,7 +97,7 @@ class Judge:
         cache: Where verdicts are kept.
         limits: Those of the protocols.
         attempts: Replies to ask for until one is valid.
-        max_tokens: Of a reply; doubled when one was cut off.
+        max_tokens: The limit of a reply's length; doubled when one was cut off.
         min_grounded: Share of the quotations that must be found in the response; a verdict about something else is no
             verdict. 0 accepts all.
     """
@@ -132,7 +132,7 @@ class Judge:
         Args:
             prompt: Text or chat messages.
             response: What the policy wrote.
-            protocol: By which.
+            protocol: The protocol to judge by.
             reference: A right answer, if there is one.
             reverse: Criteria in reverse order: a judge whose numbers depend on the order is noisy.
             repeat: Different numbers are independent verdicts.

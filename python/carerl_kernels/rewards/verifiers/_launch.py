@@ -35,7 +35,7 @@ class Launched:
 
     Args:
         python: Interpreter.
-        isolated: In namespaces of its own, or with limits only.
+        isolated: Whether the program runs in namespaces of its own, or with limits only.
         limits: Resource limits of each process by name ("CPU", "AS", "NPROC", ...).
         packages: Directories to import from.
         files: Texts by name in the working directory; "main.py" is the program.
@@ -173,7 +173,7 @@ def talk(launched: Launched, stdin: bytes, seconds: float, limit: int) -> tuple[
         launched: The program.
         stdin: What it reads.
         seconds: The inside keeps the time; this is for one that hangs.
-        limit: Of standard output, and of standard error.
+        limit: The most bytes of standard output, and of standard error.
     """
     child = launched.child
     assert child.stdin is not None and child.stdout is not None and child.stderr is not None

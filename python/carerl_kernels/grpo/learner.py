@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..guard.editors import Editor, assign, spread_editor
+from ..guard.editors import Editor, assign_combined, spread_editor
 from ..guard.gradients import local_gradients
 from ..logprobs import answer_loss
 from ..task import Domain
@@ -252,9 +252,7 @@ class Learner:
             return loss, stats, gap
         assert self.editor is not None
         self.mixture.see(gradients)
-        for tensors in gradients.values():
-            torch._foreach_mul_(tensors, float(len(gradients)))
-        assign(self.model, self.editor.combine(gradients))  # what is not finite stays so, and the step is dropped
+        assign_combined(self.model, self.editor, gradients)  # what is not finite stays so, and the step is dropped
         return loss, stats, gap
 
     def _rehearse(self, earlier: Sequence[str]) -> None:

@@ -48,7 +48,7 @@ class Box:
 
     def __init__(
         self,
-        stack: Stack,
+        stack: Stack[Any, Any],
         names: Sequence[str],
         bounds: RuleParams | None,
         every: int,

@@ -52,7 +52,9 @@ def lay_out(
     return KINDS[kind].layout(named, kind, k, group, sides)
 
 
-def new_stack(layout: Layout | MatrixLayout, dtype: torch.dtype, device: torch.device, room: float = 1.0) -> Stack:
+def new_stack(
+    layout: Layout | MatrixLayout, dtype: torch.dtype, device: torch.device, room: float = 1.0
+) -> Stack[Any, Any]:
     """The acting directions of a layout, none yet; `room` as input bases have it.
 
     Raises:

@@ -35,7 +35,7 @@ class StepCorrection:
         q_prev, q_start: coefficients `[T, K]` of the parameters after the last step and when the stage began.
     """
 
-    def __init__(self, stack: Stack, settings: Settings, probes: Probes, statistics: Statistics):
+    def __init__(self, stack: Stack[Any, Any], settings: Settings, probes: Probes, statistics: Statistics):
         self.stack, self.settings, self.probes, self.statistics = stack, settings, probes, statistics
         rows, device = stack.rows, stack.device
         self.params = rule_params(stack, settings)
@@ -214,7 +214,7 @@ class StepCorrection:
             self.stack.pack_(rows, state[name])
 
 
-def rule_params(stack: Stack, settings: Settings) -> RuleParams:
+def rule_params(stack: Stack[Any, Any], settings: Settings) -> RuleParams:
     """Numbers of every domain, spread over its rows."""
     by_domain = [settings.numbers_of(name) for name in stack.names]
     spread = {

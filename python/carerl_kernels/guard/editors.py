@@ -242,6 +242,21 @@ def domain_gradients(model: nn.Module, losses: Mapping[str, Callable[[], Tensor]
     return out
 
 
+def assign_combined(
+    model: nn.Module | Iterable[tuple[str, nn.Parameter]], editor: Editor, shares: Mapping[str, list[Tensor]]
+) -> None:
+    """Puts what an editor makes of a step's gradient where the optimizer looks for it.
+
+    Args:
+        model: The model, or pairs of name and parameter.
+        editor: Any editor; one that edits nothing gives the mean of what it gets.
+        shares: Every domain's share of the step's gradient; they add up to it, and are multiplied by their number in place.
+    """
+    for tensors in shares.values():
+        torch._foreach_mul_(tensors, float(len(shares)))
+    assign(model, editor.combine(shares))
+
+
 def assign(model: nn.Module | Iterable[tuple[str, nn.Parameter]], gradient: Sequence[Tensor]) -> None:
     """Puts an edited gradient where the optimizer looks for it; the model, or pairs of name and parameter."""
     for (_, p), g in zip(trainable(model), gradient, strict=True):

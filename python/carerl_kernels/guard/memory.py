@@ -61,7 +61,7 @@ class Memory:
     def adapt(self, layout: Any) -> None:
         """Lies over this layout; there is no history yet."""
         self.layout = layout
-        self.stack: Stack = new_stack(layout, self.settings.basis_dtype, self.device, self.settings.room)
+        self.stack: Stack[Any, Any] = new_stack(layout, self.settings.basis_dtype, self.device, self.settings.room)
         self._renew()
 
     def _renew(self) -> None:

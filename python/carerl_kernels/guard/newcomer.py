@@ -28,7 +28,7 @@ class Newcomer:
         check_every: own steps between looks at the directions.
     """
 
-    def __init__(self, recorder: Recorder, stack: Stack, check_every: int):
+    def __init__(self, recorder: Recorder, stack: Stack[Any, Any], check_every: int):
         self.recorder, self.stack, self.check_every = recorder, stack, check_every
         self.steps = 0
         self.acting = False

@@ -43,7 +43,7 @@ class Probes:
         self.adaptive = adaptive
         self.agreement: dict[str, float] = {}
         self.rounds = 0
-        self.seconds = 0.0  # backward passes included
+        self.seconds = 0.0  # backward passes included, unlike those of the guard's report
         self._age: dict[str, int] = {}  # steps since the domain's last round
         self._sums: dict[str, Tensor] = {}  # of the round under way
         self._noisy: set[str] = set()

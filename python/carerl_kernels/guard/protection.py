@@ -76,7 +76,7 @@ class Protection:
         return self.settings.apply_to
 
     @property
-    def stack(self) -> Stack:
+    def stack(self) -> Stack[Any, Any]:
         """Directions of all domains."""
         return self.memory.stack
 

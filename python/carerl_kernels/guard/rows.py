@@ -49,7 +49,7 @@ class RowWatch:
         self._rows = 0
 
     @classmethod
-    def of(cls, stack: Stack, module: nn.Module, parameters: Sequence[nn.Parameter]) -> RowWatch | None:
+    def of(cls, stack: Stack[Any, Any], module: nn.Module, parameters: Sequence[nn.Parameter]) -> RowWatch | None:
         """A watch over a model; None where weights are spread over processes or devices, or used by other modules."""
         if not isinstance(stack, InputStack) or stack.layout.shards.sharded or not len(stack):
             return None

@@ -74,7 +74,7 @@ def validate(basis: StoredBasis, model: nn.Module, losses: Iterable[Callable[[],
     stacks = []
     with torch.no_grad():
         for one in (basis, as_random(basis, random_basis(layout, seed))):
-            stack: Stack = new_stack(layout, torch.float32, device)
+            stack: Stack[Any, Any] = new_stack(layout, torch.float32, device)
             stack.put(one, [local(p) for p in parameters])
             stacks.append(stack)
     shares: list[list[float]] = [[], []]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..guard.build import trainable
-from ..guard.editors import Editor, assign, spread_editor
+from ..guard.editors import Editor, assign_combined, spread_editor
 from ..guard.gradients import gradient_of
 
 ROW_MEANS = ("grpo", "sapo", "dr_grpo", "luspo")
@@ -184,9 +184,8 @@ class DomainLosses:
             for domain, grads in sorted(self._gradients.items())
         }
         self._gradients.clear()
-        for grads in gradients.values():
-            torch._foreach_mul_(grads, float(len(gradients)))
-        assign(self._named, self.editor.combine(gradients))  # type: ignore[union-attr]
+        assert self.editor is not None
+        assign_combined(self._named, self.editor, gradients)
 
 
 def _mask(inputs: dict[str, Any]) -> Tensor:

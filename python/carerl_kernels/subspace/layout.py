@@ -76,7 +76,7 @@ class Layout:
             offsets.append(end)
             end += _padded(piece.stop - piece.start)
 
-        buckets: dict[tuple, list[int]] = {}
+        buckets: dict[tuple[Any, ...], list[int]] = {}
         small = 8 * k
         for index, ((_, tensor), piece) in enumerate(zip(named, shards.pieces, strict=True)):
             apart = kind == "per_matrix" and piece.numel >= small

@@ -128,7 +128,7 @@ class MatrixLayout:
         shards: Shards,
         sides: Mapping[str, Side] | None,
     ) -> MatrixLayout:
-        buckets: dict[tuple, list[tuple[int, int | None]]] = {}
+        buckets: dict[tuple[Any, ...], list[tuple[int, int | None]]] = {}
         spread: list[str] = []  # stacks of matrices whose slices live in several processes
         for index, (name, tensor, piece) in enumerate(zip(names, parameters, shards.pieces, strict=True)):
             known = None if sides is None else sides.get(name)

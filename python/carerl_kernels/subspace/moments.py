@@ -133,7 +133,7 @@ class Accumulator:
         self.width = width
         self.sums: dict[frozenset[tuple[Use, int]], Sum] = {}
         self.counts: dict[Use, Tensor] = {}  # [n] float64: how often each element alone was the input (embeddings)
-        self._waiting: OrderedDict[tuple, _Waiting] = OrderedDict()
+        self._waiting: OrderedDict[tuple[Any, ...], _Waiting] = OrderedDict()
 
     def see(self, use: Use, inputs: Tensor, keep: Tensor | None, n: int, columns: Tensor | None) -> None:
         """Input vectors of a matrix.
@@ -231,7 +231,7 @@ class Moments:
         for uses, sum_ in accumulator.sums.items():
             for use, times_ in uses:
                 self._sums.setdefault(use, []).append((sum_, times_))
-        self._leading: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self._leading: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
     def saw(self, label: str, side: Side | None = None) -> bool:
         """Whether inputs of a matrix were seen, from this side or any."""

@@ -42,7 +42,7 @@ class StageStart:
         checkpoint: Path | str | None = None,
     ):
         self.domain, self.names, self.shards = domain, tuple(names), shards
-        self._temporary: weakref.finalize | None = (
+        self._temporary: weakref.finalize[..., Any] | None = (
             None  # removes the directory, at the latest when this object goes away
         )
         if checkpoint is None:

@@ -11,10 +11,10 @@ from .config import GRPOConfig, Stage, lr_factor
 from .evaluate import evaluate, example_scores
 from .learner import Guard
 from .losses import LossStats, kl_k3, policy_loss
+from .reward_statistics import reward_statistics
 from .rollout import Batch, prompt_counts, rollout
 from .rundir import CheckpointError, RunDirectory
 from .sampling import Rollout, nucleus, sample
-from .statistics import reward_statistics
 from .trainer import GRPOTrainer
 
 __all__ = [

@@ -20,11 +20,11 @@ from ..text import special_tokens
 from .advantages import informative_fraction
 from .balance import Mixture
 from .config import GRPOConfig
+from .frozen import FrozenWeights
 from .losses import LossStats
 from .own_answers import OwnAnswers
 from .parallel import Ranks, whole
 from .progress import PhaseClock
-from .reference import FrozenWeights
 from .rollout import Batch, rollout
 from .rundir import rng_state, set_rng_state
 from .sampling import ModelSampler, Sampler

@@ -16,8 +16,8 @@ from ..task import Domain, Example, RewardError
 from ..text import SpecialTokens, decode, encode_prompts
 from .config import GRPOConfig
 from .parallel import Ranks
+from .reward_statistics import reward_statistics
 from .sampling import ModelSampler, Rollout, Sampler, joined
-from .statistics import reward_statistics
 
 
 @dataclass

@@ -17,11 +17,11 @@ from ..guard.editors import Editor
 from ..task import Domain, domain_table
 from .config import COSMETIC_FIELDS, GRPOConfig, Stage, lr_factor, stage_names
 from .evaluate import example_scores, held_out_losses, mean_score
+from .frozen import EarlierWeights
 from .learner import Guard, Learner
 from .parallel import spread_optimizer, spread_state
 from .plots import plot_accuracy, plot_training
 from .progress import StageProgress
-from .reference import EarlierWeights
 from .rollout import prompt_counts
 from .rundir import (
     CheckpointError,

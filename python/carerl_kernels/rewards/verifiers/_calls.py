@@ -21,7 +21,7 @@ def plain(value: object) -> object:
         return value.tolist()
     if isinstance(value, (set, frozenset)):
         raise TypeError(f"a {type(value).__name__} is not JSON")
-    return list(value)
+    return list(value)  # type: ignore[call-overload]
 
 
 def load() -> ModuleType:

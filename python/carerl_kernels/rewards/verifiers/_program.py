@@ -27,11 +27,11 @@ def start(packages: list[str]) -> None:
         name = os.fspath(file) if isinstance(file, (str, os.PathLike)) else file
         return streams.get(name) if isinstance(name, str) else None
 
-    def opened(file: object, *args: object, **kwargs: object) -> object:
+    def opened(file, *args, **kwargs):
         number = own(file)
         return open_file(file if number is None else os.dup(number), *args, **kwargs)
 
-    def descriptor(path: object, *args: object, **kwargs: object) -> object:
+    def descriptor(path, *args, **kwargs):
         number = own(path)
         return open_descriptor(path, *args, **kwargs) if number is None else os.dup(number)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from carerl_kernels import CapabilityGuard
-from carerl_kernels.bench.llm import load_smollm2
+from carerl_kernels.tasks.smollm2 import load_smollm2
 from carerl_kernels.grpo import Example
 from carerl_kernels.grpo.logprobs import answer_loss
 from carerl_kernels.grpo.text import special_tokens

@@ -18,7 +18,7 @@ import statistics
 
 import torch
 from carerl_kernels import CapabilityGuard
-from carerl_kernels.demo.tasks import MAX_NEW_TOKENS, character_tokenizer, demo_domains, tiny_model, warm_up
+from carerl_kernels.tasks.characters import MAX_NEW_TOKENS, character_tokenizer, demo_domains, tiny_model, warm_up
 from carerl_kernels.grpo import GRPOConfig, answer_loss, lr_factor, prompt_counts, success_probability
 from carerl_kernels.grpo.learner import Learner
 from carerl_kernels.guard.validate import as_random, random_basis

@@ -13,7 +13,7 @@ import tempfile
 import datasets
 import trl
 from carerl_kernels import CapabilityGuard
-from carerl_kernels.demo.tasks import character_tokenizer, demo_domains, tiny_model, warm_up
+from carerl_kernels.tasks.characters import character_tokenizer, demo_domains, tiny_model, warm_up
 from carerl_kernels.grpo import special_tokens, success_probability
 from carerl_kernels.integrations.trl import CareGRPOTrainer
 from carerl_kernels.rewards import exact_match

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import trl
 from carerl_kernels import CapabilityGuard, DomainBasis
-from carerl_kernels.demo.tasks import character_tokenizer, code_examples, math_examples, tiny_model
+from carerl_kernels.tasks.characters import character_tokenizer, code_examples, math_examples, tiny_model
 from carerl_kernels.integrations.verl import guarded, install
 
 os.environ["VERL_PLATFORM"] = "cpu"

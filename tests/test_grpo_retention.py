@@ -8,7 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from carerl_kernels.demo.tasks import character_tokenizer, demo_domains, tiny_model
+from carerl_kernels.tasks.characters import character_tokenizer, demo_domains, tiny_model
 from carerl_kernels.grpo import GRPOConfig, GRPOTrainer, Stage, answer_loss, prompt_counts, special_tokens
 from carerl_kernels.guard import CapabilityGuard
 from carerl_kernels.guard.editors import GramEditor, PCGrad

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("trl", reason="trl is not installed: pip install 'carerl-kernels[trl]'")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
-from carerl_kernels.demo.tasks import tiny_model
+from carerl_kernels.tasks.characters import tiny_model
 from carerl_kernels.integrations.balance import AdvantageBalance
 from carerl_kernels.integrations.trl import CareGRPOTrainer
 from carerl_kernels.monitor import Controller, DriftMonitor

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from carerl_kernels.demo.tasks import character_tokenizer, demo_domains, tiny_model
+from carerl_kernels.tasks.characters import character_tokenizer, demo_domains, tiny_model
 from carerl_kernels.grpo import Domain, GRPOConfig, GRPOTrainer, Stage
 from carerl_kernels.grpo.parallel import shard
 from carerl_kernels.guard import CapabilityGuard

@@ -23,7 +23,7 @@ from torch import nn
 from ..grpo import Domain, Example, GRPOConfig
 from ..grpo.learner import Learner
 from ..guard import CapabilityGuard
-from ..smollm2 import load_smollm2
+from ..tasks.smollm2 import load_smollm2
 from ..subspace import DomainBasis, FactoredBasis
 from ..subspace.matrices import MatrixLayout
 from ..subspace.store import BasisInfo, StoredBasis

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def replicate(
-    preset: Annotated[str, typer.Option(help="small, full, or a YAML file with settings, methods and runs.")] = "small",
+    preset: Annotated[str, typer.Option(help="small, full, demo, or a YAML file with settings, methods and runs.")] = "small",
     out: Annotated[Path, typer.Option(help="Directory that keeps raw lines, report and pictures.")] = Path(
         "runs/replicate"
     ),
@@ -44,45 +43,46 @@ def replicate(
         from rich.console import Console
 
         from .cells import RAW, current, read_records, recorded
-        from .grid import Grid, GridError
+        from ..train.recipe import RecipeError
+        from .grid import Grid
+        from .pool import usable_cores
         from .report import left_out, write_report
 
         console, grid = Console(), Grid.load(preset)
         source = data or out / RAW
         unknown = [name for name in setting or () if name not in grid.settings]
         if unknown:
-            raise GridError(
+            raise RecipeError(
                 f"{preset}: expected settings out of {', '.join(grid.settings)}, found {', '.join(unknown)}"
             )
         if cell and (setting or report):
-            raise GridError(
+            raise RecipeError(
                 f"expected --cell alone, found it with {'--setting' if setting else '--report'}: a cell's name begins with "
                 "its setting, and reports are of whole settings"
             )
         if report:
             records = read_records(source)
             if not records:
-                raise GridError(
+                raise RecipeError(
                     f"expected raw lines of cells in {source}, found none; run cells first, or name a file by --data"
                 )
             print(write_report(grid, _only(records, setting), out))
             return
         cells = [grid.cell(name) for name in dict.fromkeys(cell)] if cell else list(grid.cells(setting or ()))
         if not cells:
-            raise GridError(f"{preset}: expected cells, found none in settings {', '.join(setting or grid.settings)}")
+            raise RecipeError(f"{preset}: expected cells, found none in settings {', '.join(setting or grid.settings)}")
         done = recorded(cells, read_records(out / RAW))
         if list_cells:
             for one in cells:
                 console.print(f"{'done' if one.name in done else '    '} {one.name}", highlight=False)
             return
         if done and not (resume or cell):
-            raise GridError(
+            raise RecipeError(
                 f"{out} holds {len(done)} of these {len(cells)} cells: --resume goes on, or name another --out"
             )
         again = bool(cell) and not resume
         before, stale = current(grid, read_records(source))
-        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-        results = _run(cells, out, workers or usable, 0 if again else len(done), again, console)
+        results = _run(cells, out, workers or usable_cores(), 0 if again else len(done), again, console)
         rows = {(r.setting, r.variant) for r in results}
         stale = [r for r in stale if not cell or (r.setting, r.variant) in rows]
         if stale:

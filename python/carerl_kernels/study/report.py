@@ -11,8 +11,9 @@ from pathlib import Path
 from statistics import fmean
 
 from .._files import write_atomically, write_bytes_atomically
+from ..train.recipe import RecipeError
 from .cells import Record, current
-from .grid import Grid, GridError
+from .grid import Grid
 from .stats import Estimate, estimate, holm, pareto
 
 FRONT = "none"
@@ -97,7 +98,7 @@ def table(grid: Grid, setting: str, rows: Sequence[Row]) -> str:
         difference = "" if row.against is None else f"{signed(row.against.mean)} ± {short(row.against.half)}"
         cells = [
             f"{row.variant}{star}",
-            grid.methods[row.method].memory,
+            grid.cell(next(iter(row.records.values())).cell).memory,
             str(len(row.records)),
             spread(row.of("average")),
             spread(row.of("forgetting")),
@@ -172,21 +173,21 @@ def write_report(grid: Grid, records: Sequence[Record], out: Path) -> str:
     Records of cells that the grid defines otherwise by now, or not at all, are named and left out.
 
     Raises:
-        GridError: None is left; nothing was written.
+        RecipeError: None is left; nothing was written.
     """
     from .measures import measures_table
     from .pooled import pooled_table
 
     records, left = current(grid, records)
     if not records:
-        raise GridError(f"expected records of cells as the grid defines them, found none. {left_out(left)}".rstrip())
+        raise RecipeError(f"expected records of cells as the grid defines them, found none. {left_out(left)}".rstrip())
     parts = ["# Replication study", "", LEGEND, ""]
     parts += [left_out(left), ""] if left else []
     for setting in dict.fromkeys(r.setting for r in records):
         rows = rows_of(records, setting)
         chosen = rows_of(records, setting, confirming=False)
         parts += [f"## {setting}: {grid.settings[setting].text}", ""]
-        pooled = grid.settings[setting].pooled
+        pooled = any(r.pooled for r in records if r.setting == setting)
         if rows and pooled:
             parts += [pooled_table(setting, rows), "", *verdicts(rows), ""]
         elif rows:

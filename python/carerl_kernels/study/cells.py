@@ -6,15 +6,14 @@ import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import import_module
 from math import nan
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..demo.pool import Job, run_jobs
-from .grid import CHOOSING, Cell, Grid, GridError
-from .honoured import refuse_ignored
+from ..train.recipe import RecipeError
+from .grid import CHOOSING, Cell, Grid
+from .pool import Job, run_jobs
 
 RAW = "cells.jsonl"
 DIGITS = 4
@@ -69,6 +68,11 @@ class Record:
         return self.seed < CHOOSING
 
     @property
+    def pooled(self) -> bool:
+        """Whether it is one mixed stage: no domain is new or old, and what counts is where each of them ends."""
+        return len(self.stages) == 1 and len(self.stages[0]) > 1
+
+    @property
     def domains(self) -> list[str]:
         return list(dict.fromkeys(d for stage in self.stages for d in stage))
 
@@ -121,11 +125,8 @@ class Record:
 def run_cell(cell: Cell, cache: Path, report: Callable[[Any], None]) -> Record:
     """Train one cell; at module level so that another process can."""
     started = time.perf_counter()
-    runner = import_module(f".{cell.setting.kind}", __package__)
-    result = runner.run(cell, cache, report)
-    stages = [list(group) for group in cell.setting.groups]
-    seconds = round(time.perf_counter() - started, 1)
-    return Record(cell.name, cell.key, stages, seconds=seconds, **_rounded(result))
+    result = cell.added.run(cell, cache, report)
+    return Record(cell.name, cell.key, seconds=round(time.perf_counter() - started, 1), **_rounded(result))
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -145,7 +146,7 @@ def read_records(path: Path) -> list[Record]:
     """Records of a file, the last of each cell; an unfinished last line, of a process that was killed, is left out.
 
     Raises:
-        GridError: A line in the middle is not a record.
+        RecipeError: A line in the middle is not a record.
     """
     if not path.exists():
         return []
@@ -157,7 +158,7 @@ def read_records(path: Path) -> list[Record]:
         except (ValueError, TypeError) as e:
             if number == len(lines) and not line.endswith("\n"):
                 break
-            raise GridError(f"{path}, line {number}: expected a record of a cell, found {line[:60]!r} ({e})") from e
+            raise RecipeError(f"{path}, line {number}: expected a record of a cell, found {line[:60]!r} ({e})") from e
         records[record.cell] = record
     return list(records.values())
 
@@ -194,12 +195,12 @@ def run_cells(
         Records of all these cells, in order.
 
     Raises:
-        GridError: A cell asks for something that its kind of setting would ignore; nothing was run.
+        RecipeError: A cell asks for something that its kind of setting would ignore; nothing was run.
         WorkerError: A cell failed; what was done before is recorded.
     """
     cells = list(cells)
     for cell in cells:
-        refuse_ignored(cell)
+        cell.check()
     done = {} if again else recorded(cells, read_records(out / RAW))
 
     def event(key: str, kind: str, payload: Any) -> None:
@@ -220,7 +221,7 @@ def current(grid: Grid, records: Iterable[Record]) -> tuple[list[Record], list[R
     for record in records:
         try:
             same = grid.cell(record.cell).key == record.key
-        except GridError:
+        except RecipeError:
             same = False
         (kept if same else left).append(record)
     return kept, left
@@ -234,4 +235,4 @@ def recorded(cells: Sequence[Cell], records: Iterable[Record]) -> dict[str, Reco
 
 def _preload() -> None:
     """Import what every cell needs."""
-    from . import lm  # noqa: F401
+    from . import grpo  # noqa: F401

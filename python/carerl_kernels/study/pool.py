@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import signal
 import threading
 import traceback
@@ -31,6 +32,11 @@ class Job:
     function: Callable[..., Any]
     arguments: tuple[Any, ...] = ()
     after: str | None = None
+
+
+def usable_cores() -> int:
+    """Those that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 class WorkerError(RuntimeError):

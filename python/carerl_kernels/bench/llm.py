@@ -23,10 +23,10 @@ from torch import nn
 from ..grpo import Domain, Example, GRPOConfig
 from ..grpo.learner import Learner
 from ..guard import CapabilityGuard
-from ..tasks.smollm2 import load_smollm2
 from ..subspace import DomainBasis, FactoredBasis
 from ..subspace.matrices import MatrixLayout
 from ..subspace.store import BasisInfo, StoredBasis
+from ..tasks.smollm2 import load_smollm2
 from .measure import Spread
 from .probe import peak_memory
 from .show import Printer, percent

@@ -129,7 +129,9 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
             rows = guard.report()["domains"]
             displacement[domain] = {d: row["net_displacement"] for d, row in rows.items() if d != domain}
     found = {"stages": [[d] for d in cell.recipe.domains], "scores": scores}
-    return found if guard is None else {**found, "touched": guard.report()["touched_share"], "displacement": displacement}
+    return (
+        found if guard is None else {**found, "touched": guard.report()["touched_share"], "displacement": displacement}
+    )
 
 
 class Learner:

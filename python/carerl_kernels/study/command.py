@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 def replicate(
-    preset: Annotated[str, typer.Option(help="small, full, demo, or a YAML file with settings, methods and runs.")] = "small",
+    preset: Annotated[
+        str, typer.Option(help="small, full, demo, or a YAML file with settings, methods and runs.")
+    ] = "small",
     out: Annotated[Path, typer.Option(help="Directory that keeps raw lines, report and pictures.")] = Path(
         "runs/replicate"
     ),
@@ -42,8 +44,8 @@ def replicate(
     with _plain_errors("replicate", "train"):
         from rich.console import Console
 
-        from .cells import RAW, current, read_records, recorded
         from ..train.recipe import RecipeError
+        from .cells import RAW, current, read_records, recorded
         from .grid import Grid
         from .pool import usable_cores
         from .report import left_out, write_report

@@ -91,7 +91,10 @@ def run_demo(
         raise RecipeError(f"expected variants out of {', '.join(plan.methods)}, found {', '.join(unknown) or 'none'}")
     _require_libraries()
     names = dict.fromkeys(variants or plan.methods)
-    cells = {name: [grid.cell(f"{plan.setting}/{name}@{grid.methods[name].lr[0]}/{s}") for s in range(seeds)] for name in names}
+    cells = {
+        name: [grid.cell(f"{plan.setting}/{name}@{grid.methods[name].lr[0]}/{s}") for s in range(seeds)]
+        for name in names
+    }
     started = time.perf_counter()
     with ExitStack() as stack:
         if out is None:
@@ -177,7 +180,8 @@ def _run(cells: dict[str, list[Cell]], root: Path, keep: bool, workers: int, con
     seeds = list(zip(*cells.values(), strict=True))
     starts = [root / "warm-up" / f"seed-{seed}.safetensors" for seed in range(len(seeds))]
     warm_ups = [
-        Job(f"warm-up seed {seed}", _warm_up, (own[0], start)) for seed, (own, start) in enumerate(zip(seeds, starts, strict=True))
+        Job(f"warm-up seed {seed}", _warm_up, (own[0], start))
+        for seed, (own, start) in enumerate(zip(seeds, starts, strict=True))
     ]
     runs = [
         Job(

@@ -243,9 +243,7 @@ class Grid(Section):
             method, _, lr = variant.partition("@")
             numbers = float(lr or 1), int(seed)
         except ValueError:
-            raise RecipeError(
-                f"expected a cell SETTING/METHOD@LR/SEED such as lm/none@0.5/0, found {name!r}"
-            ) from None
+            raise RecipeError(f"expected a cell SETTING/METHOD@LR/SEED such as lm/none@0.5/0, found {name!r}") from None
         self._known(f"cell {name!r}: expected a setting", setting, self.settings)
         self._known(f"cell {name!r}: expected a method", method, self.methods)
         if not numbers[0] > 0 or numbers[1] < 0:

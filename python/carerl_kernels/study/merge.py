@@ -43,7 +43,9 @@ class Recipe(recipe.Recipe):
         if any(stage.mixed for stage in self.stages):
             raise ValueError("stages: expected an expert of one domain each, found a mixed stage")
         if self.train.replay_fraction or self.train.rehearsal_weight:
-            raise ValueError("train: expected nothing of earlier domains, which experts have not, found replay or rehearsal")
+            raise ValueError(
+                "train: expected nothing of earlier domains, which experts have not, found replay or rehearsal"
+            )
         if self.guard is not None and (not self.guard.shown or self.ties):
             raise ValueError("guard: expected shown examples of every domain, and a sum instead of ties")
         return self
@@ -57,7 +59,10 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
     """
     plain: Recipe = cell.recipe.model_copy(update={"guard": None, "ties": None, "scale": 1.0})
     names = [stage.name for stage in plain.stages]
-    start, experts = start_of(cell, cache), {stage.name: cache / "experts" / _file(plain, stage) for stage in plain.stages}
+    start, experts = (
+        start_of(cell, cache),
+        {stage.name: cache / "experts" / _file(plain, stage) for stage in plain.stages},
+    )
     for stage in plain.stages:
         if not experts[stage.name].exists():
             with opened(cell, plain.model_copy(update={"stages": (stage,)}), start, lambda line: None) as expert:

@@ -368,7 +368,8 @@ class Judged(Rows):
 
 
 AnyDomain = Annotated[
-    Gym | Characters | Words | Exact | Math | Instructions | Code | Judged, Field(discriminator="kind", description="by kind")
+    Gym | Characters | Words | Exact | Math | Instructions | Code | Judged,
+    Field(discriminator="kind", description="by kind"),
 ]
 
 

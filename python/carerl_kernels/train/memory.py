@@ -13,6 +13,7 @@ from torch import Tensor
 from ..grpo.config import Stage
 from ..grpo.domain import Domain, Example
 from ..grpo.text import encode_prompts
+from ..grpo.trainer import GRPOTrainer
 from ..guard import CapabilityGuard
 
 Batches = Iterable[Mapping[str, Tensor]]
@@ -27,18 +28,18 @@ class StoredReplay:
 
     def __init__(self, stages: Sequence[Stage]) -> None:
         self._own = [stage.domains for stage in stages for _ in range(stage.steps)]
-        self._history: Sequence[Mapping[str, Any]] = ()
+        self._trainer: GRPOTrainer | None = None
 
-    def follow(self, trainer: Any) -> None:
+    def follow(self, trainer: GRPOTrainer) -> None:
         """Whose steps tell the stage, those before it was interrupted too."""
-        self._history = trainer.history
+        self._trainer = trainer
 
     def limit(self, domain: Domain) -> Domain:
         """The domain, drawing from its stored examples outside of stages of its own."""
         everything, kept = domain.sample, domain.probe_examples
 
         def sample(rng: random.Random, n: int) -> Sequence[Example]:
-            done = int(self._history[-1]["step"]) if self._history else 0
+            done = int(self._trainer.history[-1]["step"]) if self._trainer and self._trainer.history else 0
             own = domain.name in self._own[min(done, len(self._own) - 1)]
             return everything(rng, n) if own else rng.choices(kept, k=n)
 

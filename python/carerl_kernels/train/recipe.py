@@ -236,7 +236,9 @@ class Recipe(Section):
         if not isinstance(data, dict) or data.get("seed") is None:
             return data
         seeded = {"seed": data["seed"]}
-        sections = {name: {**seeded, **own} for name in ("model", "train") if isinstance(own := data.get(name, {}), dict)}
+        sections = {
+            name: {**seeded, **own} for name in ("model", "train") if isinstance(own := data.get(name, {}), dict)
+        }
         if isinstance(data.get("domains"), dict):
             domains = data["domains"].items()
             sections["domains"] = {name: {**seeded, **own} if isinstance(own, dict) else own for name, own in domains}
@@ -253,7 +255,9 @@ class Recipe(Section):
             raise ValueError(f"stages: expected domains out of {', '.join(self.domains)}, found {', '.join(unknown)}")
         check_memory(self.domains, len(self.stages), self.train, self.guard)
         if self.guard is not None and self.guard.shown and any(stage.mixed for stage in self.stages):
-            raise ValueError("guard.shown: expected stages of one domain each, whose examples it is shown, found a mixed one")
+            raise ValueError(
+                "guard.shown: expected stages of one domain each, whose examples it is shown, found a mixed one"
+            )
         balanced = self.train.balance == "controller"
         if balanced and self.monitor is None:
             raise ValueError(

@@ -8,7 +8,7 @@ import textwrap
 import time
 
 import pytest
-from carerl_kernels.demo.pool import Job, WorkerError, run_jobs
+from carerl_kernels.study.pool import Job, WorkerError, run_jobs
 
 
 def double(number, report):
@@ -60,8 +60,8 @@ def test_interrupt_leaves_no_process_behind(tmp_path):
         signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests in the background has it ignored
         sys.path[:0] = [{os.path.dirname(__file__)!r}]
         from pathlib import Path
-        from carerl_kernels.demo.pool import Job, run_jobs
-        from test_demo_pool import linger
+        from carerl_kernels.study.pool import Job, run_jobs
+        from test_pool import linger
         if __name__ == "__main__":
             run_jobs([Job("a", linger, (Path({str(tmp_path / "a")!r}),)), Job("b", linger, (Path({str(tmp_path / "b")!r}),))], 2)
         """

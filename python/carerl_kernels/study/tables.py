@@ -78,8 +78,8 @@ def rows_of(records: Iterable[Record], setting: str, confirming: bool = True) ->
     if front:
         best = max(front, key=lambda r: (len(r.records), r.of("average").mean))
         compared = [(r, d) for r in rows if r is not best and (d := paired(r, best, "average")) is not None]
-        for (row, difference), p in zip(compared, holm([d.p for _, d in compared]), strict=True):
-            rows[rows.index(row)] = Row(row.variant, row.records, difference, p)
+        for (row, gap), p in zip(compared, holm([d.p for _, d in compared]), strict=True):
+            rows[rows.index(row)] = Row(row.variant, row.records, gap, p)
     return sorted(rows, key=lambda r: -r.of("average").mean)
 
 

@@ -33,12 +33,9 @@ BELOW = {
     "tasks": {"grpo", "rewards", "guard", "subspace"},
     "monitor": {"grpo", "guard", "subspace"},
     "integrations": {"monitor", "grpo", "guard", "subspace"},
-    "train": {"demo", "smollm2", "tasks", "monitor", "grpo", "rewards", "guard", "subspace"},
+    "train": {"tasks", "monitor", "grpo", "rewards", "guard", "subspace"},
     "study": {"train", "tasks", "monitor", "grpo", "rewards", "guard", "subspace"},
-    "bench": {"smollm2", "tasks", "grpo", "rewards", "guard", "subspace"},
-    "smollm2": set(),
-    "demo": {"grpo", "rewards", "guard", "subspace"},
-    "replicate": {"smollm2", "demo", "monitor", "grpo", "rewards", "guard", "subspace"},
+    "bench": {"tasks", "grpo", "rewards", "guard", "subspace"},
     "package": {"guard", "subspace"},
 }
 """Rooms, and the rooms that each may import from, besides the leaves. Commands, the top, may import from all."""

@@ -1,8 +1,7 @@
-"""What all commands share: errors as one line, sizes as people read them, the number of usable cores."""
+"""What all commands share: errors as one line and sizes as people read them."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -38,11 +37,6 @@ def plain_errors(command: str, extra: str, *also: type[Exception], stopped: str 
         return
     typer.secho(f"carerl {command}: {message}", err=True, fg=typer.colors.RED)
     raise typer.Exit(1)
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on, which can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 def size(n: int) -> str:

@@ -13,9 +13,9 @@ from .basis_command import basis
 from .bench.command import bench
 from .confine_command import Several, confine, merge
 from .diagnose_command import diagnose
-from .replicate.command import replicate
 from .report_command import report
 from .rewards.command import score
+from .study.command import replicate
 from .train.command import train
 
 app = typer.Typer(
@@ -54,7 +54,7 @@ def demo(
 ) -> None:
     """A small language model learns three domains in sequence, plainly and guarded: who forgets what."""
     with plain_errors("demo", "train"):
-        from .demo import run_demo
+        from .study.demo import run_demo
 
         run_demo(out, fast=fast, seeds=seeds, json_path=json_path, workers=workers, variants=variant)
 

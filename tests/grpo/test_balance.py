@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
-from carerl_kernels.demo.tasks import character_tokenizer, tiny_model, warm_up
 from carerl_kernels.grpo import GRPOConfig, GRPOTrainer, Stage
 from carerl_kernels.grpo.rollout import agree
 from carerl_kernels.grpo.sampling import joined
 from carerl_kernels.guard.editors import PCGrad
+from carerl_kernels.tasks.characters import character_tokenizer, tiny_model, warm_up
 from test_grpo_trainer import BASE, Killed, kill_at, metrics, small_domains
 
 NAMES = ("code", "chat", "math")

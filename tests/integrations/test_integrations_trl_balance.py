@@ -10,11 +10,11 @@ import torch
 pytest.importorskip("trl", reason="trl is not installed: pip install 'carerl-kernels[trl]'")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
-from carerl_kernels.demo.tasks import tiny_model
 from carerl_kernels.integrations.balance import AdvantageBalance
 from carerl_kernels.integrations.trl import CareGRPOTrainer
 from carerl_kernels.monitor import Controller, DriftMonitor
 from carerl_kernels.monitor.callback import MonitorCallback
+from carerl_kernels.tasks.characters import tiny_model
 from trl_helpers import TOKENIZER, rows, settings, trainer
 
 NAMES = ["chat", "code", "math"]

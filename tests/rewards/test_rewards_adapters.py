@@ -83,7 +83,7 @@ def test_trl_calls_it(tmp_path):
     """GRPOTrainer with a real, tiny model: rewards reach its log, None is left out."""
     trl = pytest.importorskip("trl", reason="trl is not installed: pip install 'carerl-kernels[trl]'")
     datasets = pytest.importorskip("datasets")
-    from carerl_kernels.demo.tasks import character_tokenizer, code_examples, tiny_model
+    from carerl_kernels.tasks.characters import character_tokenizer, code_examples, tiny_model
 
     tokenizer = character_tokenizer()
     tokenizer.padding_side = "left"
@@ -223,7 +223,7 @@ def test_trl_groups_survive_what_belongs_to_single_samples():
 def test_trl_trains_on_a_composition(tmp_path, normalize):
     trl = pytest.importorskip("trl", reason="trl is not installed: pip install 'carerl-kernels[trl]'")
     datasets = pytest.importorskip("datasets")
-    from carerl_kernels.demo.tasks import character_tokenizer, math_examples, tiny_model
+    from carerl_kernels.tasks.characters import character_tokenizer, math_examples, tiny_model
 
     tokenizer = character_tokenizer()
     tokenizer.padding_side = "left"

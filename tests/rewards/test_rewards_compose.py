@@ -278,7 +278,7 @@ def test_energy_is_the_share_of_the_real_squared_gradient():
 
 def memory_model():
     pytest.importorskip("transformers")
-    from carerl_kernels.demo.tasks import character_tokenizer, tiny_model
+    from carerl_kernels.tasks.characters import character_tokenizer, tiny_model
 
     tokenizer = character_tokenizer()
     return tiny_model(tokenizer, 0), tokenizer

@@ -262,7 +262,7 @@ def test_plan_equals_what_a_guard_really_holds(kind):
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory):
     pytest.importorskip("transformers")
-    from carerl_kernels.demo.tasks import character_tokenizer, tiny_model
+    from carerl_kernels.tasks.characters import character_tokenizer, tiny_model
 
     folder = tmp_path_factory.mktemp("model")
     tokenizer = character_tokenizer()

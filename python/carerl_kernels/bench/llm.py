@@ -23,9 +23,9 @@ from torch import nn
 from ..grpo import Domain, Example, GRPOConfig
 from ..grpo.learner import Learner
 from ..guard import CapabilityGuard
-from ..smollm2 import load_smollm2
 from ..subspace.matrices import MatrixLayout
 from ..subspace.random_basis import random_basis
+from ..tasks.smollm2 import load_smollm2
 from .measure import Spread
 from .probe import peak_memory
 from .show import Printer, percent

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .._files import write_bytes_atomically
-from ..guard.editors import Editor
+from ..guard.editors import EDITORS, Editor
 from ..task import Domain, domain_table
 from .config import COSMETIC_FIELDS, GRPOConfig, Stage, lr_factor, stage_names
 from .evaluate import example_scores, held_out_losses, mean_score
@@ -90,6 +90,8 @@ class GRPOTrainer:
         self.config = config or GRPOConfig()
         if editor is None and self.config.editor == "guard":
             editor = "guard"
+        elif editor is None and self.config.editor in EDITORS:
+            editor = EDITORS[self.config.editor](model, self.config.seed)
         if editor == "guard" and guard is None:
             raise ValueError(
                 'editor="guard": expected a guard, found guard=None; pass guard=CapabilityGuard(model), or leave editor out'

@@ -181,6 +181,13 @@ def modular_surgery(model: nn.Module, seed: int = 0) -> PCGrad:
     return PCGrad(seed, True, [name for name, _ in named], Shards.of(named))
 
 
+EDITORS: dict[str, Callable[[nn.Module, int], Editor]] = {
+    "pcgrad": lambda model, seed: PCGrad(seed),
+    "modular_surgery": modular_surgery,
+}
+"""Editors that a trainer's settings can name; each is made of the model and a seed."""
+
+
 def torchjd_editor(weighting: Callable[[Any], Tensor], shards: Shards | None = None) -> GramEditor:
     """Any of TorchJD's Gramian weightings (`torchjd.aggregation.UPGradWeighting()` and others; pip install
     'carerl-kernels[editors]'): they see the inner products only, so nothing is flattened or gathered."""

@@ -104,7 +104,7 @@ def _verifier(name: str, strip_reasoning: bool) -> Any:
 def _local(name: str) -> tuple[Any, Any]:
     """Model and tokenizer from a directory or by name; "smollm2" is the one that installs as a package."""
     if name == "smollm2":
-        from ..smollm2 import load_smollm2
+        from ..tasks.smollm2 import load_smollm2
 
         return load_smollm2()
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -39,6 +39,8 @@ def train(
         from .recipe import load_recipe
 
         loaded = load_recipe(recipe, overrides or ())
+        if loaded.run_dir is None:
+            raise ValueError(f"{recipe}: run_dir: expected the directory of the run's records, found none")
         if dry_run:
             from .plan import lines, plan_run
 

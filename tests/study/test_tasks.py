@@ -6,8 +6,8 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from carerl_kernels.demo import tasks
 from carerl_kernels.grpo import special_tokens, success_probability
+from carerl_kernels.tasks import characters as tasks
 
 
 def solve(prompt):

@@ -5,25 +5,25 @@ from itertools import islice
 
 import pytest
 import torch
-from carerl_kernels.replicate import sft, texts
-from carerl_kernels.replicate.cells import Record, run_cells
-from carerl_kernels.replicate.grid import Grid, GridError
-from carerl_kernels.replicate.honoured import refuse_ignored
-from carerl_kernels.replicate.measures import at_equal_new, measures_table, rates
-from carerl_kernels.replicate.report import rows_of
+from carerl_kernels.study import sft
+from carerl_kernels.study.cells import Record, run_cells
+from carerl_kernels.study.grid import Grid
+from carerl_kernels.study.tables import at_equal_new, measures_table, rates, rows_of
+from carerl_kernels.tasks import texts
+from carerl_kernels.train.recipe import RecipeError
 
 pytest.importorskip("yaml")
 transformers = pytest.importorskip("transformers")
 
 GRID = """
 settings:
-  one: {text: text, kind: sft, stages: [text, backwards], steps: 3, lr: 0.003}
-  two: {text: two tasks, kind: sft, stages: [backwards, shortest], steps: 3, lr: 0.003}
-  sums: {text: experts, kind: merge, stages: [code, chat, [code, chat]], steps: 2, lr: 0.003, warm_up: 20,
-    train: {}}
+  one: {text: text, kind: sft, stages: [text, backwards], steps: 3, train: {lr: 0.003}}
+  two: {text: two tasks, kind: sft, stages: [backwards, shortest], steps: 3, train: {lr: 0.003}}
+  sums: {text: experts, kind: merge, model: {path: characters, warm_up: {steps: 20}}, train: {lr: 0.003, max_new_tokens: 5},
+    domains: {code: {kind: characters}, chat: {kind: characters}}, stages: [{domain: code, steps: 2}, {domain: chat, steps: 2}]}
 methods:
-  everything: {text: all inputs, lr: [1], shown: 40, guard: {basis: input, r: 96, energy: 1.0, room: 1.0, every: 1000}}
-  everything-every2: {text: the same, lr: [1], shown: 40, guard: {basis: input, r: 96, energy: 1.0, room: 1.0, every: 2}}
+  everything: {text: all inputs, lr: [1], guard: {shown: 40, basis: input, r: 96, energy: 1.0, room: 1.0, every: 1000}}
+  everything-every2: {text: the same, lr: [1], guard: {shown: 40, basis: input, r: 96, energy: 1.0, room: 1.0, every: 2}}
   nothing: {text: nothing happens, lr: [1], train: {stage_interpolation: 1.0e-9}}
 runs: []
 """
@@ -114,16 +114,18 @@ def test_merged_experts(grid, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("one/rehearsal@1/0", "rehearsal_weight"),
-        ("one/input-bounded@1/0", "guards of sft that are shown examples"),
-        ("one/ties@1/0", "TIES in settings of kind merge"),
-        ("bandit/shown-every8@1/0", "examples shown to a guard"),
-        ("sums/interpolate@1/0", "stage_interpolation"),
+        ("one/rehearsal@1/0", "rehearsal_weight: Extra inputs"),
+        ("one/input-bounded@1/0", "expected shown examples"),
+        ("one/ties@1/0", "ties: Extra inputs"),
+        ("bandit/shown-every8@1/0", "records stages of its own, found shown"),
+        ("sums/rehearsal@1/0", "nothing of earlier domains|read stored examples"),
+        ("sums/input-bounded@1/0", "expected shown examples of every domain"),
+        ("sums/alone@1/0", "in settings of kind grpo, found merge"),
     ],
 )
 def test_what_would_be_ignored_is_refused(grid, name, message):
-    with pytest.raises(GridError, match=message):
-        refuse_ignored(grid.cell(name))
+    with pytest.raises(RecipeError, match=message):
+        grid.cell(name).check()
 
 
 def test_forgetting_at_equal_new_learning():

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from importlib import import_module
+from dataclasses import asdict, dataclass, field, replace
 from math import nan
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..demo.pool import Job, run_jobs
-from .grid import CHOOSING, Cell, Grid, GridError
-from .honoured import refuse_ignored
+from ..train.recipe import RecipeError
+from .grid import CHOOSING, Cell, Grid
+from .pool import Job, run_jobs
 
 RAW = "cells.jsonl"
 DIGITS = 4
@@ -69,6 +68,11 @@ class Record:
         return self.seed < CHOOSING
 
     @property
+    def pooled(self) -> bool:
+        """Whether it is one mixed stage: no domain is new or old, and what counts is where each of them ends."""
+        return len(self.stages) == 1 and len(self.stages[0]) > 1
+
+    @property
     def domains(self) -> list[str]:
         return list(dict.fromkeys(d for stage in self.stages for d in stage))
 
@@ -121,11 +125,8 @@ class Record:
 def run_cell(cell: Cell, cache: Path, report: Callable[[Any], None]) -> Record:
     """Train one cell; at module level so that another process can."""
     started = time.perf_counter()
-    runner = import_module(f".{cell.setting.kind}", __package__)
-    result = runner.run(cell, cache, report)
-    stages = [list(group) for group in cell.setting.groups]
-    seconds = round(time.perf_counter() - started, 1)
-    return Record(cell.name, cell.key, stages, seconds=seconds, **_rounded(result))
+    result = cell.added.run(cell, cache, report)
+    return Record(cell.name, cell.key, seconds=round(time.perf_counter() - started, 1), **_rounded(result))
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -145,7 +146,7 @@ def read_records(path: Path) -> list[Record]:
     """Records of a file, the last of each cell; an unfinished last line, of a process that was killed, is left out.
 
     Raises:
-        GridError: A line in the middle is not a record.
+        RecipeError: A line in the middle is not a record.
     """
     if not path.exists():
         return []
@@ -157,7 +158,7 @@ def read_records(path: Path) -> list[Record]:
         except (ValueError, TypeError) as e:
             if number == len(lines) and not line.endswith("\n"):
                 break
-            raise GridError(f"{path}, line {number}: expected a record of a cell, found {line[:60]!r} ({e})") from e
+            raise RecipeError(f"{path}, line {number}: expected a record of a cell, found {line[:60]!r} ({e})") from e
         records[record.cell] = record
     return list(records.values())
 
@@ -179,6 +180,7 @@ def run_cells(
     *,
     workers: int = 1,
     again: bool = False,
+    keep: bool = False,
     on_event: Callable[[str, str, Any], None] | None = None,
 ) -> list[Record]:
     """Run the cells that `out` has no record of yet, or all; a line in its cells.jsonl for each as it ends.
@@ -188,18 +190,19 @@ def run_cells(
         out: Directory of the study; its cache keeps warm-up checkpoints.
         workers: Processes.
         again: Run what is recorded, too; the later record counts.
+        keep: Keep every run of kind "grpo", as METHOD/seed-SEED in `out`: settings, metrics, bases, checkpoints.
         on_event: As for `run_jobs`.
 
     Returns:
         Records of all these cells, in order.
 
     Raises:
-        GridError: A cell asks for something that its kind of setting would ignore; nothing was run.
+        RecipeError: A cell asks for something that its kind of setting would ignore; nothing was run.
         WorkerError: A cell failed; what was done before is recorded.
     """
     cells = list(cells)
     for cell in cells:
-        refuse_ignored(cell)
+        cell.check()
     done = {} if again else recorded(cells, read_records(out / RAW))
 
     def event(key: str, kind: str, payload: Any) -> None:
@@ -208,8 +211,12 @@ def run_cells(
         if on_event is not None:
             on_event(key, kind, payload)
 
-    jobs = [Job(cell.name, run_cell, (cell, out / "cache")) for cell in cells if cell.name not in done]
-    results = run_jobs(jobs, workers, event, _preload) if jobs else {}
+    jobs = [
+        Job(cell.name, run_cell, (replace(cell, kept=out / cell.kept_as if keep else None), out / "cache"))
+        for cell in cells
+        if cell.name not in done
+    ]
+    results = run_jobs(jobs, workers, event) if jobs else {}
     return [done.get(cell.name) or results[cell.name] for cell in cells]
 
 
@@ -220,7 +227,7 @@ def current(grid: Grid, records: Iterable[Record]) -> tuple[list[Record], list[R
     for record in records:
         try:
             same = grid.cell(record.cell).key == record.key
-        except GridError:
+        except RecipeError:
             same = False
         (kept if same else left).append(record)
     return kept, left
@@ -230,8 +237,3 @@ def recorded(cells: Sequence[Cell], records: Iterable[Record]) -> dict[str, Reco
     """Records that belong to cells as they are defined now, by name."""
     keys = {cell.name: cell.key for cell in cells}
     return {r.cell: r for r in records if keys.get(r.cell) == r.key}
-
-
-def _preload() -> None:
-    """Import what every cell needs."""
-    from . import lm  # noqa: F401

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,7 +14,9 @@ if TYPE_CHECKING:
 
 
 def replicate(
-    preset: Annotated[str, typer.Option(help="small, full, or a YAML file with settings, methods and runs.")] = "small",
+    preset: Annotated[
+        str, typer.Option(help="small, full, demo, or a YAML file with settings, methods and runs.")
+    ] = "small",
     out: Annotated[Path, typer.Option(help="Directory that keeps raw lines, report and pictures.")] = Path(
         "runs/replicate"
     ),
@@ -43,46 +44,48 @@ def replicate(
     with plain_errors("replicate", "train"):
         from rich.console import Console
 
+        from ..train.recipe import RecipeError
         from .cells import RAW, current, read_records, recorded
-        from .grid import Grid, GridError
+        from .grid import Grid
+        from .pool import usable_cores
         from .report import left_out, write_report
+        from .show import run_shown
 
         console, grid = Console(), Grid.load(preset)
         source = data or out / RAW
         unknown = [name for name in setting or () if name not in grid.settings]
         if unknown:
-            raise GridError(
+            raise RecipeError(
                 f"{preset}: expected settings out of {', '.join(grid.settings)}, found {', '.join(unknown)}"
             )
         if cell and (setting or report):
-            raise GridError(
+            raise RecipeError(
                 f"expected --cell alone, found it with {'--setting' if setting else '--report'}: a cell's name begins with "
                 "its setting, and reports are of whole settings"
             )
         if report:
             records = read_records(source)
             if not records:
-                raise GridError(
+                raise RecipeError(
                     f"expected raw lines of cells in {source}, found none; run cells first, or name a file by --data"
                 )
             print(write_report(grid, _only(records, setting), out))
             return
         cells = [grid.cell(name) for name in dict.fromkeys(cell)] if cell else list(grid.cells(setting or ()))
         if not cells:
-            raise GridError(f"{preset}: expected cells, found none in settings {', '.join(setting or grid.settings)}")
+            raise RecipeError(f"{preset}: expected cells, found none in settings {', '.join(setting or grid.settings)}")
         done = recorded(cells, read_records(out / RAW))
         if list_cells:
             for one in cells:
                 console.print(f"{'done' if one.name in done else '    '} {one.name}", highlight=False)
             return
         if done and not (resume or cell):
-            raise GridError(
+            raise RecipeError(
                 f"{out} holds {len(done)} of these {len(cells)} cells: --resume goes on, or name another --out"
             )
         again = bool(cell) and not resume
         before, stale = current(grid, read_records(source))
-        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-        results = _run(cells, out, workers or usable, 0 if again else len(done), again, console)
+        results = run_shown(cells, out, workers or usable_cores(), console, _line, again=again)
         rows = {(r.setting, r.variant) for r in results}
         stale = [r for r in stale if not cell or (r.setting, r.variant) in rows]
         if stale:
@@ -103,22 +106,8 @@ def _only(records: list[Record], settings: list[str] | None) -> list[Record]:
     return [r for r in records if not settings or r.setting in settings]
 
 
-def _run(cells: list[Any], out: Path, workers: int, done: int, again: bool, console: Console) -> list[Record]:
-    """Cells behind one bar; a line for each as it ends."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from .cells import run_cells
-
-    columns = (TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("cells", total=len(cells), completed=done)
-
-        def on_event(key: str, kind: str, payload: Any) -> None:
-            if kind == "done":
-                progress.advance(bar)
-                console.print(f"{key:<36} {measures(payload)}  {payload.seconds:.0f} s", highlight=False)
-
-        return run_cells(cells, out, workers=workers, again=again, on_event=on_event)
+def _line(record: Record) -> str:
+    return f"{record.cell:<36} {measures(record)}  {record.seconds:.0f} s"
 
 
 def measures(record: Record) -> str:

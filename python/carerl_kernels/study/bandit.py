@@ -7,24 +7,62 @@ advantages (GRPO without clipping).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ..guard import CapabilityGuard
-from ..guard.editors import Editor, assign, domain_gradients
+from ..guard.editors import EDITORS, assign, domain_gradients
+from ..train import recipe
+from ..train.run import build_guard
 from .grid import Cell
-from .methods import editor_of, guard_of
 
+SCALED = "train.lr"
 CONTEXT, ACTIONS, HIDDEN = 16, 8, 96
 GROUP = 8
 CONTEXTS = 64
 """Per step."""
 HELD_OUT = 1024
+
+
+class Contexts(recipe.Section):
+    """A domain: how many contexts with their answers are stored, and what replay draws from, as in `DomainSpec`."""
+
+    probes: int = Field(default=0, ge=0)
+    replay: Literal["all", "stored"] = "all"
+
+
+class Train(recipe.Section):
+    """What the trainer does, as in `GRPOConfig`."""
+
+    lr: float = Field(gt=0)
+    replay_fraction: float = Field(default=0.0, ge=0, lt=1)
+    rehearsal_weight: float = Field(default=0.0, ge=0)
+    stage_interpolation: float = Field(default=1.0, gt=0, le=1)
+    kl_beta: float = Field(default=0.0, ge=0)
+    kl_reference: Literal["stage"] = "stage"
+    editor: Literal["pcgrad", "modular_surgery"] | None = None
+
+
+class Recipe(recipe.Section):
+    """A run: domains in the order in which they are learned, for `steps` each."""
+
+    domains: dict[str, Contexts] = Field(min_length=1)
+    steps: int = Field(ge=1)
+    train: Train
+    guard: recipe.GuardSpec | None = None
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        recipe.check_memory(self.domains, len(self.domains), self.train, self.guard)
+        if self.guard is not None and (self.guard.shown or self.guard.history):
+            raise ValueError("guard: expected one that records stages of its own, found shown or history")
+        return self
 
 
 class Bandit:
@@ -78,69 +116,70 @@ class Bandit:
 
 
 def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any]:
-    """Train one cell of a setting of kind "bandit", as `lm.run` does its own."""
-    setting, method = cell.setting, cell.method
-    bandit = Bandit(setting.domains, cell.seed)
-    policy = bandit.policy()
-    guard, editor = guard_of(method, policy, cell.seed, setting.k), editor_of(method, policy, cell.seed)
-    options = {**setting.train, **method.train}
-    stored = {d: bandit.draw(d, method.stored) for d in setting.domains} if method.stored else {}
-    scores = [bandit.accuracy(policy)]
+    """Train one cell of a setting of kind "bandit", as `grpo.run` does its own."""
+    learner = Learner(cell)
+    guard, steps = learner.guard, cell.recipe.steps
+    scores = [learner.accuracy()]
     displacement: dict[str, dict[str, float | None]] = {}
-    for index, domain in enumerate(setting.domains):
-        learner = Learner(bandit, policy, options, guard, editor, stored, setting.domains[:index])
-        learner.stage(domain, setting.steps, setting.lr * cell.lr)
-        scores.append(bandit.accuracy(policy))
-        report((index + 1) * setting.steps)
+    for index, domain in enumerate(cell.recipe.domains):
+        learner.stage(index, domain)
+        scores.append(learner.accuracy())
+        report((index + 1) * steps)
         if guard is not None:
             rows = guard.report()["domains"]
             displacement[domain] = {d: row["net_displacement"] for d, row in rows.items() if d != domain}
-    return {
-        "scores": scores,
-        **({} if guard is None else {"touched": guard.report()["touched_share"], "displacement": displacement}),
-    }
+    found = {"stages": [[d] for d in cell.recipe.domains], "scores": scores}
+    return (
+        found if guard is None else {**found, "touched": guard.report()["touched_share"], "displacement": displacement}
+    )
 
 
 class Learner:
-    """Trains stages, with whatever the method asks for against forgetting."""
+    """Trains stages, with whatever the recipe asks for against forgetting.
 
-    def __init__(
-        self,
-        bandit: Bandit,
-        policy: nn.Module,
-        options: Mapping[str, Any],
-        guard: CapabilityGuard | None,
-        editor: Editor | None,
-        stored: Mapping[str, tuple[Tensor, Tensor]],
-        earlier: list[str],
-    ) -> None:
-        self.bandit, self.policy, self.guard, self.editor = bandit, policy, guard, editor
-        self.stored, self.earlier = stored, earlier
-        self.replayed = round(options.get("replay_fraction", 0.0) * CONTEXTS) if earlier else 0
-        self.rehearsal = options.get("rehearsal_weight", 0.0) if earlier else 0.0
-        self.interpolation, self.beta = options.get("stage_interpolation", 1.0), options.get("kl_beta", 0.0)
+    Args:
+        cell: With the recipe.
+    """
 
-    def stage(self, domain: str, steps: int, lr: float) -> None:
+    def __init__(self, cell: Cell) -> None:
+        self.recipe: Recipe = cell.recipe
+        self.names, train = list(self.recipe.domains), self.recipe.train
+        self.bandit = Bandit(self.names, cell.seed)
+        self.policy = self.bandit.policy()
+        self.guard = None
+        if self.recipe.guard is not None:
+            added, seed = cell.added, cell.seed
+            options = {"track_energy": True, **added.guard_defaults(seed)}
+            self.guard = build_guard(self.policy, self.recipe.guard, added.guard_class(), **options)
+        self.editor = None if train.editor is None else EDITORS[train.editor](self.policy, cell.seed)
+        self.stored = {d: self.bandit.draw(d, spec.probes) for d, spec in self.recipe.domains.items() if spec.probes}
+
+    def accuracy(self) -> list[float]:
+        """Of every domain."""
+        return self.bandit.accuracy(self.policy)
+
+    def stage(self, index: int, domain: str) -> None:
         """Train one domain; the learning rate falls linearly to zero."""
+        train, steps = self.recipe.train, self.recipe.steps
         parameters = list(self.policy.parameters())
         start = [p.detach().clone() for p in parameters]
         reference = None
-        if self.beta:
+        if train.kl_beta:
             reference = self.bandit.policy()
             reference.load_state_dict(self.policy.state_dict())
-        optimizer = torch.optim.Adam(parameters, lr=lr)
+        optimizer = torch.optim.Adam(parameters, lr=train.lr)
         if self.guard is not None:
             self.guard.attach(optimizer)
         with self._guarded(domain):
             for step in range(steps):
-                optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
-                self._gradient(domain, reference)
+                optimizer.param_groups[0]["lr"] = train.lr * (1 - step / steps)
+                self._gradient(domain, self.names[:index], reference)
                 if self.guard is not None and self.guard.probes_due():
                     self._probe()
                 optimizer.step()
             with torch.no_grad():
                 for p, p0 in zip(parameters, start, strict=True):
-                    p.copy_(torch.lerp(p0, p, self.interpolation))
+                    p.copy_(torch.lerp(p0, p, train.stage_interpolation))
         if self.guard is not None:
             self.guard.detach()
 
@@ -148,34 +187,35 @@ class Learner:
         """The guard's stage; the last one is not recorded, for nothing follows."""
         if self.guard is None:
             return nullcontext()
-        last = domain == self.bandit.domains[-1]
-        return self.guard.domain(domain) if last else self.guard.stage(domain)
+        return self.guard.domain(domain) if domain == self.names[-1] else self.guard.stage(domain)
 
-    def _gradient(self, domain: str, reference: nn.Module | None) -> None:
-        counts = {domain: CONTEXTS - self.replayed}
-        for i in range(self.replayed):
-            name = self.earlier[i % len(self.earlier)]
+    def _gradient(self, domain: str, earlier: list[str], reference: nn.Module | None) -> None:
+        train = self.recipe.train
+        replayed = round(train.replay_fraction * CONTEXTS) if earlier else 0
+        counts = {domain: CONTEXTS - replayed}
+        for i in range(replayed):
+            name = earlier[i % len(earlier)]
             counts[name] = counts.get(name, 0) + 1
         batches = {d: self._draw(d, n) if d != domain else self.bandit.draw(d, n) for d, n in counts.items()}
 
         def loss_of(name: str) -> Callable[[], Tensor]:
             # the editors take the mean over domains: a domain's gradient is D times its share of the batch's
             share = counts[name] / CONTEXTS * len(counts)
-            return lambda: share * self.bandit.loss(self.policy, reference, self.beta, *batches[name])
+            return lambda: share * self.bandit.loss(self.policy, reference, train.kl_beta, *batches[name])
 
         if self.editor is not None:
             assign(self.policy, self.editor.combine(domain_gradients(self.policy, {d: loss_of(d) for d in counts})))
         else:
             self.policy.zero_grad(set_to_none=True)
             x, right = (torch.cat(parts) for parts in zip(*batches.values(), strict=True))
-            self.bandit.loss(self.policy, reference, self.beta, x, right).backward()
-        if self.rehearsal:
-            x, right = (torch.cat(parts) for parts in zip(*(self.stored[d] for d in self.earlier), strict=True))
-            (self.rehearsal * nn.functional.cross_entropy(self.policy(x), right)).backward()
+            self.bandit.loss(self.policy, reference, train.kl_beta, x, right).backward()
+        if train.rehearsal_weight and earlier:
+            x, right = (torch.cat(parts) for parts in zip(*(self.stored[d] for d in earlier), strict=True))
+            (train.rehearsal_weight * nn.functional.cross_entropy(self.policy(x), right)).backward()
 
     def _draw(self, domain: str, n: int) -> tuple[Tensor, Tensor]:
-        """Contexts of an earlier domain: of the stored ones, where not all are kept."""
-        if domain not in self.stored:
+        """Contexts of an earlier domain: of the stored ones, where replay draws from those."""
+        if self.recipe.domains[domain].replay == "all":
             return self.bandit.draw(domain, n)
         x, right = self.stored[domain]
         rows = torch.randint(len(x), (n,), generator=self.bandit.generator)

@@ -1,7 +1,7 @@
-"""What the supervised bed reads and learns: documentation, facts, and tasks on lists of words; nothing is downloaded.
+"""Texts for a pretrained model: documentation, facts, and tasks on lists of words; nothing is downloaded.
 
-What a guard is shown of general text is documentation of the Python language, which every Python carries (`pydoc_data`). What
-general text is scored on is of another source: the descriptions of packages that the bed needs anyway. A new version of one
+General text to show a model is documentation of the Python language, which every Python carries (`pydoc_data`). General text to
+score it on is of another source: the descriptions of packages that training needs anyway. A new version of one
 of them may shift figures a little.
 """
 

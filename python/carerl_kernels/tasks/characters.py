@@ -30,6 +30,7 @@ import torch
 
 from ..grpo import Domain, Example, SpecialTokens, answer_loss, special_tokens
 from ..rewards import exact_match
+from .split import split_domain
 
 DOMAINS = ("code", "chat", "math")
 LETTERS = "abcdefgh"
@@ -142,20 +143,18 @@ def demo_domains(seed: int, names: Sequence[str] = DOMAINS) -> list[Domain]:
             stored for probes.
         names: The demonstration's three, or any of `GENERATORS`.
     """
-    return [_domain(name, GENERATORS[name](), seed) for name in names]
+    return [character_domain(name, name, seed, PROBE_EXAMPLES) for name in names]
 
 
-def _domain(name: str, examples: list[Example], seed: int) -> Domain:
-    random.Random(f"{name}-{seed}").shuffle(examples)
-    held_out, train = examples[:EVAL_EXAMPLES], examples[EVAL_EXAMPLES:]
-    return Domain(
-        name=name,
-        sample=lambda rng, n: rng.choices(train, k=n),
-        reward=exact_match,
-        eval_examples=held_out,
-        eval_mode="exact",
-        probe_examples=train[:PROBE_EXAMPLES],
-    )
+def character_domain(name: str, task: str, seed: int, stored: int) -> Domain:
+    """One task as a domain of any name; `stored` of the training examples are stored.
+
+    Raises:
+        ValueError: There is no such task.
+    """
+    if task not in GENERATORS:
+        raise ValueError(f"domain {name!r}: expected task {', '.join(GENERATORS)}, found {task!r}")
+    return split_domain(name, GENERATORS[task](), exact_match, EVAL_EXAMPLES, seed, "exact", stored)
 
 
 def character_tokenizer(names: Sequence[str] = DOMAINS) -> Any:
@@ -171,7 +170,7 @@ def character_tokenizer(names: Sequence[str] = DOMAINS) -> Any:
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
     except ImportError as e:
-        raise ImportError("the demo needs transformers: pip install 'carerl-kernels[train]'") from e
+        raise ImportError("the character tasks need transformers: pip install 'carerl-kernels[train]'") from e
     kinds = "".join(MORE.get(name, "") for name in names)
     symbols = [PAD, EOS, *sorted(set("cms^v>" + LETTERS + DIGITS + MARKS + kinds))]
     backend = Tokenizer(models.WordLevel({s: i for i, s in enumerate(symbols)}, unk_token=PAD))
@@ -189,7 +188,7 @@ def tiny_model(tokenizer: Any, seed: int) -> Any:
     try:
         from transformers import Qwen3Config, Qwen3ForCausalLM
     except ImportError as e:
-        raise ImportError("the demo needs transformers: pip install 'carerl-kernels[train]'") from e
+        raise ImportError("the character tasks need transformers: pip install 'carerl-kernels[train]'") from e
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=64,

@@ -6,6 +6,7 @@ Works through the N dimension in chunks, so that no N-sized temporary exists; co
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -279,7 +280,7 @@ def all_finite(tensors):
     return torch.stack([norm.to(torch.float64) for norm in norms]).isfinite().all()
 
 
-KERNELS: dict[str, Callable] = {
+KERNELS: dict[str, Callable[..., Any]] = {
     "project": project,
     "project.list": project_list,
     "gram": gram,

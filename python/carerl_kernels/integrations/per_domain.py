@@ -184,7 +184,7 @@ class DomainLosses:
             for domain, grads in sorted(self._gradients.items())
         }
         self._gradients.clear()
-        assert self.editor is not None
+        assert not isinstance(self.editor, str)
         assign_combined(self._named, self.editor, gradients)
 
 

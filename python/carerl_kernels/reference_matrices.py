@@ -57,7 +57,9 @@ def input_project(matrices, directions, left=False):
     return out
 
 
-def _input_edit(matrices: Sequence[Tensor], directions: Tensor, left: bool, correction: Callable[..., Tensor]) -> Tensor:
+def _input_edit(
+    matrices: Sequence[Tensor], directions: Tensor, left: bool, correction: Callable[..., tuple[Tensor, Tensor]]
+) -> Tensor:
     """`W <- W + x V` with `x [c, outputs, K]` and whether it is finite `[c, outputs]` from `correction(at, W V^T)`.
 
     An output whose x is zero or not finite keeps its bits. Returns the sum of x^2 of every matrix.

@@ -1,6 +1,6 @@
 """The guard on finished checkpoints, without any access to training: confinement of a change, and sums of confined changes.
 
-Anchors come from one checkpoint, weights from another (docs/math.md, "bounded displacement (box)"). Matrices are read and
+Anchors come from one checkpoint, weights from another (docs/math.md, "finished checkpoints"). Matrices are read and
 written a few at a time; what needs no correction is not touched.
 """
 

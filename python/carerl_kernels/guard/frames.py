@@ -1,4 +1,4 @@
-"""How coefficients of overlapping rows become components, and components become an edit (docs/math.md, "projection").
+"""How coefficients of overlapping rows become components, and components become an edit (docs/math.md, "overlapping bases").
 
 With overlap S of the acting rows both maps are R = (S^+)^(1/2): the edit operator is symmetric, never reverses a component and
 counts shared directions once (Loewdin 1950).

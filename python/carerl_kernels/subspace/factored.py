@@ -20,7 +20,7 @@ from .store import BasisError, BasisInfo, StoredBasis
 
 @dataclass(frozen=True)
 class FactoredBasis(StoredBasis, kinds=("block", "input")):
-    """Factors per covered weight matrix W `[m, n]`, by parameter name (docs/math.md, "input directions").
+    """Factors per covered weight matrix W `[m, n]`, by parameter name (docs/math.md, "block directions" and "input directions").
 
     `block`: directions u_i v_j^T with U = `left` `[m, r]` and V = `right` `[n, r]`, the leading singular vectors of the
     stage's change theta_start - theta_end; all r x r of them act. `input`: directions e_a v_j^T (`right` alone) or u_j e_b^T

@@ -108,7 +108,8 @@ class Merged:
     """What was summed.
 
     Attributes:
-        out, seconds, left_out, warnings: see :class:`Confined`; experts: what was done to the change of each.
+        out, seconds, left_out, warnings: See :class:`Confined`.
+        experts: What was done to the change of each.
     """
 
     out: str

@@ -27,7 +27,9 @@ class Cost:
     """Of one editor, per step with D domains, in multiples of the number N of parameters unless said otherwise.
 
     Attributes:
-        backward: backward passes; stored: gradients kept at a time beside the optimizer's; history: what is kept of earlier
+        backward: The number of backward passes.
+        stored: The number of gradients kept at a time beside the optimizer's.
+        history: What is kept of earlier
             stages, in words; passes: reads and writes of N elements; summed: numbers all-reduced when sharded.
     """
 

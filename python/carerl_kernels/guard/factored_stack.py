@@ -22,7 +22,8 @@ class FactoredStack(Stack[MatrixLayout, FactoredBasis]):
     """What block and input bases share. Factors are float32, orthonormal per domain and matrix, columns domain after domain.
 
     Attributes:
-        left: per group `[G, m, D*r]` or None; right: `[G, n, D*r]` or None.
+        left: The left factors of each group, `[G, m, D*r]` or None.
+        right: The right factors of each group, `[G, n, D*r]` or None.
     """
 
     def __init__(self, layout: MatrixLayout, device: torch.device):

@@ -33,7 +33,9 @@ class Memory:
         device: The device of the parameters.
 
     Attributes:
-        stack: directions of all domains. box: for rules that are a projection; steps: for the others.
+        stack: Directions of all domains.
+        box: What corrects steps by a rule that is a projection, else None.
+        steps: What corrects steps by the other rules.
         statistics, probes: see their classes.
         steps_here: optimizer steps since displacements were last counted from zero.
     """

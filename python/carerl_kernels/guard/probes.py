@@ -35,7 +35,8 @@ class Probes:
 
     Attributes:
         interval: steps between rounds now.
-        agreement: per domain, of its last two rounds; rounds: taken so far.
+        agreement: How much the last two rounds of probes agree, per domain.
+        rounds: The number of rounds taken so far.
     """
 
     def __init__(self, every: int, adaptive: bool = False):

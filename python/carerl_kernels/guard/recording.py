@@ -31,7 +31,8 @@ class Recording:
         layout, settings, architecture, data_group: The `layout`, `settings`, `architecture` and `data_group` of the guard.
         module: The module that the training calls; None where the guard was built from pairs.
         locals: gives the parameters' local parts.
-        stage: the recorder of the stage in progress; newcomers: of domains that appeared on the way.
+        stage: The recorder of the stage in progress.
+        newcomers: The recordings of domains that appeared on the way.
         seconds: spent.
     """
 

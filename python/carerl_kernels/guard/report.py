@@ -47,7 +47,8 @@ class Report(TypedDict, total=False):
         unguarded: parameters of the optimizer that move freely, by reason, with their number and how many elements they have.
         recording: What is known of newcomers.
         probes: What is known of the probes of rule "probed".
-        seconds: spent acting, recording and probing. communication: numbers summed over processes, and all-reduces.
+        seconds: The seconds spent acting, recording and probing.
+        communication: The numbers summed over processes, and all-reduces.
         memory: bytes of directions, anchors and what belongs to them in this process.
         covered: share of the guarded parameters that directions exist for.
     """

@@ -26,7 +26,8 @@ class GuardOptions(TypedDict, total=False):
             from a stage's parameter change), whose memory is small enough for full fine-tuning; "per_matrix" (k directions for
             every weight matrix) or "flat" (k over all parameters), both from gradients. None is "input", or "per_matrix" where k
             or a basis_dtype asks for rows or the model is pairs. docs/evidence.md compares them.
-        k: directions per domain of row bases, 64 by default; r: rank of "block", 16 by default, and of "input", 32.
+        k: Directions per domain of row bases, 64 by default.
+        r: Rank of "block", 16 by default, and of "input", 32.
         every: rules "bounded" and "remove": steps of one domain between corrections. Weights may be outside of their box by what
             the steps since then did; a stage's end, :meth:`detach` and :meth:`confine_` put them back.
         bound: a number for both sides, (against, along), or one of these per domain.
@@ -35,7 +36,8 @@ class GuardOptions(TypedDict, total=False):
         apply_to: "update" corrects the parameters, whatever the optimizer made of the gradient; "grad" edits `p.grad` before
             the step (Adam largely normalises such an edit away).
         max_grad_norm: grad mode: clips the edited gradient (clip before the step as usual in update mode).
-        probe_every: rule "probed": steps between probes; probe_adaptive: this is where the interval starts, and it follows how
+        probe_every: Steps between probes, with rule "probed".
+        probe_adaptive: Whether `probe_every` is where the interval starts only, and it then follows how
             much successive probes agree. Signs that agree no more than a coin's fall back to "bounded".
         basis_dtype: storage of row directions: float32, bfloat16, float16, or block-scaled int8 or float8_e4m3fn.
         record_every: record every n-th gradient of a stage.

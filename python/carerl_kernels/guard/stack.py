@@ -48,7 +48,8 @@ class Stack(ABC, Generic[L, B]):
         device: The device of the parameters.
 
     Attributes:
-        names: domains with history, oldest first; infos: what is known about their bases.
+        names: Domains with history, oldest first.
+        infos: What is known about their bases.
     """
 
     def __init__(self, layout: L, device: torch.device):
@@ -177,7 +178,8 @@ class Stack(ABC, Generic[L, B]):
             anchor: The coefficients that the box is around, from :meth:`measure`.
             bounds: how far "bounded" lets every row move; None: nowhere.
             own: domain whose rows do not act.
-            exempt: indices of parameters that move freely; tight: of those that no bound is for.
+            exempt: Indices of parameters that move freely.
+            tight: Indices of parameters that no bound is for.
 
         Returns:
             0-d float64, the energy of the correction here; processes add up.

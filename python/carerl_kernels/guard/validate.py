@@ -28,8 +28,10 @@ class Validation:
     Attributes:
         domain, kind, k: The domain, kind and number k of the basis.
         gradients: how many were drawn.
-        explained: mean share of their energy inside the basis; low, high: its 95 % interval (Student's t over gradients).
-        random: mean share inside random directions of equal number; random_high: upper end of its interval.
+        explained: Mean share of their energy inside the basis.
+        low, high: The 95 % interval (Student's t over gradients).
+        random: Mean share inside random directions of equal number.
+        random_high: Upper end of its interval.
         verdict: "functional" (the whole interval lies above the noise floor, thrice what random directions explain or half of
             what those leave), "chance" (it reaches down to what random directions explain) or "weak" (between).
     """

@@ -29,9 +29,12 @@ class Group:
 
     Attributes:
         indices: The indices of the parameters, one for each matrix: a stack of matrices has its index several times.
-        m: rows that live here; whole: rows of the whole matrix; n: columns.
+        m: The number of rows that live here.
+        whole: The number of rows of the whole matrix.
+        n: The number of columns.
         side: which factors a direction has: "both" (u v^T), "right" (any column times v^T), "left" (u times any row).
-        first: first coefficient row; each: coefficient rows per matrix.
+        first: The first coefficient row.
+        each: The number of coefficient rows per matrix.
         slices: which slice of its parameter each matrix is; None where it is the whole of it.
     """
 

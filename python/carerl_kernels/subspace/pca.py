@@ -29,8 +29,10 @@ class StreamingPCA:
     Attributes:
         rows: `[k + oversample, N]`.
         singular_values: `[T, k + oversample]` float64.
-        seen: updates taken in; skipped: updates refused because a gradient was not finite.
-        energy: `[T]` sum of squared gradients; discarded: `[T]` the part the rows do not hold.
+        seen: The number of updates taken in.
+        skipped: The number of updates refused because a gradient was not finite.
+        energy: `[T]`, the sum of squared gradients.
+        discarded: `[T]`, the part of it that the rows do not hold.
     """
 
     def __init__(

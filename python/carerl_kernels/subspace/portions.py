@@ -25,7 +25,8 @@ class Portion:
         key: The name of the tensor.
         entry: Where the tensor stands in the files.
         unit: Where its directions are; None where it has none.
-        at: which slice of a stack of matrices; rows, columns: of the matrix.
+        at: The number of the slice of a stack of matrices.
+        rows, columns: The rows and columns of the matrix.
     """
 
     key: str

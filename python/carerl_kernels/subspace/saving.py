@@ -35,7 +35,8 @@ class Part:
 
     Attributes:
         shape, dtype: The shape and dtype of the whole tensor.
-        dim: along which it is split, 0 or 1; pieces: tensors and where they belong along it.
+        dim: The dimension along which the tensor is split, 0 or 1.
+        pieces: The tensors, and where they belong along it.
     """
 
     shape: tuple[int, ...]

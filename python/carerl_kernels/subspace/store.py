@@ -37,7 +37,8 @@ class BasisInfo:
         architecture: class name of the model, for messages.
         names, shapes: The names and shapes of the parameters, in order.
         start_hash, end_hash: The hashes of the parameter values when the stage began and ended.
-        steps: gradients streamed in; skipped: gradients refused because they were not finite.
+        steps: The number of gradients streamed in.
+        skipped: The number of gradients refused because they were not finite.
         gradient_capture: share of the stage's gradient energy that the directions hold, 0..1; None where gradients were not
             looked at (block bases come from the parameter change alone).
         displacement_capture: share of the stage's squared parameter change that they hold, 0..1; None where no stage was

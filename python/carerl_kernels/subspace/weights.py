@@ -47,7 +47,8 @@ class Entry:
 
     Attributes:
         file: The file that it stands in.
-        dtype: None where it is no floating-point number of 16, 32 or 64 bits; kind: as the file names it.
+        dtype: The dtype; None where it is no floating-point number of 16, 32 or 64 bits.
+        kind: The dtype's name in the file.
         shape: The shape of the tensor.
         offset: The offset of its first byte in the file.
     """

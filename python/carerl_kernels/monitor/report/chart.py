@@ -63,9 +63,12 @@ class Matrix:
     """Numbers in rows and columns, shown as a table with coloured cells.
 
     Attributes:
-        title, caption: plain text; corner: what rows and columns are.
-        columns, rows: names; cells: per row, None where nothing was measured.
-        full: magnitude that gets the full colour; style: Python format of a cell.
+        title, caption: The table's title and caption, plain text.
+        corner: What rows and columns are.
+        columns, rows: The names of columns and rows.
+        cells: The values of every row, None where nothing was measured.
+        full: The magnitude that gets the full colour.
+        style: The Python format of a cell.
         bad_above: numbers above 0 get the colour of harm, as losses do, instead of those below.
     """
 

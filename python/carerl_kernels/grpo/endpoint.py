@@ -91,19 +91,16 @@ class EndpointSampler:
         backoff: float = 0.5,
         max_backoff: float = 30.0,
     ) -> None:
-        try:
-            self._client = RetryingClient(
-                url,
-                key=os.environ.get("CARERL_SAMPLER_API_KEY") if api_key is None else api_key,
-                max_in_flight=max_in_flight,
-                timeout=timeout,
-                attempts=attempts,
-                backoff=backoff,
-                max_backoff=max_backoff,
-                log=LOGGER,
-            )
-        except ModuleNotFoundError as error:
-            raise ImportError("sampling from an endpoint needs httpx: pip install 'carerl-kernels[judge]'") from error
+        self._client = RetryingClient(
+            url,
+            key=os.environ.get("CARERL_SAMPLER_API_KEY") if api_key is None else api_key,
+            max_in_flight=max_in_flight,
+            timeout=timeout,
+            attempts=attempts,
+            backoff=backoff,
+            max_backoff=max_backoff,
+            log=LOGGER,
+        )
         if engine not in ("vllm", "sglang"):
             raise ValueError(f"engine: expected 'vllm' or 'sglang', found {engine!r}")
         if sync_every < 1:

@@ -78,19 +78,16 @@ class Endpoint:
         price: tuple[float, float] = (0.0, 0.0),
     ) -> None:
         key = os.environ.get("CARERL_JUDGE_API_KEY") if api_key is None else api_key
-        try:
-            self._client = RetryingClient(
-                url,
-                key=key,
-                max_in_flight=max_in_flight,
-                timeout=timeout,
-                attempts=attempts,
-                backoff=backoff,
-                max_backoff=max_backoff,
-                log=LOGGER,
-            )
-        except ModuleNotFoundError as error:
-            raise ImportError("a judge endpoint needs httpx: pip install 'carerl-kernels[judge]'") from error
+        self._client = RetryingClient(
+            url,
+            key=key,
+            max_in_flight=max_in_flight,
+            timeout=timeout,
+            attempts=attempts,
+            backoff=backoff,
+            max_backoff=max_backoff,
+            log=LOGGER,
+        )
         self.url = self._client.url
         self._model = model
         self._meter = Meter(price)

@@ -7,10 +7,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from carerl_kernels import BasisError, CapabilityGuard, DomainBasis
+from carerl_kernels import BasisError, CapabilityGuard, DomainBasis, basis_command
+from carerl_kernels._ops import BASIS_DTYPES
 from carerl_kernels.cli import app
 from carerl_kernels.guard.validate import validate
 from carerl_kernels.subspace import StoredBasis
+from carerl_kernels.subspace.kinds import KINDS
 from carerl_kernels.subspace.merge import merge
 from carerl_kernels.subspace.plan import plan
 from factored_helpers import make_factored
@@ -204,6 +206,11 @@ CONFIGS = {  # as published with the checkpoints
         "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 151936, "tie_word_embeddings": True,
     },
 }  # fmt: skip
+
+
+def test_the_command_knows_every_kind_and_storage():
+    assert [kind.value for kind in basis_command.Kinds] == list(KINDS)
+    assert {getattr(torch, storage.value) for storage in basis_command.Storages} == set(BASIS_DTYPES)
 
 
 def test_plans_of_published_models(tmp_path):

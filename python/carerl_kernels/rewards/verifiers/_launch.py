@@ -152,12 +152,6 @@ class Launched:
         said = data.removeprefix(b"started\n")
         return json.loads(said) if said else {}
 
-    def wait_for_start(self, seconds: float) -> bool:
-        """Whether the program runs, after that time at most."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._status, selectors.EVENT_READ)
-            return bool(selector.select(seconds))
-
     def _clean(self) -> None:
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)

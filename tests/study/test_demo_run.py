@@ -63,7 +63,7 @@ def test_summary_json_table_and_picture(tmp_path, tiny):
     # the first stage knows no history: from one checkpoint and at one learning rate, guards do there what plain training does
     first = {name: variant["after_own_stage"]["code"]["mean"] for name, variant in data["variants"].items()}
     for scale in (0.5, 1.0):
-        alike = {"naive", "lower_lr", *(n for n, v in VARIANTS.items() if v.guard is not None)}
+        alike = {"naive", "lower_lr", *(n for n, v in VARIANTS.items() if "guard" in v.recipe)}
         assert len({first[n] for n in alike if VARIANTS[n].lr[0] == scale}) == 1
     assert (tmp_path / "out" / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
     printed = console.file.getvalue()

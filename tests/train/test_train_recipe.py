@@ -261,7 +261,7 @@ def test_a_noisy_reward_goes_on_where_it_was_and_evaluates_without_noise(tmp_pat
 
 
 def test_built_in_tasks_in_sequence_shown_replayed_and_resumed(tmp_path):
-    """The demonstration's model by name; a guard that is shown examples; stored ones replayed; the same after an interruption."""
+    """The demonstration's model; a guard that is shown examples; replay of stored ones; the same after an interruption."""
     text = """
 seed: 1
 model: {path: characters, warm_up: {steps: 10}}

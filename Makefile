@@ -110,7 +110,7 @@ $(VENV)/.lint: $(VENV)/.carerl-test Makefile
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.python pyproject.toml
-	$(PIP) $$($(BIN)/python -c 'import tomllib; print(*(repr(p) for p in tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"]))')
+	$(PIP) $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
 	@touch $@
 
 clean:

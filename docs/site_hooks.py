@@ -75,7 +75,7 @@ API: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "training": (
         "Training",
-        ("grpo.config", "grpo.domain", "grpo.trainer", "grpo.losses", "grpo.sampling", "grpo.endpoint", "train.recipe", "train.run"),
+        ("grpo.config", "grpo.Domain", "grpo.Example", "grpo.trainer", "grpo.losses", "grpo.sampling", "grpo.endpoint", "train.recipe", "train.run"),
     ),
     "monitor": ("Monitor", ("monitor.monitor", "monitor.callback", "monitor.controller", "monitor.split", "monitor.sinks", "monitor.diagnose")),
     "integrations": ("Integrations", ("integrations.transformers", "integrations.trl", "integrations.verl")),

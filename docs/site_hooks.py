@@ -20,8 +20,20 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[1]
 PACKAGE = "carerl_kernels"
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
-LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml", ".cpp": "cpp", ".h": "cpp", ".json": "json"}
-PROJECT = {"CONTRIBUTING.md": "project/contributing.md", "CHANGELOG.md": "project/changelog.md", "SECURITY.md": "project/security.md"}
+LANGUAGES = {
+    ".py": "python",
+    ".yaml": "yaml",
+    ".yml": "yaml",
+    ".toml": "toml",
+    ".cpp": "cpp",
+    ".h": "cpp",
+    ".json": "json",
+}
+PROJECT = {
+    "CONTRIBUTING.md": "project/contributing.md",
+    "CHANGELOG.md": "project/changelog.md",
+    "SECURITY.md": "project/security.md",
+}
 """Files of the repository that are pages of the site."""
 
 API: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -75,9 +87,29 @@ API: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "training": (
         "Training",
-        ("grpo.config", "grpo.Domain", "grpo.Example", "grpo.trainer", "grpo.losses", "grpo.sampling", "grpo.endpoint", "train.recipe", "train.run"),
+        (
+            "grpo.config",
+            "grpo.Domain",
+            "grpo.Example",
+            "grpo.trainer",
+            "grpo.losses",
+            "grpo.sampling",
+            "grpo.endpoint",
+            "train.recipe",
+            "train.run",
+        ),
     ),
-    "monitor": ("Monitor", ("monitor.monitor", "monitor.callback", "monitor.controller", "monitor.split", "monitor.sinks", "monitor.diagnose")),
+    "monitor": (
+        "Monitor",
+        (
+            "monitor.monitor",
+            "monitor.callback",
+            "monitor.controller",
+            "monitor.split",
+            "monitor.sinks",
+            "monitor.diagnose",
+        ),
+    ),
     "integrations": ("Integrations", ("integrations.transformers", "integrations.trl", "integrations.verl")),
 }
 """Pages of the reference, with what stands in them."""
@@ -163,9 +195,13 @@ def _source_page(target: str) -> str:
     path = ROOT / target
     head = f"---\nsearch:\n  exclude: true\nhide: [toc, navigation]\n---\n\n# {target}\n\n"
     if path.is_dir():
-        return head + "\n".join(f"- `{child.name}`" for child in sorted(path.iterdir()) if child.name[0] not in "_.") + "\n"
+        return (
+            head
+            + "\n".join(f"- `{child.name}`" for child in sorted(path.iterdir()) if child.name[0] not in "_.")
+            + "\n"
+        )
     language = LANGUAGES.get(path.suffix, "text")
-    return f"{head}``````{language} linenums=\"1\"\n{path.read_text()}\n``````\n"
+    return f'{head}``````{language} linenums="1"\n{path.read_text()}\n``````\n'
 
 
 def _ops_page() -> str:
@@ -181,7 +217,9 @@ def _ops_page() -> str:
     introduction = ast.get_docstring(ast.parse((package / "_ops.py").read_text())) or ""
     conventions = introduction.split("Conventions", 1)[-1]
     paragraphs = [f"{line.strip()}" for line in conventions.strip().splitlines()]
-    text = "# Ops\n\n`import carerl_kernels` registers them as `torch.ops.carerl.NAME`.\n\n" + "\n".join(paragraphs) + "\n"
+    text = (
+        "# Ops\n\n`import carerl_kernels` registers them as `torch.ops.carerl.NAME`.\n\n" + "\n".join(paragraphs) + "\n"
+    )
     for op in dict.fromkeys(name.split(".")[0] for name in schemas):
         text += f"\n## `{op}` {{ #{op} }}\n\n"
         overloads = [f"{name}{schema}" for name, schema in schemas.items() if name.split(".")[0] == op]

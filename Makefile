@@ -17,7 +17,7 @@ NVCC := $(firstword $(shell command -v nvcc) $(wildcard $(CUDA_HOME)/bin/nvcc /u
 JOBS ?= auto
 ARGS ?=
 
-.PHONY: demo test test-torch test-ops bench gpu-build gpu-check gpu-check-offline lint format docs wheels info clean
+.PHONY: demo test test-torch test-ops bench gpu-build gpu-check gpu-check-offline lint format docs wheels hub-kernel info clean
 
 demo: $(VENV)/.carerl-train
 	$(BIN)/carerl demo $(ARGS)
@@ -77,6 +77,11 @@ wheels: $(VENV)/.torch
 	rm -rf build/wheel && mkdir -p build/wheel dist
 	CARERL_WHEEL=1 CARERL_CUDA=$${CARERL_CUDA-OFF} PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*.so' --exclude libc10.so --wheel-dir dist build/wheel/*.whl
+
+# The ops as a project of Hugging Face's kernel-builder in build/hub-kernel; building it needs nix, which fetches the rest.
+hub-kernel:
+	rm -rf build/hub-kernel
+	$(PYTHON) .github/hub_kernel.py build/hub-kernel
 
 # ---------------------------------------------------------------------------------------------------------- set-up
 

@@ -2,8 +2,8 @@
 
     python .github/hub_kernel.py OUT     # then, where nix is: cd OUT && nix run .#build-and-copy
 
-Nothing is kept twice in the repository: sources are copied, and a namespace of its own, which the Hub asks of every build, is put in place of
-`carerl` by the preprocessor and by replacing names in the copied Python modules.
+Nothing is kept twice in the repository: sources are copied. The Hub asks for a namespace of its own in every build; the
+preprocessor puts it in place of `carerl`, and so does a replacement of names in the copied Python modules.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ REGISTER_EXTENSION(TORCH_EXTENSION_NAME)
 """
 PACKAGE = '''"""Gradient projection kernels of carerl-kernels over CPU and CUDA tensors.
 
-Every op is a function of this module, `help(NAME)` says what it means; overloads (`.list` over a parameter list) are at `ops.NAME`.
+Every op is a function of this module, and `help(NAME)` says what it means. Overloads (`.list`) are at `ops.NAME`.
 """
 
 from ._ops import ops
@@ -44,8 +44,8 @@ __all__ = ["ops", *declared.OP_NAMES]
 def flags_of(file: Path) -> list[str]:
     """Compiler flags of a CPU source, as CMakeLists.txt has them: an instruction set is a file's, never the target's."""
     text = (ROOT / "CMakeLists.txt").read_text()
-    place = rf"set_source_files_properties\(\s*{re.escape(str(file.relative_to(ROOT)))}\s+PROPERTIES\s+COMPILE_OPTIONS\s+\"([^\"]*)\""
-    own = re.search(place, text)
+    source = re.escape(str(file.relative_to(ROOT)))
+    own = re.search(rf'set_source_files_properties\(\s*{source}\s+PROPERTIES\s+COMPILE_OPTIONS\s+"([^"]*)"', text)
     return COMMON if own is None else [*COMMON, *flags_in(own[1], text)]
 
 

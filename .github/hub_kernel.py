@@ -16,7 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "carerl_kernels"
-MODULES = {"_ops": "declared", "reference": "reference", "linalg": "linalg", "thin": "thin"}
+REFERENCES = [path.stem for path in sorted((ROOT / "python" / NAME).glob("reference*.py"))]
+MODULES = {"_ops": "declared", **{name: name for name in (*REFERENCES, "linalg", "thin")}}
 """Modules of the package that the ops need, and what they are called there: kernel-builder makes an `_ops` of its own."""
 COMMON = ["-Dcarerl=TORCH_EXTENSION_NAME", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 BINDING = """// Schemas are declared in Python (torch-ext/carerl_kernels/declared.py), kernels register in csrc/ops.
@@ -113,7 +114,7 @@ def build_toml() -> str:
 def module(name: str) -> str:
     """The text of a module of the package, with the Hub's namespace in place of `carerl`."""
     text = (ROOT / "python" / NAME / f"{name}.py").read_text()
-    text = text.replace("torch.ops.carerl", "_ops.ops" if name == "reference" else "ops")
+    text = text.replace("torch.ops.carerl", "_ops.ops" if name in REFERENCES else "ops")
     text = re.sub(r"\b_ops\.(?!ops\b)", "declared.", text).replace("from . import _ops", "from . import _ops, declared")
     if name == "_ops":
         text = text.replace('NAMESPACE = "carerl"', 'NAMESPACE = add_op_namespace_prefix("").removesuffix("::")')

@@ -41,6 +41,7 @@ API: dict[str, tuple[str, tuple[str, ...]]] = {
         "Guard",
         (
             "guard.guard.CapabilityGuard",
+            "guard.settings.GuardOptions",
             "guard.settings.Settings",
             "guard.mixed.MixedGradient",
             "guard.report",
@@ -212,8 +213,8 @@ def _ops_page() -> str:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == "SCHEMAS":
             assert node.value is not None
             schemas = ast.literal_eval(node.value)
-    reference = ast.parse((package / "reference.py").read_text())
-    docs = {node.name: ast.get_docstring(node) for node in reference.body if isinstance(node, ast.FunctionDef)}
+    references = [node for path in sorted(package.glob("reference*.py")) for node in ast.parse(path.read_text()).body]
+    docs = {node.name: ast.get_docstring(node) for node in references if isinstance(node, ast.FunctionDef)}
     introduction = ast.get_docstring(ast.parse((package / "_ops.py").read_text())) or ""
     conventions = introduction.split("Conventions", 1)[-1]
     paragraphs = [f"{line.strip()}" for line in conventions.strip().splitlines()]

@@ -52,7 +52,7 @@ class CapabilityGuard:
         process_group: over which the parameters of a plain list are sharded (each process gives a contiguous part of every
             flattened parameter). FSDP2's DTensors bring their own; DDP needs none.
 
-    Keyword Args:
+    The other options, by name:
         basis: "input" (one-sided, r per weight matrix, of what is fed into it) or "block" (two-sided, r x r per weight matrix,
             from a stage's parameter change), whose memory is small enough for full fine-tuning; "per_matrix" (k directions for
             every weight matrix) or "flat" (k over all parameters), both from gradients. None is "input", or "per_matrix" where k

@@ -30,6 +30,7 @@ LANGUAGES = {
     ".json": "json",
 }
 PROJECT = {
+    "README.md": "project/readme.md",
     "CONTRIBUTING.md": "project/contributing.md",
     "CHANGELOG.md": "project/changelog.md",
     "SECURITY.md": "project/security.md",
@@ -122,14 +123,15 @@ def on_files(files: Files, config: Any) -> Files:
         text = f"# {title}\n\n" + "\n\n".join(f"::: {PACKAGE}.{member}" for member in members) + "\n"
         files.append(File.generated(config, f"api/{name}.md", content=text))
     files.append(File.generated(config, "api/ops.md", content=_ops_page()))
-    for source, page in PROJECT.items():
-        files.append(File.generated(config, page, content=_moved((ROOT / source).read_text(), "", page)))
-    files.append(File.generated(config, "assets/site.css", content=(ROOT / "docs/site.css").read_text()))
     linked = set()
-    for file in list(files.documentation_pages()):
-        text, here = file.content_string, _place(file.src_uri)
-        for target in _targets(text, here):
-            linked.add(target)
+    for source, page in PROJECT.items():
+        text = (ROOT / source).read_text()
+        linked |= _targets(text, source)
+        files.append(File.generated(config, page, content=_moved(text, "", page)))
+    files.append(File.generated(config, "assets/site.css", content=(ROOT / "docs/site.css").read_text()))
+    for file in files.documentation_pages():
+        if not file.src_uri.startswith(("project/", "api/")):
+            linked |= _targets(file.content_string, _place(file.src_uri))
     for target in sorted(linked):
         files.append(File.generated(config, f"source/{target}.md", content=_source_page(target)))
     return files
@@ -169,7 +171,7 @@ def _inside(target: str, folder: str) -> str | None:
 
 def _targets(text: str, here: str) -> set[str]:
     found = {_inside(match[2], posixpath.dirname(here)) for match in LINK.finditer(text)}
-    return {target for target in found if target is not None and target not in PROJECT and target != "README.md"}
+    return {target for target in found if target is not None and target not in PROJECT}
 
 
 def _moved(text: str, folder: str, page: str) -> str:
@@ -183,8 +185,6 @@ def _moved(text: str, folder: str, page: str) -> str:
             if re.match(r"[a-z]+:", target) or not path.startswith("docs/"):
                 return match[0]
             goal = path.removeprefix("docs/")
-        elif inside == "README.md":
-            goal = "index.md"
         else:
             goal = PROJECT.get(inside, f"source/{inside}.md")
         return f"{before}{posixpath.relpath(goal, posixpath.dirname(page) or '.')}{anchor}{after}"

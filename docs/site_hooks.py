@@ -128,7 +128,6 @@ def on_files(files: Files, config: Any) -> Files:
         text = (ROOT / source).read_text()
         linked |= _targets(text, source)
         files.append(File.generated(config, page, content=_moved(text, "", page)))
-    files.append(File.generated(config, "assets/site.css", content=(ROOT / "docs/site.css").read_text()))
     for file in files.documentation_pages():
         if not file.src_uri.startswith(("project/", "api/")):
             linked |= _targets(file.content_string, _place(file.src_uri))

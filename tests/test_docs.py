@@ -6,7 +6,9 @@ import re
 import subprocess
 import sys
 import tomllib
+from html import unescape
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import yaml
@@ -63,9 +65,7 @@ def test_sections_that_docstrings_cite_exist():
         for section in re.findall(r'docs/math\.md, "([^"]*)"', path.read_text())
     }
     for name, section in sorted(cited):
-        assert any(head.startswith(section.lower()) for head in heads), (
-            f"{name}: no section {section!r} in math.md"
-        )
+        assert any(head.startswith(section.lower()) for head in heads), f"{name}: no section {section!r} in math.md"
 
 
 @pytest.mark.parametrize("page", ["index.md", "pooled.md", "architecture.md"])
@@ -121,8 +121,14 @@ def test_the_site_builds_without_warnings(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    guard = (tmp_path / "site/api/guard/index.html").read_text()
+    site = tmp_path / "site"
+    for page in site.rglob("*.html"):
+        for link in re.findall(r'(?:href|src)="([^"#?]+)', page.read_text()):
+            if not re.match(r"[a-z]+:|/", link):
+                target = (page.parent / unquote(unescape(link))).resolve()
+                assert target.is_file() or (target / "index.html").is_file(), f"{page.relative_to(site)}: {link}"
+    guard = (site / "api/guard/index.html").read_text()
     assert "CapabilityGuard" in guard and "protect" in guard
-    formulas = (tmp_path / "site/math/index.html").read_text()
+    formulas = (site / "math/index.html").read_text()
     assert "<math" in formulas and "arithmatex" not in formulas
-    assert (tmp_path / "site/source/python/carerl_kernels/guard/box.py/index.html").is_file()
+    assert (site / "source/python/carerl_kernels/guard/box.py/index.html").is_file()

@@ -96,10 +96,10 @@ def _load_cpu() -> Backend:
         "CPU",
         Backend("cpu", (), "installed without native kernels (CARERL_SKIP_NATIVE=1, or no compiler)", REINSTALL),
     )
-    if backend.available and os.environ.get("CARERL_CPU_ISA"):
-        importlib.import_module(
-            "._host", __package__
-        ).select_isa()  # here, where it can be said, rather than in the first call
+    chosen = backend.available and os.environ.get("CARERL_CPU_ISA")
+    if chosen and importlib.util.find_spec("._host", __package__) is not None:  # a wheel for every Python has none
+        # Here, where it can be said, rather than in the first call.
+        importlib.import_module("._host", __package__).select_isa()
     return backend
 
 

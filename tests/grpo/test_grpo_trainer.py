@@ -29,10 +29,10 @@ from safetensors.torch import load_file
 pytest.importorskip("transformers")
 import itertools
 
-from carerl_kernels.demo.tasks import character_tokenizer, demo_domains, tiny_model
 from carerl_kernels.grpo.rundir import rng_state, set_rng_state
 from carerl_kernels.guard import CapabilityGuard
 from carerl_kernels.monitor import DriftMonitor
+from carerl_kernels.tasks.characters import character_tokenizer, demo_domains, tiny_model
 
 BASE = {
     "prompts_per_step": 4,

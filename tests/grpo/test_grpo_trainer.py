@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import random
 import shutil
 import signal
@@ -83,8 +82,8 @@ def test_resume_is_bitwise_exact_wherever_the_run_was_killed(tmp_path, settings)
 def test_resume_after_sigkill_with_a_line_cut_short(tmp_path):
     """A real process, killed without warning, several times over."""
     script = textwrap.dedent(
-        f"""
-        import os, signal
+        """
+        import os, signal, sys
         import torch
         torch.set_num_threads(1)
         from pathlib import Path

@@ -21,7 +21,7 @@ from carerl_kernels.grpo.rollout import agree
 from carerl_kernels.grpo.sampling import joined
 from carerl_kernels.guard.editors import PCGrad
 from carerl_kernels.tasks.characters import character_tokenizer, tiny_model, warm_up
-from test_grpo_trainer import BASE, Killed, kill_at, metrics, small_domains
+from trainer_helpers import BASE, Killed, kill_at, metrics, small_domains
 
 NAMES = ("code", "chat", "math")
 

@@ -649,7 +649,7 @@ def test_reward_statistics():
 @pytest.fixture
 def train():
     pytest.importorskip("transformers")
-    from test_grpo_trainer import STAGES, small_domains, trainer
+    from trainer_helpers import STAGES, small_domains, trainer
 
     names = [d.name for d in small_domains()]
 
@@ -664,7 +664,7 @@ def train():
 
 
 def test_monitored_training_is_the_same_training_and_resumes_exactly(tmp_path, train):
-    from test_grpo_trainer import kill_at, metrics
+    from trainer_helpers import kill_at, metrics
 
     make, stages = train
     plain = make(tmp_path / "plain", watched=False)  # seeds the verifiers' generator: run before the next is made
@@ -690,7 +690,7 @@ def test_monitored_training_is_the_same_training_and_resumes_exactly(tmp_path, t
     assert at_end["monitor"]["domains"]["code"]["baseline"] == pytest.approx(after_first["eval"]["code"])
     assert at_end["monitor"]["domains"]["chat"]["baseline"] == pytest.approx(lines[0]["eval"]["chat"])
 
-    from test_grpo_trainer import Killed
+    from trainer_helpers import Killed
 
     for step in (5, 7):
         path = tmp_path / f"killed-{step}"

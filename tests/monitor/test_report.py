@@ -67,7 +67,7 @@ def runs(tmp_path_factory) -> Path:
     pytest.importorskip("transformers")
     from carerl_kernels.grpo import GRPOConfig, GRPOTrainer, Stage
     from carerl_kernels.tasks.characters import character_tokenizer, tiny_model
-    from test_grpo_trainer import BASE, small_domains
+    from trainer_helpers import BASE, small_domains
 
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("runs")

@@ -119,6 +119,8 @@ struct KernelTable {
   void (*block_project)(const Block&, int64_t begin, int64_t end, double* totals);
   // W <- W + sum_d U_d X_d V_d^T on rows [begin, end), mix X [domains, rank, rank]
   void (*block_edit)(const Block&, int64_t begin, int64_t end, const float* mix);
+  // The outputs that are worked on together: a function of the shape, so that sums do not depend on the threads.
+  int64_t (*input_block)(const Input&);
   // out [outputs, count] on outputs [begin, end) of W, `block` at a time
   void (*input_project)(const Input&, int64_t begin, int64_t end, int64_t block, float* out);
   // Edits outputs [begin, end), `block` at a time; energies [blocks]: their sum of x^2.

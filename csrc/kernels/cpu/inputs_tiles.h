@@ -18,6 +18,8 @@ constexpr int kWeightTerms = __is_same(E, F32)   ? 3
                              : __is_same(E, F16) ? 2
                                                  : 1;
 constexpr int kMoveTerms = 3;
+constexpr int64_t kRowsAhead = 8;  // from the row that is cut to the one that is asked for
+
 // bf16 weights lie in memory as a tile has them: input 2p beside 2p + 1. Whatever is cut has input p beside p + 16.
 template <class E>
 constexpr bool kAsStored = __is_same(E, BF16);
@@ -46,6 +48,13 @@ CARERL_INLINE void store_lanes(typename E::Type* p, __mmask16 lanes, Float x) {
     store_as(E{}, part, x);
     _mm256_mask_storeu_epi16(p, lanes, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(part)));
   }
+}
+
+// Two vectors of weights that come soon. Rows lie so far apart that the hardware does not see them coming.
+template <class E>
+CARERL_INLINE void ask_for(const typename E::Type* p) {
+  __builtin_prefetch(p);
+  if (sizeof(*p) == 4) __builtin_prefetch(p + kWidth);
 }
 
 // The rows of a patch as rows of a left operand's two strips, or its columns as those of a right one's.
@@ -127,12 +136,13 @@ static void pack_weight_rows(const typename E::Type* w, int64_t n, int64_t rows,
     char* tile = tiles + row / kSide * steps * T * kTerm + row % kSide * kTileRow;
     for (int64_t k = 0; k < steps; ++k, tile += T * kTerm) {
       const int64_t at = k * kDeep, there = columns - at;
+      ask_for<E>(w + kRowsAhead * n + at);
       if constexpr (kAsStored<E>) {
         const __mmask32 lanes = there >= kDeep ? ~0u : (1u << there) - 1;
         _mm512_storeu_si512(tile, _mm512_maskz_loadu_epi16(lanes, w + at));
       } else {
-        store_cut_terms<T>(load_lanes<E>(w + at, first_lanes(there)),
-                           load_lanes<E>(w + at + kWidth, first_lanes(there - kWidth)), tile);
+        store_terms<T>(load_lanes<E>(w + at, first_lanes(there)),
+                       load_lanes<E>(w + at + kWidth, first_lanes(there - kWidth)), tile);
       }
     }
   }
@@ -173,7 +183,8 @@ static void tile_rows(const Input& in, int64_t begin, int64_t end, int64_t block
     typename E::Type* w = matrix + first * n;
     if (kAsStored<E> && n % kDeep == 0 && rows % kSide == 0) {
       const Tiles stored{reinterpret_cast<const char*>(w), kSide * n * 2, kTileRow, n * 2};
-      multiply_strips<T, D>(stored, strips, project, tiles_of(count, kSide), steps, products, pitch, true);
+      multiply_strips<T, D, kAsStored<E>>(stored, strips, project, tiles_of(count, kSide), steps, products, pitch,
+                                          true);
     } else {
       const int64_t together = kAsStored<E> ? steps : min64(steps, kDeepSteps);
       for (int64_t k = 0; k < steps; k += together) {
@@ -207,6 +218,7 @@ static void tile_rows(const Input& in, int64_t begin, int64_t end, int64_t block
       const __mmask16 lanes[] = {first_lanes(n - column), first_lanes(n - column - kWidth)};
       for (int64_t row = 0; row < moved; row += 2 * kSide) {
         const Tiles a{moves + row / kSide * moved_rows.strip, moved_rows.strip, moved_rows.step, moved_rows.pitch};
+        for (int64_t r = 0; r < min64(2 * kSide, moved - row); ++r) ask_for<E>(w + names[row + r] * n + column);
         multiply_strips<X, D>(a, min64(2, tiles_of(moved - row, kSide)), b, 2, directions, correction, 2 * kSide, true);
         for (int64_t r = 0; r < min64(2 * kSide, moved - row); ++r) {
           typename E::Type* to = w + names[row + r] * n + column;
@@ -239,8 +251,10 @@ static void pack_weight_columns(const typename E::Type* w, int64_t n, int64_t ro
         for (int64_t s = 0; s < 2; ++s, tile += strip) {
           const __mmask16 lanes = first_lanes(columns - c - s * kSide);
           const typename E::Type* from = w + c + s * kSide;
-          store_cut_terms<T>(load_lanes<E>(from + low * n, low < rows ? lanes : 0),
-                             load_lanes<E>(from + high * n, high < rows ? lanes : 0), tile);
+          __builtin_prefetch(from + (low + kDeep) * n);
+          __builtin_prefetch(from + (high + kDeep) * n);
+          store_terms<T>(load_lanes<E>(from + low * n, low < rows ? lanes : 0),
+                         load_lanes<E>(from + high * n, high < rows ? lanes : 0), tile);
         }
       }
     }
@@ -328,6 +342,7 @@ static void tile_columns(const Input& in, int64_t begin, int64_t end, int64_t bl
         if ((lanes[0] | lanes[1]) == 0) continue;
         const Tiles b{moves + column / kSide * moved_columns.strip, moved_columns.strip, moved_columns.step,
                       moved_columns.pitch};
+        for (int64_t r = 0; r < min64(2 * kSide, m - row); ++r) ask_for<E>(matrix + (row + r) * n + first + column);
         multiply_strips<D, X>(a, 2, b, 2, directions, correction, 2 * kSide, true);
         for (int64_t r = 0; r < min64(2 * kSide, m - row); ++r) {
           typename E::Type* to = matrix + (row + r) * n + first + column;

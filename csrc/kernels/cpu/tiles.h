@@ -47,8 +47,9 @@ class TileRegisters {
 
 // sums [A * 16, B * 16], rows `pitch` floats apart, += the products of A strips of the left operand, of TA terms a
 // number, and B strips of the right one, of TB terms: those products of terms that are no smaller than the first one
-// left out of the longer operand. With `first`, sums start at zero.
-template <int A, int B, int TA, int TB>
+// left out of the longer operand. With `first`, sums start at zero. `kStored`: the left
+// operand lies in memory as a matrix, and its next rows are asked for.
+template <int A, int B, int TA, int TB, bool kStored>
 static void multiply_tiles(const Tiles& a, const Tiles& b, int64_t steps, float* sums, int64_t pitch, bool first) {
   constexpr int kTerms = TA > TB ? TA : TB;
   const int64_t across = pitch * sizeof(float);
@@ -67,6 +68,10 @@ static void multiply_tiles(const Tiles& a, const Tiles& b, int64_t steps, float*
   }
   const char *left = a.data, *right = b.data;
   for (int64_t k = 0; k < steps; ++k, left += a.step, right += b.step) {
+    if constexpr (kStored) {
+      CARERL_UNROLL
+      for (int row = 0; row < 2 * kSide; ++row) __builtin_prefetch(left + 2 * a.strip + row * a.pitch);
+    }
     int held = -1;  // the right operand's term in its registers
     CARERL_UNROLL
     for (int i = 0; i < TA; ++i) {
@@ -95,52 +100,28 @@ static void multiply_tiles(const Tiles& a, const Tiles& b, int64_t steps, float*
 }
 
 // The same for any number of strips of either, two by two.
-template <int TA, int TB>
+template <int TA, int TB, bool kStored = false>
 static void multiply_strips(const Tiles& a, int64_t rows, const Tiles& b, int64_t columns, int64_t steps, float* sums,
                             int64_t pitch, bool first) {
   for (int64_t j = 0; j < columns; j += 2) {
     const Tiles right{b.data + j * b.strip, b.strip, b.step, b.pitch};
     for (int64_t i = 0; i < rows; i += 2) {
       const Tiles left{a.data + i * a.strip, a.strip, a.step, a.pitch};
-      float* out = sums + i * kSide * pitch + j * kSide;
-      if (rows - i > 1) {
-        (columns - j > 1 ? multiply_tiles<2, 2, TA, TB> : multiply_tiles<2, 1, TA, TB>)(left, right, steps, out, pitch,
-                                                                                        first);
-      } else {
-        (columns - j > 1 ? multiply_tiles<1, 2, TA, TB> : multiply_tiles<1, 1, TA, TB>)(left, right, steps, out, pitch,
-                                                                                        first);
-      }
+      const auto multiply =
+          rows - i > 1
+              ? (columns - j > 1 ? multiply_tiles<2, 2, TA, TB, kStored> : multiply_tiles<2, 1, TA, TB, kStored>)
+              : (columns - j > 1 ? multiply_tiles<1, 2, TA, TB, kStored> : multiply_tiles<1, 1, TA, TB, kStored>);
+      multiply(left, right, steps, sums + i * kSide * pitch + j * kSide, pitch, first);
     }
   }
 }
 
 // ------------------------------------------------------------------------------------------------------------- terms
 
-// bf16 in the upper halves of words, rounded, so that what is left of x has the fewest bits. The largest numbers, which
-// would round to infinity, and those that are not finite are cut.
-CARERL_INLINE Word first_term(Float x) {
-  const Word bits = as_word(x), cut = (Word)((bits & 0x7fffffffu) >= splat_word(0x7f7f8000u));
-  return ((bits & cut) | (bf16_bits(x) & ~cut)) & 0xffff0000u;
-}
-
-// Two vectors as one row of each of T tiles, number i beside number i + 16. Three terms hold fp32 exactly.
+// Two vectors as one row of each of T tiles, number i beside number i + 16. Cut rather than rounded: exact for fp32 in
+// three terms, fp16 in two and bf16 in one, for a quarter of the work, and nothing becomes infinite.
 template <int T>
 CARERL_INLINE void store_terms(Float low, Float high, char* tile) {
-  const auto term = [](Float x, int t) {
-    return t == 0 ? first_term(x) : (t == 2 ? as_word(x) : bf16_bits(x)) & 0xffff0000u;
-  };
-  CARERL_UNROLL
-  for (int t = 0; t < T; ++t, tile += kTerm) {
-    const Word a = term(low, t), b = term(high, t);
-    *reinterpret_cast<LooseWord*>(tile) = (a >> 16) | b;
-    low -= as_float(a);
-    high -= as_float(b);
-  }
-}
-
-// The same without rounding, which costs a quarter: exact for fp32 in three terms, fp16 in two and bf16 in one.
-template <int T>
-CARERL_INLINE void store_cut_terms(Float low, Float high, char* tile) {
   CARERL_UNROLL
   for (int t = 0; t < T; ++t, tile += kTerm) {
     const Word a = as_word(low) & 0xffff0000u, b = as_word(high) & 0xffff0000u;

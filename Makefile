@@ -34,7 +34,7 @@ test-torch:
 test-ops: $(VENV)/.torch $(SOURCES)
 	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --editable .
 	$(PIP) pytest pytest-xdist hypothesis psutil
-	$(BIN)/python -m pytest -n $(JOBS) tests/test_ops_*.py tests/test_native_cpu.py $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) tests/ops/test_ops_*.py tests/ops/test_native_cpu.py $(ARGS)
 
 # For whoever has a GPU: conformance on the device, then its benchmark; writes gpu-check.json. Exits with 2 where there is none.
 gpu-check: $(VENV)/.carerl-test

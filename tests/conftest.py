@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read at numpy's import: the oracle shall not fight the kernels
+os.environ["PYTHONPATH"] = os.pathsep.join(  # for processes that tests start; pyproject.toml has the same for the tests
+    filter(None, (os.path.dirname(__file__), os.environ.get("PYTHONPATH")))
+)
 
 import pytest
 import torch
@@ -16,29 +19,19 @@ settings.register_profile("carerl", deadline=None, derandomize=not FRESH, max_ex
 settings.load_profile("carerl")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a GPU, or runs GPU kernels under emulation")
-    config.addinivalue_line("markers", "slow: takes a minute or so; deselect with -m 'not slow'")
-    torch.set_num_threads(1)  # workers share the cores; tests of threading ask for more themselves
-
-
-# What is not done under emulation: tests of threads and memory, which mean nothing there, and those that a kernel some thousand
-# times slower takes minutes for.
-TOO_LONG = {
-    "cuda-emulated": ("long_all_positive", "two_thousand_updates", "a_million"),
-    "triton-interpreted": (
-        "threads",
-        "a_million",
-        "long_all_positive",
-        "unbiased",
-        "peak_memory",
-        "never_a_nan",
-        "never_reverses",
-        "reproducible",
-        "two_thousand_updates",
-        "what_batch_pca_captures",
-    ),
+MARKERS = {
+    "gpu": "needs a GPU, or runs GPU kernels under emulation",
+    "slow": "takes a minute or so; deselect with -m 'not slow'",
+    "native_speed": "long enough that no emulated or interpreted kernel is put through it",
+    "compiled": "needs compiled kernels: long, or about memory and random numbers, which mean nothing to an interpreter",
+    **{f"on_{backend.name.replace('-', '_')}": f"runs on the {backend.name} backend" for backend in BACKENDS},
 }
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name, meaning in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+    torch.set_num_threads(1)  # workers share the cores; tests of threading ask for more themselves
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -48,16 +41,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _too_long(item: pytest.Item) -> bool:
-    backend = next((name for name in TOO_LONG if name in item.name), None)
-    if backend is None:
-        return False
+    """Whether kernels that are some thousand times slower than native ones would take minutes for it."""
+    interpreted = item.get_closest_marker("on_triton_interpreted") is not None
+    if item.get_closest_marker("native_speed"):
+        return interpreted or item.get_closest_marker("on_cuda_emulated") is not None
     case = getattr(item, "callspec", None) and item.callspec.params.get("case")
     large = case is not None and case.n > 10_000 and max(case.batch, 1) * case.dk[0] * case.dk[1] > 50
-    return (backend == "triton-interpreted" and large) or any(word in item.name for word in TOO_LONG[backend])
+    return interpreted and (large or item.get_closest_marker("compiled") is not None)
 
 
 def _parameter(backend: Backend):
-    return pytest.param(backend, id=backend.name, marks=[pytest.mark.gpu] if backend.name in GPU_BACKENDS else [])
+    marks = [getattr(pytest.mark, f"on_{backend.name.replace('-', '_')}")]
+    return pytest.param(backend, id=backend.name, marks=marks + [pytest.mark.gpu] * (backend.name in GPU_BACKENDS))
 
 
 @pytest.fixture(params=[_parameter(b) for b in BACKENDS if b.missing() is None])

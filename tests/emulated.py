@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 from carerl_kernels import _ops, linalg, reference
+from places import ROOT
 
-ROOT = Path(__file__).parents[1]
 NAMESPACE = "carerl_emulated"
 KERNELS = sorted((ROOT / "csrc/kernels/cuda").glob("*.cu"))
 EMULATOR = ROOT / "tests/cuda_emulator"

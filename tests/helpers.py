@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 import emulated
 import numpy as np
@@ -178,3 +179,15 @@ class Held:
     def intact(self) -> bool:
         """Whether everything around the tensor still has its bits."""
         return same_bits(self.buffer[self.outside], self.before[self.outside])
+
+
+# ------------------------------------------------------------------------------------------------------------ memory
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+"""What the process occupies, and where "5" resets its peak; Linux has both."""
+
+
+def resident(field: str) -> int:
+    """Bytes that the process occupies: "VmRSS" now, "VmHWM" at its peak."""
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024

@@ -7,14 +7,13 @@ import json
 import re
 import sys
 import threading
-from pathlib import Path
 
 from carerl_kernels.rewards.pa_grm import Endpoint, Scorer
+from places import EXAMPLES
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-from scripted_judge import ScriptedJudge  # noqa: E402
+from scripted_judge import ScriptedJudge
 
 PROMPT = "Explain why the sky appears blue during the day and red at sunset."
 GOOD = (

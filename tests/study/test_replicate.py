@@ -2,7 +2,6 @@
 
 import json
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from carerl_kernels.replicate.honoured import refuse_ignored
 from carerl_kernels.replicate.pooled import pooled_table, worst
 from carerl_kernels.replicate.report import Row, rows_of, verdicts, versus, write_report
 from carerl_kernels.replicate.stats import estimate, holm, pareto, t_quantile, t_two_sided
+from places import DOCS
 from typer.testing import CliRunner
 
 pytest.importorskip("yaml")
@@ -334,7 +334,7 @@ runs: []
 
 
 def test_the_tables_in_the_documentation_are_those_of_the_raw_lines(tmp_path):
-    evidence = Path(__file__).parent.parent / "docs" / "evidence"
+    evidence = DOCS / "evidence"
     text = write_report(Grid.load("small"), read_records(evidence / RAW), tmp_path)
     assert text + "\n" == (evidence / "report.md").read_text()
     assert (tmp_path / "cells.csv").read_text() == (evidence / "cells.csv").read_text()

@@ -137,6 +137,7 @@ def test_data_of_low_rank_is_recovered_exactly(op, n):
     assert np.linalg.norm(frame - frame @ rows.T @ rows, axis=1).max() <= 1e-3  # each direction, that of 1 % too
 
 
+@pytest.mark.native_speed
 def test_rows_stay_orthonormal_over_two_thousand_updates(op):
     rng = rng_of("long stream")
     basis, values = fresh(8, 257, op.device)
@@ -168,6 +169,7 @@ def test_directions_that_barely_show_do_not_cost_orthonormality(op, residual):
     assert orthonormality(to64(basis), to64(values)) <= 1e-5
 
 
+@pytest.mark.compiled
 def test_captures_what_batch_pca_captures(op):
     """With four rows of oversampling, truncated at the end: at least .99 of the energy of an offline SVD."""
     data = decaying(rng_of("capture"), 300, 1003, 0.75)
@@ -261,6 +263,7 @@ def test_one_non_finite_tensor_of_a_list_stops_the_whole_update(op):
     assert x.bases.unchanged()
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("seed", [1, 2])
 def test_stochastic_rounding_keeps_a_low_precision_stream_unbiased(op, seed):
     """Many steps, each below half a bf16 spacing: rounding to nearest never moves, stochastic rounding follows."""

@@ -118,6 +118,7 @@ def test_permuted_directions_domains_and_gradients_commute(op):
     assert_within(permuted, to64(coeffs)[index], bound[index], "permuted c")
 
 
+@pytest.mark.native_speed
 @pytest.mark.parametrize(("grad", "basis"), [("fp32", "fp32"), ("bf16", "int8"), ("bf16", "fp8")])
 def test_a_million_elements_on_any_number_of_threads(op, threads, grad, basis):
     rng = rng_of("million", grad, basis)
@@ -147,6 +148,7 @@ def test_totals_of_whole_numbers_are_exact(op):
     assert np.array_equal(to64(op("gram", x[1:], x[0]))[:2, :2], exact[1:, 1:])
 
 
+@pytest.mark.native_speed
 def test_long_all_positive_sums_keep_six_digits(op):
     """fp32 totals would stall: at 3e7 terms a sequential fp32 sum is off by several percent.
 

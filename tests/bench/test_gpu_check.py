@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +12,10 @@ from carerl_kernels.bench.cases import SCALE, Case, Inputs
 from carerl_kernels.bench.cost import OPS
 from carerl_kernels.bench.variants import ours
 from carerl_kernels.cli import app
+from places import DOCS
 from typer.testing import CliRunner
 
-DOCS = Path(__file__).parents[1] / "docs" / "gpu.md"
+PAGE = DOCS / "gpu.md"
 BF16 = torch.bfloat16
 
 
@@ -64,7 +64,7 @@ def test_overhead_counts_two_passes_over_a_shard():
 def test_the_documentation_holds_what_the_command_prints(name):
     printed = CliRunner().invoke(app, ["bench", "--predict", name])
     assert printed.exit_code == 0
-    assert printed.stdout.strip() in DOCS.read_text(), f"paste the output of: carerl bench --predict {name}"
+    assert printed.stdout.strip() in PAGE.read_text(), f"paste the output of: carerl bench --predict {name}"
 
 
 def test_an_unknown_device_is_named():
@@ -118,7 +118,7 @@ def test_a_report_shows_measured_beside_predicted(tmp_path):
 
 def broken_tests() -> dict:
     report = recorded()
-    report["tests"] |= {"exit": 1, "failed": 1, "failures": ["tests/test_ops_edit.py::test_x[triton]"]}
+    report["tests"] |= {"exit": 1, "failed": 1, "failures": ["tests/ops/test_ops_edit.py::test_x[triton]"]}
     return report
 
 
@@ -126,7 +126,7 @@ def broken_tests() -> dict:
     ("report", "message"),
     [
         (recorded(wrong="project: carerl returned coeffs with relative error 0.3"), "relative error 0.3"),
-        (broken_tests(), "tests/test_ops_edit.py::test_x[triton]"),
+        (broken_tests(), "tests/ops/test_ops_edit.py::test_x[triton]"),
         (recorded() | {"tests": None}, "the tests were not run"),
         ({**recorded(), "runs": {"cuda": {"error": "the benchmark of cuda exited with 1"}}}, "exited with 1"),
         (recorded() | {"tests": recorded()["tests"] | {"passed": 0}}, "0 passed"),

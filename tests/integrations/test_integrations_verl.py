@@ -6,7 +6,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 from carerl_kernels import CapabilityGuard, DomainBasis
 from carerl_kernels.integrations.verl import guarded, install
 from guard_helpers import make_model
+from places import EXAMPLES
 from safetensors.torch import load_file
 
 
@@ -188,7 +188,7 @@ def test_install_replaces_the_registered_engine(monkeypatch):
 @pytest.mark.skipif(importlib.util.find_spec("verl") is None, reason="verl is not installed: pip install verl")
 def test_verl_s_own_engine():
     """FSDP2 on a CPU: the guarded engine ends where a guard attached by hand does."""
-    script = Path(__file__).parent.parent / "examples" / "verl_engine.py"
+    script = EXAMPLES / "verl_engine.py"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "MASTER_PORT": "29613"}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

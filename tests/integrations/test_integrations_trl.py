@@ -6,10 +6,10 @@ import contextlib
 import json
 import math
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from places import DOCS
 
 pytest.importorskip("trl", reason="trl is not installed: pip install 'carerl-kernels[trl]'")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:basis of domain 'math' ends at weights")
@@ -615,7 +615,7 @@ def test_streams_need_names_and_then_run(tmp_path):
 
 # --------------------------------------------------------------------------------------------------------------- the docs
 
-PAGE = Path(__file__).parent.parent / "docs" / "integrations.md"
+PAGE = DOCS / "integrations.md"
 
 
 def test_code_of_the_docs_runs(tmp_path, monkeypatch):

@@ -19,12 +19,13 @@ from carerl_kernels.train.models import byte_tokenizer, load_model
 from carerl_kernels.train.plan import plan_run
 from carerl_kernels.train.recipe import ModelSpec, Recipe, RecipeError, load_recipe
 from carerl_kernels.train.run import _sampler, open_run
+from places import EXAMPLES
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 pytest.importorskip("transformers")
 
-RECIPES = Path(__file__).parent.parent / "examples" / "recipes"
+RECIPES = EXAMPLES / "recipes"
 QUICK = [
     "train.prompts_per_step=4",
     "train.group_size=4",

@@ -10,7 +10,6 @@ import re
 import sqlite3
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from carerl_kernels._json import last_object
@@ -41,6 +40,7 @@ from carerl_kernels.rewards.pa_grm.untrusted import visible
 from carerl_kernels.rewards.prompts import completion_text, prompt_text
 from hypothesis import given
 from hypothesis import strategies as st
+from places import DOCS, EXAMPLES
 from pydantic import ValidationError
 
 ANCHORS = ["none", "some", "all"]
@@ -506,13 +506,13 @@ def test_a_scorer_needs_no_server():
 
 # ----------------------------------------------------------------------------------------------------------- documents
 
-DOCS = Path(__file__).parent.parent / "docs" / "rewards.md"
+PAGE = DOCS / "rewards.md"
 
 
 def test_the_code_in_the_documentation_runs(tmp_path, monkeypatch):
     pytest.importorskip("httpx")
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(), flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
     assert len(blocks) == 2
     space: dict = {}
     for block in blocks:
@@ -522,8 +522,8 @@ def test_the_code_in_the_documentation_runs(tmp_path, monkeypatch):
 
 def test_the_documented_rank_agreement_is_what_the_report_measures(monkeypatch):
     pytest.importorskip("httpx")
-    monkeypatch.syspath_prepend(str(DOCS.parent.parent / "examples"))
+    monkeypatch.syspath_prepend(str(EXAMPLES))
     import rewards_report
 
     for name, value in rewards_report.agreement().items():
-        assert f"rank agreement ({name}): {value:.3f}" in DOCS.read_text()
+        assert f"rank agreement ({name}): {value:.3f}" in PAGE.read_text()

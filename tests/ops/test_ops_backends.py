@@ -48,7 +48,7 @@ def test_kernels_of_every_instruction_set(isa: str):
     )
     files = [str(Path(__file__).with_name(f"test_ops_{name}.py")) for name in ops]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *files]
-    command += ["-k", "cpu and not threads and not long and not unbiased"]
+    command += ["-m", "on_cpu and not native_speed"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")} | {"CARERL_CPU_ISA": isa}
     child = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert child.returncode == 0, child.stdout[-4000:] + child.stderr[-1000:]

@@ -35,9 +35,10 @@ from carerl_kernels.monitor.gradients import gradient_gram
 from carerl_kernels.monitor.sequential import log_capital, log_mean_exp, look_weight
 from carerl_kernels.monitor.simulate import Case, main, simulate
 from guard_helpers import make_model
+from helpers import CLEAR, resident
 from hypothesis import given
 from hypothesis import strategies as st
-from test_ops_memory import CLEAR, resident
+from places import DOCS
 
 
 @pytest.fixture(autouse=True)
@@ -725,7 +726,7 @@ def test_code_of_the_documentation_runs(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
-    text = (Path(__file__).parent.parent / "docs" / "monitor.md").read_text()
+    text = (DOCS / "monitor.md").read_text()
     loop, callback, gradients, split, control = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     batch = types.SimpleNamespace(domains=["math", "chat"], rewards=[1.0, 0.0], prompt_ids=[0, 1])
     common = {

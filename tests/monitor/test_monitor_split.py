@@ -19,6 +19,7 @@ from carerl_kernels.monitor.windows import Windows
 from carerl_kernels.subspace.shards import local
 from guard_helpers import make_model
 from helpers import same_bits
+from places import EXAMPLES
 
 PLACES = ["memory", "file"]
 
@@ -339,13 +340,17 @@ def two_ranks(rank: int, world: int, folder: Path) -> None:
 def test_two_processes_find_what_one_finds(tmp_path):
     import subprocess
 
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     code = (
         "import sys, pathlib, test_monitor_split as t; t.two_ranks(*map(int, sys.argv[1:3]), pathlib.Path(sys.argv[3]))"
     )
     for world in (1, 2):
         running = [
-            subprocess.Popen([sys.executable, "-c", code, str(rank), str(world), str(tmp_path)], env=environment)
+            subprocess.Popen(
+                [sys.executable, "-c", code, str(rank), str(world), str(tmp_path)],
+                env=environment,
+                cwd=Path(__file__).parent,
+            )
             for rank in range(world)
         ]
         assert [process.wait(timeout=200) for process in running] == [0] * world
@@ -364,7 +369,7 @@ def test_two_processes_find_what_one_finds(tmp_path):
 def test_the_example_prints_its_table(capsys, monkeypatch):
     """Shortened: every row, with a displacement and without a number that is none."""
     pytest.importorskip("transformers")
-    path = Path(__file__).parent.parent / "examples" / "odd_even.py"
+    path = EXAMPLES / "odd_even.py"
     spec = importlib.util.spec_from_file_location("odd_even", path)
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)

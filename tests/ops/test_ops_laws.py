@@ -61,6 +61,7 @@ def test_spectrum_of_the_symmetric_edit(op, geometry):
     assert (np.abs(spectrum - 1) <= ROOTED).sum() >= N - rank  # the orthogonal complement is left alone
 
 
+@pytest.mark.compiled
 @OVERLAPPING
 def test_the_symmetric_edit_never_reverses_or_amplifies_beyond_its_weights(op, geometry):
     """<g, g'> >= min(1, min w) |g|^2 and |g'| <= max(1, max w) |g|, with classes from the sign of c."""
@@ -157,6 +158,7 @@ def _finite_inputs(draw):
     return torch.from_numpy(bases), torch.from_numpy(grads.clip(-limit, limit)).to(DTYPES[name])
 
 
+@pytest.mark.compiled
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # the backend is stateless
 @given(data=st.data())
 def test_never_a_nan_out_of_finite_input(op, data):

@@ -1,6 +1,6 @@
 """Compiles every Triton kernel for a GPU that is not there and reads from the machine code what became of it.
 
-Run as a program (`python tests/triton_codegen.py cuda:90`), in a process of its own: kernels that were decorated for the
+Run as a program (`python tests/ops/triton_codegen.py cuda:90`), in a process of its own: kernels that were decorated for the
 interpreter cannot be compiled. The ops are called as usual, on CPU tensors; instead of launching, a recorder compiles the
 kernel with the same arguments, specialised as Triton's launcher would (sizes of 1, multiples of 16). Prints JSON.
 """

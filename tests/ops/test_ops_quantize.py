@@ -116,6 +116,7 @@ def test_seed_zero_rounds_to_nearest(op, dtype):
     assert same_bits(round_rows(op, values, dtype, 0), values.to(DTYPES[dtype]))
 
 
+@pytest.mark.compiled
 @LOW
 def test_rounding_is_reproducible_and_differs_between_seeds(op, dtype):
     values = _values(rng_of("seeds", dtype), op.device)
@@ -132,6 +133,7 @@ def test_representable_values_never_move(op, dtype):
         assert same_bits(round_rows(op, values, dtype, seed), values.to(DTYPES[dtype]))
 
 
+@pytest.mark.compiled
 @LOW
 @pytest.mark.parametrize("magnitude", ["normal", "subnormal"])
 def test_rounding_is_unbiased(op, dtype, magnitude):

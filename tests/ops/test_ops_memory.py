@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
+from helpers import CLEAR, resident
 
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 N = 8_000_000  # a gradient in bf16 is 16 MB, a fp32 copy of it 32 MB, one of the bases 64 MB
 ALLOWED = 8 << 20  # bytes: the chunks of the reference, and threads
 
 pytestmark = pytest.mark.skipif(not CLEAR.exists(), reason="no /proc/self/clear_refs to reset the peak with")
-
-
-def resident(field: str) -> int:
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
 
 
 def arguments(overload: str, n: int) -> tuple:
@@ -39,6 +32,7 @@ def arguments(overload: str, n: int) -> tuple:
     }[overload]
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
 def test_peak_memory_does_not_grow_with_matrices(op, left):
     if op.device != "cpu":
@@ -63,6 +57,7 @@ def test_peak_memory_does_not_grow_with_matrices(op, left):
 OVERLOADS = "project project.list gram edit_ edit_.list rotate_ edit_rotate_ edit_rotate_.list dacsp_ pca_update_"
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("overload", OVERLOADS.split())
 def test_peak_memory_does_not_grow_with_n(op, overload):
     if op.device != "cpu":

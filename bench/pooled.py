@@ -13,10 +13,10 @@ import time
 import torch
 from carerl_kernels import CapabilityGuard
 from carerl_kernels.bench.measure import Spread
-from carerl_kernels.demo.tasks import character_tokenizer, demo_domains, tiny_model, warm_up
 from carerl_kernels.grpo import GRPOConfig, prompt_counts
 from carerl_kernels.grpo.learner import Learner
 from carerl_kernels.grpo.views import DomainViews
+from carerl_kernels.tasks.characters import character_tokenizer, demo_domains, tiny_model, warm_up
 from rich.console import Console
 from rich.table import Table
 

@@ -22,11 +22,11 @@ import torch
 import trl
 import typer
 from carerl_kernels.bench.measure import Spread
-from carerl_kernels.demo.tasks import DOMAINS, GENERATORS, character_tokenizer, tiny_model
 from carerl_kernels.grpo import Domain, Example, GRPOConfig, completion_logprobs, policy_loss
 from carerl_kernels.grpo.learner import Learner
 from carerl_kernels.rewards.adapters import trl_reward
-from carerl_kernels.smollm2 import load_smollm2
+from carerl_kernels.tasks.characters import DOMAINS, GENERATORS, character_tokenizer, tiny_model
+from carerl_kernels.tasks.smollm2 import load_smollm2
 from transformers import TrainerCallback
 
 LR = 1e-9

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 from carerl_kernels import CapabilityGuard
-from carerl_kernels.bench.llm import load_smollm2
 from carerl_kernels.grpo import Example
-from carerl_kernels.grpo.logprobs import answer_loss
-from carerl_kernels.grpo.text import special_tokens
 from carerl_kernels.guard.validate import validate
+from carerl_kernels.logprobs import answer_loss
+from carerl_kernels.tasks.smollm2 import load_smollm2
+from carerl_kernels.text import special_tokens
 
 STEPS, BATCH, RANK = 8, 8, 16
 

@@ -13,9 +13,16 @@ import sys
 from pathlib import Path
 
 from carerl_kernels import CapabilityGuard
-from carerl_kernels.demo.tasks import DOMAINS, MAX_NEW_TOKENS, character_tokenizer, demo_domains, tiny_model, warm_up
 from carerl_kernels.grpo import GRPOConfig, GRPOTrainer, Stage
 from carerl_kernels.monitor import DriftMonitor
+from carerl_kernels.tasks.characters import (
+    DOMAINS,
+    MAX_NEW_TOKENS,
+    character_tokenizer,
+    demo_domains,
+    tiny_model,
+    warm_up,
+)
 
 STEPS, EVERY = 80, 8
 

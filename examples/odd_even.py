@@ -18,11 +18,11 @@ import statistics
 
 import torch
 from carerl_kernels import CapabilityGuard
-from carerl_kernels.demo.tasks import MAX_NEW_TOKENS, character_tokenizer, demo_domains, tiny_model, warm_up
 from carerl_kernels.grpo import GRPOConfig, answer_loss, lr_factor, prompt_counts, success_probability
 from carerl_kernels.grpo.learner import Learner
-from carerl_kernels.guard.validate import as_random, random_basis
 from carerl_kernels.monitor.split import KeptWeights, split_since
+from carerl_kernels.subspace.random_basis import as_random, random_basis
+from carerl_kernels.tasks.characters import MAX_NEW_TOKENS, character_tokenizer, demo_domains, tiny_model, warm_up
 
 LR, STEPS, PROMPTS = 1.5e-3, 20, 12
 FIRST, RECORDED = 80, 10  # steps of code and math together; steps of each that its directions are recorded from

@@ -13,11 +13,11 @@ import tempfile
 import datasets
 import trl
 from carerl_kernels import CapabilityGuard
-from carerl_kernels.demo.tasks import character_tokenizer, demo_domains, tiny_model, warm_up
 from carerl_kernels.grpo import special_tokens, success_probability
 from carerl_kernels.integrations.trl import CareGRPOTrainer
 from carerl_kernels.rewards import exact_match
 from carerl_kernels.rewards.adapters import trl_reward
+from carerl_kernels.tasks.characters import character_tokenizer, demo_domains, tiny_model, warm_up
 
 STEPS = 40
 SHARES = {"code": 64, "chat": 384, "math": 64}

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import trl
 from carerl_kernels import CapabilityGuard, DomainBasis
-from carerl_kernels.demo.tasks import character_tokenizer, code_examples, math_examples, tiny_model
 from carerl_kernels.integrations.verl import guarded, install
+from carerl_kernels.tasks.characters import character_tokenizer, code_examples, math_examples, tiny_model
 
 os.environ["VERL_PLATFORM"] = "cpu"
 for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():

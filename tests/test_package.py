@@ -172,8 +172,7 @@ def test_a_command_names_the_extra_it_needs(monkeypatch):
 
     for name in (
         "transformers",
-        "carerl_kernels.demo",
-        *[m for m in sys.modules if m.startswith("carerl_kernels.demo.")],
+        "carerl_kernels.study.demo",
     ):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "transformers", None)

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import _ops, reference
+from .. import _ops, reference_policy
 from . import _blocks
 from ._plan import launch
 
@@ -121,7 +121,7 @@ def _width(dtype: torch.dtype) -> int:
 
 def token_logprobs(logits, ids, temperature=1.0):
     _ops.check_token_logprobs("token_logprobs", logits, ids, temperature)
-    reference.check_ids("token_logprobs", logits, ids)
+    reference_policy.check_ids("token_logprobs", logits, ids)
     logp = torch.empty(ids.shape, dtype=torch.float32, device=logits.device)
     entropy = torch.empty_like(logp)
     launch(
@@ -133,7 +133,7 @@ def token_logprobs(logits, ids, temperature=1.0):
 
 def token_logprobs_backward(grad_logp, grad_entropy, logits, ids, logp, entropy, temperature=1.0):
     _ops.check_token_logprobs_backward(grad_logp, grad_entropy, logits, ids, logp, entropy, temperature)
-    reference.check_ids("token_logprobs_backward", logits, ids)
+    reference_policy.check_ids("token_logprobs_backward", logits, ids)
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     launch(
         token_logprobs_backward_kernel, (logits.shape[0],), logits,

@@ -37,8 +37,8 @@ class Answer:
     """What a server answered.
 
     Attributes:
-        status: Of HTTP.
-        headers: With names in any case.
+        status: The status code of HTTP.
+        headers: The headers, with names in any case.
         body: Unpacked bytes.
     """
 
@@ -74,11 +74,11 @@ class RetryingClient:
         log: Gets a line (INFO) for every retry.
 
     Attributes:
-        url: As given, for messages: without its password.
+        url: The address as it was given, for messages: without its password.
         retries: So far.
 
     Raises:
-        ModuleNotFoundError: httpx is missing.
+        ImportError: httpx is missing; says what to install.
         ValueError: A number out of range, no URL, or a key that no header can carry.
     """
 
@@ -94,8 +94,10 @@ class RetryingClient:
         max_backoff: float,
         log: logging.Logger,
     ) -> None:
-        import httpx
-
+        try:
+            import httpx
+        except ModuleNotFoundError as error:
+            raise ImportError("an endpoint needs httpx: pip install 'carerl-kernels[judge]'") from error
         self._httpx = httpx
         self._base, self._login, self.url = _split_url(url)
         self.key, self.log = _checked_key(key), log

@@ -96,10 +96,10 @@ def _load_cpu() -> Backend:
         "CPU",
         Backend("cpu", (), "installed without native kernels (CARERL_SKIP_NATIVE=1, or no compiler)", REINSTALL),
     )
-    if backend.available and os.environ.get("CARERL_CPU_ISA"):
-        importlib.import_module(
-            "._host", __package__
-        ).select_isa()  # here, where it can be said, rather than in the first call
+    chosen = backend.available and os.environ.get("CARERL_CPU_ISA")
+    if chosen and importlib.util.find_spec("._host", __package__) is not None:  # a wheel for every Python has none
+        # Here, where it can be said, rather than in the first call.
+        importlib.import_module("._host", __package__).select_isa()
     return backend
 
 
@@ -123,8 +123,7 @@ def _load_triton() -> Backend:
 
 def _triton_gap() -> tuple[str, str]:
     """Why Triton kernels are not loaded, and what to do. Does not import triton, which takes longer than all else."""
-    spec = importlib.util.find_spec(".triton_kernels", __package__)
-    if spec is None or spec.origin is None or "\ndef register(" not in Path(spec.origin).read_text():
+    if importlib.util.find_spec(".triton_kernels", __package__) is None:
         return "this version has no Triton kernels", "the reference serves GPUs"
     if torch.version.cuda is None and getattr(torch.version, "hip", None) is None:
         return "this torch is a CPU build", "install a torch with CUDA or ROCm"

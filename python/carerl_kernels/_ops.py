@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ for _name, _schema in SCHEMAS.items():
     _LIB.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def _fake(name: str) -> Callable[[Callable], Callable]:
+def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return torch.library.register_fake(f"{NAMESPACE}::{name}", lib=_LIB)
 
 

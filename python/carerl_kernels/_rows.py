@@ -25,6 +25,8 @@ def read_rows(
         ValueError: A line that is no such row; names file and line, what was expected and found.
         OSError: The file cannot be read.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a file of JSON lines, found none")
     data = path.read_bytes()
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise ValueError(f"{path}: expected UTF-8, found UTF-16; save it as UTF-8")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from ._command import plain_errors, size
 
 basis = typer.Typer(
     help="Basis files: record, inspect, validate, merge, quantize; plan what a kind costs.", no_args_is_help=True
@@ -31,29 +31,13 @@ class Storages(StrEnum):
     bfloat16 = "bfloat16"
     float16 = "float16"
     int8 = "int8"
-
-
-@contextmanager
-def _plain_errors(command: str) -> Iterator[None]:
-    """Errors that tell the user what to do become one line without a traceback."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] == __package__:
-            raise
-        message = f"{error.name} is not installed: pip install 'carerl-kernels[train]'"
-    except (ValueError, OSError) as error:
-        message = str(error)
-    else:
-        return
-    typer.secho(f"carerl basis {command}: {message}", err=True, fg=typer.colors.RED)
-    raise typer.Exit(1)
+    float8_e4m3fn = "float8_e4m3fn"
 
 
 @basis.command()
 def inspect(files: Annotated[list[Path], typer.Argument(help="Basis files.")], as_json: Json = False) -> None:
     """What stands in basis files, and whether their stages chain: each starts where another ended."""
-    with _plain_errors("inspect"):
+    with plain_errors("basis inspect", "train"):
         facts = [_facts(path) for path in files]
     ends = {fact["end_hash"] for fact in facts}
     for fact in facts:
@@ -65,7 +49,7 @@ def inspect(files: Annotated[list[Path], typer.Argument(help="Basis files.")], a
     for fact in facts:
         typer.echo(f"{fact['file']}: domain {fact['domain']}, {fact['kind']}, k = {fact['k']}, {fact['dtype']}")
         typer.echo(
-            f"  {_size(fact['bytes'])} over {fact['parameters']:,} parameters in {fact['tensors']} tensors of "
+            f"  {size(fact['bytes'])} over {fact['parameters']:,} parameters in {fact['tensors']} tensors of "
             f"{fact['architecture']}"
         )
         captured = fact["gradient_capture"]
@@ -137,9 +121,9 @@ def quantize(
     """Store a basis in fewer bytes: int8 blocks for flat and per-matrix ones, bfloat16 factors for block and input."""
     from .subspace import StoredBasis
 
-    with _plain_errors("quantize"):
+    with plain_errors("basis quantize", "train"):
         StoredBasis.load(file).quantized().save(out)
-        typer.echo(f"{out}: {_size(out.stat().st_size)}, was {_size(file.stat().st_size)}")
+        typer.echo(f"{out}: {size(out.stat().st_size)}, was {size(file.stat().st_size)}")
 
 
 @basis.command()
@@ -155,13 +139,13 @@ def merge(
     from .subspace import StoredBasis
     from .subspace.merge import merge as merged
 
-    with _plain_errors("merge"):
+    with plain_errors("basis merge", "train"):
         bases = [StoredBasis.load(path) for path in files]
         result = merged(bases, domain or "+".join(b.info.domain for b in bases), k)
         result.save(out)
         moved = result.info.displacement_capture
         holds = "" if moved is None else f", holds {moved:.1%} of the stages' changes"
-        typer.echo(f"{out}: domain {result.info.domain}, {_size(out.stat().st_size)}{holds}")
+        typer.echo(f"{out}: domain {result.info.domain}, {size(out.stat().st_size)}{holds}")
 
 
 @basis.command()
@@ -175,7 +159,7 @@ def validate(
     as_json: Json = False,
 ) -> None:
     """Does a basis explain fresh gradients of its domain better than random directions? Similar is not functional."""
-    with _plain_errors("validate"):
+    with plain_errors("basis validate", "train"):
         result = _validate(file, model, prompts, batch, gradients, seed)
     if as_json:
         typer.echo(json.dumps(result.as_dict(), indent=2))
@@ -192,14 +176,12 @@ def _validate(file: Path, folder: Path, prompts: Path, batch: int, gradients: in
 
     from ._rows import read_rows
     from .grpo import Example
-    from .grpo.logprobs import answer_loss
-    from .grpo.text import special_tokens
     from .guard.validate import validate as validated
+    from .logprobs import answer_loss
     from .subspace import StoredBasis
+    from .text import special_tokens
 
     stored = StoredBasis.load(file)
-    if not prompts.is_file():
-        raise FileNotFoundError(f"prompts {prompts}: expected a file of JSON lines, found none")
     examples = [Example(row["prompt"], answer=str(row["answer"])) for row in read_rows(prompts, ("prompt", "answer"))]
     network = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     for name, parameter in network.named_parameters():
@@ -248,7 +230,7 @@ def record(
     """Record the input directions of a domain from a finished model: shown prompts, it needs no training."""
     from .basis_record import record as recorded
 
-    with _plain_errors("record"):
+    with plain_errors("basis record", "train"):
         found = recorded(
             model,
             prompts,
@@ -269,7 +251,7 @@ def record(
         typer.echo(json.dumps(found, indent=2))
         return
     typer.echo(
-        f"{out}: domain {domain}, {_size(out.stat().st_size)}, from {found['prompts']} prompts ({found['tokens']:,} tokens)"
+        f"{out}: domain {domain}, {size(out.stat().st_size)}, from {found['prompts']} prompts ({found['tokens']:,} tokens)"
     )
     typer.echo(
         f"  covers {found['covered']:.1%} of the parameters in {found['matrices']} matrices; {found['mean_rank']:.1f} directions "
@@ -284,8 +266,12 @@ def plan(
     config: Annotated[Path, typer.Argument(help="A transformers config.json, or a folder with one.")],
     kind: Annotated[Kinds | None, typer.Option(help="Kind of basis; all of them by default.")] = None,
     domains: Annotated[int, typer.Option(min=1, help="Domains with history.")] = 3,
-    rank: Annotated[int, typer.Option(min=1, help="Rank of block and input bases.")] = 16,
-    k: Annotated[int, typer.Option(min=1, help="Directions of flat and per-matrix bases.")] = 64,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Rank of block and input bases; by default the guard's, 16 and 32.")
+    ] = None,
+    k: Annotated[
+        int | None, typer.Option(min=1, help="Directions of flat and per-matrix bases; 64 by default, as the guard's.")
+    ] = None,
     world_size: Annotated[int, typer.Option(min=1, help="GPUs that share the parameters (FSDP2).")] = 1,
     dtype: Annotated[Storages, typer.Option(help="Storage of flat and per-matrix directions.")] = Storages.bfloat16,
     bandwidth: Annotated[float, typer.Option(min=1.0, help="Attained memory bandwidth per GPU, GB/s.")] = 2000.0,
@@ -293,26 +279,27 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Memory and time per GPU of a guard over full fine-tuning of a model, from its config alone, in seconds."""
-    with _plain_errors("plan"):
+    with plain_errors("basis plan", "train"):
         import torch
 
+        from .subspace.kinds import KINDS
         from .subspace.plan import model_of
         from .subspace.plan import plan as planned
 
         network = model_of(config)
-        kinds = list(Kinds) if kind is None else [kind]
+        asked = {"k": k, "r": rank}
         plans = [
             planned(
                 network,
                 one.value,
-                rank if one in (Kinds.block, Kinds.input) else k,
+                asked[KINDS[one.value].rank] or KINDS[one.value].default,
                 domains,
                 world_size,
                 getattr(torch, dtype.value),
                 bandwidth=bandwidth * 1e9,
                 flops=tflops * 1e12,
             )
-            for one in kinds
+            for one in (list(Kinds) if kind is None else [kind])
         ]
     if as_json:
         typer.echo(json.dumps([p.as_dict() for p in plans], indent=2))
@@ -329,19 +316,12 @@ def plan(
     for p in plans:
         stored = f" {p.dtype}" if p.kind in ("flat", "per_matrix") else ""
         typer.echo(
-            f"{f'{p.kind} {p.k}{stored}':<22}{_size(p.directions):>12}{_size(p.cores):>10}{_size(p.state):>10}"
-            f"{_size(p.recording):>11}{_size(p.total):>10}{p.seconds * 1e3:>7.0f} ms{p.communicated:>10,}"
+            f"{f'{p.kind} {p.k}{stored}':<22}{size(p.directions):>12}{size(p.cores):>10}{size(p.state):>10}"
+            f"{size(p.recording):>11}{size(p.total):>10}{p.seconds * 1e3:>7.0f} ms{p.communicated:>10,}"
             f"{p.covered / p.parameters:>9.1%}"
         )
     typer.echo(
         "directions: of all domains. cores: overlaps and frames. state: rule memory. recording: on top, during a stage.\n"
         f"step: an acting step at {bandwidth:.0f} GB/s and {tflops:.0f} TFLOP/s. summed: numbers all-reduced by it. A stage "
-        f"keeps {_size(first.start)} per GPU on disk."
+        f"keeps {size(first.start)} per GPU on disk."
     )
-
-
-def _size(n: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if n >= size / 10:
-            return f"{n / size:.2f} {unit}"
-    return f"{n / 1e3:.1f} kB"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from ._rows import read_rows
 
 
 def record(
@@ -35,9 +36,11 @@ def record(
     Raises:
         ValueError, OSError: files that are not as expected, or cannot be read or written; nothing is left half-written.
     """
+    from .grpo.sampling import sample
     from .subspace import MatrixLayout, observe
     from .subspace.batches import encode, prepared
     from .subspace.sites import guess_sides
+    from .text import special_tokens
 
     if not domain.strip():
         raise ValueError(f"--domain: expected a name, found {domain!r}")
@@ -45,7 +48,10 @@ def record(
         raise ValueError(f"--energy: expected 0 < energy <= 1, found {energy}")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out {out}: expected a folder to write into, found none at {out.absolute().parent}")
-    rows = read_rows(prompts, answer_field if answers == "given" else None)
+    check = partial(_check_answer, field=answer_field) if answers == "given" else None
+    rows = list(read_rows(prompts, ("prompt",), check))
+    if not rows:
+        raise ValueError(f"prompts {prompts}: expected at least one row, found none")
     model, tokenizer = _load(folder, dtype, device)
     shown = [encode(tokenizer, row["prompt"]) for row in rows]
     if answers == "given":
@@ -56,11 +62,12 @@ def record(
         ]
     elif answers == "model":
         torch.manual_seed(seed)
-        shown = [
-            answered
-            for at in range(0, len(shown), batch_size)
-            for answered in _answered(model, tokenizer, shown[at : at + batch_size], max_length, max_new_tokens)
-        ]
+        tokens, asked = special_tokens(tokenizer, model), [ids[: max_length - 1] for ids in shown]
+        shown = []
+        for at in range(0, len(asked), batch_size):
+            part = asked[at : at + batch_size]
+            written = sample(model, part, tokens, max_new_tokens=min(max_new_tokens, max_length - min(map(len, part))))
+            shown += [ids + answer for ids, answer in zip(part, written.completions(), strict=True)]
     shown = [ids[:max_length] for ids in shown]
     named = list(model.named_parameters())
     parameters = [p.detach() for _, p in named]
@@ -82,42 +89,12 @@ def record(
     }
 
 
-def read_rows(path: Path, answer_field: str | None) -> list[dict[str, Any]]:
-    """Rows of a file of JSON lines, each with a prompt and, where asked for, an answer.
-
-    Raises:
-        FileNotFoundError, ValueError: names the line.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"prompts {path}: expected a file of JSON lines, found none")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: expected a JSON object, found {line[:40]!r} ({error})") from error
-        prompt = row.get("prompt") if isinstance(row, dict) else None
-        if not prompt or not (isinstance(prompt, str) or _is_chat(prompt)):
-            raise ValueError(
-                f'{path}, line {number}: expected "prompt": a text, or messages with "role" and "content", found {prompt!r}'
-            )
-        if answer_field is not None and not isinstance(row.get(answer_field), str):
-            raise ValueError(
-                f"{path}, line {number}: expected a text in {answer_field!r}, found {row.get(answer_field)!r}; name the field "
-                "with --answer-field, or choose --answers model"
-            )
-        rows.append(row)
-    if not rows:
-        raise ValueError(f"prompts {path}: expected at least one row, found none")
-    return rows
-
-
-def _is_chat(prompt: Any) -> bool:
-    return isinstance(prompt, list) and all(
-        isinstance(message, dict) and {"role", "content"} <= set(message) for message in prompt
-    )
+def _check_answer(row: dict[str, Any], field: str) -> None:
+    if not isinstance(row.get(field), str):
+        raise ValueError(
+            f"expected a text in {field!r}, found {row.get(field)!r}; name the field with --answer-field, or choose "
+            "--answers model"
+        )
 
 
 def _load(folder: Path, dtype: str, device: str) -> tuple[Any, Any]:
@@ -136,24 +113,3 @@ def _load(folder: Path, dtype: str, device: str) -> tuple[Any, Any]:
     except Exception as error:  # whatever a damaged folder makes transformers raise
         raise ValueError(f"model {folder}: expected a model and a tokenizer that load, found {error}") from error
     return model.to(where).eval(), tokenizer
-
-
-@torch.no_grad()
-def _answered(
-    model: Any, tokenizer: Any, rows: Sequence[list[int]], max_length: int, max_new_tokens: int
-) -> Iterator[list[int]]:
-    """Prompts with an answer that the model sampled at temperature 1 behind each."""
-    room = max_length - 1
-    rows = [ids[:room] for ids in rows]
-    length = max(map(len, rows))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=model.device)
-    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=model.device)
-    new = min(max_new_tokens, max_length - length)
-    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": pad}
-    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max(new, 1), **options)
-    ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends, tokenizer.eos_token_id])
-    for row, answer in zip(rows, out[:, length:].tolist(), strict=True):
-        stop = next((i + 1 for i, token in enumerate(answer) if token in ends), len(answer))
-        yield row + answer[:stop]

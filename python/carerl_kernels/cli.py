@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ._command import plain_errors
 from .basis_command import basis
 from .bench.command import bench
 from .confine_command import Several, confine, merge
 from .diagnose_command import diagnose
-from .replicate.command import replicate
 from .report_command import report
 from .rewards.command import score
+from .study.command import replicate
 from .train.command import train
 
 app = typer.Typer(
@@ -44,23 +43,6 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instea
         render(report)
 
 
-@contextmanager
-def _plain_errors(command: str, extra: str) -> Iterator[None]:
-    """Errors that tell the user what to do become one line without a traceback: a missing extra, a bad argument."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] == __package__:
-            raise  # a module of this package is missing: a bug
-        message = f"{error.name} is not installed: pip install 'carerl-kernels[{extra}]'"
-    except (ImportError, ValueError, OSError) as error:
-        message = str(error)
-    else:
-        return
-    typer.secho(f"carerl {command}: {message}", err=True, fg=typer.colors.RED)
-    raise typer.Exit(1)
-
-
 @app.command()
 def demo(
     fast: Annotated[bool, typer.Option("--fast", help="One seed, fewer steps: under a minute on two cores.")] = False,
@@ -71,8 +53,8 @@ def demo(
     variant: Annotated[list[str] | None, typer.Option(help="Only this variant; may be repeated.")] = None,
 ) -> None:
     """A small language model learns three domains in sequence, plainly and guarded: who forgets what."""
-    with _plain_errors("demo", "train"):
-        from .demo import run_demo
+    with plain_errors("demo", "train"):
+        from .study.demo import run_demo
 
         run_demo(out, fast=fast, seeds=seeds, json_path=json_path, workers=workers, variants=variant)
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from ._command import plain_errors
+
 if TYPE_CHECKING:
     from .guard.changes import Confined
 
@@ -51,9 +53,7 @@ def confine(
     as_json: Json = False,
 ) -> None:
     """Take out of a finished training run what it changed along protected directions; any trainer, no access to it."""
-    from .cli import _plain_errors
-
-    with _plain_errors("confine", "train"):
+    with plain_errors("confine", "train"):
         from .guard.checkpoints import confine as confined
         from .subspace import StoredBasis
 
@@ -79,9 +79,7 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Add up what experts of one start have learned, each change confined off the other domains' directions."""
-    from .cli import _plain_errors
-
-    with _plain_errors("merge", "train"):
+    with plain_errors("merge", "train"):
         from .guard.checkpoints import merge as merged
         from .subspace import StoredBasis
 

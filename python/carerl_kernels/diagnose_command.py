@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from ._command import plain_errors
+
 
 def diagnose(
     run: Annotated[Path, typer.Argument(help="Directory of a run: metrics.jsonl and what stands beside it.")],
@@ -15,13 +17,10 @@ def diagnose(
     limit: Annotated[int, typer.Option(min=1, help="Causes named at most.")] = 3,
 ) -> None:
     """Why a domain fell or never rose: the likeliest causes of a run, their figures, and what to try first."""
-    try:
+    with plain_errors("diagnose", "train"):
         from .monitor.diagnose import diagnose as read
 
         found = read(run, limit)
-    except (ImportError, ValueError, OSError) as error:
-        typer.secho(f"carerl diagnose: {error}", err=True, fg=typer.colors.RED)
-        raise typer.Exit(1) from None
     if as_json:
         typer.echo(json.dumps(found.as_dict(), indent=2))
         return

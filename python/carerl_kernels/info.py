@@ -117,9 +117,9 @@ def render(report: dict[str, Any]) -> None:
         "not installed", ", ".join(name for name, version in report["versions"].items() if not version) or "-"
     )
     machine, build = report["machine"], report["build"]
-    supported = ", ".join(machine["cpu_isas_supported"] or ["unknown"])
-    used = machine["cpu_isa"] if report["backends"]["cpu"]["available"] else "no instruction set (not loaded)"
-    facts.add_row("CPU kernels", f"{used} in use; this CPU supports {supported}")
+    loaded, known = report["backends"]["cpu"]["available"], machine["cpu_isas_supported"]
+    used = (machine["cpu_isa"] or "the best that this CPU has") if loaded else "no instruction set (not loaded)"
+    facts.add_row("CPU kernels", f"{used} in use" + (f"; this CPU supports {', '.join(known)}" if known else ""))
     facts.add_row("threads", f"{machine['threads']} (torch.get_num_threads())")
     facts.add_row("GPUs", ", ".join(machine["gpus"]) or "none visible to torch")
     if isinstance(build, dict):
@@ -127,7 +127,7 @@ def render(report: dict[str, Any]) -> None:
             "built with", f"{build['compiler']}, {build['build_type']}, torch {build['torch']}, {build['flags']}"
         )
     else:
-        facts.add_row("built with", "no native part")
+        facts.add_row("built with", "not recorded (a wheel for every Python)" if loaded else "no native part")
     if report["environment"]:
         facts.add_row("environment", ", ".join(f"{name}={value}" for name, value in report["environment"].items()))
     console.print(facts)

@@ -79,7 +79,7 @@ def dacsp_core(
 
 
 def pca_core(gram: Tensor, singular_values: Tensor, decay: float) -> tuple[Tensor, Tensor, Tensor]:
-    """One exact incremental SVD update from the measured Gram matrix of `[U; G]` (MATH: streaming PCA, steps 2 and 3).
+    """One exact incremental SVD update from the measured Gram matrix of `[U; G]` (docs/math.md, "streaming PCA").
 
     Using the measured `U U^T` instead of assuming the identity makes the process self-correcting.
 

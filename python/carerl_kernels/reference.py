@@ -6,13 +6,22 @@ Works through the N dimension in chunks, so that no N-sized temporary exists; co
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _ops
 from .linalg import dacsp_core, pca_core
-from .thin import add_product_, full_precision, times, times_transposed, workspace
+from .reference_matrices import (
+    block_edit_,
+    block_project,
+    input_confine_,
+    input_dacsp_,
+    input_project,
+    packed_times,
+)
+from .reference_policy import group_advantages, token_logprobs, token_logprobs_backward
 
 CHUNK = 1 << 16  # elements of a row handled at once; K * CHUNK floats are the largest temporary
 
@@ -261,220 +270,6 @@ def quantize_bases(bases, block=128, dtype=torch.int8):
     return codes, scales
 
 
-def check_ids(op: str, logits: Tensor, ids: Tensor) -> None:
-    """Raises for a token outside the vocabulary, where looking needs no sync."""
-    if ids.device.type == "cpu" and ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < logits.shape[1]):
-        wrong = int(((ids < 0) | (ids >= logits.shape[1])).nonzero()[0])
-        _ops._require(
-            False, op, f"ids in 0..{logits.shape[1] - 1}", f"{int(ids[wrong])} at row {wrong}", _ops.MASK_LATER
-        )
-
-
-def _row_chunks(op: str, logits: Tensor, ids: Tensor) -> Iterator[slice]:
-    """Rows handled at once, so that no float32 copy of all logits exists."""
-    check_ids(op, logits, ids)
-    step = max(CHUNK // max(logits.shape[1], 1), 1)
-    for start in range(0, logits.shape[0], step):
-        yield slice(start, start + step)
-
-
-def token_logprobs(logits, ids, temperature=1.0):
-    _ops.check_token_logprobs("token_logprobs", logits, ids, temperature)
-    logp = torch.empty(ids.shape, dtype=torch.float32, device=logits.device)
-    entropy = torch.empty_like(logp)
-    for rows in _row_chunks("token_logprobs", logits, ids):
-        row = (logits[rows].double() / temperature).log_softmax(-1)
-        logp[rows] = row.gather(1, ids[rows, None])[:, 0].float()
-        entropy[rows] = torch.special.entr(row.exp()).sum(-1).float()
-    return logp, entropy
-
-
-def token_logprobs_backward(grad_logp, grad_entropy, logits, ids, logp, entropy, temperature=1.0):
-    """`(grad_logp (onehot - p) - grad_entropy p (log p + entropy)) / temperature`; log p comes from the logits again."""
-    _ops.check_token_logprobs_backward(grad_logp, grad_entropy, logits, ids, logp, entropy, temperature)
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    for rows in _row_chunks("token_logprobs_backward", logits, ids):
-        log_p = (logits[rows].double() / temperature).log_softmax(-1)
-        p = log_p.exp()
-        # entr(p) = -p log p is zero where p is
-        grad = grad_entropy[rows, None] * (torch.special.entr(p) - p * entropy[rows, None]) - grad_logp[rows, None] * p
-        grad.scatter_add_(1, ids[rows, None], grad_logp[rows, None].double())
-        out[rows] = (grad / temperature).to(out.dtype)
-    return out
-
-
-def _members(ids: Tensor) -> Tensor:
-    """The rank `[B]` of every id among the distinct ones. Not torch.unique: the size of its result is a host sync."""
-    ordered, order = ids.sort(stable=True)
-    first = torch.cat([ordered.new_zeros(1), (ordered[1:] != ordered[:-1]).to(ordered.dtype)])
-    return torch.empty_like(ids).scatter_(0, order, first.cumsum(0)).long()
-
-
-def group_advantages(rewards, group_ids, domain_ids=None, mode="group", eps=1e-6):
-    """Rewards relative to the mean of their group (the completions of one prompt), on a scale that `mode` chooses.
-
-    * `group`: `(r - mean_g) / (std_g + eps)` with the unbiased std, GRPO (arXiv:2402.03300) as TRL and verl have it;
-    * `domain`: `(r - mean_g) / (std_d + eps)` with the std pooled over those groups of the domain whose rewards
-      differ (all groups are one domain without `domain_ids`): no domain dominates for the spread of its rewards, and
-      within one no prompt gains weight for being nearly unanimous;
-    * `none`: `r - mean_g`, Dr. GRPO (arXiv:2503.20783).
-
-    A group whose rewards are all equal teaches nothing and gets exact zeros, whatever the rounding of its mean. A NaN
-    is a completion that was not judged: advantage 0, and no part in any mean or spread.
-
-    Args:
-        rewards: `[B]`; infinity is refused on the CPU (elsewhere that would be a host sync).
-        group_ids, domain_ids: `[B]` integers, in any order. A group belongs to the domain of its completions.
-        eps: added to the standard deviation: rewards that differ by rounding stay small.
-
-    Returns:
-        `[B]` float32.
-    """
-    _ops.check_group_advantages(rewards, group_ids, domain_ids, mode, eps)
-    r = rewards.detach().double()
-    if r.numel() == 0:
-        return r.float()
-    if r.device.type == "cpu" and bool(r.isinf().any()):
-        at = int(r.isinf().nonzero()[0])
-        _ops._require(False, "group_advantages", "finite rewards, or NaN for those not judged", f"{r[at]} at {at}")
-    judged = ~r.isnan()
-    group, zeros = _members(group_ids), torch.zeros_like(r)
-
-    def total(index: Tensor, values: Tensor) -> Tensor:
-        return zeros.index_add(0, index, values)
-
-    value = r.nan_to_num(0.0)
-    count = total(group, judged.double())
-    centred = value - (total(group, value) / count.clamp(min=1))[group]
-    low = zeros.scatter_reduce(0, group, torch.where(judged, r, torch.inf), "amin", include_self=False)
-    high = zeros.scatter_reduce(0, group, torch.where(judged, r, -torch.inf), "amax", include_self=False)
-    informative = judged & (high > low)[group]
-    centred = torch.where(informative, centred, 0.0)
-    if mode != "none":
-        index = group if mode == "group" else _members(torch.zeros_like(group) if domain_ids is None else domain_ids)
-        # A group of n completions has n - 1 degrees of freedom, and a domain those of its groups that differ at all.
-        freedom = total(index, informative.double() * ((count - 1) / count.clamp(min=1))[group])
-        centred = centred / ((total(index, centred.square()) / freedom.clamp(min=1)).sqrt() + eps)[index]
-    return centred.float()
-
-
-def _stacks(matrices: Sequence[Tensor]) -> Iterator[slice]:
-    """Matrices that are stacked at a time."""
-    step = max(1, workspace(matrices[0].device) // max(4 * matrices[0].numel(), 1))
-    for start in range(0, len(matrices), step):
-        yield slice(start, min(start + step, len(matrices)))
-
-
-def block_project(matrices, left, right, domains=1):
-    r = _ops.check_block_project(matrices, left, right, domains)
-    out = left.new_empty((len(matrices), domains, r, r), dtype=torch.float64)
-    for at in _stacks(matrices):
-        products = times(matrices[at], right[at]).double().unflatten(2, (domains, r)).transpose(1, 2)  # [c, D, m, r]
-        out[at] = left[at].double().unflatten(2, (domains, r)).permute(0, 2, 3, 1) @ products
-    return out
-
-
-def block_edit_(matrices, left, mix, right):
-    _ops.check_block_edit(matrices, left, mix, right)
-    domains, r = mix.shape[1:3]
-    mix = torch.where(mix.isfinite().flatten(1).all(1)[:, None, None, None], mix, 0.0)
-    for at in _stacks(matrices):
-        mixed = left[at].unflatten(2, (domains, r)).transpose(1, 2) @ mix[at]  # [c, D, m, r]
-        add_product_(matrices[at], mixed.transpose(1, 2).flatten(2), right[at])
-
-
-def _input_products(matrices: Sequence[Tensor], directions: Tensor, left: bool) -> Tensor:
-    """`W V^T` `[c, m, K]`, or `W^T U^T` `[c, n, K]`, float32."""
-    with full_precision(directions.device):
-        return (times_transposed if left else times)(matrices, directions.float().mT)
-
-
-def input_project(matrices, directions, left=False):
-    """Coefficients of the inputs of weight matrices, float32 `[G, outputs, K]`.
-
-    Args:
-        matrices: G of one shape `[m, n]` and dtype. A row is an output and its columns are inputs: `W V^T [G, m, K]`.
-        directions: V `[G, K, n]` float32 or bfloat16, rows are directions.
-        left: columns are the outputs instead (embeddings, Conv1D): directions `[G, K, m]`, result `W^T V^T [G, n, K]`.
-    """
-    out = directions.new_empty(_ops.check_input_project(matrices, directions, left), dtype=torch.float32)
-    for at in _stacks(matrices):
-        out[at] = _input_products(matrices[at], directions[at], left)
-    return out
-
-
-def _input_edit(matrices: Sequence[Tensor], directions: Tensor, left: bool, correction: Callable) -> Tensor:
-    """`W <- W + x V` with `x [c, outputs, K]` and whether it is finite `[c, outputs]` from `correction(at, W V^T)`.
-
-    An output whose x is zero or not finite keeps its bits. Returns the sum of x^2 of every matrix.
-    """
-    energy = directions.new_zeros(len(matrices), dtype=torch.float64)
-    for at in _stacks(matrices):
-        some, rows = matrices[at], directions[at].float()
-        x, finite = correction(at, _input_products(some, rows, left))
-        x = torch.where((finite & x.isfinite().all(-1)).unsqueeze(-1), x, 0.0)
-        moved = (x != 0).any(-1)
-        energy[at] = x.double().square().sum((1, 2))
-        with full_precision(rows.device):
-            factors = (rows.mT, x) if left else (x, rows.mT)
-            add_product_(some, *factors, moved.unsqueeze(1) if left else moved.unsqueeze(2))
-    return energy
-
-
-def input_confine_(matrices, directions, anchor, lower=None, upper=None, left=False):
-    """Puts the displacement of every output along the directions back into its box, in one pass over each matrix.
-
-    `d = anchor - w V^T` (gradient convention: positive repeats prior learning), `x = d - clip(d, -lower, upper)`,
-    `w <- w + x V` with one rounding. A second call changes nothing but rounding where the directions of a matrix are
-    orthonormal or zero, which is up to the caller. An output with x = 0, or with a number in d or in its bounds that is none,
-    keeps its bits; an infinite bound leaves that way free.
-
-    Args:
-        matrices, directions, left: see :func:`input_project`.
-        anchor: `[G, outputs, K]` float32, where the coefficients stood.
-        lower, upper: the same shape, at least 0; None is 0.
-
-    Returns:
-        `[G]` float64, the sum of x^2: the squared length of each correction.
-    """
-    _ops.check_input_confine(matrices, directions, anchor, lower, upper, left)
-
-    def correction(at: slice, products: Tensor) -> tuple[Tensor, Tensor]:
-        d = anchor[at] - products
-        zero = torch.zeros_like(d)
-        low, high = (zero if bound is None else bound[at] for bound in (lower, upper))
-        return d - torch.maximum(torch.minimum(d, high), -low), d.isfinite().all(-1)
-
-    return _input_edit(matrices, directions, left, correction)
-
-
-def input_dacsp_(matrices, directions, aligned, conflict, threshold, left=False):
-    """The literal rule on matrices of gradients: `c = g V^T`, `g <- g + ((weight - 1) c) V` in one pass.
-
-    The weight is `aligned` where c is above the threshold, `conflict` where it is below minus the threshold, else 1: a number
-    each, or float32 `[K]`. What moves, what does not and what is returned: as :func:`input_confine_`.
-    """
-    _ops.check_input_dacsp(matrices, directions, aligned, conflict, threshold, left)
-
-    def correction(at: slice, products: Tensor) -> tuple[Tensor, Tensor]:
-        return dacsp_core(products, aligned, conflict, threshold)[1], products.isfinite().all(-1)
-
-    return _input_edit(matrices, directions, left, correction)
-
-
-def packed_times(packed, x):
-    _ops.check_packed_times(packed, x)
-    size = x.shape[-1]
-    row, column = torch.triu_indices(size, size, device=x.device)
-    out = torch.empty_like(x)
-    for g in range(x.shape[1]):  # the square of one matrix at a time
-        square = x.new_zeros(size, size)
-        square[row, column] = packed[g].to(x.dtype)
-        square[column, row] = square[row, column]
-        out[:, g] = x[:, g] @ square
-    return out
-
-
 def all_finite(tensors):
     # The largest magnitude of finite numbers does not overflow, as a sum of squares would.
     _ops.check_all_finite(tensors)
@@ -485,7 +280,7 @@ def all_finite(tensors):
     return torch.stack([norm.to(torch.float64) for norm in norms]).isfinite().all()
 
 
-KERNELS: dict[str, Callable] = {
+KERNELS: dict[str, Callable[..., Any]] = {
     "project": project,
     "project.list": project_list,
     "gram": gram,

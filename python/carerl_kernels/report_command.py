@@ -7,19 +7,18 @@ from typing import Annotated
 
 import typer
 
+from ._command import plain_errors
+
 
 def report(
     run: Annotated[Path, typer.Argument(help="Directory of a run: metrics.jsonl and what stands beside it.")],
     out: Annotated[Path | None, typer.Option(help="HTML file; report.html in the directory by default.")] = None,
 ) -> None:
     """One self-contained HTML page of a run: domains, alerts, interference, guard, cost."""
-    try:
+    with plain_errors("report", "train"):
         from .monitor.report import write_report
 
         path, page = write_report(run, out)
-    except (ImportError, ValueError, OSError) as error:
-        typer.secho(f"carerl report: {error}", err=True, fg=typer.colors.RED)
-        raise typer.Exit(1) from None
     typer.echo(page.summary)
     for card in page.cards:
         score = "" if card.score is None else f"{card.score:.3f}"

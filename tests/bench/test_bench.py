@@ -277,7 +277,7 @@ def test_pca_beside_scikit_learn():
 def test_guard_on_a_training_step(quiet):
     pytest.importorskip("transformers")
     from carerl_kernels.bench.llm import Setting, guard_overhead
-    from carerl_kernels.demo.tasks import character_tokenizer, tiny_model
+    from carerl_kernels.tasks.characters import character_tokenizer, tiny_model
 
     def load():
         tokenizer = character_tokenizer()

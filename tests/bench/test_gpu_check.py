@@ -50,14 +50,17 @@ def test_inputs_of_matrices_are_products_of_terms(op, matrix, directions, produc
     assert roofline.operations(case) == {"tf32": products * 2 * 100 * 64 * 200}
 
 
-def test_overhead_counts_two_passes_over_a_shard():
-    flat = roofline.overhead("h100")[0]
-    assert flat.bases == pytest.approx(7.6e9 / 8 * 24 * 2)
-    assert flat.guard == pytest.approx(7.6e9 / 8 * (2 * 24 * 2 + 3 * 2) / (0.97 * 0.9 * 3.35e12) + 20e-6)
-    assert flat.step == pytest.approx(6 * 7.6e9 * 2**20 / (8 * 0.4 * 989e12))
-    factored = roofline.overhead("h100")[3]
-    assert factored.guard < flat.guard / 10
-    assert factored.bases < flat.bases / 1000
+def test_overhead_is_what_the_planner_counts():
+    inputs, block, flat, coded = roofline.overhead("h100")
+    shard = 7.6e9 / 8
+    assert flat.bases == pytest.approx(shard * 24 * 2, rel=0.01)
+    moved, operations = shard * (2 * 24 * 2 + 3 * 2), 4 * 24 * shard
+    seconds = moved / (0.9 * 3.35e12) + operations / (0.75 * 67e12) + 20e-6
+    assert flat.guard == pytest.approx(seconds, rel=0.01)
+    assert flat.step == pytest.approx(6 * 7.6e9 * 2**20 / (8 * 0.4 * 989e12), rel=0.01)
+    assert coded.bases < 0.6 * flat.bases
+    assert max(inputs.bases, block.bases) < flat.bases / 10
+    assert max(inputs.guard, block.guard) < flat.guard
 
 
 @pytest.mark.parametrize("name", roofline.DEVICES)

@@ -12,17 +12,16 @@ import pytest
 import torch
 from carerl_kernels.grpo.balance import EqualNorms, domination_of, step_shares, weighted
 from carerl_kernels.monitor import Controller, DriftMonitor
-from carerl_kernels.monitor.simulate import ALPHA_BETA
 from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
-from carerl_kernels.demo.tasks import character_tokenizer, tiny_model, warm_up
 from carerl_kernels.grpo import GRPOConfig, GRPOTrainer, Stage
 from carerl_kernels.grpo.rollout import agree
 from carerl_kernels.grpo.sampling import joined
 from carerl_kernels.guard.editors import PCGrad
-from test_grpo_trainer import BASE, Killed, kill_at, metrics, small_domains
+from carerl_kernels.tasks.characters import character_tokenizer, tiny_model, warm_up
+from trainer_helpers import BASE, Killed, kill_at, metrics, small_domains
 
 NAMES = ("code", "chat", "math")
 
@@ -94,7 +93,7 @@ def simulated(controller, *, looks=60, n=512, samples=4, harm=0.03, seed=0, half
     """
     rng = np.random.default_rng(seed)
     monitor = DriftMonitor(NAMES, baseline="best", planned=looks, controller=controller)
-    skill = {name: rng.beta(*ALPHA_BETA, n) for name in NAMES}
+    skill = {name: rng.beta(0.75, 0.5, n) for name in NAMES}
     ceiling = {name: float(s.mean()) for name, s in skill.items()}
     level, factors, levels = dict(ceiling), [], []
     for look in range(looks):

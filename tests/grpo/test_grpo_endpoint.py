@@ -12,8 +12,8 @@ from carerl_kernels.grpo.sampling import SamplerError
 
 pytest.importorskip("transformers")
 pytest.importorskip("httpx")
-from carerl_kernels.demo.tasks import character_tokenizer, demo_domains, tiny_model
 from carerl_kernels.grpo import sample, special_tokens
+from carerl_kernels.tasks.characters import character_tokenizer, demo_domains, tiny_model
 from completions_server import CompletionsServer
 
 SETTINGS = {

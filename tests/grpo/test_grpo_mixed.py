@@ -13,8 +13,8 @@ from carerl_kernels.grpo.rollout import rollout
 from safetensors.torch import load_file
 
 pytest.importorskip("transformers")
-from carerl_kernels.demo.tasks import character_tokenizer, demo_domains, tiny_model
 from carerl_kernels.guard import CapabilityGuard
+from carerl_kernels.tasks.characters import character_tokenizer, demo_domains, tiny_model
 
 SETTINGS = {
     "prompts_per_step": 6,

@@ -14,7 +14,7 @@ from carerl_kernels.rewards import exact_match
 from carerl_kernels.rewards.adapters import trl_reward
 
 pytest.importorskip("transformers")
-from carerl_kernels.demo.tasks import character_tokenizer, demo_domains, tiny_model
+from carerl_kernels.tasks.characters import character_tokenizer, demo_domains, tiny_model
 
 SETTINGS = {
     "prompts_per_step": 4,

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from carerl_kernels.demo.tasks import character_tokenizer, demo_domains, tiny_model
 from carerl_kernels.grpo import GRPOConfig, GRPOTrainer, Stage, answer_loss, prompt_counts, special_tokens
 from carerl_kernels.guard import CapabilityGuard
 from carerl_kernels.guard.editors import GramEditor, PCGrad
-from carerl_kernels.replicate.lm import Pools
+from carerl_kernels.tasks.characters import character_domain, character_tokenizer, demo_domains, tiny_model
+from carerl_kernels.train.memory import StoredReplay
 
 BASE = {
     "prompts_per_step": 6,
@@ -158,8 +158,10 @@ def test_shares_hold_over_many_steps_and_nearly_in_each():
 
 
 def test_stored_prompts_are_all_that_is_left_of_a_domain_after_its_stage():
-    domain, pools = demo_domains(0)[0], Pools([("code",), ("chat",), ("code", "math")], steps=5)
-    limited = pools.limit(domain, stored=4)
+    domain = character_domain("code", "code", seed=0, stored=4)
+    replay = StoredReplay([Stage("code", 5), Stage("chat", 5), Stage(("code", "math"), 5)])
+    limited, trainer = replay.limit(domain), SimpleNamespace(history=[])
+    replay.follow(trainer)
     kept = {e.prompt for e in limited.probe_examples}
     assert len(kept) == 4
 
@@ -168,7 +170,7 @@ def test_stored_prompts_are_all_that_is_left_of_a_domain_after_its_stage():
 
     seen = {}
     for step, stage in itertools.zip_longest((0, 4, 5, 9, 10), "aabbc"):
-        pools.follow(SimpleNamespace(history=[{"step": step}]))
+        trainer.history = [{"step": step}]  # another list where a run goes on
         seen.setdefault(stage, []).append(drawn())
     assert all(len(prompts) > 32 for prompts in seen["a"] + seen["c"])
     assert all(prompts <= kept for prompts in seen["b"])

@@ -156,8 +156,8 @@ def test_diverged_model_is_named(qwen):
 
 
 def test_prompts_as_text_and_as_chat_keep_their_order():
-    from carerl_kernels.demo.tasks import character_tokenizer
     from carerl_kernels.grpo import encode_prompts
+    from carerl_kernels.tasks.characters import character_tokenizer
 
     tokenizer = character_tokenizer()
     tokenizer.chat_template = (

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import random
 import shutil
 import signal
@@ -29,25 +28,11 @@ from safetensors.torch import load_file
 pytest.importorskip("transformers")
 import itertools
 
-from carerl_kernels.demo.tasks import character_tokenizer, demo_domains, tiny_model
 from carerl_kernels.grpo.rundir import rng_state, set_rng_state
 from carerl_kernels.guard import CapabilityGuard
 from carerl_kernels.monitor import DriftMonitor
-
-BASE = {
-    "prompts_per_step": 4,
-    "group_size": 3,
-    "max_new_tokens": 4,
-    "lr": 1e-3,
-    "warmup_steps": 2,
-    "eval_every": 2,
-    "eval_batch_size": 64,
-    "checkpoint_every": 2,
-    "seed": 3,
-    "progress": False,
-    "plots": False,
-}
-STAGES = [Stage("code", 4), Stage(("chat", "math"), 3), Stage("code", 3, lr=5e-4)]
+from carerl_kernels.tasks.characters import character_tokenizer, tiny_model
+from trainer_helpers import BASE, STAGES, Killed, kill_at, metrics, small_domains, trainer, without_timings
 
 
 @pytest.fixture(autouse=True)
@@ -56,52 +41,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def noisy(judge):
-    """A verifier that uses a global generator, as some do: it too must come back after an interruption. The noise also
-    gives every group something to learn from, whatever the untrained model writes."""
-    return lambda example, text: judge(example, text) + 0.01 * random.random()
-
-
-def small_domains():
-    domains = demo_domains(0)
-    for domain in domains:
-        domain.eval_examples = domain.eval_examples[:6]
-        domain.probe_examples = domain.probe_examples[:3]
-    domains[2].eval_mode = "sampled"
-    for domain in domains:
-        domain.reward = noisy(domain.reward)
-    return domains
-
-
-def trainer(path, *, guard=None, on_step=None, model=None, **changes):
-    random.seed(0)
-    tokenizer = character_tokenizer()
-    model = model or tiny_model(tokenizer, 0)
-    guard = guard(model) if guard is not None else None
-    config = GRPOConfig(**(BASE | changes))
-    return GRPOTrainer(model, tokenizer, small_domains(), config, guard=guard, run_dir=path, on_step=on_step)
-
-
-def without_timings(lines):
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
-
-
-def metrics(path):
-    return without_timings(json.loads(text) for text in (path / "metrics.jsonl").read_text().splitlines())
-
-
-class Killed(Exception):
-    pass
-
-
-def kill_at(step):
-    def on_step(line):
-        if line["step"] == step:
-            raise Killed
-
-    return on_step
 
 
 SETTINGS = {
@@ -143,13 +82,12 @@ def test_resume_is_bitwise_exact_wherever_the_run_was_killed(tmp_path, settings)
 def test_resume_after_sigkill_with_a_line_cut_short(tmp_path):
     """A real process, killed without warning, several times over."""
     script = textwrap.dedent(
-        f"""
+        """
         import os, signal, sys
-        sys.path[:0] = [{os.path.dirname(__file__)!r}]
         import torch
         torch.set_num_threads(1)
         from pathlib import Path
-        from test_grpo_trainer import STAGES, trainer
+        from trainer_helpers import STAGES, trainer
         stop = int(sys.argv[2])
         trainer(Path(sys.argv[1]), on_step=lambda l: l["step"] == stop and os.kill(os.getpid(), signal.SIGKILL)).run(
             STAGES, resume=True)

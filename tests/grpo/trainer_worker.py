@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from carerl_kernels.demo.tasks import character_tokenizer, demo_domains, tiny_model
 from carerl_kernels.grpo import Domain, GRPOConfig, GRPOTrainer, Stage
 from carerl_kernels.grpo.parallel import shard
 from carerl_kernels.guard import CapabilityGuard
 from carerl_kernels.guard.editors import PCGrad
 from carerl_kernels.monitor import DriftMonitor
+from carerl_kernels.tasks.characters import character_tokenizer, demo_domains, tiny_model
 
 STAGES = [Stage("code", 4), Stage(("chat", "code"), 3)]
 UNEVEN = [Stage(("chat", "code", "math"), 2)]

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from carerl_kernels import CapabilityGuard
-from carerl_kernels.guard.factored import BLOCK
+from carerl_kernels.guard.input_stack import BLOCK
 from carerl_kernels.monitor import DriftMonitor
 from carerl_kernels.subspace.shards import local
 from guard_helpers import make_model

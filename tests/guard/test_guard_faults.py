@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 from carerl_kernels import BasisError, CapabilityGuard, DomainBasis, StreamingPCA
-from carerl_kernels.subspace import FactoredBasis, Layout, StoredBasis
+from carerl_kernels.subspace import Layout, StoredBasis
+from carerl_kernels.subspace.random_basis import random_basis
 from factored_helpers import make_factored
 from guard_helpers import Walk, make_history, make_model
 from test_distributed_guard import launch
@@ -113,11 +114,10 @@ def test_a_dying_rank_stops_the_others_and_leaves_earlier_files(tmp_path):
     assert guard.history == ["math"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_long_streams_stay_orthonormal_and_finite(dtype):
+def test_long_streams_stay_orthonormal_and_finite():
     """1e5 updates with CARERL_SLOW set, 3000 otherwise; some gradients are not finite."""
     layout = Layout.of([("a", torch.zeros(150)), ("b", torch.zeros(6, 10))], "flat", K)
-    pca = StreamingPCA(layout, K, oversample=2, dtype=dtype)
+    pca = StreamingPCA(layout, K, oversample=2)
     draw = torch.Generator().manual_seed(0)
     mixing = torch.randn(6, 210, generator=draw)
     noise = torch.randn(LONG, 216, generator=draw)
@@ -128,14 +128,13 @@ def test_long_streams_stay_orthonormal_and_finite(dtype):
         pca.update([g[:150], g[150:].view(6, 10)])
     rows = pca.rows.double()
     error = float((rows @ rows.mT - torch.eye(rows.shape[0])).abs().max())
-    assert error < (1e-5 if dtype == torch.float32 else 2e-2)
+    assert error < 1e-5
     assert pca.singular_values.isfinite().all() and int(pca.skipped) == LONG // 1000
     assert int(pca.seen) + int(pca.skipped) == LONG
     found = torch.cat([rows[:K, :150], rows[:K, 256:316]], dim=1)
     exact = torch.linalg.svd(mixing.double(), full_matrices=False)[2][:K]
     overlap = torch.linalg.svdvals(found @ exact.mT)
-    # Of a finite sample with noise. Every update rounds bfloat16 rows once more while it weighs less and less: .81 after 1e5.
-    assert float(overlap.min()) > (0.9 if dtype == torch.float32 or LONG < 100_000 else 0.7)
+    assert float(overlap.min()) > 0.9  # of a finite sample with noise
 
 
 @pytest.mark.parametrize("rule", ["bounded", "remove", "integrated"])
@@ -166,7 +165,7 @@ def test_closed_loop_holds_with_int8_bases_and_bf16_parameters(rule):
 def test_factored_closed_loop_in_bf16():
     model = make_model(dtype=torch.bfloat16)
     guard = CapabilityGuard(model, "remove", basis="block", r=3)
-    guard.add(FactoredBasis.random(guard.layout, "math", architecture="Sequential"))
+    guard.add(random_basis(guard.layout, domain="math", architecture="Sequential"))
     basis = guard.basis("math")
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     guard.attach(optimizer)

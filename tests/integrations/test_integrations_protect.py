@@ -8,10 +8,10 @@ import torch
 pytest.importorskip("trl")
 
 from carerl_kernels import CapabilityGuard
-from carerl_kernels.demo.tasks import DOMAINS, GENERATORS, tiny_model
 from carerl_kernels.integrations.transformers import GuardCallback
 from carerl_kernels.subspace import StoredBasis
 from carerl_kernels.subspace.batches import shown_rows
+from carerl_kernels.tasks.characters import DOMAINS, GENERATORS, tiny_model
 from trl_helpers import TOKENIZER, rows, trainer
 
 

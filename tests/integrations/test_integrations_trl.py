@@ -17,12 +17,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:basis o
 import datasets
 import trl
 from carerl_kernels import CapabilityGuard
-from carerl_kernels.demo.tasks import DOMAINS, tiny_model
 from carerl_kernels.grpo import completion_logprobs, policy_loss
 from carerl_kernels.guard.editors import PCGrad
 from carerl_kernels.integrations.transformers import GuardCallback
 from carerl_kernels.integrations.trl import CareGRPOTrainer
 from carerl_kernels.subspace import DomainBasis
+from carerl_kernels.tasks.characters import DOMAINS, tiny_model
 from trl_helpers import TOKENIZER, Watched, reference_gradients, rows, trainer
 
 KINDS = {  # ours: TRL's settings

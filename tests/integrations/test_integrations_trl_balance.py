@@ -10,11 +10,11 @@ import torch
 pytest.importorskip("trl", reason="trl is not installed: pip install 'carerl-kernels[trl]'")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
-from carerl_kernels.demo.tasks import tiny_model
 from carerl_kernels.integrations.balance import AdvantageBalance
 from carerl_kernels.integrations.trl import CareGRPOTrainer
 from carerl_kernels.monitor import Controller, DriftMonitor
 from carerl_kernels.monitor.callback import MonitorCallback
+from carerl_kernels.tasks.characters import tiny_model
 from trl_helpers import TOKENIZER, rows, settings, trainer
 
 NAMES = ["chat", "code", "math"]
@@ -121,3 +121,13 @@ def test_processes_weigh_alike():
     assert logs["domain/a/step_share"] == pytest.approx(0.5, abs=1e-5) and logs["domination"] == pytest.approx(
         1, abs=1e-5
     )
+
+
+def test_a_loud_domain_is_named_once_with_trls_own_setting(caplog):
+    balance = AdvantageBalance(None, ["a", "b"])
+    ids = torch.tensor([0, 0, 1, 1])
+    for _ in range(100):
+        balance.weigh(torch.tensor([10.0, -10.0, 0.1, -0.1]), ids, lambda sums: sums)
+    (told,) = [record.message for record in caplog.records]
+    assert "a has 100% of the step budget" in told and "scale_rewards='group'" in told
+    assert "advantages=" not in told

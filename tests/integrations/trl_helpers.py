@@ -5,12 +5,12 @@ from __future__ import annotations
 import datasets
 import torch
 import trl
-from carerl_kernels.demo.tasks import DOMAINS, GENERATORS, character_tokenizer, tiny_model
 from carerl_kernels.grpo import GRPOConfig, Rollout, SpecialTokens
 from carerl_kernels.grpo.rollout import Batch, Judged
 from carerl_kernels.grpo.update import accumulate_gradients
 from carerl_kernels.integrations.trl import CareGRPOTrainer
 from carerl_kernels.rewards.adapters import trl_reward
+from carerl_kernels.tasks.characters import DOMAINS, GENERATORS, character_tokenizer, tiny_model
 
 TOKENIZER = character_tokenizer()
 TOKENIZER.padding_side = "left"

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-import importlib
+import importlib.util
 import itertools
 import json
 import logging
@@ -16,6 +16,7 @@ import time
 import types
 from pathlib import Path
 
+import carerl_kernels
 import numpy as np
 import pytest
 import torch
@@ -33,12 +34,18 @@ from carerl_kernels.monitor import (
 )
 from carerl_kernels.monitor.gradients import gradient_gram
 from carerl_kernels.monitor.sequential import log_capital, log_mean_exp, look_weight
-from carerl_kernels.monitor.simulate import Case, main, simulate
 from guard_helpers import make_model
 from helpers import CLEAR, resident
 from hypothesis import given
 from hypothesis import strategies as st
 from places import DOCS
+
+SCRIPT = Path(carerl_kernels.__file__).parents[2] / "bench" / "monitor_alerts.py"
+spec = importlib.util.spec_from_file_location("monitor_alerts", SCRIPT)
+simulation = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = simulation
+spec.loader.exec_module(simulation)
+Case, main, simulate = simulation.Case, simulation.main, simulation.simulate
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +136,7 @@ def naive_alarms(case: Case, runs: int) -> int:
             wrong = [f for f in record["domains"].values() if "drop" in f and f["drop"] > max(0.02, 1.645 * f["error"])]
             return {"alerts": [{"domain": "any"}]} if wrong else {}
 
-    module = importlib.import_module("carerl_kernels.monitor.simulate")
+    module = simulation
     original, module.DriftMonitor = module.DriftMonitor, Naive
     try:
         return simulate(case, 0.0, runs).false
@@ -174,7 +181,7 @@ def test_smallest_drop_is_about_right():
 
 
 def test_command_prints_the_table(capsys, monkeypatch):
-    monkeypatch.setattr("carerl_kernels.monitor.simulate.LOOKS", 11)
+    monkeypatch.setattr(simulation, "LOOKS", 11)
     main(runs=1, power_runs=1, n=[16])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("| examples | baseline | scores | n | false alarms in 1 |")
@@ -642,7 +649,7 @@ def test_reward_statistics():
 @pytest.fixture
 def train():
     pytest.importorskip("transformers")
-    from test_grpo_trainer import STAGES, small_domains, trainer
+    from trainer_helpers import STAGES, small_domains, trainer
 
     names = [d.name for d in small_domains()]
 
@@ -657,7 +664,7 @@ def train():
 
 
 def test_monitored_training_is_the_same_training_and_resumes_exactly(tmp_path, train):
-    from test_grpo_trainer import kill_at, metrics
+    from trainer_helpers import kill_at, metrics
 
     make, stages = train
     plain = make(tmp_path / "plain", watched=False)  # seeds the verifiers' generator: run before the next is made
@@ -683,7 +690,7 @@ def test_monitored_training_is_the_same_training_and_resumes_exactly(tmp_path, t
     assert at_end["monitor"]["domains"]["code"]["baseline"] == pytest.approx(after_first["eval"]["code"])
     assert at_end["monitor"]["domains"]["chat"]["baseline"] == pytest.approx(lines[0]["eval"]["chat"])
 
-    from test_grpo_trainer import Killed
+    from trainer_helpers import Killed
 
     for step in (5, 7):
         path = tmp_path / f"killed-{step}"
@@ -695,8 +702,8 @@ def test_monitored_training_is_the_same_training_and_resumes_exactly(tmp_path, t
 
 def test_a_real_model_wrecked_by_its_learning_rate_is_caught_and_a_gentle_one_is_not():
     pytest.importorskip("transformers")
-    from carerl_kernels.demo.tasks import character_tokenizer, demo_domains, tiny_model, warm_up
     from carerl_kernels.grpo import answer_loss, special_tokens, success_probability
+    from carerl_kernels.tasks.characters import character_tokenizer, demo_domains, tiny_model, warm_up
 
     tokenizer = character_tokenizer()
     model, domains = tiny_model(tokenizer, 0), demo_domains(0)

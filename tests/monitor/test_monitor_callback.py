@@ -16,9 +16,9 @@ pytest.importorskip("transformers")
 
 @pytest.fixture
 def train(tmp_path):
-    from carerl_kernels.demo.tasks import character_tokenizer, demo_domains, tiny_model
     from carerl_kernels.grpo import answer_loss, special_tokens, success_probability
     from carerl_kernels.monitor.callback import MonitorCallback
+    from carerl_kernels.tasks.characters import character_tokenizer, demo_domains, tiny_model
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 

@@ -263,7 +263,7 @@ def test_a_mixed_run_tells_shares_and_splits_and_is_the_same_training(tmp_path):
     """Step-budget shares and a row per domain of a mixed stage; weights are bitwise those of a run without a monitor."""
     pytest.importorskip("transformers")
     from carerl_kernels.grpo import Stage
-    from test_grpo_trainer import metrics, small_domains, trainer
+    from trainer_helpers import metrics, small_domains, trainer
 
     stages = [Stage(("code", "chat"), 4), Stage("math", 2)]
     names = [d.name for d in small_domains()]

@@ -65,9 +65,9 @@ class Structure(HTMLParser):
 def runs(tmp_path_factory) -> Path:
     """Real, very small runs: sequential and mixed, guarded and not, monitored and not; and one of another loop."""
     pytest.importorskip("transformers")
-    from carerl_kernels.demo.tasks import character_tokenizer, tiny_model
     from carerl_kernels.grpo import GRPOConfig, GRPOTrainer, Stage
-    from test_grpo_trainer import BASE, small_domains
+    from carerl_kernels.tasks.characters import character_tokenizer, tiny_model
+    from trainer_helpers import BASE, small_domains
 
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("runs")

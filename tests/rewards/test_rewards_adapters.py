@@ -5,9 +5,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
-import threading
-import urllib.error
-import urllib.request
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +13,6 @@ import torch
 from carerl_kernels.grpo import RewardError
 from carerl_kernels.rewards.adapters import (
     openrlhf_reward_func,
-    openrlhf_server,
     slime_custom_rm,
     trl_reward,
     verifiers_reward,
@@ -87,7 +83,7 @@ def test_trl_calls_it(tmp_path):
     """GRPOTrainer with a real, tiny model: rewards reach its log, None is left out."""
     trl = pytest.importorskip("trl", reason="trl is not installed: pip install 'carerl-kernels[trl]'")
     datasets = pytest.importorskip("datasets")
-    from carerl_kernels.demo.tasks import character_tokenizer, code_examples, tiny_model
+    from carerl_kernels.tasks.characters import character_tokenizer, code_examples, tiny_model
 
     tokenizer = character_tokenizer()
     tokenizer.padding_side = "left"
@@ -164,26 +160,6 @@ def test_openrlhf():
         function(["ab"], ["a", "a"], ["b"])
 
 
-def test_openrlhf_server():
-    with openrlhf_server(length, port=0, excluded=0.0) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_address[1]}/get_reward"
-
-        def post(body):
-            request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-            with urllib.request.urlopen(request) as response:
-                return json.loads(response.read())
-
-        got = post({"query": ["ab", "a?"], "prompts": ["a", "a"], "labels": ["b", "b"]})
-        assert got == {"rewards": [pytest.approx(1.1), 0.0], "scores": [1.0, 0.0], "extra_logs": {"judged": [1.0, 0.0]}}
-        assert post({"query": ["ab"], "prompts": ["a"]})["rewards"] == [pytest.approx(0.1)]
-        for body in ({"query": ["ab"]}, {"query": ["x"], "prompts": ["a"]}, []):
-            with pytest.raises(urllib.error.HTTPError) as error:
-                post(body)
-            assert error.value.code == 400 and "error" in json.loads(error.value.read())
-        server.shutdown()
-
-
 def sample(response, label="b"):
     return SimpleNamespace(prompt="a", response=response, label=label, metadata={"level": 1})
 
@@ -247,7 +223,7 @@ def test_trl_groups_survive_what_belongs_to_single_samples():
 def test_trl_trains_on_a_composition(tmp_path, normalize):
     trl = pytest.importorskip("trl", reason="trl is not installed: pip install 'carerl-kernels[trl]'")
     datasets = pytest.importorskip("datasets")
-    from carerl_kernels.demo.tasks import character_tokenizer, math_examples, tiny_model
+    from carerl_kernels.tasks.characters import character_tokenizer, math_examples, tiny_model
 
     tokenizer = character_tokenizer()
     tokenizer.padding_side = "left"
@@ -381,16 +357,3 @@ def test_reasoning_is_left_out_where_it_is_asked_for(strip):
         seen.calls.clear()
         call(text), call(unfinished)
         assert [c for _, (c,) in seen.calls] == ([text, unfinished] if strip is False else ["4", ""])
-
-
-@pytest.mark.parametrize(
-    "body", [b"[" * 5000, b"\xff", b'{"query": ["ab"], "prompts": [1e999]}', b"3", b'{"query": 3, "prompts": 3}']
-)
-def test_openrlhf_server_answers_any_body(body):
-    with openrlhf_server(length, port=0, excluded=0.0) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_address[1]}/get_reward"
-        with pytest.raises(urllib.error.HTTPError) as error:
-            urllib.request.urlopen(urllib.request.Request(url, body))
-        assert error.value.code == 400 and "error" in json.loads(error.value.read())
-        server.shutdown()

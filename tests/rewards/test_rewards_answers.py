@@ -19,8 +19,8 @@ from carerl_kernels.cli import app
 from carerl_kernels.grpo import Domain, Example
 from carerl_kernels.grpo.endpoint import EndpointSampler
 from carerl_kernels.grpo.sampling import SamplerError
-from carerl_kernels.grpo.text import SpecialTokens
 from carerl_kernels.rewards.pa_grm import BackendError, BackendRefusedError, Endpoint, Request, Scorer, run_sync
+from carerl_kernels.text import SpecialTokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from judge_helpers import WRITTEN, RawServer, asks_for, chat, http, judging, response_of, verdict

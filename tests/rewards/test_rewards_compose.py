@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from carerl_kernels.grpo import Domain, Example, RewardError
-from carerl_kernels.grpo.domain import group_numbers
 from carerl_kernels.rewards.compose import (
     Component,
     Composition,
@@ -18,6 +17,7 @@ from carerl_kernels.rewards.compose import (
     domination,
     rank_in_group,
 )
+from carerl_kernels.task import group_numbers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -278,7 +278,7 @@ def test_energy_is_the_share_of_the_real_squared_gradient():
 
 def memory_model():
     pytest.importorskip("transformers")
-    from carerl_kernels.demo.tasks import character_tokenizer, tiny_model
+    from carerl_kernels.tasks.characters import character_tokenizer, tiny_model
 
     tokenizer = character_tokenizer()
     return tiny_model(tokenizer, 0), tokenizer

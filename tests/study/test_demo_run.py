@@ -2,26 +2,48 @@
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
-from carerl_kernels.demo import VARIANTS, DemoError, run_demo
-from carerl_kernels.demo.report import Summary, print_summary
-from carerl_kernels.demo.variants import RunResult, Scale, run_variant
+from carerl_kernels.study.cells import run_cell
+from carerl_kernels.study.demo import run_demo
+from carerl_kernels.study.demo_report import Summary, Variant, print_summary
+from carerl_kernels.study.grid import Grid
+from carerl_kernels.train.recipe import RecipeError, merged
 from rich.console import Console
 
-TINY = Scale(warm_up_steps=30, steps=2, eval_every=2, config={"prompts_per_step": 4, "group_size": 4})
+DEMO = Grid.load("demo")
+VARIANTS = {name: DEMO.methods[name] for name in DEMO.runs[0].methods}
+
+
+@pytest.fixture
+def tiny(tmp_path_factory):
+    """A grid as the demonstration's, with two steps a stage."""
+    setting = merged(
+        DEMO.settings["demo"].model_dump(),
+        {"model": {"warm_up": {"steps": 30}}, "train": {"prompts_per_step": 4, "group_size": 4, "eval_every": 2}},
+    )
+    setting["train"]["checkpoint_every"] = 1
+    setting["stages"] = [{**stage, "steps": 2} for stage in setting["stages"]]
+    methods = {name: method.model_dump(exclude_defaults=True) for name, method in VARIANTS.items()}
+    path = tmp_path_factory.mktemp("grid") / "tiny.yaml"
+    runs = [{"setting": "demo", "methods": list(methods), "seeds": [0, 1]}]
+    path.write_text(json.dumps({"settings": {"demo": setting}, "methods": methods, "runs": runs}))
+    return path
 
 
 def quiet():
     return Console(file=io.StringIO(), width=80)
 
 
-def test_summary_json_table_and_picture(tmp_path):
+def test_summary_json_table_and_picture(tmp_path, tiny):
     console = quiet()
-    data = run_demo(tmp_path / "out", seeds=1, json_path=tmp_path / "demo.json", workers=1, console=console, scale=TINY)
+    data = run_demo(
+        tmp_path / "out", seeds=1, json_path=tmp_path / "demo.json", workers=1, console=console, preset=tiny
+    )
     assert json.loads((tmp_path / "demo.json").read_text()) == data
     assert data["domains"] == ["code", "chat", "math"]
     assert data["seeds"] == 1
@@ -33,7 +55,7 @@ def test_summary_json_table_and_picture(tmp_path):
                 assert len(numbers["values"]) == 1
                 assert numbers["mean"] == numbers["values"][0]
                 assert 0 <= numbers["mean"] <= 1
-        guarded = VARIANTS[name].guard is not None
+        guarded = "guard" in VARIANTS[name].recipe
         assert (variant["guard_time_share"] > 0) == guarded
         assert (variant["touched_share"] is not None) == guarded
         assert (tmp_path / "out" / name / "seed-0" / "metrics.jsonl").exists()
@@ -41,8 +63,8 @@ def test_summary_json_table_and_picture(tmp_path):
     # the first stage knows no history: from one checkpoint and at one learning rate, guards do there what plain training does
     first = {name: variant["after_own_stage"]["code"]["mean"] for name, variant in data["variants"].items()}
     for scale in (0.5, 1.0):
-        alike = {"naive", "lower_lr", *(n for n, v in VARIANTS.items() if v.guard is not None)}
-        assert len({first[n] for n in alike if VARIANTS[n].lr_scale == scale}) == 1
+        alike = {"naive", "lower_lr", *(n for n, v in VARIANTS.items() if "guard" in v.recipe)}
+        assert len({first[n] for n in alike if VARIANTS[n].lr[0] == scale}) == 1
     assert (tmp_path / "out" / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
     printed = console.file.getvalue()
     assert all(name in printed for name in VARIANTS)
@@ -50,28 +72,28 @@ def test_summary_json_table_and_picture(tmp_path):
     assert "…" not in printed
 
 
-def test_processes_and_interruptions_change_no_number(tmp_path):
+def test_processes_and_interruptions_change_no_number(tmp_path, tiny):
     """One call for everything here; against a finished and an interrupted run, continued by processes."""
     chosen, parts = ["naive", "guarded"], tmp_path / "parts"
-    whole = run_demo(tmp_path / "whole", seeds=1, workers=1, console=quiet(), scale=TINY, variants=chosen)
-    run_demo(parts, seeds=1, workers=1, console=quiet(), scale=TINY, variants=["naive"])
+    whole = run_demo(tmp_path / "whole", seeds=1, workers=1, console=quiet(), preset=tiny, variants=chosen)
+    run_demo(parts, seeds=1, workers=1, console=quiet(), preset=tiny, variants=["naive"])
 
-    def interrupt(line):
-        if line["step"] == 5:
+    def interrupt(step):
+        if step == 5:
             raise KeyboardInterrupt
 
-    start = parts / "warm-up" / "seed-0.safetensors"
+    guarded = replace(Grid.load(tiny).cell("demo/guarded@1/0"), kept=parts / "guarded" / "seed-0")
     with pytest.raises(KeyboardInterrupt):
-        run_variant(VARIANTS["guarded"], 0, TINY, start, parts / "guarded" / "seed-0", interrupt)
-    after = run_demo(parts, seeds=1, workers=2, console=quiet(), scale=TINY, variants=chosen)
+        run_cell(guarded, parts / "cache", interrupt)
+    after = run_demo(parts, seeds=1, workers=2, console=quiet(), preset=tiny, variants=chosen)
     for name in chosen:
         for key in ("final", "after_own_stage", "touched_share"):
             assert whole["variants"][name][key] == after["variants"][name][key]
 
 
-def test_without_out_only_the_picture_stays(tmp_path, monkeypatch):
+def test_without_out_only_the_picture_stays(tmp_path, tiny, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run_demo(seeds=2, workers=1, console=quiet(), scale=TINY, variants=["lowest_lr"])
+    run_demo(seeds=2, workers=1, console=quiet(), preset=tiny, variants=["lowest_lr"])
     assert [p.name for p in tmp_path.iterdir()] == ["carerl-demo.png"]
 
 
@@ -84,43 +106,40 @@ def test_without_out_only_the_picture_stays(tmp_path, monkeypatch):
     ],
 )
 def test_bad_arguments(tmp_path, arguments, message):
-    with pytest.raises(DemoError, match=message):
+    with pytest.raises(RecipeError, match=message):
         run_demo(tmp_path / "out", console=quiet(), **arguments)
     assert not (tmp_path / "out").exists()
 
 
-def test_foreign_or_differing_directory_is_refused(tmp_path):
+def test_foreign_or_differing_directory_is_refused(tmp_path, tiny):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(DemoError, match="new or empty directory"):
-        run_demo(tmp_path, console=quiet(), scale=TINY)
+    with pytest.raises(RecipeError, match="new or empty directory"):
+        run_demo(tmp_path, console=quiet(), preset=tiny)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "demo.json").write_text("{}")
-    with pytest.raises(DemoError, match="of other sizes"):
-        run_demo(tmp_path / "out", console=quiet(), scale=TINY)
+    with pytest.raises(RecipeError, match="of other sizes"):
+        run_demo(tmp_path / "out", console=quiet(), preset=tiny)
+
+
+def variant(name, finals, starts=None):
+    """With these accuracies of all domains at the end of every seed's run, and before and right after their own stages."""
+    cell = DEMO.cell(f"demo/{name}@{VARIANTS[name].lr[0]:g}/0")
+    scores = [[[start] * 3] * 3 + [[end] * 3] for start, end in zip(starts or finals, finals, strict=True)]
+    return Variant(cell, scores, [], [1.0] * len(finals), 0.5, 0.25)
 
 
 def test_verdict_counts_seeds_and_says_who_lost():
-    def run(variant, seed, final):
-        scores = {"code": final, "chat": final, "math": final}
-        return RunResult(variant, seed, [(0, scores), (9, scores)], scores, scores, 1.0, 0.0, None)
-
-    results = [run("naive", 0, 0.5), run("naive", 1, 0.5), run("lower_lr", 0, 0.6), run("lower_lr", 1, 0.8)]
-    results += [run("guarded", 0, 0.65), run("guarded", 1, 0.6)]
-    chosen = [VARIANTS[name] for name in ("naive", "lower_lr", "guarded")]
-    (sentence,) = Summary.of(results, chosen, ("code", "chat", "math"), 2, 1.0).verdicts()
+    (sentence,) = Summary(
+        2, 1.0, [variant("naive", [0.5, 0.5]), variant("lower_lr", [0.6, 0.8]), variant("guarded", [0.65, 0.6])]
+    ).verdicts()
     assert sentence.startswith(
         "guarded against lower_lr (the best plain learning rate): average -0.075, better on 1 of 2"
     )
 
 
 def test_table_fits_a_terminal_when_earlier_domains_gain():
-    def run(variant, seed):
-        before, after = (dict.fromkeys(("code", "chat", "math"), x) for x in (0.1 + 0.2 * seed, 0.9))
-        return RunResult(variant, seed, [(0, before), (9, after)], before, after, 1.0, 0.5, 0.25)
-
-    console, chosen = quiet(), list(VARIANTS.values())
-    summary = Summary.of([run(v.name, s) for v in chosen for s in (0, 1)], chosen, ("code", "chat", "math"), 2, 1.0)
-    print_summary(console, summary, chosen, TINY)
+    console = quiet()
+    print_summary(console, Summary(2, 1.0, [variant(name, [0.9, 0.9], [0.1, 0.3]) for name in VARIANTS]))
     printed = console.file.getvalue()
     assert "-.70±.10" in printed and "25.0%" in printed
     assert "…" not in printed and max(map(len, printed.splitlines())) <= 80

@@ -7,10 +7,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from carerl_kernels import BasisError, CapabilityGuard, DomainBasis
+from carerl_kernels import BasisError, CapabilityGuard, DomainBasis, basis_command
+from carerl_kernels._ops import BASIS_DTYPES
 from carerl_kernels.cli import app
 from carerl_kernels.guard.validate import validate
 from carerl_kernels.subspace import StoredBasis
+from carerl_kernels.subspace.kinds import KINDS
 from carerl_kernels.subspace.merge import merge
 from carerl_kernels.subspace.plan import plan
 from factored_helpers import make_factored
@@ -129,7 +131,7 @@ def test_merge_refuses_what_does_not_belong_together(stages):
 
 @pytest.mark.parametrize("kind", ["flat", "per_matrix", "block", "input"])
 def test_validation_tells_a_basis_of_the_domain_from_random_directions(kind, stages):
-    from carerl_kernels.guard.validate import random_basis
+    from carerl_kernels.subspace.random_basis import random_basis
 
     # A wide model, because in a small one random directions hold much of anything.
     torch.manual_seed(0)
@@ -206,6 +208,11 @@ CONFIGS = {  # as published with the checkpoints
 }  # fmt: skip
 
 
+def test_the_command_knows_every_kind_and_storage():
+    assert [kind.value for kind in basis_command.Kinds] == list(KINDS)
+    assert {getattr(torch, storage.value) for storage in basis_command.Storages} == set(BASIS_DTYPES)
+
+
 def test_plans_of_published_models(tmp_path):
     pytest.importorskip("transformers")
     for name, count in (("qwen2.5-7b", 7.616e9), ("qwen3-4b", 4.022e9)):
@@ -262,7 +269,7 @@ def test_plan_equals_what_a_guard_really_holds(kind):
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory):
     pytest.importorskip("transformers")
-    from carerl_kernels.demo.tasks import character_tokenizer, tiny_model
+    from carerl_kernels.tasks.characters import character_tokenizer, tiny_model
 
     folder = tmp_path_factory.mktemp("model")
     tokenizer = character_tokenizer()

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from carerl_kernels import BasisError, CapabilityGuard, DomainBasis
-from carerl_kernels.guard.factored import BLOCK
+from carerl_kernels.guard.input_stack import BLOCK
 from carerl_kernels.subspace import FactoredBasis, StoredBasis
 from carerl_kernels.subspace.block import leading_factors
+from carerl_kernels.subspace.random_basis import random_basis
 from carerl_kernels.subspace.shards import Shards
 from factored_helpers import FactoredWalk, make_factored
 from guard_helpers import make_model
@@ -540,7 +541,7 @@ def test_interrupted_stage_resumes_exactly(kind):
         model = Small()
         guard = CapabilityGuard(model, "integrated", basis=kind, r=3)
         layout = guard.layout
-        guard.add(FactoredBasis.random(layout, "chat", architecture="Small"))
+        guard.add(random_basis(layout, domain="chat", architecture="Small"))
         return model, guard, torch.optim.AdamW(model.parameters(), lr=0.01)
 
     whole, guard, optimizer = fresh()

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from .._command import plain_errors
 from .._files import write_bytes_atomically
 
 
@@ -24,7 +25,7 @@ def bench(
     plot: Annotated[Path | None, typer.Option(help="File for the roofline picture (PNG).")] = None,
 ) -> None:
     """The ops against PyTorch and against the memory bandwidth of this machine, every result checked."""
-    try:
+    with plain_errors("bench", "bench", RuntimeError):
         if device is not None:
             from .roofline import report
 
@@ -43,11 +44,3 @@ def bench(
         from .run import run_bench
 
         run_bench(preset, json_path, plot, ops=op or ())
-    except ModuleNotFoundError as error:
-        message = f"{error.name} is not installed: pip install 'carerl-kernels[bench]'"
-    except (ValueError, RuntimeError, OSError) as error:
-        message = str(error)
-    else:
-        return
-    typer.secho(f"carerl bench: {message}", err=True, fg=typer.colors.RED)
-    raise typer.Exit(1)

@@ -24,10 +24,9 @@ from torch import nn
 from ..grpo import Domain, Example, GRPOConfig
 from ..grpo.learner import Learner
 from ..guard import CapabilityGuard
-from ..smollm2 import load_smollm2
-from ..subspace import DomainBasis, FactoredBasis
 from ..subspace.matrices import MatrixLayout
-from ..subspace.store import BasisInfo, StoredBasis
+from ..subspace.random_basis import random_basis
+from ..tasks.smollm2 import load_smollm2
 from .measure import Spread
 from .probe import peak_memory
 from .show import Printer, percent
@@ -211,36 +210,6 @@ def _fits(size: int) -> bool:
     return 1.5 * size + (4 << 30) < psutil.virtual_memory().available
 
 
-def random_basis(guard: CapabilityGuard, domain: str, dtype: torch.dtype) -> StoredBasis:
-    """Random directions of the guard's kind, in form like those of a recorded domain."""
-    layout, architecture = guard.layout, guard.architecture
-    if isinstance(layout, MatrixLayout):
-        return FactoredBasis.random(layout, domain, architecture=architecture)
-    draw = torch.Generator().manual_seed(zlib.crc32(domain.encode()))
-    shape, scales = (layout.k, layout.size), None
-    if dtype == torch.int8:
-        directions = torch.randint(-127, 128, shape, dtype=torch.int8, generator=draw)
-        scales = torch.full((layout.k, -(-layout.size // 128)), 1 / (73.3 * layout.size**0.5))  # rms of the codes
-    else:
-        directions = torch.empty(shape, dtype=dtype).normal_(0, layout.size**-0.5, generator=draw)
-    info = BasisInfo(
-        domain=domain,
-        kind=layout.kind,
-        k=layout.k,
-        architecture=architecture,
-        names=layout.names,
-        shapes=layout.shapes,
-        start_hash="",
-        end_hash="",
-        steps=1,
-        skipped=0,
-        gradient_capture=1.0,
-        displacement_capture=1.0,
-    )
-    ones = torch.ones(layout.T, layout.k, dtype=torch.float64)
-    return DomainBasis(info, directions, ones, ones.clone(), scales)
-
-
 class _Enough(Exception):
     """Leaves a stage without making history of it."""
 
@@ -276,7 +245,7 @@ def _measure(
         every=setting.every,
     )
     for d in range(setting.domains):
-        guard.add(random_basis(guard, f"earlier {d}", setting.dtype))
+        guard.add(random_basis(guard.layout, d, f"earlier {d}", guard.architecture, setting.dtype))
 
     plain, guarded, inside = [], [], []
     peak_with = None

@@ -10,9 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
+from ..subspace.layout import Kind
+from ..subspace.plan import plan
 from .cases import Case
-from .cost import SCALE_BLOCK, flops_of
+from .cost import flops_of
 
 ATTAINABLE = 0.9
 """Share of the data sheet's bandwidth that a plain copy attains (about .90 to .94 on A100 and H100, as published copies
@@ -162,20 +165,29 @@ def table(name: str) -> str:
 
 # ----------------------------------------------------------------------------------------- a 7B run on eight GPUs
 
-PARAMETERS = 7.6e9  # Qwen2.5-7B
-GPUS = 8
+GPUS, DOMAINS = 8, 3
 TOKENS = 512 * 2048  # of a step: 512 completions of 2048 tokens
 UTILISATION = 0.4  # share of the dense bf16 rate that a training step attains
-LINEAR = 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944)  # weights of the linear layers of Qwen2.5-7B
 BF16_RATE = {"a100": 312e12, "h100": 989e12, "b200": 2250e12}  # operations per second, dense, same data sheets
+SUMMED = 20e-6
+"""Seconds of one all-reduce of a few numbers."""
+GUARDS: tuple[tuple[str, Kind, int, torch.dtype], ...] = (
+    ("input, r = 32 (the default)", "input", 32, torch.float32),
+    ("block, r = 16", "block", 16, torch.float32),
+    ("flat, k = 8, bf16", "flat", 8, BF16),
+    ("flat, k = 8, int8", "flat", 8, INT8),
+)
 
 
 @dataclass(frozen=True)
 class Overhead:
-    """The guard beside a training step on one of :data:`GPUS` GPUs.
+    """An acting step of the guard beside a training step, on one of :data:`GPUS` GPUs.
 
     Attributes:
-        setting: kind of bases. bases: bytes per GPU. guard, step: seconds; the step is forward and backward passes only.
+        setting: What the guard's bases are.
+        bases: Bytes of directions per GPU.
+        guard: Seconds of an acting step.
+        step: Seconds of a training step's forward and backward passes.
     """
 
     setting: str
@@ -184,36 +196,31 @@ class Overhead:
     step: float
 
 
-def overhead(name: str, rows: int = 24, rank: int = 16) -> list[Overhead]:
-    """The default guard (project the parameters, edit them) on a 7B run sharded by FSDP2, flat and factored bases.
+def overhead(name: str) -> list[Overhead]:
+    """Guards on a 7B run sharded by FSDP2, as :func:`carerl_kernels.subspace.plan.plan` counts bytes and operations.
 
-    A step costs 6 operations per parameter and token. Flat bases hold `rows` rows: two passes over the local shard, and
-    an all-reduce of `rows` numbers (20 us). Factored ones (U, V of rank `rank` for each weight matrix, D = 3 domains):
-    the weights are read twice and written once, the factors are read twice, U^T W V and W + U X V^T cost 2 * 2 * rank
-    operations per weight and domain on tensor cores, counted at half their rate.
+    Parameters are bf16. A step costs 6 operations per parameter and token. Input directions are multiplied in tf32, all else
+    in fp32.
     """
-    device, shard = device_named(name), PARAMETERS / GPUS
-    rate = ATTAINABLE * STREAMED["dacsp_"] * device.bandwidth
-    step = 6 * PARAMETERS * TOKENS / (GPUS * UTILISATION * BF16_RATE[name])
+    device, model = device_named(name), _qwen2_7b()
+    parameters = sum(p.numel() for p in model.parameters())
+    step = 6 * parameters * TOKENS / (GPUS * UTILISATION * BF16_RATE[name])
     found = []
-    for label, size in (("bf16", 2.0), ("int8", 1 + 4 / SCALE_BLOCK), ("fp8", 1 + 4 / SCALE_BLOCK)):
-        moved = shard * (2 * rows * size + 3 * 2)
-        found.append(Overhead(f"flat, K = {rows}, {label}", shard * rows * size, moved / rate + 20e-6, step))
-    factors = 3 * _factor_elements(rank) / GPUS
-    moved = LINEAR / GPUS * 3 * 2 + 2 * 2 * factors
-    operations = 2 * 3 * 2 * rank * LINEAR / GPUS
-    guard = max(moved / rate, operations / (0.5 * BF16_RATE[name])) + 20e-6
-    found.append(Overhead(f"factored, r = {rank}, 3 domains", 2 * factors, guard, step))
-    confined = Case("input_confine_", D=1, k=96, B=LINEAR // GPUS // 3584, N=3584, grad=BF16)
-    held = 4 * 96 * LINEAR / GPUS * (1 / 3584 + 1 / 3584)
-    found.append(Overhead("confined, 96 directions", held, predict(confined, device).seconds, step))
+    for label, kind, rank, dtype in GUARDS:
+        rate = ISSUED["tf32"] * device.tf32 if kind == "input" else ISSUED["fp32"] * device.fp32
+        planned = plan(model, kind, rank, DOMAINS, GPUS, dtype, 2, ATTAINABLE * device.bandwidth, rate)
+        found.append(Overhead(label, planned.directions, planned.seconds + SUMMED, step))
     return found
 
 
-def _factor_elements(rank: int) -> float:
-    """(m + n) r over the linear layers of Qwen2.5-7B."""
-    hidden, kv, inner = 3584, 512, 18944
-    return 28 * rank * (2 * (hidden + hidden) + 2 * (hidden + kv) + 3 * (hidden + inner))
+def _qwen2_7b() -> nn.Module:
+    """The shapes of Qwen2.5-7B, without its biases."""
+    hidden, kv, inner, vocabulary = 3584, 512, 18944, 152_064
+    with torch.device("meta"):
+        linear = [(hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden)]
+        linear += [(hidden, inner), (hidden, inner), (inner, hidden)]
+        layers = [nn.Linear(*size, bias=False) for _ in range(28) for size in linear]
+        return nn.Sequential(nn.Embedding(vocabulary, hidden), *layers, nn.Linear(hidden, vocabulary, bias=False))
 
 
 def overhead_table(name: str) -> str:

@@ -3,18 +3,18 @@
 Importing it loads torch and pydantic only; transformers, matplotlib and rich are imported where they are used.
 """
 
+from ..logprobs import answer_logprobs, answer_loss, completion_logprobs, success_probability
+from ..task import BatchReward, Domain, Example, RewardError
+from ..text import SpecialTokens, encode_answers, encode_prompts, special_tokens
 from .advantages import informative_fraction
 from .config import GRPOConfig, Stage, lr_factor
-from .domain import BatchReward, Domain, Example, RewardError
 from .evaluate import evaluate, example_scores
 from .learner import Guard
-from .logprobs import answer_logprobs, answer_loss, completion_logprobs, success_probability
 from .losses import LossStats, kl_k3, policy_loss
+from .reward_statistics import reward_statistics
 from .rollout import Batch, prompt_counts, rollout
 from .rundir import CheckpointError, RunDirectory
 from .sampling import Rollout, nucleus, sample
-from .statistics import reward_statistics
-from .text import SpecialTokens, encode_answers, encode_prompts, special_tokens
 from .trainer import GRPOTrainer
 
 __all__ = [

@@ -109,11 +109,12 @@ def weighted(advantages: Tensor, domains: Sequence[str], weights: Mapping[str, f
     return advantages * advantages.new_tensor(factors)
 
 
-def loud(recent: Sequence[Mapping[str, float]]) -> str | None:
+def loud(recent: Sequence[Mapping[str, float]], setting: str = "advantages='domain'") -> str | None:
     """What to tell of the shares of the last steps, if one domain had most of them: a sentence with the remedies.
 
     Args:
         recent: Shares per domain of the step budget, of a step each; only the last `LOUD_OVER` count, and fewer say nothing.
+        setting: What divides rewards by their spread, as the trainer spells it.
     """
     recent = recent[-LOUD_OVER:]
     if len(recent) < LOUD_OVER or sum(map(domination_of, recent)) / len(recent) < DOMINATES:
@@ -126,7 +127,7 @@ def loud(recent: Sequence[Mapping[str, float]]) -> str | None:
     mean = sum(map(domination_of, recent)) / len(recent)
     return (
         f"{loudest} has {shares[loudest]:.0%} of the step budget (squared advantages, mean of {len(recent)} steps) among "
-        f"{len(shares)} domains, domination {mean:.2f}; the others may erode: advantages='domain' or balance='gradient', equal "
+        f"{len(shares)} domains, domination {mean:.2f}; the others may erode: {setting} or balance='gradient', equal "
         "shares, or half the learning rate"
     )
 
@@ -135,8 +136,8 @@ class Mixture:
     """What the configuration's `balance` makes of the mixed batches of a run, and what is told of them.
 
     Args:
-        config: Of the trainer.
-        monitor: Whose controller acts, or None.
+        config: The config of the trainer.
+        monitor: The monitor whose controller acts, or None.
         ranks: Processes that share the model.
         norms_known: Whether gradients of single domains are told to `see`: an editor combines them.
 

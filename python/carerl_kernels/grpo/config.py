@@ -49,10 +49,12 @@ class GRPOConfig(BaseModel):
         "they are (the one with the largest numbers takes the step); else as the loss prescribes (dr_grpo nothing, the "
         "others the group's)",
     )
-    editor: Literal["guard", "sum"] | None = Field(
+    editor: Literal["guard", "sum", "pcgrad", "modular_surgery"] | None = Field(
         default=None,
         description="what a mixed batch's gradient is made of: guard: each domain's part without what lies along the other "
-        "domains' directions; sum: the parts as they are; None: the trainer's editor, and guard in a recipe with a guard",
+        "domains' directions; sum: the parts as they are; pcgrad, modular_surgery: of parts that conflict, what opposes "
+        "another is removed, over all parameters or in every module; None: the trainer's editor, and guard in a recipe with "
+        "a guard",
     )
     kl_beta: float = Field(default=0.0, ge=0, description="weight of the k3 estimate of KL(policy || reference)")
     kl_reference: Literal["start", "stage"] = Field(
@@ -173,7 +175,7 @@ class Stage:
         domain: A domain's name, or several names for mixed batches (prompts split as evenly as possible).
         steps: Number of rollout batches.
         lr: Learning rate of this stage; None takes the configuration's.
-        shares: Of the prompts of a mixed stage, one per domain, positive; None: equal.
+        shares: The shares of the prompts of a mixed stage, one per domain, positive; None: equal.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # where a recipe says it

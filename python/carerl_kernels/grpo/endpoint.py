@@ -27,8 +27,8 @@ import torch
 
 from .._http import RetryingClient, TryAgainError, raise_if_transient
 from .._json import as_logprob
+from ..text import SpecialTokens, left_pad, right_pad
 from .sampling import Rollout, SamplerError
-from .text import SpecialTokens, left_pad, right_pad
 
 LOGGER = logging.getLogger("carerl_kernels.sampler")
 Engine = Literal["vllm", "sglang"]
@@ -51,19 +51,19 @@ class EndpointSampler:
 
     Args:
         url: Up to and including /v1.
-        model: As the engine names it.
+        model: The model's name in the engine.
         tokens: Padding, end and banned ids of the policy.
-        engine: Whose calls reload weights.
+        engine: The engine whose calls reload weights.
         folder: Weights for the engine are written to "served" in it, and older ones there removed: a folder of this run alone.
         sync_every: Steps between two pushes of weights; 1: completions always come from the present ones.
         device: Where the tokens go.
-        api_key: By default the environment's CARERL_SAMPLER_API_KEY, if any.
+        api_key: The key, by default the environment's CARERL_SAMPLER_API_KEY, if any.
         max_in_flight: Requests under way at once: prompts for vLLM, single completions for SGLang.
         timeout: Seconds for one attempt at a request.
         reload_timeout: Seconds for the engine to read weights.
         max_gap: Largest mean |log-probability in training - from the engine| that is still believed, in nats per token, where
             the engine has the present weights.
-        dtype: Of the weights written for it; None: as they are trained.
+        dtype: The dtype of the weights written for it; None: as they are trained.
         attempts: Tries of one request in all.
         backoff, max_backoff: See `RetryingClient`.
 
@@ -91,19 +91,16 @@ class EndpointSampler:
         backoff: float = 0.5,
         max_backoff: float = 30.0,
     ) -> None:
-        try:
-            self._client = RetryingClient(
-                url,
-                key=os.environ.get("CARERL_SAMPLER_API_KEY") if api_key is None else api_key,
-                max_in_flight=max_in_flight,
-                timeout=timeout,
-                attempts=attempts,
-                backoff=backoff,
-                max_backoff=max_backoff,
-                log=LOGGER,
-            )
-        except ModuleNotFoundError as error:
-            raise ImportError("sampling from an endpoint needs httpx: pip install 'carerl-kernels[judge]'") from error
+        self._client = RetryingClient(
+            url,
+            key=os.environ.get("CARERL_SAMPLER_API_KEY") if api_key is None else api_key,
+            max_in_flight=max_in_flight,
+            timeout=timeout,
+            attempts=attempts,
+            backoff=backoff,
+            max_backoff=max_backoff,
+            log=LOGGER,
+        )
         if engine not in ("vllm", "sglang"):
             raise ValueError(f"engine: expected 'vllm' or 'sglang', found {engine!r}")
         if sync_every < 1:
@@ -136,7 +133,7 @@ class EndpointSampler:
             SamplerError: No usable answer.
             ValueError: top_p below 1 away from temperature 1.
         """
-        from ..rewards.pa_grm.loop import run_sync
+        from .._loop import run_sync
 
         if top_p < 1 and temperature != 1:
             raise ValueError(TRUNCATED.format(top_p=top_p, temperature=temperature))
@@ -251,14 +248,14 @@ class EndpointSampler:
         """Has the engine load the weights of a step; older ones on the disk go, except those it had before.
 
         Args:
-            step: Whose weights these are.
+            step: The step whose weights these are.
             write: Writes a model folder; None: it is there.
 
         Raises:
             SamplerError: The engine does not load them.
             OSError: They cannot be written.
         """
-        from ..rewards.pa_grm.loop import run_sync
+        from .._loop import run_sync
 
         path = self.path(step)
         if write is not None:

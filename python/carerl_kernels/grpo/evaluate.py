@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from .domain import Domain, RewardError
-from .logprobs import answer_logprobs, success_probability
+from ..logprobs import answer_logprobs, success_probability
+from ..task import Domain, RewardError
+from ..text import SpecialTokens, decode, encode_prompts
 from .parallel import Ranks, gathered
 from .sampling import ModelSampler, Sampler
-from .text import SpecialTokens, decode, encode_prompts
 
 
 def example_scores(
@@ -38,13 +38,13 @@ def example_scores(
     Args:
         model: Causal LM.
         tokenizer: Its tokenizer.
-        domain: With eval_examples.
+        domain: The domain, with eval_examples.
         tokens: Padding, end and banned ids.
         max_new_tokens: The sampler's limit.
         num_samples: Completions per example (sampled mode).
-        temperature: Of the sampled mode.
+        temperature: The temperature of the sampled mode.
         batch_size: Sequences at once.
-        seed: Of the sampled mode.
+        seed: The seed of the sampled mode.
         sampler: Writes the completions; the model itself if None.
         ranks: Processes that share the model: each evaluates its share of the examples, the first one judges.
 

@@ -12,22 +12,22 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..guard.editors import Editor, assign, spread_editor
-from ..subspace.shards import local
+from ..guard.editors import Editor, assign_combined, spread_editor
+from ..guard.gradients import local_gradients
+from ..logprobs import answer_loss
+from ..task import Domain
+from ..text import special_tokens
 from .advantages import informative_fraction
 from .balance import Mixture
 from .config import GRPOConfig
-from .domain import Domain
-from .logprobs import answer_loss
+from .frozen import FrozenWeights
 from .losses import LossStats
 from .own_answers import OwnAnswers
 from .parallel import Ranks, whole
 from .progress import PhaseClock
-from .reference import FrozenWeights
 from .rollout import Batch, rollout
 from .rundir import rng_state, set_rng_state
 from .sampling import ModelSampler, Sampler
-from .text import special_tokens
 from .update import accumulate_gradients, frozen_logprobs
 from .watch import Monitor, show_gradients
 
@@ -63,7 +63,7 @@ class Learner:
     Args:
         model: Policy.
         tokenizer: Its tokenizer.
-        domains: By name.
+        domains: The domains, by name.
         config: Settings.
         guard: Or None.
         monitor: Or None.
@@ -130,7 +130,7 @@ class Learner:
         Args:
             optimizer: Over this model's parameters, learning rate set.
             counts: Prompts per domain name.
-            owner: Whose steps these are to the guard: the stage's name, also where some prompts are replayed from
+            owner: The domain whose steps these are to the guard: the stage's name, also where some prompts are replayed from
                 earlier domains, for the stage records its own steps and every other domain's directions act on them.
             earlier: Names of the domains of earlier stages, whose stored answers are rehearsed.
             mixed: Whether it is a step of a mixed stage, whose advantages have a default of their own.
@@ -246,15 +246,13 @@ class Learner:
             if parts is not None:
                 parts.gained(name)
                 continue
-            gradients[name] = [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in self.parameters]
+            gradients[name] = local_gradients(self.parameters)
         if parts is not None:
             parts.finish()
             return loss, stats, gap
         assert self.editor is not None
         self.mixture.see(gradients)
-        for tensors in gradients.values():
-            torch._foreach_mul_(tensors, float(len(gradients)))
-        assign(self.model, self.editor.combine(gradients))  # what is not finite stays so, and the step is dropped
+        assign_combined(self.model, self.editor, gradients)  # what is not finite stays so, and the step is dropped
         return loss, stats, gap
 
     def _rehearse(self, earlier: Sequence[str]) -> None:

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..guard.probes import PromptStore
-from .domain import Domain, Example
-from .logprobs import answer_loss
+from ..logprobs import answer_loss
+from ..task import Domain, Example
 from .rollout import Batch
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class OwnAnswers:
     """Keeps right completions, and adds the gradient of their cross-entropy.
 
     Args:
-        learner: Of the run, with its settings.
+        learner: The learner of the run, with its settings.
 
     Attributes:
         loss: Mean negative log-likelihood per token of what was rehearsed last; None: nothing yet.

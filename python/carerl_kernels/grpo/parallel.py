@@ -16,13 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .._errors import PlainError
 from ..subspace.shards import is_sharded_type, local
 
 Precision = Literal["fp32", "bf16"]
 T = TypeVar("T")
 
 
-class PeerError(RuntimeError):
+class PeerError(PlainError):
     """Something failed in another process; its own message says what."""
 
 
@@ -34,7 +35,8 @@ class Ranks:
         device: Where numbers to be summed live (a GPU for NCCL).
 
     Attributes:
-        rank, size: Of this process, of the group.
+        rank: The rank of this process.
+        size: The number of processes in the group.
     """
 
     def __init__(self, group: Any = None, device: torch.device | None = None) -> None:
@@ -141,7 +143,7 @@ def shard(model: nn.Module, precision: Precision = "fp32", device: str | None = 
 
     Args:
         model: Each of its repeated blocks becomes a unit that is gathered on its own.
-        precision: Of forward and backward.
+        precision: The precision of forward and backward.
         device: "cuda" moves each block to this process's GPU as it is split; None: where the model is.
     """
     from torch.distributed.device_mesh import init_device_mesh

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..task import Domain, Example, RewardError
+from ..text import SpecialTokens, decode, encode_prompts
 from .config import GRPOConfig
-from .domain import Domain, Example, RewardError
 from .parallel import Ranks
+from .reward_statistics import reward_statistics
 from .sampling import ModelSampler, Rollout, Sampler, joined
-from .statistics import reward_statistics
-from .text import SpecialTokens, decode, encode_prompts
 
 
 @dataclass
@@ -157,7 +157,7 @@ def rollout(
         model: Policy.
         tokenizer: Its tokenizer.
         tokens: Padding, end and banned ids.
-        domains: By name.
+        domains: The domains, by name.
         counts: Prompts per domain name.
         config: Sampling and advantage settings.
         rng: Draws prompts and their seeds, alike in every process.

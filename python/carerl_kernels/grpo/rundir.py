@@ -28,12 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._errors import PlainError
 from .._files import json_line, write_atomically, write_bytes_atomically
 from ..subspace.shards import local
 from .parallel import Ranks, gather_state, placed, whole
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(PlainError):
     """A checkpoint or run directory does not belong to this run, or is damaged."""
 
 
@@ -81,8 +82,8 @@ def load_tensors(path: Path, own: Mapping[str, Tensor], put: Callable[[str, Tens
     """Copy stored tensors into `own` ones in place (optimizers keep pointing at the same parameters).
 
     Args:
-        path: Of `save_tensors`.
-        own: By name; each process reads its parts of sharded ones.
+        path: The path of `save_tensors`.
+        own: This run's tensors, by name; each process reads its parts of sharded ones.
         put: Called with name and value (this process's part) instead of copying.
 
     Raises:
@@ -193,7 +194,7 @@ class RunDirectory:
         """Compare settings with those the run was started with.
 
         Args:
-            settings: As given to `start`.
+            settings: The settings, as given to `start`.
             cosmetic: Names under "config" that may differ.
 
         Raises:

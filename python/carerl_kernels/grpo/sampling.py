@@ -10,8 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .._errors import PlainError
+from ..text import SpecialTokens, cache_name, forward_accepts, left_pad, position_ids
 from .parallel import gathered
-from .text import SpecialTokens, cache_name, forward_accepts, left_pad, position_ids
 
 
 @dataclass
@@ -178,7 +179,7 @@ def sample(
         model.train(was_training)
 
 
-class SamplerError(RuntimeError):
+class SamplerError(PlainError):
     """An engine cannot be reached, or does not give what training needs; says which and what to do."""
 
 

@@ -38,7 +38,7 @@ def write_model(
         tokenizer: Its tokenizer.
         folder: Where.
         ranks: Processes that share the model.
-        dtype: Of the floating-point weights; None: as they are.
+        dtype: The dtype of the floating-point weights; None: as they are.
         then: Called in the first process instead, with a function that writes into a folder.
     """
     weights = gather_whole(model_tensors(model), ranks)  # tied ones once, as transformers has it
@@ -57,7 +57,7 @@ class Serving:
     """The trainer's side of a sampler: pushes weights when they are due. Does nothing for a model that samples itself.
 
     Args:
-        sampler: Of the run.
+        sampler: The sampler of the run.
         model: Policy.
         tokenizer: Its tokenizer.
         ranks: Processes that share the model; the first one talks to the engine.

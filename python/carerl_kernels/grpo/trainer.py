@@ -13,15 +13,15 @@ import torch
 from torch import nn
 
 from .._files import write_bytes_atomically
-from ..guard.editors import Editor
+from ..guard.editors import EDITORS, Editor
+from ..task import Domain, domain_table
 from .config import COSMETIC_FIELDS, GRPOConfig, Stage, lr_factor, stage_names
-from .domain import Domain, domain_table
 from .evaluate import example_scores, held_out_losses, mean_score
+from .frozen import EarlierWeights
 from .learner import Guard, Learner
 from .parallel import spread_optimizer, spread_state
 from .plots import plot_accuracy, plot_training
 from .progress import StageProgress
-from .reference import EarlierWeights
 from .rollout import prompt_counts
 from .rundir import (
     CheckpointError,
@@ -90,6 +90,8 @@ class GRPOTrainer:
         self.config = config or GRPOConfig()
         if editor is None and self.config.editor == "guard":
             editor = "guard"
+        elif editor is None and self.config.editor in EDITORS:
+            editor = EDITORS[self.config.editor](model, self.config.seed)
         if editor == "guard" and guard is None:
             raise ValueError(
                 'editor="guard": expected a guard, found guard=None; pass guard=CapabilityGuard(model), or leave editor out'

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..logprobs import completion_logprobs
+from ..text import SpecialTokens
 from .config import GRPOConfig
-from .logprobs import completion_logprobs
 from .losses import LossStats, policy_loss
 from .parallel import Ranks, gathered
 from .rollout import Batch
 from .sampling import Rollout
-from .text import SpecialTokens
 
 
 def micro_batches(rollout: Rollout, rows: Tensor, config: GRPOConfig) -> list[Tensor]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .text import encode_prompts
+from ..text import encode_prompts
 from .update import micro_batches
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class DomainViews:
     """Shows domains to a guard, and keeps what it saw.
 
     Args:
-        learner: Of the run; its random state is left alone.
+        learner: The learner of the run; its random state is left alone.
         folder: Where bases are kept; None: nowhere.
     """
 

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from .domain import Domain
-from .logprobs import answer_loss
-from .text import SpecialTokens
+from ..logprobs import answer_loss
+from ..task import Domain
+from ..text import SpecialTokens
 
 Scores = Mapping[str, Sequence[float | None]]
 
@@ -44,7 +44,7 @@ def show_gradients(
 
     Args:
         monitor: Keeps them until its next step, a gradient per name.
-        model: With the batch's gradient in place; it is there again afterwards.
+        model: The model with the batch's gradient in place; it is there again afterwards.
         tokenizer: Its tokenizer.
         tokens: Padding, end and banned ids.
         domains: Those with probe_examples are shown.

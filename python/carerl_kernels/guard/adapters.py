@@ -39,7 +39,7 @@ def confine_adapter(
     (`modules_to_save`) are confined as those of a model.
 
     Args:
-        there: of the base model.
+        there: What the tensors of the base model are called, and where directions lie in them.
         adapter: directory that PEFT saved.
         bases, out, bound, room, device: see :func:`~carerl_kernels.guard.checkpoints.confine`.
 

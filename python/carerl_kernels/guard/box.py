@@ -34,7 +34,7 @@ class Box:
 
     Args:
         stack: directions of all domains.
-        names: of the parameters.
+        names: The names of the parameters.
         bounds: how far "bounded" lets rows move; None: nowhere ("remove").
         every: steps of a segment between corrections.
         statistics: counts updates and corrections, where energy is tracked; a copy of the parameters is kept for it.
@@ -48,7 +48,7 @@ class Box:
 
     def __init__(
         self,
-        stack: Stack,
+        stack: Stack[Any, Any],
         names: Sequence[str],
         bounds: RuleParams | None,
         every: int,
@@ -159,7 +159,7 @@ class Box:
         """After a change of the stack: anchors of domains that stay, given with what acted before, go on; others begin here.
 
         Args:
-            kept: by domain, its anchors `[T, width]` and what of them acted `[T, width]`.
+            kept: For every domain its anchors `[T, width]` and what of them acted `[T, width]`.
         """
         self.anchor = self.stack.measure(parameters)
         for name, (anchor, acted) in kept.items():

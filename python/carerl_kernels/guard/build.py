@@ -12,7 +12,8 @@ from ..subspace.kinds import KINDS
 from ..subspace.layout import Kind, Layout
 from ..subspace.matrices import MatrixLayout, Side
 from ..subspace.sites import guess_sides, plain_name, unwrapped, wrappers
-from .factored import BlockStack, InputStack
+from .block_stack import BlockStack
+from .input_stack import InputStack
 from .stack import RowStack, Stack
 
 
@@ -51,7 +52,9 @@ def lay_out(
     return KINDS[kind].layout(named, kind, k, group, sides)
 
 
-def new_stack(layout: Layout | MatrixLayout, dtype: torch.dtype, device: torch.device, room: float = 1.0) -> Stack:
+def new_stack(
+    layout: Layout | MatrixLayout, dtype: torch.dtype, device: torch.device, room: float = 1.0
+) -> Stack[Any, Any]:
     """The acting directions of a layout, none yet; `room` as input bases have it.
 
     Raises:

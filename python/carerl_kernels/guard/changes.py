@@ -1,6 +1,6 @@
 """Changes of weight matrices between two checkpoints, confined: the part that needs no files.
 
-The projection is that of :class:`~carerl_kernels.guard.factored.InputStack` (MATH: confinement).
+The projection is that of :class:`~carerl_kernels.guard.input_stack.InputStack` (docs/math.md, "bounded displacement (box)").
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..subspace.matrices import MatrixLayout, Side
 from ..subspace.portions import Portion
 from ..subspace.weights import DTYPES
 from .correct import rule_params
-from .factored import InputStack
+from .input_stack import InputStack
 from .rules import RuleParams
 from .settings import Settings
 
@@ -34,9 +34,11 @@ class Matrix:
     """A matrix of two checkpoints, `[m, n]` float32.
 
     Attributes:
-        unit: of its directions, None where it has none; across: rows of a right-sided one, columns of a left-sided one, among
+        unit: The unit of its directions, None where it has none.
+        across: The rows of a right-sided matrix, or the columns of a left-sided one, among
             those of the unit.
-        start, end: values. gain: `[m, m]` float64 where a matrix of LoRA's stands for a larger one, with |G X|^2 = <X, gain X>.
+        start, end: The values in the two checkpoints.
+        gain: `[m, m]` float64 where a matrix of LoRA's stands for a larger one, with |G X|^2 = <X, gain X>.
     """
 
     unit: Unit | None
@@ -60,7 +62,8 @@ class DomainShare:
     """How much of a change lies along a domain's directions, as shares of the energy of the whole change.
 
     Attributes:
-        before, after: shares; norm: of what was taken out along them.
+        before, after: The shares of the change's energy along the domain, before and after confining.
+        norm: The norm of what was taken out along them.
     """
 
     before: float = 0.0
@@ -73,11 +76,15 @@ class Confined:
     """What was done to a change.
 
     Attributes:
-        out: directory; seconds: of all of it.
-        norm: of the change; remained: share of its energy that is left.
-        domains: by name. Domains overlap: their shares do not add up.
-        corrected: tensors that were changed; kept: number of those that are bitwise what they were.
-        uncovered: tensors of two or more dimensions that moved without directions; free: share of the change's energy in them and
+        out: The directory that was written.
+        seconds: The duration of all of it.
+        norm: The norm of the change.
+        remained: The share of its energy that is left.
+        domains: The domains, by name. Domains overlap: their shares do not add up.
+        corrected: Tensors that were changed.
+        kept: The number of tensors that are bitwise what they were.
+        uncovered: Tensors of two or more dimensions that moved without directions.
+        free: Share of the change's energy in them and
             in vectors.
         left_out: files that were not copied, because they may hold weights of another format.
         warnings: sentences.
@@ -149,9 +156,10 @@ def confined(
     """The matrices' ends inside the box around their starts, float32 numbers that this dtype can store.
 
     Args:
-        matrices: on one device.
-        bases: that act; bound, room: see :func:`confine`.
-        dtype: of the file; float32 where nothing is stored yet.
+        matrices: The matrices on one device.
+        bases: The bases that act.
+        bound, room: See :func:`confine`.
+        dtype: The dtype of the file; float32 where nothing is stored yet.
         result: gathers energies along every domain's directions, and of what remains.
     """
     new = [matrix.end for matrix in matrices]

@@ -1,7 +1,7 @@
 """The guard on finished checkpoints, without any access to training: confinement of a change, and sums of confined changes.
 
-Anchors come from one checkpoint, weights from another (MATH: confinement). Matrices are read and written a few at a time; what
-needs no correction is not touched.
+Anchors come from one checkpoint, weights from another (docs/math.md, "finished checkpoints"). Matrices are read and
+written a few at a time; what needs no correction is not touched.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def confine(
         bound: rows may move by this fraction of the recorded stage's own displacement; domains that were observed without a
             stage have none, and nothing moves along their directions.
         room: directions of all domains together that a matrix has at most, as a share of its inputs.
-        device: that computes.
+        device: The device that computes.
 
     Raises:
         ValueError: checkpoints or bases that do not belong together, named with the first difference; numbers out of range.
@@ -108,7 +108,8 @@ class Merged:
     """What was summed.
 
     Attributes:
-        out, seconds, left_out, warnings: see :class:`Confined`; experts: what was done to the change of each.
+        out, seconds, left_out, warnings: See :class:`Confined`.
+        experts: What was done to the change of each.
     """
 
     out: str
@@ -134,10 +135,11 @@ def merge(
 
     Args:
         start: directory of a transformers model, or a safetensors file, that every expert was trained from.
-        experts: by domain, the same after training on it.
+        experts: For every domain the same model after training on it.
         bases: input bases of those domains and, perhaps, of others that nobody was trained on.
         out: directory to write, a copy of `start` but for the sums, in its dtypes.
-        scale: of the changes; room, device: see :func:`confine`.
+        scale: What the changes are multiplied by.
+        room, device: See :func:`confine`.
 
     Raises:
         ValueError, OSError: as :func:`confine`.

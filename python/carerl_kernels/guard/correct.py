@@ -26,16 +26,16 @@ class StepCorrection:
 
     Args:
         stack: directions of all domains.
-        settings: of the guard.
-        probes: of rule "probed".
+        settings: The settings of the guard.
+        probes: The probes of rule "probed".
         statistics: where energies are counted.
 
     Attributes:
-        params, state: of the rule.
+        params, state: The numbers and the memory of the rule.
         q_prev, q_start: coefficients `[T, K]` of the parameters after the last step and when the stage began.
     """
 
-    def __init__(self, stack: Stack, settings: Settings, probes: Probes, statistics: Statistics):
+    def __init__(self, stack: Stack[Any, Any], settings: Settings, probes: Probes, statistics: Statistics):
         self.stack, self.settings, self.probes, self.statistics = stack, settings, probes, statistics
         rows, device = stack.rows, stack.device
         self.params = rule_params(stack, settings)
@@ -72,7 +72,7 @@ class StepCorrection:
         """On a changed stack: what was remembered of domains that stay goes on; the rest begins here.
 
         Args:
-            kept: by domain, its part of :meth:`remembered` and what of it acted `[T, width]`.
+            kept: For every domain its part of :meth:`remembered` and what of it acted `[T, width]`.
         """
         self.rebase(parameters)
         now = self.remembered()
@@ -88,7 +88,7 @@ class StepCorrection:
             self.state.probe[:, columns] = self.probes.settle(name, self.state.probe[:, columns], self.stack)
 
     def edit_update(self, parameters: Sequence[Tensor], own: str | None, snapshot: Sequence[Tensor] | None) -> None:
-        """Corrects the step just taken by projecting the parameters themselves (MATH: apply_to="update").
+        """Corrects the step just taken by projecting the parameters themselves (docs/math.md, "reading of signs").
 
         Rows are in the gradient convention, so a step that repeats prior learning lowers q: c = q_prev - q. The coefficients
         after the edit are predicted as q + S x; what rounding of the parameters makes of it shows up in the next c and is
@@ -97,7 +97,7 @@ class StepCorrection:
         Args:
             parameters: local parts, after the step.
             own: the step's domain.
-            snapshot: of the parameters before the step, where energy is tracked.
+            snapshot: The snapshot of the parameters before the step, where energy is tracked.
         """
         stack = self.stack
         q = stack.project(parameters, out=self._q)  # [T, K]
@@ -134,10 +134,10 @@ class StepCorrection:
         """Edits a gradient in place; clipping folds into the scale, known before the second pass.
 
         Args:
-            grads: of every parameter.
+            grads: The gradient of every parameter.
             own: the step's domain.
-            max_grad_norm: of the edited gradient.
-            recorder: of a stage that takes the gradient in on the way, where :meth:`fuses` says so.
+            max_grad_norm: The largest norm that the edited gradient may have.
+            recorder: The recorder of a stage that takes the gradient in on the way, where :meth:`fuses` says so.
         """
         stack = self.stack
         total = None
@@ -214,7 +214,7 @@ class StepCorrection:
             self.stack.pack_(rows, state[name])
 
 
-def rule_params(stack: Stack, settings: Settings) -> RuleParams:
+def rule_params(stack: Stack[Any, Any], settings: Settings) -> RuleParams:
     """Numbers of every domain, spread over its rows."""
     by_domain = [settings.numbers_of(name) for name in stack.names]
     spread = {

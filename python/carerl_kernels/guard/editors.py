@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..subspace.shards import Shards, is_sharded_type, local
 from .build import trainable
+from .gradients import local_gradients, set_aside
 from .guard import CapabilityGuard
 
 Gradients = Mapping[str, Sequence[Tensor]]
@@ -26,7 +27,9 @@ class Cost:
     """Of one editor, per step with D domains, in multiples of the number N of parameters unless said otherwise.
 
     Attributes:
-        backward: backward passes; stored: gradients kept at a time beside the optimizer's; history: what is kept of earlier
+        backward: The number of backward passes.
+        stored: The number of gradients kept at a time beside the optimizer's.
+        history: What is kept of earlier
             stages, in words; passes: reads and writes of N elements; summed: numbers all-reduced when sharded.
     """
 
@@ -74,8 +77,8 @@ class GramEditor(Stateless):
     Args:
         weigh: gives weights `[D]` float64 from the Gram matrix `[D, D]` float64 (on the CPU).
         per_module: one Gram matrix per module instead of one for all parameters: conflicts are looked for where they are.
-        names: of the parameters, needed per module: those that share everything before the last dot belong together.
-        shards: of sharded parameters; None: :func:`spread_editor` sets them.
+        names: The names of the parameters, needed per module: those that share everything before the last dot belong together.
+        shards: The shards of sharded parameters; None: :func:`spread_editor` sets them.
     """
 
     def __init__(
@@ -140,7 +143,7 @@ class PCGrad(GramEditor):
     removed, in random order; the results are averaged.
 
     Args:
-        seed: of the order, which has to be the same in every process.
+        seed: The seed of the domains' order, which has to be the same in every process.
         per_module, names, shards: see :class:`GramEditor`.
     """
 
@@ -178,6 +181,13 @@ def modular_surgery(model: nn.Module, seed: int = 0) -> PCGrad:
     model may still fight over one of its layers."""
     named = trainable(model)
     return PCGrad(seed, True, [name for name, _ in named], Shards.of(named))
+
+
+EDITORS: dict[str, Callable[[nn.Module, int], Editor]] = {
+    "pcgrad": lambda model, seed: PCGrad(seed),
+    "modular_surgery": modular_surgery,
+}
+"""Editors that a trainer's settings can name; each is made of the model and a seed."""
 
 
 def torchjd_editor(weighting: Callable[[Any], Tensor], shards: Shards | None = None) -> GramEditor:
@@ -224,24 +234,36 @@ def spread_editor(editor: Editor, model: nn.Module | Iterable[tuple[str, nn.Para
 
     Args:
         editor: any; changed if its weights come from inner products.
-        model: as it is trained, sharded already; or pairs of name and parameter.
+        model: The model as it is trained, sharded already; or pairs of name and parameter.
     """
     if isinstance(editor, GramEditor) and (editor.shards is None or not editor.shards.sharded):
         editor.shards = Shards.of(trainable(model))
 
 
 def domain_gradients(model: nn.Module, losses: Mapping[str, Callable[[], Tensor]]) -> dict[str, list[Tensor]]:
-    """One gradient per domain: a backward pass each; `p.grad` is empty afterwards. What was in it is dropped."""
+    """One gradient per domain: a backward pass each. What `p.grad` held before is there again afterwards."""
     parameters = [p for _, p in trainable(model)]
     out = {}
     for name, loss in losses.items():
-        for p in parameters:
-            p.grad = None
-        loss().backward()
-        out[name] = [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in parameters]
-    for p in parameters:
-        p.grad = None
+        with set_aside(parameters):
+            loss().backward()
+            out[name] = local_gradients(parameters)
     return out
+
+
+def assign_combined(
+    model: nn.Module | Iterable[tuple[str, nn.Parameter]], editor: Editor, shares: Mapping[str, list[Tensor]]
+) -> None:
+    """Puts what an editor makes of a step's gradient where the optimizer looks for it.
+
+    Args:
+        model: The model, or pairs of name and parameter.
+        editor: Any editor; one that edits nothing gives the mean of what it gets.
+        shares: Every domain's share of the step's gradient; they add up to it, and are multiplied by their number in place.
+    """
+    for tensors in shares.values():
+        torch._foreach_mul_(tensors, float(len(shares)))
+    assign(model, editor.combine(shares))
 
 
 def assign(model: nn.Module | Iterable[tuple[str, nn.Parameter]], gradient: Sequence[Tensor]) -> None:

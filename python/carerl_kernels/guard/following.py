@@ -22,12 +22,12 @@ class Following:
 
     Args:
         parameters: guarded ones.
-        memory, recording, census: of the guard.
+        memory, recording, census: The memory, recording and census of the guard.
         owner: says whose step it is.
-        seconds: of the guard, to count in.
+        seconds: The guard's seconds per part, which are counted up here.
 
     Attributes:
-        parameters: as given.
+        parameters: The guarded parameters.
         max_grad_norm: grad mode: clips the edited gradient.
         edited: the gradient of the step to come was edited already, one domain at a time.
         restored: state was loaded: the next attach or stage goes on instead of starting afresh.

@@ -1,4 +1,4 @@
-"""How coefficients of overlapping rows become components, and components become an edit (MATH: combine rule).
+"""How coefficients of overlapping rows become components, and components become an edit (docs/math.md, "overlapping bases").
 
 With overlap S of the acting rows both maps are R = (S^+)^(1/2): the edit operator is symmetric, never reverses a component and
 counts shared directions once (Loewdin 1950).
@@ -19,7 +19,7 @@ class Span:
     """R of some coefficient rows; the identity, unless a subclass knows better.
 
     Args:
-        rows: of the coefficients.
+        rows: The rows of the coefficients.
     """
 
     def __init__(self, rows: slice):
@@ -141,7 +141,7 @@ class Frame:
 
     Args:
         active: `[K]` bool.
-        spans: that together cover the coefficient rows.
+        spans: Spans that together cover the coefficient rows.
         reach: `[T, K]`, see :func:`reach`. Duplicated rows share one displacement; bounds scale with this so that they count
             once.
         sign: `[T, K]` orientation of rows whose directions are stored without it; the map is that of oriented rows.

@@ -11,6 +11,16 @@ from torch import Tensor, nn
 from ..subspace.shards import local
 
 
+def gradient_of(p: Tensor, grad: Tensor | None) -> Tensor:
+    """The local part of a parameter's gradient; zeros where there is none."""
+    return torch.zeros_like(local(p)) if grad is None else local(grad)
+
+
+def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """The local part of every `p.grad` as it is; one that is missing counts as zero."""
+    return [gradient_of(p, p.grad) for p in parameters]
+
+
 def gradients(parameters: Sequence[nn.Parameter], names: Sequence[str]) -> list[Tensor]:
     """The local part of every gradient; one that is missing counts as zero.
 
@@ -19,10 +29,8 @@ def gradients(parameters: Sequence[nn.Parameter], names: Sequence[str]) -> list[
     Raises:
         ValueError: a sparse gradient.
     """
-    out = []
     for name, p in zip(names, parameters, strict=True):
         if p.grad is None:
-            out.append(torch.zeros_like(local(p)))
             continue
         if p.grad.layout != torch.strided:
             raise ValueError(
@@ -31,8 +39,7 @@ def gradients(parameters: Sequence[nn.Parameter], names: Sequence[str]) -> list[
             )
         if not local(p.grad).is_contiguous():
             p.grad = p.grad.contiguous()
-        out.append(local(p.grad))
-    return out
+    return local_gradients(parameters)
 
 
 def finite_parts(parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:

@@ -4,40 +4,29 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..subspace import BasisError, StoredBasis
-from ..subspace.fingerprint import hash_parameters
-from ..subspace.kinds import KINDS, kind_of, rank_of
-from ..subspace.observe import observe
 from ..subspace.recorder import Recorder
-from ..subspace.shards import local
-from ..subspace.sites import unwrapped
-from ..subspace.store import read_info
-from .build import architecture_of, data_group, lay_out, new_stack, sides_of, trainable
-from .checks import at_least
 from .following import Following
 from .gradients import set_aside
-from .memory import Memory
 from .mixed import MixedGradient
-from .newcomer import Newcomer
-from .optimizers import Census, real_optimizer
-from .recording import Recording
-from .report import Report
+from .optimizers import real_optimizer
+from .protection import Protection
+from .report import Report, report_of
 from .rules import Rule
-from .settings import GuardOptions, Settings
-from .stack import Stack
+from .settings import GuardOptions
 
 _UNSET: Any = object()
 
 
-class CapabilityGuard:
+class CapabilityGuard(Protection):
     """Holds what a training run moves along the directions that earlier capabilities live on (DACSP of CARE-RL, 2606.00609).
 
     Directions of a capability come from prompts shown to the model (:meth:`protect`), from a stage recorded while it trains
@@ -51,31 +40,7 @@ class CapabilityGuard:
             "probed" decide on the sign of every step, see :mod:`carerl_kernels.guard.rules`.
         process_group: over which the parameters of a plain list are sharded (each process gives a contiguous part of every
             flattened parameter). FSDP2's DTensors bring their own; DDP needs none.
-
-    The other options, by name:
-        basis: "input" (one-sided, r per weight matrix, of what is fed into it) or "block" (two-sided, r x r per weight matrix,
-            from a stage's parameter change), whose memory is small enough for full fine-tuning; "per_matrix" (k directions for
-            every weight matrix) or "flat" (k over all parameters), both from gradients. None is "input", or "per_matrix" where k
-            or a basis_dtype asks for rows or the model is pairs. docs/evidence.md compares them.
-        k: directions per domain of row bases, 64 by default; r: rank of "block", 16 by default, and of "input", 32.
-        every: rules "bounded" and "remove": steps of one domain between corrections. Weights may be outside of their box by what
-            the steps since then did; a stage's end, :meth:`detach` and :meth:`confine_` put them back.
-        bound: a number for both sides, (against, along), or one of these per domain.
-        aligned, conflict: weights of components along (at least 0, 1 passes) and against (0 removes) prior learning, for the
-            rules that decide on signs; a number, or one per domain.
-        apply_to: "update" corrects the parameters, whatever the optimizer made of the gradient; "grad" edits `p.grad` before
-            the step (Adam largely normalises such an edit away).
-        max_grad_norm: grad mode: clips the edited gradient (clip before the step as usual in update mode).
-        probe_every: rule "probed": steps between probes; probe_adaptive: this is where the interval starts, and it follows how
-            much successive probes agree. Signs that agree no more than a coin's fall back to "bounded".
-        basis_dtype: storage of row directions: float32, bfloat16, float16, or block-scaled int8 or float8_e4m3fn.
-        record_every: record every n-th gradient of a stage.
-        track_energy: measure the share of updates that is aligned, conflicting, orthogonal and touched. In update mode this
-            keeps one copy of the parameters.
-        domains: all domain names, so that a misspelt one is an error; None accepts any.
-        energy: basis "input": keep the fewest directions with this share of the inputs' energy, at most r.
-        room: basis "input": in a matrix as many directions of all domains together as this share of its inputs, at most; those
-            with the smallest shares of their domain's inputs give way.
+        options: see :class:`~carerl_kernels.guard.settings.GuardOptions`.
 
     Raises:
         ValueError: an argument out of range, named with what was expected.
@@ -90,44 +55,12 @@ class CapabilityGuard:
         process_group: Any = None,
         **options: Unpack[GuardOptions],
     ):
-        self.settings = Settings.of({"rule": rule, **options})
-        settings = self.settings
-        module = model if isinstance(model, nn.Module) else None
-        inner = None if module is None else unwrapped(module)
-        if module is None and not isinstance(model, Iterable):
-            raise TypeError(
-                f"expected a module, or pairs of name and parameter, found {type(model).__name__}; give the model as it was "
-                "before torch.compile"
-            )
-        named = trainable(model)
-        sides = sides_of(model, named)
-        kind = kind_of(settings.basis, seen=bool(sides), k=settings.k, dtype=settings.basis_dtype)
-        self.architecture = architecture_of(inner)
-        self.parameters = [p for _, p in named]
-        self.layout: Any = lay_out(named, kind, rank_of(kind, settings.k, settings.r), process_group, sides)
-        self.data_group = data_group(model, self.layout)
-        self.domains = None if settings.domains is None else tuple(settings.domains)
-        self.seconds = {"act": 0.0, "record": 0.0, "probe": 0.0}
-        self.device = local(self.parameters[0]).device
-        self.memory = Memory(self.layout, settings, self.device)
-        self._census = Census(dict(named), self.layout.covered_names, inner)
-        self._recording = Recording(self.layout, settings, self.architecture, self.data_group, module, self._locals)
+        super().__init__(model, rule, process_group=process_group, **options)
         self._following = Following(
             self.parameters, self.memory, self._recording, self._census, self._own, self.seconds
         )
         self._current: str | None = _UNSET  # domain of the batch; _UNSET: that of the stage
-        self._seen: dict[str, None] = dict.fromkeys(self.domains or ())
         self._warned_of_mixed = False
-
-    @property
-    def rule(self) -> Rule:
-        """See the class."""
-        return self.settings.rule
-
-    @property
-    def apply_to(self) -> str:
-        """See the class."""
-        return self.settings.apply_to
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -137,126 +70,6 @@ class CapabilityGuard:
     @max_grad_norm.setter
     def max_grad_norm(self, limit: float | None) -> None:
         self._following.max_grad_norm = limit
-
-    @property
-    def stack(self) -> Stack:
-        """Directions of all domains."""
-        return self.memory.stack
-
-    # ------------------------------------------------------------------------------------------------------ history
-
-    @classmethod
-    def load(cls, *paths: Path | str, model: nn.Module, **options: Any) -> CapabilityGuard:
-        """A guard with the history in these files; `options` as for the constructor.
-
-        Raises:
-            BasisError: a file of another model, format or kind. A file whose end is neither the start of another file's
-                stage nor the model's present weights only warns.
-        """
-        if not paths:
-            raise ValueError(
-                "expected at least one basis file, found none; make one with guard.protect(name, prompts, path=...), "
-                "guard.stage(name, path=...) or `carerl basis record`"
-            )
-        first = read_info(paths[0])
-        guard = cls(model, **{"basis": first.kind, KINDS[first.kind].rank: first.k, **options})
-        bases = [StoredBasis.load(path, guard.layout) for path in paths]
-        for basis in bases:
-            guard.add(basis)
-        known = {basis.info.start_hash for basis in bases}
-        known.add(hash_parameters(guard._locals(), guard.layout.shards))
-        for basis in bases:
-            if basis.info.end_hash not in known:
-                warnings.warn(
-                    f"basis of domain {basis.info.domain!r} ends at weights that are neither another stage's start nor the "
-                    "model's present weights; its directions may no longer be where that capability lives",
-                    stacklevel=2,
-                )
-        return guard
-
-    def protect(
-        self,
-        name: str,
-        batches: Iterable[Any],
-        path: Path | str | None = None,
-        *,
-        run: Callable[[Any], Any] | None = None,
-        tokenizer: Any = None,
-        positions: Callable[[Any], Tensor] | None = None,
-        unseen: Literal["error", "free"] = "error",
-        progress: bool = True,
-    ) -> StoredBasis:
-        """Protects what the model can do now, from prompts alone: no stage has to have been recorded.
-
-        The model is shown the batches once, and the leading directions of what every weight matrix is fed become history: from
-        here on nothing moves along them (`energy`, `r`, `room`; docs/evidence.md has what that keeps). 64 prompts with
-        answers are a good number; prompts alone do, too.
-
-        Args:
-            name: of the domain.
-            batches: what the model is called with: mappings of keyword arguments, tensors of token ids, tuples of arguments, or
-                texts with a `tokenizer`. Attention masks are honoured.
-            path: safetensors file to write, atomically.
-            run, positions, unseen, progress: see :func:`carerl_kernels.subspace.observe.observe`.
-
-        Returns:
-            The recorded basis.
-
-        Raises:
-            ValueError: a basis of another kind than "input"; no batch; a covered weight of which nothing was seen.
-        """
-        self._known(name, recorded=True)
-        self._census.check_model()
-        module = self._recording.module
-        if self._recording.sees != "inputs" or module is None:
-            raise ValueError(
-                "protect looks at what weights are fed: expected a guard with basis='input' built from a module, found basis="
-                f"{self.layout.kind!r}{'' if module is not None else ' over pairs of names and parameters'}"
-            )
-        options = {"run": run, "tokenizer": tokenizer, "positions": positions, "unseen": unseen, "progress": progress}
-        self.settle()  # what is shown to is what will be held
-        with self._recording.paused():
-            moments = observe(module, batches, self.layout, group=self.data_group, **options)
-        if not len(self.stack):
-            self._adapt(moments.layout(self.layout, self._locals()))
-        basis = moments.basis(
-            self.layout,
-            name,
-            energy=self.settings.energy,
-            architecture=self.architecture,
-            parameters=self._locals(),
-        )
-        self.add(basis)
-        if path is not None:
-            basis.save(path)
-        return basis
-
-    @torch.no_grad()
-    def add(self, basis: StoredBasis | Path | str, *, rebase: bool = True) -> None:
-        """Takes a recorded domain (or its file) into the history; an earlier recording of the same domain is replaced.
-
-        Args:
-            basis: of this model.
-            rebase: whether all displacements count from here on; False: those of other domains go on.
-        """
-        basis = basis if isinstance(basis, StoredBasis) else StoredBasis.load(basis, self.layout)
-        basis.check_model(self.layout, self.architecture)
-        self._known(basis.info.domain, recorded=True)
-        (self.memory.add if rebase else self.memory.adopt)(basis, self._locals())
-
-    def basis(self, name: str) -> Any:
-        """The recorded basis of a domain (rows rounded to `basis_dtype`): to inspect, or to save once more.
-
-        Raises:
-            KeyError: a domain without history.
-        """
-        self._with_history("basis", name)
-        return self.stack.get(name)
-
-    @property
-    def history(self) -> list[str]:
-        """Names of the domains with a basis, oldest first."""
-        return self.memory.history
 
     # ----------------------------------------------------------------------------------------------- where it attaches
 
@@ -315,26 +128,6 @@ class CapabilityGuard:
             self._current = before
 
     @torch.no_grad()
-    def confine_(self) -> None:
-        """Puts the parameters back into their box now: before they are evaluated, saved or sent elsewhere.
-
-        Idempotent, and free of any optimizer: every m steps, after a merge, once at the end of a run.
-
-        Raises:
-            RuntimeError: a rule that corrects steps one by one.
-        """
-        box = self.memory.box
-        if box is None:
-            raise RuntimeError(
-                f"confine_: expected rule 'bounded' or 'remove' with apply_to='update', found {self.rule!r} with "
-                f"{self.apply_to!r}, which corrects steps one by one"
-            )
-        started = time.perf_counter()
-        if len(self.stack):
-            box.confine_(self._locals())
-        self.seconds["act"] += time.perf_counter() - started
-
-    @torch.no_grad()
     def settle(self) -> None:
         """Corrects what waits for a correction: nothing, with a rule that corrects every step. For trainers, before they evaluate
         what a stage came to; its end and :meth:`detach` do it by themselves."""
@@ -355,7 +148,7 @@ class CapabilityGuard:
         block raises, nothing becomes history.
 
         Args:
-            name: of the domain.
+            name: The name of the domain.
             path: safetensors file to write on exit, atomically.
             start_checkpoint: safetensors file with the parameters as they are now; None keeps a temporary one.
             inputs: basis "input": batches of the domain to show at the stage's end, as :meth:`protect` takes them; None keeps a
@@ -448,18 +241,7 @@ class CapabilityGuard:
             RuntimeError: the domain is being recorded already.
         """
         self._known(name, recorded=True)
-        at_least("check_every", check_every, 1)
-        if self._recording.sees == "change":
-            raise ValueError(
-                "open_domain: expected a basis of gradients or inputs, found 'block', whose directions come from the "
-                "parameter change of all domains together; use guard.stage, or another basis"
-            )
-        if name in [recorder.domain for recorder in self._recording.active]:
-            raise RuntimeError(f"domain {name!r} is being recorded already")
-        recorder = self._recorder(name)
-        recorder.begin()
-        stack = new_stack(self.layout, torch.float32, self.device)
-        self._recording.newcomers[name] = Newcomer(recorder, stack, check_every)
+        self._recording.open(name, check_every, self.device, fixed=len(self.stack) > 0)
 
     def close_domain(self, name: str, path: Path | str | None = None) -> None:
         """Ends the recording of :meth:`open_domain`: what was found becomes history, above the noise floor or not.
@@ -468,14 +250,7 @@ class CapabilityGuard:
             KeyError: the domain is not being recorded.
             RuntimeError: no gradient of the domain arrived.
         """
-        newcomers = self._recording.newcomers
-        if name not in newcomers:
-            raise KeyError(f"close_domain: expected a domain opened before ({', '.join(newcomers)}), found {name!r}")
-        newcomer = newcomers.pop(name)
-        try:
-            basis = newcomer.recorder.finish(self._locals())
-        finally:
-            newcomer.recorder.end()
+        basis = self._recording.close(name)
         self.add(basis, rebase=False)
         if path is not None:
             basis.save(path)
@@ -501,22 +276,7 @@ class CapabilityGuard:
             ValueError: a rule that looks at signs; a norm limit, which comes after the edit; a recording in progress, for the
                 steps of a mixed batch are nobody's.
         """
-        if self.rule not in ("bounded", "remove"):
-            raise ValueError(
-                f"mixed batches: expected rule 'bounded' or 'remove', found {self.rule!r}; what others' directions hold "
-                "is removed from each domain's gradient, and no sign is asked for"
-            )
-        if self.max_grad_norm is not None:
-            raise ValueError(
-                f"mixed batches: expected max_grad_norm=None, found {self.max_grad_norm}; clip as usual after finish()"
-            )
-        if self._recording.active:
-            names = ", ".join(recorder.domain for recorder in self._recording.active)
-            raise ValueError(
-                f"mixed batches: expected no recording in progress, found one of {names}; a step of several domains is no "
-                "domain's own. Record each with guard.protect(name, its prompts), before or afterwards"
-            )
-        return MixedGradient(self.memory, self._following, self.seconds, self._known, self._recording.module)
+        return MixedGradient(self.memory, self._following, self._recording, self.seconds, self._known)
 
     def meets_mixed(self, domains: Collection[str]) -> None:
         """Warns, once, that a mixed batch of these domains is about to be held along its own domains' directions."""
@@ -529,13 +289,6 @@ class CapabilityGuard:
                 "CareGRPOTrainer; guard.mixed() in your own loop): on each domain's part the directions of the others act",
                 stacklevel=3,
             )
-
-    @torch.no_grad()
-    def remove_(self, gradient: Sequence[Tensor]) -> None:
-        """Removes what lies in the span of all history from a gradient, in place, without any rule's memory (GPM)."""
-        stack = self.stack
-        if len(stack):
-            stack.remove_(gradient, stack.along(stack.seen(gradient), None))
 
     # ----------------------------------------------------------------------------------------------------------- state
 
@@ -570,80 +323,25 @@ class CapabilityGuard:
     @torch.no_grad()
     def report(self) -> Report:
         """What the guard did and what it cannot protect: plain numbers, see :class:`~carerl_kernels.guard.report.Report`."""
-        memory, shards = self.memory, self.layout.shards
-        return {
-            "rule": self.rule,
-            "apply_to": self.apply_to,
-            "basis": self.layout.kind,
-            "k": self.layout.k,
-            "every": 1 if memory.box is None else self.settings.every,
-            "steps": memory.statistics.steps,
-            "dropped_steps": memory.statistics.dropped,
-            "waiting": 0 if memory.box is None else memory.box.waiting,
-            "touched_share": memory.statistics.touched_share,
-            "domains": {name: memory.domain(name, self._locals()) for name in self.history},
-            "open_windows": [n for n in self._seen if n not in self.history]
-            + [n for n in self.history if memory.blind(n)],
-            "unguarded": self._census.report(),
-            "recording": {name: newcomer.as_dict() for name, newcomer in self._recording.newcomers.items()},
-            **({"probes": memory.probes.report(self.history)} if self.rule == "probed" else {}),
-            "seconds": dict(self.seconds),
-            "communication": {
-                "elements": shards.elements,
-                "all_reduces": shards.calls,
-                **self._following.communication,
-            },
-            "memory": memory.bytes(),
-            "covered": self.layout.covered / self.layout.parameters,
-        }
+        found = report_of(self.memory, self._census, self._recording, self._locals(), self._seen)
+        found["seconds"] = dict(self.seconds)
+        found["communication"] |= self._following.communication
+        return found
 
     # --------------------------------------------------------------------------------------------------------- internals
 
     def _recorder(self, name: str, start_checkpoint: Path | str | None = None, **shown: Any) -> Recorder:
         return self._recording.recorder(name, start_checkpoint, fixed=len(self.stack) > 0, **shown)
 
-    def _adapt(self, layout: Any) -> None:
-        """Another layout, while there is no history yet: how weights are used is known once they were seen."""
-        if layout is self.layout or len(self.stack):
-            return
-        self.layout = self._recording.layout = layout
-        self._census.covered = set(layout.covered_names)
-        self.memory.adapt(layout)
-
     def _start_here(self) -> None:
         if not self._following.restored:
             self.settle()  # steps before this belong to what was before
             self.rebase()
 
-    @torch.no_grad()
-    def rebase(self) -> None:
-        """Counts from the present parameters on: displacements and probes start afresh.
-
-        `attach`, `stage`, `add` and `protect` do it. Call it after changing the parameters by hand (loading weights,
-        merging, EMA): otherwise the next correction takes the change for training's and undoes it along protected directions.
-        """
-        self.memory.rebase(self._locals())
-
-    def _with_history(self, what: str, name: str) -> None:
-        if name not in self.stack.names:
-            have = ", ".join(self.history) or "none yet"
-            raise KeyError(f"{what}: expected a domain with history ({have}), found {name!r}")
-
-    def _known(self, name: str, recorded: bool = False) -> None:
-        if recorded:  # its numbers will be needed: better asked for now than when the stage ends
-            self.settings.numbers_of(name)
-        if self.domains is not None and name not in self.domains:
-            raise ValueError(f"domain: expected one of {', '.join(self.domains)}, found {name!r}")
-        self._seen[name] = None
-
     def _own(self) -> str | None:
         if self._current is not _UNSET:
             return self._current
         return self._recording.stage.domain if self._recording.stage is not None else None
-
-    def _locals(self) -> list[Tensor]:
-        """The parts of the parameters that live here, sharing their memory."""
-        return [local(p) for p in self.parameters]
 
 
 __all__ = ["BasisError", "CapabilityGuard"]

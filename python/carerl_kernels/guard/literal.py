@@ -20,8 +20,8 @@ class LiteralRecording:
     where a correction and a recording by themselves take four.
 
     Args:
-        stack: of float32 rows, at least one domain.
-        recorder: of the stage; from now on its rows live here.
+        stack: The stack of float32 rows, at least one domain.
+        recorder: The recorder of the stage; from now on its rows live here.
     """
 
     def __init__(self, stack: RowStack, recorder: StageRecorder):
@@ -57,6 +57,6 @@ class LiteralRecording:
         mix[:, self._acting] = x
         mine = torch.cat([self._recorded, self._recorded.new_tensor([measured.shape[-1] - 1])])
         q = pca.decide(measured[:, mine.unsqueeze(1), mine])
-        stack.layout.edit_rotate_(grads, self._bases, mix, len(stack), q, pca.seed)
+        stack.layout.edit_rotate_(grads, self._bases, mix, len(stack), q)
         self.recorder.steps += 1
         return c, -x

@@ -28,12 +28,14 @@ class Memory:
     """Directions, and what corrects steps along them: a box, or a rule that looks at every step.
 
     Args:
-        layout: of the guarded parameters.
-        settings: of the guard.
-        device: of the parameters.
+        layout: The layout of the guarded parameters.
+        settings: The settings of the guard.
+        device: The device of the parameters.
 
     Attributes:
-        stack: directions of all domains. box: for rules that are a projection; steps: for the others.
+        stack: Directions of all domains.
+        box: What corrects steps by a rule that is a projection, else None.
+        steps: What corrects steps by the other rules.
         statistics, probes: see their classes.
         steps_here: optimizer steps since displacements were last counted from zero.
     """
@@ -61,7 +63,7 @@ class Memory:
     def adapt(self, layout: Any) -> None:
         """Lies over this layout; there is no history yet."""
         self.layout = layout
-        self.stack: Stack = new_stack(layout, self.settings.basis_dtype, self.device, self.settings.room)
+        self.stack: Stack[Any, Any] = new_stack(layout, self.settings.basis_dtype, self.device, self.settings.room)
         self._renew()
 
     def _renew(self) -> None:

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from .following import Following
 from .memory import Memory
+from .recording import Recording
 from .rows import RowWatch
 from .statistics import energies
 
@@ -29,20 +30,37 @@ class MixedGradient:
     """One step's gradient, told domain by domain; see :meth:`CapabilityGuard.mixed`.
 
     Args:
-        memory, following: of the guard.
-        seconds: of the guard, to count in.
+        memory, following, recording: The memory, following and recording of the guard.
+        seconds: The guard's seconds per part, which are counted up here.
         known: called with every domain's name.
-        module: the model, where the guard was built from one.
+
+    Raises:
+        ValueError: see :meth:`CapabilityGuard.mixed`.
     """
 
     def __init__(
         self,
         memory: Memory,
         following: Following,
+        recording: Recording,
         seconds: dict[str, float],
         known: Callable[[str], None],
-        module: nn.Module | None,
     ):
+        rule, limit = memory.settings.rule, following.max_grad_norm
+        if rule not in ("bounded", "remove"):
+            raise ValueError(
+                f"mixed batches: expected rule 'bounded' or 'remove', found {rule!r}; what others' directions hold "
+                "is removed from each domain's gradient, and no sign is asked for"
+            )
+        if limit is not None:
+            raise ValueError(f"mixed batches: expected max_grad_norm=None, found {limit}; clip as usual after finish()")
+        if recording.active:
+            names = ", ".join(recorder.domain for recorder in recording.active)
+            raise ValueError(
+                f"mixed batches: expected no recording in progress, found one of {names}; a step of several domains is no "
+                "domain's own. Record each with guard.protect(name, its prompts), before or afterwards"
+            )
+        module = recording.module
         self._memory, self._following, self._seconds, self._known = memory, following, seconds, known
         self._watch = None if module is None else RowWatch.of(memory.stack, module, following.parameters)
         self._seen: list[Tensor] | None = None  # coefficients of what was in the gradients when last looked at

@@ -23,12 +23,12 @@ class Newcomer:
     standard errors has to lie above the noise floor.
 
     Args:
-        recorder: of the domain.
+        recorder: The recorder of the domain.
         stack: empty, to hold the directions found so far.
         check_every: own steps between looks at the directions.
     """
 
-    def __init__(self, recorder: Recorder, stack: Stack, check_every: int):
+    def __init__(self, recorder: Recorder, stack: Stack[Any, Any], check_every: int):
         self.recorder, self.stack, self.check_every = recorder, stack, check_every
         self.steps = 0
         self.acting = False

@@ -35,7 +35,8 @@ class Probes:
 
     Attributes:
         interval: steps between rounds now.
-        agreement: per domain, of its last two rounds; rounds: taken so far.
+        agreement: How much the last two rounds of probes agree, per domain.
+        rounds: The number of rounds taken so far.
     """
 
     def __init__(self, every: int, adaptive: bool = False):
@@ -43,7 +44,7 @@ class Probes:
         self.adaptive = adaptive
         self.agreement: dict[str, float] = {}
         self.rounds = 0
-        self.seconds = 0.0  # backward passes included
+        self.seconds = 0.0  # backward passes included, unlike those of the guard's report
         self._age: dict[str, int] = {}  # steps since the domain's last round
         self._sums: dict[str, Tensor] = {}  # of the round under way
         self._noisy: set[str] = set()
@@ -142,7 +143,7 @@ class PromptStore:
 
     Args:
         size: kept per domain; of more that are offered a uniform sample stays (reservoir sampling).
-        seed: of the sample.
+        seed: The seed of the sample.
     """
 
     def __init__(self, size: int = 32, seed: int = 0):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..subspace.kinds import KINDS
@@ -16,6 +17,8 @@ from ..subspace.layout import Layout
 from ..subspace.matrices import MatrixLayout
 from ..subspace.recorder import Recorder
 from ..subspace.store import StoredBasis
+from .build import new_stack
+from .checks import at_least
 from .newcomer import Newcomer
 from .settings import Settings
 
@@ -25,10 +28,11 @@ class Recording:
     """The recorders of a guard.
 
     Attributes:
-        layout, settings, architecture, data_group: of the guard.
-        module: that the training calls; None where the guard was built from pairs.
+        layout, settings, architecture, data_group: The `layout`, `settings`, `architecture` and `data_group` of the guard.
+        module: The module that the training calls; None where the guard was built from pairs.
         locals: gives the parameters' local parts.
-        stage: the recorder of the stage in progress; newcomers: of domains that appeared on the way.
+        stage: The recorder of the stage in progress.
+        newcomers: The recordings of domains that appeared on the way.
         seconds: spent.
     """
 
@@ -51,7 +55,7 @@ class Recording:
         """A new recorder of this guard's kind.
 
         Args:
-            name: of the domain.
+            name: The name of the domain.
             start_checkpoint: see :meth:`CapabilityGuard.stage`.
             fixed: there is history, so that the layout has to stay.
             shown: what an input basis shows the model, and how.
@@ -67,7 +71,7 @@ class Recording:
                 f"stage {name!r}: expected {', '.join(shown)} with basis='input' alone, found {self.layout.kind!r}"
             )
         if self.sees == "gradients":
-            options |= {"k": self.layout.k, "every": self.settings.record_every}
+            options["every"] = self.settings.record_every
         if self.sees == "inputs":
             if self.module is None:
                 raise RuntimeError(
@@ -76,6 +80,32 @@ class Recording:
                 )
             options |= {"model": self.module, "energy": self.settings.energy, "group": self.data_group, "fixed": fixed}
         return KINDS[self.layout.kind].recorder(name, self.layout, self.locals(), **options, **shown)
+
+    def open(self, name: str, check_every: int, device: torch.device, *, fixed: bool) -> None:
+        """Begins to record a newcomer; see :meth:`CapabilityGuard.open_domain`."""
+        at_least("check_every", check_every, 1)
+        if self.sees == "change":
+            raise ValueError(
+                "open_domain: expected a basis of gradients or inputs, found 'block', whose directions come from the "
+                "parameter change of all domains together; use guard.stage, or another basis"
+            )
+        if name in [recorder.domain for recorder in self.active]:
+            raise RuntimeError(f"domain {name!r} is being recorded already")
+        recorder = self.recorder(name, fixed=fixed)
+        recorder.begin()
+        self.newcomers[name] = Newcomer(recorder, new_stack(self.layout, torch.float32, device), check_every)
+
+    def close(self, name: str) -> StoredBasis:
+        """Ends the recording of a newcomer; what was found."""
+        if name not in self.newcomers:
+            raise KeyError(
+                f"close_domain: expected a domain opened before ({', '.join(self.newcomers)}), found {name!r}"
+            )
+        recorder = self.newcomers.pop(name).recorder
+        try:
+            return recorder.finish(self.locals())
+        finally:
+            recorder.end()
 
     @property
     def wants_gradients(self) -> bool:
@@ -107,7 +137,7 @@ class Recording:
 
         Args:
             own: the step's domain.
-            gradient: of every parameter; nothing where nobody looks at it.
+            gradient: The gradient of every parameter; nothing where nobody looks at it.
             others: whether other domains' recorders are told.
             stage: whether the stage's recorder is fed here, and not by the edit.
 

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, TypedDict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .memory import Memory
+    from .optimizers import Census
+    from .recording import Recording
 
 
 class DomainReport(TypedDict):
@@ -31,15 +38,17 @@ class Report(TypedDict, total=False):
     """The whole report; JSON can hold it.
 
     Attributes:
-        rule, apply_to, basis, k, every: of the guard.
+        rule, apply_to, basis, k, every: The options of the guard.
         steps, dropped_steps: optimizer steps taken; those dropped for a gradient that is not finite.
         waiting: steps since the last correction; the weights may be outside of their box by what these did.
         touched_share: energy of corrections over energy of updates; None unless tracked.
-        domains: by name.
+        domains: The domains, by name.
         open_windows: domains that nothing protects: no basis, or one that holds no more than chance.
         unguarded: parameters of the optimizer that move freely, by reason, with their number and how many elements they have.
-        recording: of newcomers. probes: of rule "probed".
-        seconds: spent acting, recording and probing. communication: numbers summed over processes, and all-reduces.
+        recording: What is known of newcomers.
+        probes: What is known of the probes of rule "probed".
+        seconds: The seconds spent acting, recording and probing.
+        communication: The numbers summed over processes, and all-reduces.
         memory: bytes of directions, anchors and what belongs to them in this process.
         covered: share of the guarded parameters that directions exist for.
     """
@@ -64,6 +73,41 @@ class Report(TypedDict, total=False):
     covered: float
 
 
+def report_of(
+    memory: Memory, census: Census, recording: Recording, parameters: Sequence[Tensor], seen: Iterable[str]
+) -> Report:
+    """The report of a guard, but for its seconds and what its last step communicated.
+
+    Args:
+        memory: What the guard remembers.
+        census: Which parameters move freely.
+        recording: What is being recorded.
+        parameters: The local parts of the guarded parameters.
+        seen: Names of all domains that the guard has heard of.
+    """
+    settings, layout, statistics, box = memory.settings, memory.layout, memory.statistics, memory.box
+    history = memory.history
+    return {
+        "rule": settings.rule,
+        "apply_to": settings.apply_to,
+        "basis": layout.kind,
+        "k": layout.k,
+        "every": 1 if box is None else settings.every,
+        "steps": statistics.steps,
+        "dropped_steps": statistics.dropped,
+        "waiting": 0 if box is None else box.waiting,
+        "touched_share": statistics.touched_share,
+        "domains": {name: memory.domain(name, parameters) for name in history},
+        "open_windows": [n for n in seen if n not in history] + [n for n in history if memory.blind(n)],
+        "unguarded": census.report(),
+        "recording": {name: newcomer.as_dict() for name, newcomer in recording.newcomers.items()},
+        **({"probes": memory.probes.report(history)} if settings.rule == "probed" else {}),
+        "communication": {"elements": layout.shards.elements, "all_reduces": layout.shards.calls},
+        "memory": memory.bytes(),
+        "covered": layout.covered / layout.parameters,
+    }
+
+
 def flat_numbers(report: Mapping[str, Any]) -> dict[str, float]:
     """The report's numbers under names for a trainer's log; what is not known is left out."""
     numbers = {
@@ -76,3 +120,23 @@ def flat_numbers(report: Mapping[str, Any]) -> dict[str, float]:
         numbers |= {f"guard/{name}/{key}": domain[key] for key in ("net_displacement", "moved")}
         numbers |= {f"guard/{name}/{share}": value for share, value in (domain["energy"] or {}).items()}
     return {name: float(value) for name, value in numbers.items() if value is not None}
+
+
+def guard_figures(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Of `CapabilityGuard.report()`, since the guard was attached.
+
+    Returns:
+        "touched_share", "steps", "dropped_steps", "open_windows" and "domains": per domain with history "aligned",
+        "conflicting", "orthogonal" (shares of raw update energy), "net_displacement" (relative to the recorded stage's) and
+        "capture" (share of the recorded stage's squared displacement that its directions hold). None: not measured.
+    """
+    domains = {}
+    for name, found in report["domains"].items():
+        energy = found["energy"] or {}
+        domains[name] = {
+            **{key: energy.get(key) for key in ("aligned", "conflicting", "orthogonal")},
+            "net_displacement": found["net_displacement"],
+            "capture": found["capture"]["displacement"],
+        }
+    kept = {key: report[key] for key in ("touched_share", "steps", "dropped_steps", "open_windows")}
+    return {**kept, "domains": domains}

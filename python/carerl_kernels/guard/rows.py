@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..subspace.sites import unwrapped
 from ..thin import full_precision
-from .factored import InputStack
+from .input_stack import InputStack
 from .stack import Stack
 
 Place = tuple[int, int]
@@ -30,11 +30,11 @@ class RowWatch:
     Args:
         stack: directions.
         places: modules, each with the place of its weight.
-        dtype: of the gradients.
+        dtype: The dtype of the gradients.
 
     Attributes:
         out: sums over all rows of what `stack.along` says of each domain's part of the gradient.
-        check: of each group `[G, rows of each]`, what one random combination of the directions sees of the gradient.
+        check: What one random combination of the directions sees of the gradient, per group `[G, rows of each]`.
         untold: a module was fed something else than one row for each of the batch.
     """
 
@@ -49,7 +49,7 @@ class RowWatch:
         self._rows = 0
 
     @classmethod
-    def of(cls, stack: Stack, module: nn.Module, parameters: Sequence[nn.Parameter]) -> RowWatch | None:
+    def of(cls, stack: Stack[Any, Any], module: nn.Module, parameters: Sequence[nn.Parameter]) -> RowWatch | None:
         """A watch over a model; None where weights are spread over processes or devices, or used by other modules."""
         if not isinstance(stack, InputStack) or stack.layout.shards.sharded or not len(stack):
             return None

@@ -102,7 +102,7 @@ def decide(
     fallback: Tensor | None = None,
     floor: Tensor | float = 0.0,
 ) -> Tensor:
-    """The correction of one step, and the rule's memory moved on (MATH: rules).
+    """The correction of one step, and the rule's memory moved on (docs/math.md, "reading of signs").
 
     Args:
         rule: "instant", "integrated", "probed" or "remove".

@@ -19,7 +19,35 @@ Bound = float | tuple[float, float] | Mapping[str, float | tuple[float, float]]
 
 
 class GuardOptions(TypedDict, total=False):
-    """Keyword arguments of :class:`CapabilityGuard`, see :class:`Settings`."""
+    """Keyword arguments of :class:`CapabilityGuard`; their defaults are those of :class:`Settings`.
+
+    Attributes:
+        basis: "input" (one-sided, r per weight matrix, of what is fed into it) or "block" (two-sided, r x r per weight matrix,
+            from a stage's parameter change), whose memory is small enough for full fine-tuning; "per_matrix" (k directions for
+            every weight matrix) or "flat" (k over all parameters), both from gradients. None is "input", or "per_matrix" where k
+            or a basis_dtype asks for rows or the model is pairs. docs/evidence.md compares them.
+        k: Directions per domain of row bases, 64 by default.
+        r: Rank of "block", 16 by default, and of "input", 32.
+        every: rules "bounded" and "remove": steps of one domain between corrections. Weights may be outside of their box by what
+            the steps since then did; a stage's end, :meth:`detach` and :meth:`confine_` put them back.
+        bound: a number for both sides, (against, along), or one of these per domain.
+        aligned, conflict: weights of components along (at least 0, 1 passes) and against (0 removes) prior learning, for the
+            rules that decide on signs; a number, or one per domain.
+        apply_to: "update" corrects the parameters, whatever the optimizer made of the gradient; "grad" edits `p.grad` before
+            the step (Adam largely normalises such an edit away).
+        max_grad_norm: grad mode: clips the edited gradient (clip before the step as usual in update mode).
+        probe_every: Steps between probes, with rule "probed".
+        probe_adaptive: Whether `probe_every` is where the interval starts only, and it then follows how
+            much successive probes agree. Signs that agree no more than a coin's fall back to "bounded".
+        basis_dtype: storage of row directions: float32, bfloat16, float16, or block-scaled int8 or float8_e4m3fn.
+        record_every: record every n-th gradient of a stage.
+        track_energy: measure the share of updates that is aligned, conflicting, orthogonal and touched. In update mode this
+            keeps one copy of the parameters.
+        domains: all domain names, so that a misspelt one is an error; None accepts any.
+        energy: basis "input": keep the fewest directions with this share of the inputs' energy, at most r.
+        room: basis "input": in a matrix as many directions of all domains together as this share of its inputs, at most; those
+            with the smallest shares of their domain's inputs give way.
+    """
 
     basis: Kind | None
     k: int | None
@@ -42,7 +70,7 @@ class GuardOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Settings:
-    """Options of a guard; see :class:`CapabilityGuard` for what they mean.
+    """Options of a guard, checked; see :class:`GuardOptions` for what they mean.
 
     Raises:
         ValueError: an option out of range, named with what was expected.

@@ -44,11 +44,12 @@ class Stack(ABC, Generic[L, B]):
     Coefficients are `[T, K]` float64: T rows of the layout, K = D * width columns, domain after domain. S = A A^T.
 
     Args:
-        layout: of the guarded parameters.
-        device: of the parameters.
+        layout: The layout of the guarded parameters.
+        device: The device of the parameters.
 
     Attributes:
-        names: domains with history, oldest first; infos: what is known about their bases.
+        names: Domains with history, oldest first.
+        infos: What is known about their bases.
     """
 
     def __init__(self, layout: L, device: torch.device):
@@ -170,14 +171,15 @@ class Stack(ABC, Generic[L, B]):
         exempt: Set[int] = frozenset(),
         tight: Set[int] = frozenset(),
     ) -> Tensor:
-        """Puts parameters back into the box around an anchor, in place (MATH: confinement).
+        """Puts parameters back into the box around an anchor, in place (docs/math.md, "bounded displacement (box)").
 
         Args:
             parameters: local parts.
-            anchor: from :meth:`measure`.
+            anchor: The coefficients that the box is around, from :meth:`measure`.
             bounds: how far "bounded" lets every row move; None: nowhere.
             own: domain whose rows do not act.
-            exempt: indices of parameters that move freely; tight: of those that no bound is for.
+            exempt: Indices of parameters that move freely.
+            tight: Indices of parameters that no bound is for.
 
         Returns:
             0-d float64, the energy of the correction here; processes add up.

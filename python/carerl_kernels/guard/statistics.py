@@ -38,7 +38,7 @@ class Statistics:
         self._energies: dict[str, Tensor] = {}  # domain -> [aligned, conflicting, total while it was history]
         self._touched: Tensor | None = None  # [energy of corrections, total energy]
 
-    def count(self, stack: Stack, sums: Tensor, touched: Tensor, total: Tensor | None) -> None:
+    def count(self, stack: Stack[Any, Any], sums: Tensor, touched: Tensor, total: Tensor | None) -> None:
         """Adds an update: sums of :func:`energies` `[2, K]`, the energy of its correction, and its squared norm if known."""
         known = (
             torch.full((), torch.nan, dtype=sums.dtype, device=sums.device) if total is None else total.to(sums.dtype)

@@ -22,8 +22,8 @@ def ties(start: Tensor, experts: Sequence[Tensor], scale: float = 1.0, density: 
     have it are averaged (Yadav et al., "TIES-Merging: resolving interference when merging models", NeurIPS 2023).
 
     Args:
-        start, experts: of one shape.
-        scale: of the merged change (the paper's lambda).
+        start, experts: The weights before training and those of every expert, all of one shape.
+        scale: The scale of the merged change (the paper's lambda).
         density: share of every change that is kept, by size, tensor by tensor as mergekit does (the paper's k: 20 %, over all
             tensors together).
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..subspace.factored import FactoredBasis
-from ..subspace.layout import Layout
+from ..subspace.random_basis import as_random, random_basis
 from ..subspace.shards import local
-from ..subspace.store import BasisInfo, DomainBasis, StoredBasis
+from ..subspace.store import StoredBasis
 from .build import architecture_of, lay_out, new_stack, sides_of, trainable
+from .gradients import gradients, set_aside
 from .stack import Stack, noise_floor
 
 # two-sided 95 % points of Student's t for 2, 3, ... degrees of freedom; beyond the last the normal's
@@ -26,10 +26,12 @@ class Validation:
     """How much of fresh gradients a basis explains.
 
     Attributes:
-        domain, kind, k: of the basis.
+        domain, kind, k: The domain, kind and number k of the basis.
         gradients: how many were drawn.
-        explained: mean share of their energy inside the basis; low, high: its 95 % interval (Student's t over gradients).
-        random: mean share inside random directions of equal number; random_high: upper end of its interval.
+        explained: Mean share of their energy inside the basis.
+        low, high: The 95 % interval (Student's t over gradients).
+        random: Mean share inside random directions of equal number.
+        random_high: Upper end of its interval.
         verdict: "functional" (the whole interval lies above the noise floor, thrice what random directions explain or half of
             what those leave), "chance" (it reaches down to what random directions explain) or "weak" (between).
     """
@@ -56,10 +58,10 @@ def validate(basis: StoredBasis, model: nn.Module, losses: Iterable[Callable[[],
     fresh gradients is.
 
     Args:
-        basis: of the domain.
+        basis: The basis of the domain.
         model: its trainable parameters are those of the basis. Gradients it holds are put back.
         losses: each gives the domain's loss on fresh data; at least three.
-        seed: of the random directions.
+        seed: The seed of the random directions.
 
     Raises:
         BasisError: the basis belongs to another model.
@@ -74,18 +76,15 @@ def validate(basis: StoredBasis, model: nn.Module, losses: Iterable[Callable[[],
     stacks = []
     with torch.no_grad():
         for one in (basis, as_random(basis, random_basis(layout, seed))):
-            stack: Stack = new_stack(layout, torch.float32, device)
+            stack: Stack[Any, Any] = new_stack(layout, torch.float32, device)
             stack.put(one, [local(p) for p in parameters])
             stacks.append(stack)
-    kept = [p.grad for p in parameters]
     shares: list[list[float]] = [[], []]
-    try:
-        for loss in losses:
-            for p in parameters:
-                p.grad = None
+    for loss in losses:
+        with set_aside(parameters):
             loss().backward()
             with torch.no_grad():
-                grads = [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in parameters]
+                grads = gradients(parameters, layout.names)
                 total = layout.shards.sum_(torch.stack([g.double().square().sum() for g in grads]).sum())
                 if not (total.isfinite() and total > 0):
                     raise ValueError(
@@ -94,9 +93,6 @@ def validate(basis: StoredBasis, model: nn.Module, losses: Iterable[Callable[[],
                 for stack, out in zip(stacks, shares, strict=True):
                     inside = stack.frame(None).root(stack.project(grads)).square()
                     out.append(float(stack.column_sums(inside).sum() / total))
-    finally:
-        for p, grad in zip(parameters, kept, strict=True):
-            p.grad = grad
     if len(shares[0]) < 3:
         raise ValueError(f"validate: expected at least 3 losses for an interval, found {len(shares[0])}")
     (mean, low, high), (chance, _, chance_high) = _interval(shares[0]), _interval(shares[1])
@@ -104,42 +100,6 @@ def validate(basis: StoredBasis, model: nn.Module, losses: Iterable[Callable[[],
     if low > max(chance_high, noise_floor(chance)):
         verdict = "functional"
     return Validation(info.domain, info.kind, info.k, len(shares[0]), mean, low, high, chance, chance_high, verdict)
-
-
-def as_random(basis: StoredBasis, fresh: StoredBasis) -> StoredBasis:
-    """Random directions under the recorded domain's name, no more in any tensor than were recorded there."""
-    fresh = replace(fresh, info=basis.info)  # type: ignore[type-var]
-    if not isinstance(basis, FactoredBasis) or not isinstance(fresh, FactoredBasis):
-        return fresh
-
-    def as_many(fresh: Mapping[str, Tensor], recorded: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: t * (recorded[name] != 0).any(0).to(t.device) for name, t in fresh.items()}
-
-    return replace(fresh, left=as_many(fresh.left, basis.left), right=as_many(fresh.right, basis.right))
-
-
-def random_basis(layout: Any, seed: int = 0) -> StoredBasis:
-    """Random directions as many as a basis over this layout has."""
-    if not isinstance(layout, Layout):
-        return FactoredBasis.random(layout, "random", seed)
-    draw = torch.Generator().manual_seed(seed)
-    rows = torch.randn(layout.k, layout.size, generator=draw)
-    info = BasisInfo(
-        domain="random",
-        kind=layout.kind,
-        k=layout.k,
-        architecture="",
-        names=layout.names,
-        shapes=layout.shapes,
-        start_hash="",
-        end_hash="",
-        steps=0,
-        skipped=0,
-        gradient_capture=None,
-        displacement_capture=layout.chance,
-    )
-    ones = torch.ones(layout.T, layout.k, dtype=torch.float64)
-    return DomainBasis(info, rows, ones, ones.clone(), None, layout if layout.shards.sharded else None)
 
 
 def _interval(values: list[float]) -> tuple[float, float, float]:

@@ -29,8 +29,8 @@ class AdvantageBalance(TrainerCallback):
     Args:
         balance: a controller by weight, whose factors the advantages are multiplied by; "gradient": weights under which every
             domain's squared advantages are the same; None: nothing is weighed.
-        names: of the domains.
-        limit: of the weights of "gradient".
+        names: The names of the domains.
+        limit: The limit of the weights of "gradient".
 
     Raises:
         ValueError: a balance that TRL has no place for.
@@ -102,7 +102,7 @@ class AdvantageBalance(TrainerCallback):
 
     def _tell(self, shares: dict[str, float]) -> None:
         self._recent = [*self._recent, shares][-LOUD_OVER:]
-        told = None if self._warned else loud(self._recent)
+        told = None if self._warned else loud(self._recent, "scale_rewards='group'")
         if told is not None:
             self._warned = True
             _log.warning("%s", told)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from .._files import write_bytes_atomically
-from ..grpo.text import left_pad, right_pad
 from ..guard.probes import PromptStore
+from ..text import left_pad, right_pad
 
 
 class OwnAnswers(TrainerCallback):
@@ -24,7 +24,7 @@ class OwnAnswers(TrainerCallback):
 
     Args:
         trainer: a :class:`carerl_kernels.integrations.trl.CareMixin`.
-        weight: of the mean negative log-likelihood per token.
+        weight: The weight of the mean negative log-likelihood per token.
         size: answers kept per domain, of all that come a uniform sample.
         batch: answers drawn in every optimizer step; as long as fewer are kept they weigh less in the same proportion.
 
@@ -50,9 +50,9 @@ class OwnAnswers(TrainerCallback):
         """Takes in the right ones among the completions that this process generated.
 
         Args:
-            output: of TRL's generation, before it is shuffled.
+            output: The output of TRL's generation, before it is shuffled.
             rewards: `[B, functions]` of all processes.
-            domains: of this process's rows.
+            domains: The domains of this process's rows.
         """
         first = self.trainer.accelerator.process_index * len(domains)
         mine = rewards[first : first + len(domains)].cpu()[:, self._verifying]

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..guard.build import trainable
-from ..guard.editors import Editor, assign, spread_editor
-from ..subspace.shards import local
+from ..guard.editors import Editor, assign_combined, spread_editor
+from ..guard.gradients import gradient_of
 
 ROW_MEANS = ("grpo", "sapo", "dr_grpo", "luspo")
 """Losses divided by the sequences of the micro-batch; bnpo by its tokens; the others by numbers of the whole batch."""
@@ -180,16 +180,12 @@ class DomainLosses:
             return
         names = self.trainer.domain_names
         gradients = {
-            names[domain]: [
-                torch.zeros_like(local(p)) if g is None else local(g)
-                for (_, p), g in zip(self._named, grads, strict=True)
-            ]
+            names[domain]: [gradient_of(p, g) for (_, p), g in zip(self._named, grads, strict=True)]
             for domain, grads in sorted(self._gradients.items())
         }
         self._gradients.clear()
-        for grads in gradients.values():
-            torch._foreach_mul_(grads, float(len(gradients)))
-        assign(self._named, self.editor.combine(gradients))  # type: ignore[union-attr]
+        assert not isinstance(self.editor, str)
+        assign_combined(self._named, self.editor, gradients)
 
 
 def _mask(inputs: dict[str, Any]) -> Tensor:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._files import write_atomically
 from ..guard import CapabilityGuard
 from ..guard.report import flat_numbers
 from ..subspace.batches import shown_rows
+from .state import load_state, save_state
 
 try:
     from transformers import TrainerCallback
@@ -124,7 +124,7 @@ class GuardCallback(TrainerCallback):
             self.recorder = self._training.enter_context(guard.stage(self.stage, path=self.path))
             self._training.callback(setattr, self, "recorder", None)
         if state.global_step:
-            self._load(guard, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            load_state(guard, Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Probes that are due, then the step's domain."""
@@ -161,7 +161,7 @@ class GuardCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Writes the guard's state beside the model's."""
         if self.guard is not None and not args.save_only_model:
-            self._save(self.guard, Path(args.output_dir) / f"checkpoint-{state.global_step}", args.should_save)
+            save_state(self.guard, Path(args.output_dir) / f"checkpoint-{state.global_step}", args.should_save)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Closes the stage, which becomes history and a file, and detaches."""
@@ -185,34 +185,6 @@ class GuardCallback(TrainerCallback):
             elif name not in guard.history:
                 folder.mkdir(parents=True, exist_ok=True)
                 guard.protect(name, shown_rows(rows, tokenizer), path=path, tokenizer=tokenizer)
-
-    @staticmethod
-    def _save(guard: CapabilityGuard, folder: Path, writes: bool) -> None:
-        state = guard.state_dict()
-        if guard.layout.shards.sharded:
-            import torch.distributed.checkpoint as dcp
-
-            dcp.save({"guard": state}, checkpoint_id=folder / "guard")
-        elif writes:
-            write_atomically(folder / "guard.pt", lambda path: torch.save(state, path))
-
-    @staticmethod
-    def _load(guard: CapabilityGuard, folder: Path) -> None:
-        sharded = guard.layout.shards.sharded
-        path = folder / ("guard" if sharded else "guard.pt")
-        if not path.exists():
-            raise FileNotFoundError(
-                f"resuming: expected the guard's state in {path}, found none; resume from a checkpoint of this output_dir that "
-                "was written with the guard, with save_only_model=False"
-            )
-        if sharded:
-            import torch.distributed.checkpoint as dcp
-
-            state = {"guard": guard.state_dict()}
-            dcp.load(state, checkpoint_id=path)
-            guard.load_state_dict(state["guard"])
-        else:
-            guard.load_state_dict(torch.load(path, map_location=guard.device, weights_only=False))
 
 
 def _same_everywhere(guard: CapabilityGuard) -> None:

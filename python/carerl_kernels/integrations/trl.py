@@ -41,7 +41,8 @@ class CareMixin:
             itself: the directions of all others act on each domain's part (:meth:`CapabilityGuard.mixed`). TRL's clipping
             follows.
         self_rehearsal_weight: of the cross-entropy of the run's own right answers (:class:`OwnAnswers`); 0: none are kept.
-        self_rehearsal_size: right answers that are kept per domain; self_rehearsal_batch: drawn in every optimizer step.
+        self_rehearsal_size: The number of right answers that are kept per domain.
+        self_rehearsal_batch: The number of them that are drawn in every optimizer step.
         probe_loss, protect: see :class:`GuardCallback`.
         balance: weighs the advantages of mixed batches per domain: "gradient", so that every domain's squared advantages are the
             same, or a controller by weight that a monitor feeds (`MonitorCallback(DriftMonitor(..., controller=controller))`).

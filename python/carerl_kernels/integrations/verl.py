@@ -13,6 +13,7 @@ from torch import nn
 
 from ..guard import CapabilityGuard
 from ..guard.report import flat_numbers
+from .state import load_state, save_state, state_path
 
 MakeGuard = Callable[[nn.Module], CapabilityGuard]
 
@@ -120,9 +121,7 @@ def guarded(
             super().save_checkpoint(local_path, *args, **kwargs)
             if self.guard is None:
                 return
-            from .transformers import GuardCallback  # verl brings transformers
-
-            GuardCallback._save(self.guard, Path(local_path), _first())
+            save_state(self.guard, Path(local_path), _first())
             if path is not None:
                 self.guard.recorded().save(path)
 
@@ -134,9 +133,7 @@ def guarded(
                 return
             guard.rebase()  # other weights than those it was attached to
             if folder is not None:
-                from .transformers import GuardCallback
-
-                GuardCallback._load(guard, folder)
+                load_state(guard, folder)
 
     GuardedEngine.__name__ = GuardedEngine.__qualname__ = f"Guarded{base.__name__}"
     return GuardedEngine
@@ -149,12 +146,12 @@ def _first() -> bool:
 
 def _state_folder(guard: CapabilityGuard, folder: Path, stage: str | None) -> Path | None:
     """The folder if the guard's state is in it; a stage does not go on without what was recorded of it."""
-    name = "guard" if guard.layout.shards.sharded else "guard.pt"
-    if (folder / name).exists():
+    path = state_path(guard, folder)
+    if path.exists():
         return folder
     if stage is not None:
         raise FileNotFoundError(
-            f"recording stage {stage!r}: expected the guard's state in {folder / name}, which save_checkpoint of this engine "
+            f"recording stage {stage!r}: expected the guard's state in {path}, which save_checkpoint of this engine "
             "writes, found none: the stage's file would hold the later steps only. Load a checkpoint of this stage, or "
             "start a stage from weights with model.path and without resuming"
         )

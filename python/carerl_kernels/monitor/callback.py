@@ -28,7 +28,7 @@ class MonitorCallback(TrainerCallback):
     resumed run goes on with it: the first process reads it, for all. One callback watches one run.
 
     Args:
-        monitor: with `evaluate`, which every process has to call alike; give sinks to rank 0 only.
+        monitor: A monitor with `evaluate`, which every process has to call alike; give sinks to rank 0 only.
         losses: per domain, its loss on stored examples; where `monitor.gradients_due()`, their gradients are compared with
             the batch's own, and with `split_every` they are what is split into conflict and curvature (without dropout then).
         resume_from_checkpoint: what `trainer.train` is given under this name, where that lies outside of `args.output_dir`: a

@@ -96,7 +96,8 @@ def step_budget(record: RunRecord, lost: Sequence[Loss]) -> Iterator[Cause]:
         prompts = _mean(batch) if batch else 0.0
         scaled = share > 1.25 * prompts
         remedy = (
-            "give every domain's rewards one scale: advantages='domain' (or 'group'), or balance='gradient'"
+            "give every domain's rewards one scale: advantages='domain' or 'group' (TRL: scale_rewards='group'), or "
+            "balance='gradient'"
             if scaled
             else "halve the learning rate, equal shares of prompts, or balance='controller'"
         )

@@ -33,7 +33,8 @@ class Decision:
     Attributes:
         domain, step: whose, and the evaluation that it rests on.
         before, after: factors.
-        drop, error: of the score below the baseline, in units of the score range, and its standard error.
+        drop: How far the score lies below the baseline, in units of the score range.
+        error: The standard error of the drop.
     """
 
     domain: str
@@ -119,7 +120,7 @@ class Controller:
         """One evaluation.
 
         Args:
-            step: of the run.
+            step: The step of the run.
             found: per domain what the monitor says of it: "drop" and "error". Domains without a drop, which were not compared
                 with anything yet, keep their factor.
             span: size of the score range.

@@ -39,7 +39,7 @@ def diagnose(run: Path | str, limit: int = 3) -> Diagnosis:
     """Reads a run's directory.
 
     Args:
-        run: with metrics.jsonl, of the trainer; or of a `JsonLines` sink, as far as its lines go.
+        run: The directory of a run with the metrics.jsonl of the trainer, or of a `JsonLines` sink as far as its lines go.
         limit: causes named at most.
 
     Raises:

@@ -54,7 +54,7 @@ class WatchedDomain:
     """Scores of one domain over a run, compared with its baseline.
 
     Args:
-        name: of the domain.
+        name: The name of the domain.
         test: gathers the evidence.
         domains: how many are tested: evidence of one has to be that much stronger.
         score_range: smallest and largest possible score.
@@ -243,3 +243,43 @@ def _difference(drop: float, error: float, span: float) -> str:
     if span == 1:
         return f"{100 * drop:.1f} ± {100 * error:.1f} points"
     return f"{drop:.3g} ± {error:.2g}"
+
+
+def judge(
+    watched: Mapping[str, WatchedDomain],
+    scores: Mapping[str, Any],
+    step: int,
+    tested: bool,
+    alpha: float,
+    drop: float,
+    span: float,
+) -> tuple[dict[str, Any], list[Alert]]:
+    """Takes in an evaluation: what is known of every domain now, and alerts of those that have fallen for the first time.
+
+    Args:
+        watched: All domains, by name.
+        scores: Their scores, as the monitor's `evaluate` gives them.
+        step: Step of the evaluation.
+        tested: Whether this evaluation counts as evidence.
+        alpha, drop: See the monitor.
+        span: Size of the range of scores.
+
+    Raises:
+        ValueError: Scores of an unknown domain, of another length, or out of range.
+    """
+    unknown = [name for name in scores if name not in watched]
+    if unknown:
+        raise ValueError(f"scores: expected domains out of {', '.join(watched)}, found {', '.join(unknown)}")
+    pairs = {name: watched[name].pairs(values) for name, values in scores.items()}  # all before any is counted
+    out: dict[str, Any] = {}
+    alerts = []
+    for name, (present, against) in pairs.items():
+        found = out[name] = watched[name].add(present, against, tested)
+        if "p" not in found:
+            continue
+        found["fallen"] = found["p"] <= alpha and found["drop"] >= drop
+        if found["fallen"] and not watched[name].alerted:
+            watched[name].alerted = True
+            told = {key: found[key] for key in ("drop", "error", "baseline", "n", "p")}
+            alerts.append(Alert(name, step, score=found["baseline"] - found["drop"], alpha=alpha, span=span, **told))
+    return out, alerts

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..guard.build import trainable
-from ..subspace.shards import Shards, local
+from ..guard.gradients import local_gradients, set_aside
+from ..subspace.shards import Shards
 
 CHUNK = 1 << 20  # elements per gradient of the buffer that inner products are taken in
 
@@ -25,7 +26,7 @@ def gradient_gram(gradients: Sequence[Sequence[Tensor]], shards: Shards | None =
 
     Args:
         gradients: D times one tensor per parameter (of sharded parameters the local parts), of equal sizes.
-        shards: of sharded parameters; sums over their processes.
+        shards: The shards of sharded parameters; sums over their processes.
         chunk: elements per gradient in the buffer: 4 D chunk bytes.
 
     Returns:
@@ -75,7 +76,7 @@ class GradientKeeper:
     Costs while kept: N numbers per name (in the gradients' dtype) beside the optimizer's own; comparing reads each once.
 
     Args:
-        model: whose trainable parameters the gradients belong to.
+        model: The model whose trainable parameters the gradients belong to.
     """
 
     def __init__(self, model: nn.Module | Iterable[tuple[str, nn.Parameter]]) -> None:
@@ -86,7 +87,7 @@ class GradientKeeper:
 
     def keep(self, name: str) -> None:
         """Copies what is in `p.grad` now."""
-        self.kept[name] = self._add(name, [g.clone() for g in self._gradients()])
+        self.kept[name] = self._add(name, [g.clone() for g in local_gradients(self.parameters)])
 
     @contextmanager
     def around(self, name: str, training: bool) -> Iterator[None]:
@@ -101,23 +102,19 @@ class GradientKeeper:
         Raises:
             RuntimeError: no gradient arrived.
         """
-        before = [p.grad for p in self.parameters]
-        for p in self.parameters:
-            p.grad = None
-        try:
+        with set_aside(self.parameters):
             yield
             if all(p.grad is None for p in self.parameters):
                 raise RuntimeError(
                     f"gradients of {name!r}: expected a gradient, found none; call loss.backward() inside the block"
                 )
             # Without an earlier gradient the new one stays in p.grad, to be clipped there or zeroed: a copy is kept.
-            self.kept[name] = self._add(name, [g.clone() if training else g for g in self._gradients()])
-        finally:
-            for p, old in zip(self.parameters, before, strict=True):
-                if not training:
-                    p.grad = old
-                elif old is not None:
-                    p.grad = old if p.grad is None else old.add_(p.grad)
+            found = local_gradients(self.parameters)
+            self.kept[name] = self._add(name, [g.clone() for g in found] if training else found)
+            new = [p.grad for p in self.parameters]
+        for p, grad in zip(self.parameters, new, strict=True):
+            if training and grad is not None:
+                p.grad = grad if p.grad is None else p.grad.add_(grad)
 
     def compare(self) -> dict[str, Any]:
         """Cosines and norms of what was kept, which is dropped.
@@ -142,9 +139,6 @@ class GradientKeeper:
         if name not in self.kept:
             return new
         return [a + b for a, b in zip(self.kept[name], new, strict=True)]
-
-    def _gradients(self) -> list[Tensor]:
-        return [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in self.parameters]
 
 
 def _ratio(product: float, size: float) -> float | None:

@@ -15,11 +15,12 @@ from typing import Any, get_args
 from torch import nn
 
 from .._files import write_bytes_atomically
+from ..guard.report import guard_figures
 from .budget import StepBudget
+from .clock import Clock
 from .controller import Controller
-from .domain import Alert, Given, WatchedDomain, is_number, plain, read_baseline
+from .domain import Alert, Given, WatchedDomain, is_number, judge, plain, read_baseline
 from .gradients import GradientKeeper
-from .guarded import guard_figures
 from .sequential import DropTest, Examples
 from .sinks import Sink, plain_values
 from .split import Losses
@@ -66,7 +67,6 @@ class DriftMonitor:
 
     Attributes:
         alerts: all so far.
-        seconds: spent per part: evaluate, gradients, test, split, guard, sinks.
 
     Raises:
         ValueError: an argument out of range, named with what was expected.
@@ -129,7 +129,7 @@ class DriftMonitor:
         self.losses, self.controller = losses, controller
         self.sinks, self.on_alert = tuple(sinks), on_alert
         self.alerts: list[Alert] = []
-        self.seconds: dict[str, float] = {}
+        self._clock = Clock()
         given = {} if baseline in ("start", "best") else read_baseline(baseline, self.domains)
         if examples == "fresh":
             for name, value in given.items():
@@ -166,9 +166,6 @@ class DriftMonitor:
         self._budget = None if model is None else StepBudget(model)
         folder = None if snapshots is None else Path(snapshots)
         self.windows = None if model is None or not split_every else Windows(model, split_every, folder)
-        self._started: float | None = None
-        self._wall_before = 0.0
-        self._spent_before, self._last_end = 0.0, time.perf_counter()
 
     # ------------------------------------------------------------------------------------------------------------ the loop
 
@@ -185,9 +182,9 @@ class DriftMonitor:
 
         Args:
             step: number of the step, larger at every call.
-            metrics: of the step, for the sinks; see :func:`carerl_kernels.monitor.reward_statistics`.
-            scores: of an evaluation that was made anyway, as `evaluate` gives them.
-            losses: as the constructor's, for this call.
+            metrics: The metrics of the step, for the sinks; see :func:`carerl_kernels.monitor.reward_statistics`.
+            scores: The scores of an evaluation that was made anyway, as `evaluate` gives them.
+            losses: Takes the place of the constructor's `losses` for this call.
             acting: domain or stage whose step this was.
 
         Returns:
@@ -205,26 +202,27 @@ class DriftMonitor:
             for sink in self.sinks:
                 sink.begin()
             self._begun = True
-        self._started = self._started or time.perf_counter()
+        self._clock.start()
         if scores is None and self.evaluate is not None and (self._step is None or step % self.every == 0):
-            with self._timed("evaluate"):
+            with self._clock.timed("evaluate"):
                 scores = self.evaluate()
         record: dict[str, Any] = {}
         alerts: list[Alert] = []
         if scores:
-            with self._timed("test"):
-                record["domains"], alerts = self._judge(step, scores)
+            with self._clock.timed("test"):
+                tested = step >= self.test_from
+                record["domains"], alerts = judge(self._watched, scores, step, tested, self.alpha, self.drop, self.span)
             record |= {"alpha": self.alpha, "drop": self.drop, "span": self.span}
         if self._keeper is not None and self._keeper.kept:
-            with self._timed("gradients"):
+            with self._clock.timed("gradients"):
                 record["gradients"] = self._keeper.compare()
         if self._budget is not None and self._budget.kept:
-            with self._timed("gradients"):
+            with self._clock.timed("gradients"):
                 record["budget"] = self._budget.measure()
         if self.windows is not None:
             self.windows.acts(acting)
             if scores:
-                with self._timed("split"):
+                with self._clock.timed("split"):
                     record |= self._split(step, losses or self.losses, record.get("budget", {}))
         if self._budget is not None:
             self._budget.directions = {}
@@ -232,13 +230,13 @@ class DriftMonitor:
             decisions = self.controller.update(step, record["domains"], self.span)
             record["balance"] = self.controller.record(decisions)
         if self.guard is not None and record:
-            with self._timed("guard"):
+            with self._clock.timed("guard"):
                 record["guard"] = guard_figures(self.guard.report())
         if alerts:
             record["alerts"] = [asdict(a) for a in alerts]
             self.alerts += alerts
         self._step = step
-        with self._timed("sinks"):
+        with self._clock.timed("sinks"):
             self._tell(step, metrics or {}, record, alerts)
         return record
 
@@ -301,9 +299,9 @@ class DriftMonitor:
             entered = time.perf_counter()
             yield
             left = time.perf_counter()
-        self._spend("gradients", entered - started + time.perf_counter() - left)
+        self._clock.spend("gradients", entered - started + time.perf_counter() - left)
         if not training:
-            self._spend("gradients", left - entered)
+            self._clock.spend("gradients", left - entered)
 
     def domains_due(self, evaluation: bool = False) -> bool:
         """Whether the gradients of a mixed batch's domains shall be shown before the next optimizer step.
@@ -322,8 +320,8 @@ class DriftMonitor:
         :meth:`step` says what share of the step each domain has, of the gradients and, for Adam's kind, of the normalised step.
 
         Args:
-            name: of the domain.
-            optimizer: whose step follows.
+            name: The name of the domain.
+            optimizer: The optimizer whose step follows.
 
         Raises:
             ValueError: the monitor was built without a model.
@@ -331,12 +329,12 @@ class DriftMonitor:
         """
         self._gradient_keeper()
         assert self._budget is not None
-        with self._timed("gradients"), self._budget.around(name, optimizer):
+        with self._clock.timed("gradients"), self._budget.around(name, optimizer):
             yield
 
     def keep_gradients(self, name: str) -> None:
         """Keeps a copy of what is in `p.grad` now."""
-        with self._timed("gradients"):
+        with self._clock.timed("gradients"):
             self._gradient_keeper().keep(name)
 
     def _gradient_keeper(self) -> GradientKeeper:
@@ -346,24 +344,14 @@ class DriftMonitor:
             )
         return self._keeper
 
-    # ---------------------------------------------------------------------------------------------------------------- cost
-
     def cost(self) -> dict[str, Any]:
         """Seconds per part, wall-clock seconds since the first step, and the share of monitoring in them."""
-        wall = self._wall_before + (0.0 if self._started is None else time.perf_counter() - self._started)
-        total = sum(self.seconds.values())
-        return {"seconds": dict(self.seconds), "wall": wall, "share": min(1.0, total / wall) if wall > 0 else 0.0}
+        return self._clock.cost()
 
-    @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._spend(part, time.perf_counter() - started)
-
-    def _spend(self, part: str, seconds: float) -> None:
-        self.seconds[part] = self.seconds.get(part, 0.0) + seconds
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds spent per part: evaluate, gradients, test, split, guard, sinks."""
+        return self._clock.seconds
 
     # --------------------------------------------------------------------------------------------------------------- state
 
@@ -377,8 +365,7 @@ class DriftMonitor:
             "alerts": [asdict(a) for a in self.alerts],
             "split": None if self.windows is None else self.windows.state_dict(),
             "controller": None if self.controller is None else self.controller.state_dict(),
-            "seconds": dict(self.seconds),
-            "wall": self.cost()["wall"],
+            **self._clock.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -405,8 +392,7 @@ class DriftMonitor:
         for name, watched in self._watched.items():
             watched.load_state_dict(state["watched"][name])
         self.alerts = [Alert(**a) for a in state["alerts"]]
-        self.seconds, self._wall_before = dict(state["seconds"]), state["wall"]
-        self._spent_before = sum(self.seconds.values())  # told in lines of the run before
+        self._clock.load_state_dict(state)
         self.resume_sinks(-1 if self._step is None else self._step)
 
     def resume_sinks(self, step: int) -> None:
@@ -433,29 +419,6 @@ class DriftMonitor:
             )
         return {} if found is None else {"split": found}
 
-    def _judge(self, step: int, scores: Mapping[str, Any]) -> tuple[dict[str, Any], list[Alert]]:
-        unknown = [name for name in scores if name not in self.domains]
-        if unknown:
-            raise ValueError(f"scores: expected domains out of {', '.join(self.domains)}, found {', '.join(unknown)}")
-        pairs = {
-            name: self._watched[name].pairs(values) for name, values in scores.items()
-        }  # all before any is counted
-        out: dict[str, Any] = {}
-        alerts = []
-        for name, (present, against) in pairs.items():
-            watched = self._watched[name]
-            found = out[name] = watched.add(present, against, step >= self.test_from)
-            if "p" not in found:
-                continue
-            found["fallen"] = found["p"] <= self.alpha and found["drop"] >= self.drop
-            if found["fallen"] and not watched.alerted:
-                watched.alerted = True
-                told = {key: found[key] for key in ("drop", "error", "baseline", "n", "p")}
-                alerts.append(
-                    Alert(name, step, score=found["baseline"] - found["drop"], alpha=self.alpha, span=self.span, **told)
-                )
-        return out, alerts
-
     def _tell(self, step: int, metrics: Mapping[str, Any], record: dict[str, Any], alerts: list[Alert]) -> None:
         for alert in alerts:
             _log.warning("%s", alert)
@@ -466,7 +429,7 @@ class DriftMonitor:
             if "domains" in record and "eval" not in line:
                 line["eval"] = {name: found["score"] for name, found in record["domains"].items()}
             if "seconds" not in line:
-                line["seconds"] = self._since_last_line()
+                line["seconds"] = self._clock.since_last_line()
             for sink in self.sinks:
                 sink.log(step, line)
                 for alert in alerts:
@@ -474,13 +437,6 @@ class DriftMonitor:
         if self.on_alert is not None:
             for alert in alerts:
                 self.on_alert(alert)
-
-    def _since_last_line(self) -> dict[str, float]:
-        """Wall-clock seconds since the last line: the monitor's own, and everything else."""
-        now, spent = time.perf_counter(), sum(self.seconds.values())
-        wall, own = now - self._last_end, spent - self._spent_before
-        self._last_end, self._spent_before = now, spent
-        return {"other": max(0.0, wall - own), "monitor": own}
 
 
 def _told(setting: Any) -> str:

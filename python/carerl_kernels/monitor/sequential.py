@@ -46,7 +46,7 @@ def log_capital(differences: Numbers, tolerance: float = 0.0) -> Numbers:
 
     Args:
         differences: `[..., n]` in [-1, 1]; NaN: no bet on this one.
-        tolerance: of the claim.
+        tolerance: The tolerance of the claim.
 
     Returns:
         `[bets, ...]`.

@@ -127,7 +127,7 @@ class WandB:
     A resumed run of theirs (`id=...`, `resume="must"`) ignores steps that it has seen already: nothing is logged twice.
 
     Args:
-        settings: for `wandb.init`: project, name, mode="offline", ...
+        settings: The settings for `wandb.init`: project, name, mode="offline", ...
 
     Raises:
         ImportError: wandb is missing.
@@ -160,7 +160,7 @@ class Trackio:
 
     Args:
         project: their name of a group of runs.
-        settings: for `trackio.init`: name, space_id, ...
+        settings: The settings for `trackio.init`: name, space_id, ...
 
     Raises:
         ImportError: trackio is missing.

@@ -24,7 +24,7 @@ class Windows:
     Args:
         model: a module, or pairs of name and parameter.
         every: evaluations of a window.
-        folder: of the snapshots' files, safetensors; None: in memory, and a resumed run begins a window anew.
+        folder: The folder of the snapshots' files, safetensors; None: in memory, and a resumed run begins a window anew.
         keep: saved states whose snapshots stay on the disk.
 
     Attributes:
@@ -60,7 +60,7 @@ class Windows:
         """An evaluation: begins the first window, or ends one where it is due; the weights are as before afterwards.
 
         Args:
-            step: of the run.
+            step: The step of the run.
             losses: see :data:`Losses`.
             directions, shares: per domain of a mixed batch, what its gradient makes of a step, and its share of the step.
 

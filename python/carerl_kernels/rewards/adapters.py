@@ -15,13 +15,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from json import dumps
 from typing import Any
 
-from .._http import MAX_BODY
-from .._json import parse_json
-from ..grpo.domain import Example
+from ..task import Example
 from .handed_over import Examples, Reward, as_example, as_number, judged, name_of, plain
 from .prompts import Prompt, completion_text
 from .reasoning import StripReasoning, strip_special_tokens
@@ -53,7 +49,7 @@ def trl_reward(
     Args:
         reward: Any.
         answer: Data set column with the right answer; every column is in `example.info`.
-        name: In TRL's logs.
+        name: The name of the reward in TRL's logs.
         asynchronous: An `async def`, which TRL runs beside other asynchronous rewards.
         strip_reasoning: See the module.
 
@@ -199,51 +195,6 @@ def _from_queries(
             raise ValueError(f"expected a query to start with its prompt, found {query[:80]!r} for {prompt[:80]!r}")
     responses = [strip_special_tokens(q[len(p) :]) for q, p in zip(queries, prompts, strict=True)]
     return judged(reward, examples, responses, "OpenRLHF", strip)
-
-
-def openrlhf_server(
-    reward: Reward,
-    host: str = "127.0.0.1",
-    port: int = 5000,
-    *,
-    excluded: float | None = None,
-    strip_reasoning: StripReasoning = False,
-) -> ThreadingHTTPServer:
-    """OpenRLHF's remote reward model: POST {"query", "prompts", "labels"} -> {"rewards", "scores", "extra_logs"}; see
-    `openrlhf_reward_func`.
-
-    Call `serve_forever()` on what comes back. Errors are answered with status 400 or 500 and their message.
-    """
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            try:
-                size = int(self.headers.get("Content-Length") or 0)
-                if not 0 <= size <= MAX_BODY:
-                    raise ValueError(f"expected a body of at most {MAX_BODY >> 20} MiB, found {size} bytes")
-                job = parse_json(self.rfile.read(size))
-                values = _from_queries(reward, job["query"], job["prompts"], job.get("labels"), strip_reasoning)
-                numbers = [as_number(v, excluded, "OpenRLHF") for v in values]
-                logs = {"judged": [float(v is not None) for v in values]}
-                scores = [min(1.0, max(0.0, n)) for n in numbers]
-                self._answer(200, {"rewards": numbers, "scores": scores, "extra_logs": logs})
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                self._answer(400, {"error": f"{type(error).__name__}: {error}"})
-            except Exception as error:
-                self._answer(500, {"error": f"{type(error).__name__}: {error}"})
-
-        def _answer(self, status: int, body: Mapping[str, Any]) -> None:
-            data = dumps(body).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            """The trainer has its own log."""
-
-    return ThreadingHTTPServer((host, port), Handler)
 
 
 # --------------------------------------------------------------------------------------------------------------- slime

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .._command import plain_errors
+
 VERIFIERS = ("exact", "math", "code", "instructions")
 
 
@@ -35,7 +37,7 @@ def score(
     trace: Annotated[bool, typer.Option(help="Keep protocol and verdict in the output.")] = True,
 ) -> None:
     """Rewards for a file of prompts and responses. Stop it any time; the same command goes on where it was."""
-    try:
+    with plain_errors("score", "judge", RuntimeError, stopped="stopped; the same command goes on from here"):
         chosen = [name for name, value in (("--url", url), ("--local", local), ("--verifier", verifier)) if value]
         if len(chosen) != 1:
             raise ValueError(f"expected one of --url, --local and --verifier, found {' and '.join(chosen) or 'none'}")
@@ -76,21 +78,11 @@ def score(
                 trace,
             )
         report = _with_bar(lambda progress: score_file(source, target, rows, progress), rows)
-    except ModuleNotFoundError as error:
-        message = f"{error.name} is not installed: pip install 'carerl-kernels[judge]'"
-    except (ImportError, ValueError, RuntimeError, OSError) as error:
-        message = str(error)
-    except KeyboardInterrupt:
-        message = "stopped; the same command goes on from here"
-    else:
-        typer.echo(f"{report.rows} rows, {report.asked} scored now, mean reward {report.mean:.3f} -> {target}")
-        for line in rows.summary():
-            typer.echo(line)
-        for reason, count in report.excluded.items():
-            typer.echo(f"{count} without a reward: {reason}")
-        return
-    typer.secho(f"carerl score: {message}", err=True, fg=typer.colors.RED)
-    raise typer.Exit(1)
+    typer.echo(f"{report.rows} rows, {report.asked} scored now, mean reward {report.mean:.3f} -> {target}")
+    for line in rows.summary():
+        typer.echo(line)
+    for reason, count in report.excluded.items():
+        typer.echo(f"{count} without a reward: {reason}")
 
 
 def _verifier(name: str, strip_reasoning: bool) -> Any:
@@ -112,7 +104,7 @@ def _verifier(name: str, strip_reasoning: bool) -> Any:
 def _local(name: str) -> tuple[Any, Any]:
     """Model and tokenizer from a directory or by name; "smollm2" is the one that installs as a package."""
     if name == "smollm2":
-        from ..smollm2 import load_smollm2
+        from ..tasks.smollm2 import load_smollm2
 
         return load_smollm2()
     from transformers import AutoModelForCausalLM, AutoTokenizer

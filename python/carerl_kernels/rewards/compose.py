@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..grpo.domain import BatchReward, Example, checked_rewards, group_numbers
+from ..task import BatchReward, Example, checked_rewards, group_numbers
 from .normalize import ROUNDING, Running, rank_in_group, spread_of, standardized
 
 Normalization = Literal["none", "group", "rank", "running"]
@@ -27,9 +27,9 @@ class Component:
     """One of several rewards.
 
     Args:
-        name: In reports, and for other components' gates.
+        name: The name in reports and in other components' gates.
         reward: A verifier, a scorer, anything a `Domain` takes.
-        weight: Of the normalised values.
+        weight: The weight of the normalised values.
         normalize: "group": by mean and standard deviation of the prompt's group. "rank": place in the group. "running": by
             the component's own running mean and standard deviation. "none": as it is.
         gate: Name of the component whose raw value must be at least `gate_at`, or this one is 0 and stays out of its
@@ -75,7 +75,7 @@ class Composition:
     judge is not judged at all: a sum with a hole would compare it with others on different terms.
 
     Args:
-        components: With distinct names.
+        components: The components, with distinct names.
         whiten: Divide the sum by its standard deviation over the batch, as GDPO does last: the step size then does not
             depend on how many components there are.
 
@@ -176,7 +176,7 @@ class Share:
     """What one domain, or one component, contributes.
 
     Attributes:
-        name: Of the domain or component.
+        name: The name of the domain or component.
         samples: Share of the completions.
         energy: Share of the gradient's drive (see `domination`).
         ratio: energy / samples; 1 is proportionate.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from json import dumps
 from typing import Any
 
-from ..grpo.domain import BatchReward, Example, RewardError, checked_rewards, group_numbers
+from ..task import BatchReward, Example, RewardError, checked_rewards, group_numbers
 from .reasoning import StripReasoning
 from .reasoning import strip_reasoning as answer_of
 

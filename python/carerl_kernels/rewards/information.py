@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from ..grpo.domain import Example, Messages, group_numbers
-from ..grpo.logprobs import answer_logprobs
-from ..grpo.text import special_tokens
+from ..logprobs import answer_logprobs
+from ..task import Example, Messages, group_numbers
+from ..text import special_tokens
 
 Template = Callable[[Example, str | None], str | Messages]
 

@@ -15,7 +15,9 @@ def rank_in_group(values: Tensor, groups: Tensor, judged: Tensor | None = None) 
     """Place among the group's values in [-1, 1], ties at their mean place: no outlier counts more than its rank.
 
     Args:
-        values: [B]. groups: [B] integers. judged: [B] bool; False rows get 0 and take no place.
+        values: [B] rewards.
+        groups: [B] integers, the group of each.
+        judged: [B] bool, which rewards there are; False rows get 0 and take no place.
 
     Returns:
         [B] float64 with mean 0 in every group; 0 for a group of one.
@@ -108,7 +110,9 @@ def standardized(values: Tensor, groups: Tensor, judged: Tensor) -> Tensor:
     which large values overflow; so each group is first brought to the range [-1, 1].
 
     Args:
-        values: [B] finite. groups: [B] integers. judged: [B] bool; False rows get 0 and take no place.
+        values: [B] finite rewards.
+        groups: [B] integers, the group of each.
+        judged: [B] bool, which rewards there are; False rows get 0 and take no place.
 
     Returns:
         [B] float64; 0 in a group whose values differ by rounding alone.

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 from .._files import write_bytes_atomically
 from .._json import parse_json
 from .._rows import is_text_or_chat, read_rows
-from ..grpo.domain import Example, checked_rewards
+from ..task import Example, checked_rewards
 from .pa_grm import Item, Score, Scorer, judge_noise
 from .prompts import completion_text
 from .reasoning import StripReasoning
@@ -47,7 +47,7 @@ class JudgeRows:
     """Rows scored by a language model.
 
     Args:
-        scorer: Whose `calibration` is not "group", which needs all rollouts of a prompt at once.
+        scorer: The scorer whose `calibration` is not "group", which needs all rollouts of a prompt at once.
         trace: Whether results carry protocol and verdict.
     """
 
@@ -94,7 +94,7 @@ class VerifierRows:
     """Rows scored by a verifier, several at once in threads.
 
     Args:
-        name: Of the verifier.
+        name: The name of the verifier.
         reward: Itself, with the same `strip_reasoning`.
         threads: At once.
         strip_reasoning: What the verifier does with reasoning traces; kept with the scores.
@@ -147,10 +147,10 @@ def _answer(row: Mapping[str, Any]) -> str | None:
 @dataclass(frozen=True)
 class Report:
     """Attributes:
-    rows: In the output.
+    rows: The number of rows in the output.
     asked: Scored in this run, the others were known.
     excluded: Rows without a reward, by reason.
-    mean: Of the rewards; NaN without any.
+    mean: The mean of the rewards; NaN without any.
     """
 
     rows: int

@@ -75,18 +75,13 @@ class BlockRecorder(GradientRecorder):
                 for name, *factors in zip(names, U, S, V, coefficients, strict=True):
                     left[name], values[name], right[name], moved[name] = factors
         captured = sum(float(c.square().sum()) for c in moved.values())
-        info = BasisInfo(
-            domain=self.domain,
-            kind=layout.kind,
-            k=r,
+        info = BasisInfo.of(
+            layout,
+            self.domain,
             architecture=self.architecture,
-            names=layout.names,
-            shapes=layout.shapes,
             start_hash=self.start.hash,
             end_hash=hash_parameters(parameters, layout.shards),
             steps=self.steps,
-            skipped=0,
-            gradient_capture=None,
             displacement_capture=captured / max(change_energy(self.start, parameters, layout.shards), 1e-300),
         )
         return FactoredBasis(info, left, right, values, moved, layout if layout.shards.sharded else None)

@@ -25,10 +25,10 @@ class Unit:
     """A matrix in a tensor of a file, and where a basis has its directions.
 
     Attributes:
-        label: of the matrix in the basis: a parameter's name, or `name[e]` of a slice.
-        side: of its directions.
+        label: The label of the matrix in the basis: a parameter's name, or `name[e]` of a slice.
+        side: The side of its directions.
         at: which slice of a stack of matrices in the file it is; None where it is all of the tensor.
-        rows: of the labelled matrix that stand here, in this order; None: all.
+        rows: The rows of the labelled matrix that stand here, in this order; None: all.
     """
 
     label: str
@@ -41,14 +41,14 @@ class Correspondence:
     """From the tensors of a checkpoint to the directions of some input bases.
 
     Args:
-        weights: of the model that the bases were recorded on, or one like it.
+        weights: The weights of the model that the bases were recorded on, or one like it.
         bases: input bases of one model.
         like: others of the same model, for its configuration where `weights` have none.
 
     Attributes:
-        units: by tensor name, its matrices that have directions.
+        units: For every tensor name the matrices in it that have directions.
         same: names of tied tensors, each with the other one's.
-        names: by name in the model, the tensor of the files.
+        names: For every name in the model the tensor of the files.
 
     Raises:
         BasisError: another kind of basis, or another model; the first difference is named.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,8 +19,8 @@ from .store import BasisError, BasisInfo, StoredBasis
 
 
 @dataclass(frozen=True)
-class FactoredBasis(StoredBasis):
-    """Factors per covered weight matrix W `[m, n]`, by parameter name (MATH: block, input).
+class FactoredBasis(StoredBasis, kinds=("block", "input")):
+    """Factors per covered weight matrix W `[m, n]`, by parameter name (docs/math.md, "block directions" and "input directions").
 
     `block`: directions u_i v_j^T with U = `left` `[m, r]` and V = `right` `[n, r]`, the leading singular vectors of the
     stage's change theta_start - theta_end; all r x r of them act. `input`: directions e_a v_j^T (`right` alone) or u_j e_b^T
@@ -34,7 +33,7 @@ class FactoredBasis(StoredBasis):
         moved: coefficients of the stage's change along the directions, gradient convention: `[r, r]` (block), `[m, r]` or
             `[n, r]` (input). Their signs orient the directions, their sizes are the displacement. All zero where no stage
             was recorded (`info.displacement_capture` is None); files leave them out then.
-        layout: of sharded parameters, when this is one process's part only; else None.
+        layout: The layout of sharded parameters, when this is one process's part only; else None.
     """
 
     info: BasisInfo
@@ -43,36 +42,6 @@ class FactoredBasis(StoredBasis):
     values: Mapping[str, Tensor]
     moved: Mapping[str, Tensor]
     layout: MatrixLayout | None = None
-
-    @classmethod
-    def random(cls, layout: MatrixLayout, domain: str, seed: int = 0, architecture: str = "") -> FactoredBasis:
-        """Random directions of the same rank: what a recorded basis has to beat. Moved by 1 along each."""
-        left, right, values, moved = {}, {}, {}, {}
-        for group in layout.groups:
-            for _, name, _ in layout.matrices(group):
-                draw = torch.Generator().manual_seed(zlib.crc32(f"{domain}/{name}/{seed}".encode()))
-                if group.side != "right":
-                    left[name] = _random_columns(group.whole, layout.k, draw)
-                if group.side != "left":
-                    right[name] = _random_columns(group.n, layout.k, draw)
-                values[name] = torch.ones(layout.k, dtype=torch.float64)
-                rows = {"both": layout.k, "right": group.whole, "left": group.n}[group.side]
-                moved[name] = torch.ones(rows, layout.k, dtype=torch.float64)
-        info = BasisInfo(
-            domain=domain,
-            kind=layout.kind,
-            k=layout.k,
-            architecture=architecture,
-            names=layout.names,
-            shapes=layout.shapes,
-            start_hash="",
-            end_hash="",
-            steps=0,
-            skipped=0,
-            gradient_capture=None,
-            displacement_capture=layout.chance,
-        )
-        return cls(info, left, right, values, moved)
 
     def quantized(self) -> FactoredBasis:
         """The same basis with bfloat16 factors: half of fp32's memory. What acts is float32 and orthonormal again."""
@@ -180,13 +149,6 @@ def _sides(info: BasisInfo, name: str) -> tuple[int, int]:
     shape = dict(zip(info.names, info.shapes, strict=True)).get(whole, ())
     shape = shape if index is None else shape[1:]
     return (shape[0], math.prod(shape[1:])) if shape else (0, 0)
-
-
-def _random_columns(rows: int, r: int, draw: torch.Generator) -> Tensor:
-    columns = torch.zeros(rows, r)
-    width = min(rows, r)
-    columns[:, :width] = orthonormal(torch.randn(rows, width, generator=draw))
-    return columns
 
 
 def orthonormal(columns: Tensor, shards: Shards | None = None) -> Tensor:

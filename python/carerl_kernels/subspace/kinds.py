@@ -25,10 +25,10 @@ class BasisKind:
 
     Attributes:
         rank: what its number of directions is called, "k" (rows over parameters) or "r" (factors per weight matrix).
-        default: that number.
+        default: The number of directions where none is given.
         sees: where directions come from: the gradients of a stage, its parameter change, or the inputs of weight matrices.
         layout: `layout(named, kind, rank, process group, sides)`.
-        recorder: of a stage: `recorder(domain, layout, parameters, **options)`.
+        recorder: Makes the recorder of a stage: `recorder(domain, layout, parameters, **options)`.
     """
 
     rank: Literal["k", "r"]
@@ -55,7 +55,7 @@ def kind_of(basis: Kind | None, *, seen: bool = True, k: int | None = None, dtyp
     """The kind of basis where none is named: "input", or "per_matrix" where rows are asked for or no inputs can be seen.
 
     Args:
-        basis: as named, or None.
+        basis: The kind that was named, or None.
         seen: whether the model has weights whose inputs can be watched; pairs of names and parameters have none.
         k: directions of a row basis, if given.
         dtype: storage of the directions; that of factors is float32.

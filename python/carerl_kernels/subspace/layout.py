@@ -40,7 +40,7 @@ class Layout:
     Gram matrices are summed over the processes, so every process sees the same numbers.
 
     Attributes:
-        names, shapes: of the whole parameters, in order.
+        names, shapes: The names and shapes of the whole parameters, in order.
         kind: "flat" or "per_matrix".
         k: directions per domain and coefficient row.
         offsets: first element of each parameter within a local row; multiples of 128, zero-padded between.
@@ -76,7 +76,7 @@ class Layout:
             offsets.append(end)
             end += _padded(piece.stop - piece.start)
 
-        buckets: dict[tuple, list[int]] = {}
+        buckets: dict[tuple[Any, ...], list[int]] = {}
         small = 8 * k
         for index, ((_, tensor), piece) in enumerate(zip(named, shards.pieces, strict=True)):
             apart = kind == "per_matrix" and piece.numel >= small
@@ -203,9 +203,7 @@ class Layout:
                 call.per_tensor,
             )
 
-    def edit_rotate_(
-        self, tensors: Sequence[Tensor], bases: Tensor, mix: Tensor, domain: int, q: Tensor, seed: int = 0
-    ) -> None:
+    def edit_rotate_(self, tensors: Sequence[Tensor], bases: Tensor, mix: Tensor, domain: int, q: Tensor) -> None:
         """`tensor <- tensor + mix U` and `U_domain <- q [U_domain; tensor]` of the tensor as it was, in one pass."""
         mix, q = mix.float(), q.float()
         for call in self.calls:
@@ -219,10 +217,10 @@ class Layout:
                 domain,
                 (q[rows] if call.per_tensor else q[rows[0]]).contiguous(),
                 call.per_tensor,
-                seed,
+                0,  # no random rounding: rows are float32
             )
 
-    def rotate_(self, bases: Tensor, tensors: Sequence[Tensor], q: Tensor, seed: int = 0) -> None:
+    def rotate_(self, bases: Tensor, tensors: Sequence[Tensor], q: Tensor) -> None:
         """`U <- q [U; g]` in place on one domain's rows `[k, N]`; q `[T, k', k+1]`."""
         q = q.float()
         for call in self.calls:
@@ -233,7 +231,7 @@ class Layout:
                 [self.offsets[i] for i in call.indices],
                 part.contiguous(),
                 call.per_tensor,
-                seed,
+                0,  # no random rounding: rows are float32
             )
 
 

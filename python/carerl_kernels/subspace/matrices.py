@@ -28,10 +28,13 @@ class Group:
     """Matrices of equal shape, handled together.
 
     Attributes:
-        indices: of the parameters, one for each matrix: a stack of matrices has its index several times.
-        m: rows that live here; whole: rows of the whole matrix; n: columns.
+        indices: The indices of the parameters, one for each matrix: a stack of matrices has its index several times.
+        m: The number of rows that live here.
+        whole: The number of rows of the whole matrix.
+        n: The number of columns.
         side: which factors a direction has: "both" (u v^T), "right" (any column times v^T), "left" (u times any row).
-        first: first coefficient row; each: coefficient rows per matrix.
+        first: The first coefficient row.
+        each: The number of coefficient rows per matrix.
         slices: which slice of its parameter each matrix is; None where it is the whole of it.
     """
 
@@ -66,10 +69,10 @@ class MatrixLayout:
     output; all others are summed over processes.
 
     Attributes:
-        names, shapes: of the whole parameters, in order.
+        names, shapes: The names and shapes of the whole parameters, in order.
         kind: "block" or "input".
         k: rank r.
-        groups: of covered matrices.
+        groups: The groups of covered matrices.
         T: coefficient rows here.
         shards: what of every parameter lives here.
     """
@@ -128,7 +131,7 @@ class MatrixLayout:
         shards: Shards,
         sides: Mapping[str, Side] | None,
     ) -> MatrixLayout:
-        buckets: dict[tuple, list[tuple[int, int | None]]] = {}
+        buckets: dict[tuple[Any, ...], list[tuple[int, int | None]]] = {}
         spread: list[str] = []  # stacks of matrices whose slices live in several processes
         for index, (name, tensor, piece) in enumerate(zip(names, parameters, shards.pieces, strict=True)):
             known = None if sides is None else sides.get(name)

@@ -46,14 +46,10 @@ def merge(bases: Sequence[StoredBasis], domain: str, k: int | None = None) -> St
     else:
         merged, kept = _merge_factors(list(bases), k)  # type: ignore[arg-type]
     captured = [b.info.displacement_capture for b in bases if b.info.displacement_capture is not None]
-    info = BasisInfo(
+    info = replace(
+        first,
         domain=domain,
-        kind=first.kind,
         k=k,
-        architecture=first.architecture,
-        names=first.names,
-        shapes=first.shapes,
-        start_hash=first.start_hash,
         end_hash=bases[-1].info.end_hash,
         steps=sum(b.info.steps for b in bases),
         skipped=sum(b.info.skipped for b in bases),

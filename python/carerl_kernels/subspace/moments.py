@@ -42,7 +42,7 @@ class Sum:
 
     Attributes:
         values: `[n, n]`, or Y = (sum of x x^T) Omega `[n, s]`; float64.
-        trace: of the sum, 0-d float64.
+        trace: The trace of the sum, 0-d float64.
         vectors: how many there were.
     """
 
@@ -133,7 +133,7 @@ class Accumulator:
         self.width = width
         self.sums: dict[frozenset[tuple[Use, int]], Sum] = {}
         self.counts: dict[Use, Tensor] = {}  # [n] float64: how often each element alone was the input (embeddings)
-        self._waiting: OrderedDict[tuple, _Waiting] = OrderedDict()
+        self._waiting: OrderedDict[tuple[Any, ...], _Waiting] = OrderedDict()
 
     def see(self, use: Use, inputs: Tensor, keep: Tensor | None, n: int, columns: Tensor | None) -> None:
         """Input vectors of a matrix.
@@ -231,7 +231,7 @@ class Moments:
         for uses, sum_ in accumulator.sums.items():
             for use, times_ in uses:
                 self._sums.setdefault(use, []).append((sum_, times_))
-        self._leading: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self._leading: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
     def saw(self, label: str, side: Side | None = None) -> bool:
         """Whether inputs of a matrix were seen, from this side or any."""
@@ -327,13 +327,13 @@ class Moments:
         """The input basis of a domain.
 
         Args:
-            layout: of kind "input"; its k is the rank.
+            layout: A layout of kind "input"; its k is the rank.
             domain: name.
             energy: keep the fewest directions with this share of the inputs' energy, at most r.
             architecture: class name of the model, for the fingerprint.
             parameters: local parts, as they are now.
             start: of the stage, to measure how far it moved along the directions; None: moved by 0, no stage was recorded.
-            steps: of the stage; the batches shown by default.
+            steps: The number of steps of the stage; by default the batches shown.
 
         Raises:
             ValueError: inputs of a matrix were seen, but not from the side that the layout has.
@@ -369,17 +369,13 @@ class Moments:
         layout.shards.sum_(moved_energy)
         now = hash_parameters(parameters, layout.shards)
         change = 0.0 if start is None else change_energy(start, parameters, layout.shards)
-        info = BasisInfo(
-            domain=domain,
-            kind=layout.kind,
-            k=layout.k,
+        info = BasisInfo.of(
+            layout,
+            domain,
             architecture=architecture,
-            names=layout.names,
-            shapes=layout.shapes,
             start_hash=now if start is None else start.hash,
             end_hash=now,
             steps=self.batches if steps is None else steps,
-            skipped=0,
             gradient_capture=held / total if total > 0 else 0.0,
             displacement_capture=float(moved_energy) / change if start is not None and change > 0 else None,
         )

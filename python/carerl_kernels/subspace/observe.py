@@ -51,7 +51,7 @@ def observe(
             or a row with a list of `input_ids`, which are put together, padded and masked.
         layout: which weights are covered; its k is the rank that will be asked for.
         run: `run(batch)` calls the model, where it is not called as `model(**batch)`.
-        tokenizer: of texts.
+        tokenizer: The tokenizer for batches that are texts.
         positions: `positions(batch) -> bool [B, T]`, which positions count, where the batch does not hold the mask.
         group: process group over which batches are spread; None: this process has all of them, or FSDP2's processes have.
         unseen: "error" refuses a covered weight of which nothing was seen; "free" warns and leaves it without directions.

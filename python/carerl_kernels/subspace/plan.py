@@ -31,15 +31,20 @@ class Plan:
 
     Attributes:
         kind, k, domains, world_size, dtype: what was planned; k is the rank of factored kinds.
-        parameters: of the model; covered: of them under directions.
-        directions: bytes of all domains' directions. cores: bytes of overlaps and of the frames of every set of domains that
+        parameters: The number of parameters of the model.
+        covered: The number of them under directions.
+        directions: Bytes of all domains' directions.
+        cores: Bytes of overlaps and of the frames of every set of domains that
             acts (one per domain left out, and all).
         state: bytes of the rule's memory, the baselines and, of input bases, what was recorded.
         recording: bytes more while a stage is recorded.
-        disk: bytes of one domain's file (float32); start: of a process's temporary copy of the parameters in a stage.
-        read: bytes of parameters and directions moved by one acting step; flops: multiplications and additions of it.
-        communicated: numbers summed over processes by one acting step; recorded: and by recording one gradient.
-        seconds: of an acting step, memory traffic and arithmetic one after the other.
+        disk: Bytes of one domain's file (float32).
+        start: Bytes of a process's temporary copy of the parameters in a stage.
+        read: Bytes of parameters and directions moved by one acting step.
+        flops: Multiplications and additions of an acting step.
+        communicated: Numbers summed over processes by one acting step.
+        recorded: Numbers summed over processes by recording one gradient.
+        seconds: The duration of an acting step, memory traffic and arithmetic one after the other.
     """
 
     kind: Kind
@@ -86,11 +91,12 @@ def plan(
     Args:
         model: its shapes count.
         kind, k: see :class:`~carerl_kernels.CapabilityGuard`; k is the rank of "block" and "input".
-        domains: with history, besides none or one that is being recorded.
+        domains: The number of domains with history, besides none or one that is being recorded.
         world_size: processes that share the parameters (FSDP2).
         dtype: storage of row bases.
         parameter_bytes: per element of the parameters that the optimizer updates.
-        bandwidth: bytes per second of a process's memory, as attained; flops: of float32 matmuls, as attained.
+        bandwidth: Bytes per second of a process's memory, as attained.
+        flops: Float32 operations per second of matrix products, as attained.
 
     Raises:
         ValueError: a number out of range, or a kind the model has no use for.

@@ -22,8 +22,11 @@ class Portion:
     """A part of a tensor that is handled at once: a matrix `[m, n]`, or some rows or columns of one.
 
     Attributes:
-        key: of the tensor; entry: where it stands. unit: of its directions, None where it has none.
-        at: which slice of a stack of matrices; rows, columns: of the matrix.
+        key: The name of the tensor.
+        entry: Where the tensor stands in the files.
+        unit: Where its directions are; None where it has none.
+        at: The number of the slice of a stack of matrices.
+        rows, columns: The rows and columns of the matrix.
     """
 
     key: str

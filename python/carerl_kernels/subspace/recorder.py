@@ -84,7 +84,6 @@ class StageRecorder(GradientRecorder):
         domain: name of the domain.
         layout: where the parameters lie.
         parameters: the tensors themselves (of sharded ones, the local parts), at the start of the stage.
-        k, oversample, dtype: see :class:`StreamingPCA`.
         start_checkpoint: safetensors file with the parameters at the start, under the layout's names; None writes one
             into a temporary directory.
         architecture: class name of the model, for the fingerprint.
@@ -96,15 +95,12 @@ class StageRecorder(GradientRecorder):
         domain: str,
         layout: Layout,
         parameters: Sequence[Tensor],
-        k: int,
-        oversample: int = 4,
-        dtype: torch.dtype = torch.float32,
         start_checkpoint: Path | str | None = None,
         architecture: str = "",
         every: int = 1,
     ):
         self.domain, self.layout, self.architecture, self.every = domain, layout, architecture, every
-        self.pca = StreamingPCA(layout, k, oversample, dtype, parameters[0].device)
+        self.pca = StreamingPCA(layout, layout.k, device=parameters[0].device)
         self.steps = 0
         self.start = StageStart(domain, layout.names, parameters, layout.shards, start_checkpoint)
 
@@ -143,13 +139,11 @@ class StageRecorder(GradientRecorder):
         total = float(layout.shards.sum_(energy))
         self._orient(directions, moved)
         seen = float(self.pca.energy.sum())
-        info = BasisInfo(
-            domain=self.domain,
-            kind=self.layout.kind,
+        info = BasisInfo.of(
+            layout,
+            self.domain,
             k=directions.shape[0],
             architecture=self.architecture,
-            names=self.layout.names,
-            shapes=self.layout.shapes,
             start_hash=self.start.hash,
             end_hash=hash_parameters(parameters, layout.shards),
             steps=int(self.pca.seen),

@@ -32,16 +32,16 @@ class ReplayRecorder:
 
     Args:
         domain, parameters, start_checkpoint, architecture: see :class:`StageRecorder`.
-        layout: of the parameters. Unless `fixed`, :meth:`finish` corrects its sides by what it sees.
+        layout: The layout of the parameters. Unless `fixed`, :meth:`finish` corrects its sides by what it sees.
         model: what the training calls, wrappers included.
         energy: keep the fewest directions with this share of the inputs' energy, at most r.
         inputs: batches to show, as :func:`observe` takes them; a collection, for it may be gone through several times.
         run, tokenizer, positions, group, unseen: see :func:`observe`.
         fixed: the layout has history, and must stay as it is.
-        seed: of the sample.
+        seed: The seed of the sample.
 
     Attributes:
-        layout: as it was found to be, after :meth:`finish`.
+        layout: The layout of the parameters; after :meth:`finish` as it was found to be.
     """
 
     def __init__(

@@ -24,7 +24,7 @@ class Reservoir:
 
     Args:
         size: sequences to keep.
-        seed: of the draw.
+        seed: The seed of the draw.
     """
 
     def __init__(self, size: int, seed: int):

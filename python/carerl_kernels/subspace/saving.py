@@ -34,8 +34,9 @@ class Part:
     """What this process holds of one tensor of a file.
 
     Attributes:
-        shape, dtype: of the whole tensor.
-        dim: along which it is split, 0 or 1; pieces: tensors and where they belong along it.
+        shape, dtype: The shape and dtype of the whole tensor.
+        dim: The dimension along which the tensor is split, 0 or 1.
+        pieces: The tensors, and where they belong along it.
     """
 
     shape: tuple[int, ...]

@@ -56,9 +56,9 @@ class Shards:
     """Which part of every parameter lives here, and sums over the processes that hold the others.
 
     Args:
-        pieces: of every parameter, in order.
+        pieces: The pieces of every parameter, in order.
         group: over which parameters are sharded; None where every process holds all of them.
-        mesh, placements: of the DTensors, to build others like them; None for plain tensors.
+        mesh, placements: The mesh and placements of the DTensors, to build others like them; None for plain tensors.
 
     Attributes:
         elements, calls: numbers summed over processes so far, and in how many all-reduces.

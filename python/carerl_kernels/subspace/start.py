@@ -22,15 +22,15 @@ class StageStart:
     """Parameters at the start of a stage, in a temporary file or in a checkpoint of the caller's.
 
     Args:
-        domain: for messages.
-        names: of the parameters.
+        domain: The name of the domain, for messages.
+        names: The names of the parameters.
         tensors: their local parts.
         shards: what of every parameter lives here.
         checkpoint: safetensors file with the whole parameters under these names; None writes the local parts into a temporary
             directory, which goes away with this object.
 
     Attributes:
-        hash: of the parameters at the start.
+        hash: The hash of the parameters at the start.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class StageStart:
         checkpoint: Path | str | None = None,
     ):
         self.domain, self.names, self.shards = domain, tuple(names), shards
-        self._temporary: weakref.finalize | None = (
+        self._temporary: weakref.finalize[..., Any] | None = (
             None  # removes the directory, at the latest when this object goes away
         )
         if checkpoint is None:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,11 +32,13 @@ class BasisInfo:
 
     Attributes:
         domain: name of the domain.
-        kind, k: of the basis; directions per coefficient row, or rank of factored bases.
+        kind: The kind of the basis.
+        k: Its number of directions per coefficient row, or the rank of factored bases.
         architecture: class name of the model, for messages.
-        names, shapes: of the parameters, in order.
-        start_hash, end_hash: of the parameter values when the stage began and ended.
-        steps: gradients streamed in; skipped: gradients refused because they were not finite.
+        names, shapes: The names and shapes of the parameters, in order.
+        start_hash, end_hash: The hashes of the parameter values when the stage began and ended.
+        steps: The number of gradients streamed in.
+        skipped: The number of gradients refused because they were not finite.
         gradient_capture: share of the stage's gradient energy that the directions hold, 0..1; None where gradients were not
             looked at (block bases come from the parameter change alone).
         displacement_capture: share of the stage's squared parameter change that they hold, 0..1; None where no stage was
@@ -56,26 +58,62 @@ class BasisInfo:
     gradient_capture: float | None
     displacement_capture: float | None
 
+    @classmethod
+    def of(
+        cls,
+        layout: Fingerprint,
+        domain: str,
+        *,
+        architecture: str,
+        k: int | None = None,
+        start_hash: str = "",
+        end_hash: str = "",
+        steps: int = 0,
+        skipped: int = 0,
+        gradient_capture: float | None = None,
+        displacement_capture: float | None = None,
+    ) -> BasisInfo:
+        """What is known about a basis over a layout; see the attributes. `k` is the layout's where it is None."""
+        return cls(
+            domain=domain,
+            kind=layout.kind,
+            k=layout.k if k is None else k,
+            architecture=architecture,
+            names=layout.names,
+            shapes=layout.shapes,
+            start_hash=start_hash,
+            end_hash=end_hash,
+            steps=steps,
+            skipped=skipped,
+            gradient_capture=gradient_capture,
+            displacement_capture=displacement_capture,
+        )
+
 
 class StoredBasis(ABC):
-    """The recorded directions of one domain, in one file: :class:`DomainBasis` (rows) or `FactoredBasis` (factors)."""
+    """The recorded directions of one domain, in one file: :class:`DomainBasis` (rows) or `FactoredBasis` (factors).
+
+    A class says which kinds it stores: `class DomainBasis(StoredBasis, kinds=("flat", "per_matrix"))`.
+    """
 
     info: BasisInfo
+    _stored: ClassVar[dict[str, type[StoredBasis]]] = {}
+
+    def __init_subclass__(cls, kinds: Sequence[Kind] = ()) -> None:
+        StoredBasis._stored.update(dict.fromkeys(kinds, cls))
 
     @classmethod
     def load(cls, path: Path | str, layout: Any = None) -> Any:
         """Reads a file written by :meth:`save`: the class that fits what is in it.
 
         Args:
-            path: of the file.
-            layout: of sharded parameters: only what belongs to this process is read.
+            path: The path of the file.
+            layout: The layout of sharded parameters: only what belongs to this process is read.
 
         Raises:
             FileNotFoundError: there is no such file.
             BasisError: not a basis file, a newer format version, or damaged.
         """
-        from .factored import FactoredBasis
-
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"basis file {path} does not exist; record one with guard.stage(name, path=...)")
@@ -84,8 +122,7 @@ class StoredBasis(ABC):
         try:
             with safe_open(path, framework="pt") as file:
                 info = _read_info(path, file.metadata() or {})
-                kind = FactoredBasis if info.kind in ("block", "input") else DomainBasis
-                basis = kind._read(path, info, file, layout)
+                basis = cls._stored[info.kind]._read(path, info, file, layout)
                 if layout is None:  # a part of a file cannot be checked by itself
                     whole = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                     if wrong := check_sums(file.metadata() or {}, whole):
@@ -158,11 +195,13 @@ class Fingerprint(Protocol):
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]: ...
     @property
-    def kind(self) -> str: ...
+    def kind(self) -> Kind: ...
+    @property
+    def k(self) -> int: ...
 
 
 @dataclass(frozen=True)
-class DomainBasis(StoredBasis):
+class DomainBasis(StoredBasis, kinds=("flat", "per_matrix")):
     """Rows over all parameters, oriented so that `u . (theta_start - theta_end) >= 0` (gradient convention).
 
     Attributes:
@@ -172,7 +211,7 @@ class DomainBasis(StoredBasis):
         singular_values: `[T, k]` float64, of the stage's gradients.
         displacement: h `[T, k]` float64, at least zero: how far the stage moved along each direction.
         scales: `[k, ceil(N/block)]` of int8 or float8_e4m3fn directions, else None.
-        layout: of sharded parameters, when the directions are this process's part only; else None.
+        layout: The layout of sharded parameters, when the directions are this process's part only; else None.
     """
 
     info: BasisInfo

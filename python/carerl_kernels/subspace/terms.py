@@ -17,9 +17,9 @@ class Weight:
     """A parameter as it lies in memory.
 
     Attributes:
-        name: of the parameter; None where it is not covered, and only matters as what adapters are added to.
-        offset, shape, stride: of its elements in their storage: `[m, n]`, or a stack `[E, m, n]`.
-        dtype: of the elements.
+        name: The name of the parameter; None where it is not covered, and only matters as what adapters are added to.
+        offset, shape, stride: The offset, shape and stride of its elements in their storage: `[m, n]`, or a stack `[E, m, n]`.
+        dtype: The dtype of the elements.
     """
 
     name: str | None

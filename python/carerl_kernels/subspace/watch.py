@@ -45,13 +45,13 @@ class Watch(TorchDispatchMode):
     """Feeds an accumulator with the inputs of covered weights while a model runs.
 
     Args:
-        model: whose parameters are looked up anew when one turns up that is not known (FSDP2 gathers them on the way).
-        names: of the covered parameters.
+        model: The model whose parameters are looked up anew when one turns up that is not known (FSDP2 gathers them on the way).
+        names: The names of the covered parameters.
         accumulator: takes what is seen.
 
     Attributes:
         rows: which positions of the present batch count.
-        other: by name, the operators that used a weight without multiplying an input by it.
+        other: For every name the operators that used a weight without multiplying an input by it.
         untold: labels of matrices with inputs that could not be told from padding; all of them counted.
     """
 

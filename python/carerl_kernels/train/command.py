@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from .._command import plain_errors
+
 
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML file; docs/training.md says what stands in it.")],
@@ -32,10 +34,13 @@ def train(
     if not dry_run and (processes is not None or as_json):
         option = "--json" if processes is None else "--processes"
         raise typer.BadParameter("belongs to --dry-run; start several processes with torchrun", param_hint=option)
-    try:
+    stopped = "stopped; the same command with --resume goes on from the last checkpoint"
+    with plain_errors("train", "train", stopped=stopped):
         from .recipe import load_recipe
 
         loaded = load_recipe(recipe, overrides or ())
+        if loaded.run_dir is None:
+            raise ValueError(f"{recipe}: run_dir: expected the directory of the run's records, found none")
         if dry_run:
             from .plan import lines, plan_run
 
@@ -47,36 +52,8 @@ def train(
         with open_run(loaded) as run:
             history = run.train(resume=resume)
             first = run.trainer.ranks.first
-    except Exception as error:
-        plain = _plain(error)
-        if plain is None:
-            raise
-        message = plain
-    except KeyboardInterrupt:
-        message = "stopped; the same command with --resume goes on from the last checkpoint"
-    else:
-        if first:
-            scores = [line["eval"] for line in history if "eval" in line]
-            for name, value in scores[-1].items() if scores else ():
-                typer.echo(f"{name}: {scores[0][name]:.3f} -> {value:.3f}")
-            typer.echo(f"{len(history) - 1} steps in {loaded.run_dir}")
-        return
-    typer.secho(f"carerl train: {message}", err=True, fg=typer.colors.RED)
-    raise typer.Exit(1)
-
-
-def _plain(error: Exception) -> str | None:
-    """What a user is told of an error that says what to do; None for a bug, whose traceback is wanted."""
-    if isinstance(error, ModuleNotFoundError):
-        own = error.name is None or error.name.split(".")[0] == __package__.split(".")[0]
-        return None if own else f"{error.name} is not installed: pip install 'carerl-kernels[train]'"
-    if isinstance(error, (ImportError, ValueError, OSError, FloatingPointError)):
-        return str(error)
-    from ..grpo.parallel import PeerError
-    from ..grpo.rundir import CheckpointError
-    from ..grpo.sampling import SamplerError
-    from ..rewards.pa_grm.backend import BackendError
-    from ..rewards.verifiers.sandbox import SandboxError
-
-    ours = (CheckpointError, SamplerError, PeerError, BackendError, SandboxError)
-    return str(error) if isinstance(error, ours) else None
+    if first:
+        scores = [line["eval"] for line in history if "eval" in line]
+        for name, value in scores[-1].items() if scores else ():
+            typer.echo(f"{name}: {scores[0][name]:.3f} -> {value:.3f}")
+        typer.echo(f"{len(history) - 1} steps in {loaded.run_dir}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -12,10 +12,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from .._rows import read_rows
-from ..grpo.domain import BatchReward, Domain, Example
 from ..rewards.reasoning import StripReasoning
-
-Reward = Callable[[Example, str], float | None] | BatchReward
+from ..task import Domain, Example, checked_rewards
+from ..tasks.split import Reward, domain_of, split_domain
 
 
 class DomainSpec(BaseModel):
@@ -24,7 +23,11 @@ class DomainSpec(BaseModel):
     Args:
         chat: Prompts go through the tokenizer's chat template as a user's message.
         system: System message before it; needs chat, and prompts as text.
-        probes: Training examples with answers that are stored: for a guard's rule "probed", for rehearsal.
+        seed: Splits the examples, or draws them, and draws the noise.
+        probes: Training examples with answers that are stored: for a guard's rule "probed", for rehearsal, for replay.
+        replay: What of the domain is drawn in later stages (`train.replay_fraction`): of all its prompts, or of the stored ones.
+        noise: Standard deviation of what is added to every reward in training, as a judge's mood would.
+        scale: What every reward is multiplied by in training, its noise too; evaluation sees rewards as they are.
         right_from: A completion with at least this reward counts as right and may be rehearsed (`self_rehearsal_weight`),
             whoever gave it; None: of verifiers those with a reward of 1, of judges none.
     """
@@ -33,7 +36,11 @@ class DomainSpec(BaseModel):
 
     chat: bool = False
     system: str | None = None
+    seed: int = 0
     probes: int = Field(default=0, ge=0)
+    replay: Literal["all", "stored"] = "all"
+    noise: float = Field(default=0.0, ge=0)
+    scale: float = Field(default=1.0, gt=0)
     right_from: float | None = None
 
     @model_validator(mode="after")
@@ -43,16 +50,16 @@ class DomainSpec(BaseModel):
         return self
 
     @abstractmethod
-    def plain(self, name: str, folder: Path, cache: Path) -> Domain:
+    def plain(self, name: str, folder: Path, cache: Path | None) -> Domain:
         """The domain with prompts as text."""
 
-    def build(self, name: str, folder: Path, cache: Path) -> Domain:
+    def build(self, name: str, folder: Path, cache: Path | None) -> Domain:
         """The domain.
 
         Args:
-            name: Of the domain.
+            name: The name of the domain.
             folder: What relative paths of data are relative to: the recipe's.
-            cache: File for what a judge was paid for, where the recipe names none.
+            cache: File for what a judge was paid for, where the recipe names none; None: memory.
 
         Raises:
             ValueError: Data that cannot be used; names file and line.
@@ -67,9 +74,11 @@ class DomainSpec(BaseModel):
                 sample=lambda rng, n: [self._as_chat(e) for e in draw(rng, n)],
                 eval_examples=[self._as_chat(e) for e in domain.eval_examples],
             )
-        if self.probes:
+        if self.probes and not domain.probe_examples:
             drawn = domain.draw(random.Random(f"probes of {name}"), self.probes)
             domain = replace(domain, probe_examples=drawn)
+        if self.noise or self.scale != 1:
+            domain = replace(domain, reward=NoisyReward(domain, self.noise, self.scale, self.seed))
         return domain if self.right_from is None else replace(domain, verify=self.right_from)
 
     def _as_chat(self, example: Example) -> Example:
@@ -79,6 +88,39 @@ class DomainSpec(BaseModel):
         return replace(example, prompt=(*system, {"role": "user", "content": example.prompt}))
 
 
+class NoisyReward:
+    """A domain's reward with noise, and scaled: of training alone. It says of no completion that it is right.
+
+    Args:
+        domain: With the reward as it is.
+        noise, scale, seed: As in `DomainSpec`.
+    """
+
+    def __init__(self, domain: Domain, noise: float, scale: float, seed: int) -> None:
+        self.name, self.reward, self.noise, self.scale = domain.name, domain.reward, noise, scale
+        self.rng = random.Random(f"judge-{domain.name}-{seed}")
+
+    def score_batch(self, examples: Sequence[Example], completions: Sequence[str]) -> list[float | None]:
+        rewards = checked_rewards(self.name, self.reward, examples, completions)
+        return [None if r is None else self.scale * (r + self._draw()) for r in rewards]
+
+    def evaluate_batch(self, examples: Sequence[Example], completions: Sequence[str]) -> list[float | None]:
+        return checked_rewards(self.name, self.reward, examples, completions, training=False)
+
+    def _draw(self) -> float:
+        return self.rng.gauss(0.0, self.noise) if self.noise else 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        inner = self.reward.state_dict() if hasattr(self.reward, "state_dict") else None
+        return {"rng": self.rng.getstate(), "reward": inner}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        version, words, last = state["rng"]
+        self.rng.setstate((version, tuple(words), last))
+        if hasattr(self.reward, "load_state_dict"):
+            self.reward.load_state_dict(state["reward"])
+
+
 class Gym(DomainSpec):
     """Procedural tasks of reasoning-gym.
 
@@ -86,14 +128,13 @@ class Gym(DomainSpec):
         tasks: Names of its data sets; None: the ready mixture of the domain's name (arithmetic, algebra, logic, ...).
         options: Settings per task.
         ask: Turns a question into the prompt; contains {question} and asks for <answer> tags.
-        seed, train_size, eval_size, timeout, allow_unisolated: See `gym_domain`.
+        train_size, eval_size, timeout, allow_unisolated: See `gym_domain`.
     """
 
     kind: Literal["gym"]
     tasks: tuple[str, ...] | None = None
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)
     ask: str | None = None
-    seed: int = 0
     train_size: int = Field(default=10_000, ge=1)
     eval_size: int = Field(default=64, ge=1)
     timeout: float = Field(default=5.0, gt=0)
@@ -104,7 +145,7 @@ class Gym(DomainSpec):
     def _asks_the_question(cls, ask: str | None) -> str | None:
         return _with_placeholder(ask, "{question}")
 
-    def plain(self, name: str, folder: Path, cache: Path) -> Domain:
+    def plain(self, name: str, folder: Path, cache: Path | None) -> Domain:
         from ..rewards.verifiers import gym_domain
 
         ask = self.ask
@@ -126,21 +167,31 @@ class Characters(DomainSpec):
 
     Args:
         task: Its name; None: the domain's.
-        seed: Splits examples into training and evaluation.
     """
 
     kind: Literal["characters"]
     task: str | None = None
-    seed: int = 0
 
-    def plain(self, name: str, folder: Path, cache: Path) -> Domain:
-        from ..demo.tasks import GENERATORS
-        from ..rewards import exact_match
+    def plain(self, name: str, folder: Path, cache: Path | None) -> Domain:
+        from ..tasks.characters import character_domain
 
-        task = self.task or name
-        if task not in GENERATORS:
-            raise ValueError(f"domain {name!r}: expected task {', '.join(GENERATORS)}, found {task!r}")
-        return _split(name, GENERATORS[task](), exact_match, 128, self.seed, "exact")
+        return character_domain(name, self.task or name, self.seed, self.probes)
+
+
+class Words(DomainSpec):
+    """An easy task on pairs of words (first, second, swap, alphabet), for pretrained models.
+
+    Args:
+        task: Its name; None: the domain's.
+    """
+
+    kind: Literal["words"]
+    task: str | None = None
+
+    def plain(self, name: str, folder: Path, cache: Path | None) -> Domain:
+        from ..tasks.words import word_domain
+
+        return word_domain(name, self.task or name, self.seed, self.probes)
 
 
 class Rows(DomainSpec):
@@ -151,14 +202,12 @@ class Rows(DomainSpec):
         train: The file.
         eval: File of held-out examples; None: `eval_size` rows of the training file are kept out of training.
         eval_size: How many of them.
-        seed: Splits a file that serves both.
         ask: Turns the prompt of a row into the prompt of the policy; contains {prompt}, and needs prompts as text.
     """
 
     train: Path
     eval: Path | None = None
     eval_size: int = Field(default=64, ge=0)
-    seed: int = 0
     ask: str | None = None
 
     @field_validator("ask")
@@ -167,18 +216,17 @@ class Rows(DomainSpec):
         return _with_placeholder(ask, "{prompt}")
 
     @abstractmethod
-    def reward(self, cache: Path) -> Reward:
+    def reward(self, cache: Path | None) -> Reward:
         """What judges the completions."""
 
     needs: ClassVar[tuple[str, ...]] = ()
 
-    def plain(self, name: str, folder: Path, cache: Path) -> Domain:
+    def plain(self, name: str, folder: Path, cache: Path | None) -> Domain:
         reward = self.reward(cache)
         train = self._examples(folder / self.train, reward)
         if self.eval is None:
-            return _split(name, train, reward, self.eval_size, self.seed)
-        held = self._examples(folder / self.eval, reward)
-        return Domain(name, lambda rng, n: rng.choices(train, k=n), reward, eval_examples=held)
+            return split_domain(name, train, reward, self.eval_size, self.seed)
+        return domain_of(name, train, self._examples(folder / self.eval, reward), reward)
 
     def _examples(self, path: Path, reward: Reward) -> list[Example]:
         """The rows as examples, each looked at by the verifier that will judge it (`check`), if it looks at any."""
@@ -213,7 +261,7 @@ class Exact(Rows):
     kind: Literal["exact"]
     needs: ClassVar[tuple[str, ...]] = ("answer",)
 
-    def reward(self, cache: Path) -> Reward:
+    def reward(self, cache: Path | None) -> Reward:
         from ..rewards import exact_match
 
         return exact_match
@@ -225,7 +273,7 @@ class Math(Rows):
     kind: Literal["math"]
     needs: ClassVar[tuple[str, ...]] = ("answer",)
 
-    def reward(self, cache: Path) -> Reward:
+    def reward(self, cache: Path | None) -> Reward:
         from ..rewards.verifiers import MathMatch
 
         return MathMatch()
@@ -237,7 +285,7 @@ class Instructions(Rows):
     kind: Literal["instructions"]
     needs: ClassVar[tuple[str, ...]] = ("instructions",)
 
-    def reward(self, cache: Path) -> Reward:
+    def reward(self, cache: Path | None) -> Reward:
         from ..rewards.verifiers import instructions_followed
 
         return instructions_followed
@@ -256,7 +304,7 @@ class Code(Rows):
     allow_unisolated: bool = False
     needs: ClassVar[tuple[str, ...]] = ("tests",)
 
-    def reward(self, cache: Path) -> Reward:
+    def reward(self, cache: Path | None) -> Reward:
         from ..rewards.verifiers import CodeTests
         from ..rewards.verifiers.sandbox import Sandbox
 
@@ -268,7 +316,7 @@ class JudgeSpec(BaseModel):
 
     Args:
         url: Up to and including /v1.
-        model: As the server names it.
+        model: The model's name on the server.
         writer_model: Writes the protocols; None: the judge does.
         max_in_flight, timeout, attempts: See `Endpoint`.
         scale: Highest level of a criterion.
@@ -298,7 +346,7 @@ class Judged(Rows):
     kind: Literal["judged"]
     judge: JudgeSpec
 
-    def reward(self, cache: Path) -> Reward:
+    def reward(self, cache: Path | None) -> Reward:
         from ..rewards.pa_grm import Endpoint, Limits, Scorer
 
         spec = self.judge
@@ -310,7 +358,7 @@ class Judged(Rows):
         return Scorer(
             Endpoint(spec.url, spec.model, **settings),
             writer=None if spec.writer_model is None else Endpoint(spec.url, spec.writer_model, **settings),
-            cache=str(spec.cache or cache),
+            cache=None if spec.cache is None and cache is None else str(spec.cache or cache),
             limits=Limits(scale=spec.scale),
             calibration=spec.calibration,
             on_signs=spec.on_signs,
@@ -320,7 +368,8 @@ class Judged(Rows):
 
 
 AnyDomain = Annotated[
-    Gym | Characters | Exact | Math | Instructions | Code | Judged, Field(discriminator="kind", description="by kind")
+    Gym | Characters | Words | Exact | Math | Instructions | Code | Judged,
+    Field(discriminator="kind", description="by kind"),
 ]
 
 
@@ -328,23 +377,3 @@ def _with_placeholder(ask: str | None, placeholder: str) -> str | None:
     if ask is not None and placeholder not in ask:
         raise ValueError(f"expected {placeholder} in it, where the data go")
     return ask
-
-
-def _split(
-    name: str,
-    examples: list[Example],
-    reward: Reward,
-    held_out: int,
-    seed: int,
-    mode: Literal["sampled", "exact"] = "sampled",
-) -> Domain:
-    """A domain that trains on some examples and is evaluated on the others."""
-    shuffled = list(examples)
-    random.Random(f"{name}-{seed}").shuffle(shuffled)
-    held, train = shuffled[:held_out], shuffled[held_out:]
-    if not train:
-        raise ValueError(
-            f"domain {name!r}: expected more than eval_size={held_out} examples, found {len(examples)}; lower eval_size, or "
-            "give evaluation a file of its own"
-        )
-    return Domain(name, lambda rng, n: rng.choices(train, k=n), reward, eval_examples=held, eval_mode=mode)

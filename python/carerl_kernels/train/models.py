@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..grpo.domain import Domain
 from ..grpo.progress import quiet_transformers
+from ..grpo.rundir import load_weights, save_weights
+from ..task import Domain
 from .recipe import Lora, ModelSpec
 
 PAD, EOS = "<pad>", "<eos>"
@@ -34,12 +36,16 @@ def byte_tokenizer() -> Any:
     )
 
 
-def load_model(spec: ModelSpec, domains: Sequence[Domain]) -> tuple[nn.Module, Any]:
+def load_model(
+    spec: ModelSpec, domains: Sequence[Domain], tasks: Sequence[str] = (), start: Path | None = None
+) -> tuple[nn.Module, Any]:
     """Model and tokenizer, warmed up where the recipe says so.
 
     Args:
-        spec: Of the recipe.
-        domains: Whose answers the warm-up learns.
+        spec: What the recipe says of the model.
+        domains: The domains whose answers the warm-up learns.
+        tasks: Character tasks that a model of characters reads and writes.
+        start: File of the warmed-up weights; they are read from it where it is there, and written to it where it is not.
 
     Raises:
         OSError: transformers finds no such model.
@@ -48,11 +54,17 @@ def load_model(spec: ModelSpec, domains: Sequence[Domain]) -> tuple[nn.Module, A
     """
     _require("transformers", "the trainer")
     with quiet_transformers():
-        model, tokenizer = _load(spec)
-    if spec.warm_up is not None:
-        _warm_up(model, tokenizer, domains, spec)
+        model, tokenizer = _load(spec, tasks)
+    if start is not None and start.exists():
+        load_weights(start, model)
+    else:
+        if spec.warm_up is not None:
+            _warm_up(model, tokenizer, domains, spec)
+        if start is not None:
+            start.parent.mkdir(parents=True, exist_ok=True)
+            save_weights(start, model)
     if spec.lora is not None:
-        model = add_lora(model, spec.lora)
+        model = add_lora(model, spec.lora, spec.seed)
     model.eval()
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -63,7 +75,7 @@ def load_model(spec: ModelSpec, domains: Sequence[Domain]) -> tuple[nn.Module, A
     return model, tokenizer
 
 
-def _load(spec: ModelSpec) -> tuple[Any, Any]:
+def _load(spec: ModelSpec, tasks: Sequence[str]) -> tuple[Any, Any]:
     dtype = getattr(torch, spec.dtype)
     if spec.scratch is not None:
         tokenizer = byte_tokenizer()
@@ -71,10 +83,14 @@ def _load(spec: ModelSpec) -> tuple[Any, Any]:
             torch.manual_seed(spec.seed)
             model = _from_config(scratch_config(spec, tokenizer), dtype)
     elif spec.path == "smollm2":
-        from ..smollm2 import load_smollm2
+        from ..tasks.smollm2 import load_smollm2
 
         model, tokenizer = load_smollm2()
-        _forget_gguf(model)
+    elif spec.path == "characters":
+        from ..tasks.characters import character_tokenizer, tiny_model
+
+        tokenizer = character_tokenizer(tasks)
+        model = tiny_model(tokenizer, spec.seed)
     else:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -96,14 +112,16 @@ def shapes(spec: ModelSpec) -> nn.Module:
     if spec.scratch is not None:
         config = scratch_config(spec, byte_tokenizer())
     elif spec.path == "smollm2":
-        from ..smollm2 import load_smollm2
+        from ..tasks.smollm2 import load_smollm2
 
         config = load_smollm2()[0].config
+    elif spec.path == "characters":
+        config = _load(spec, ())[0].config
     else:
         config = AutoConfig.from_pretrained(str(spec.path))
     with torch.device("meta"):
         model = _from_config(config, getattr(torch, spec.dtype))
-        return model if spec.lora is None else add_lora(model, spec.lora)
+        return model if spec.lora is None else add_lora(model, spec.lora, spec.seed)
 
 
 def scratch_config(spec: ModelSpec, tokenizer: Any) -> Any:
@@ -127,8 +145,8 @@ def scratch_config(spec: ModelSpec, tokenizer: Any) -> Any:
         raise ValueError(f"model.scratch: expected a transformers config, found {settings} ({error})") from error
 
 
-def add_lora(model: nn.Module, lora: Lora) -> nn.Module:
-    """The model with trainable adapters in float32; everything else frozen.
+def add_lora(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
+    """The model with trainable adapters in float32, drawn from the seed; everything else frozen.
 
     Raises:
         ImportError: peft is missing.
@@ -138,7 +156,9 @@ def add_lora(model: nn.Module, lora: Lora) -> nn.Module:
 
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM")
-    return get_peft_model(model, config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
 
 
 def _from_config(config: Any, dtype: torch.dtype) -> Any:
@@ -148,7 +168,7 @@ def _from_config(config: Any, dtype: torch.dtype) -> Any:
 
 
 def _warm_up(model: nn.Module, tokenizer: Any, domains: Sequence[Domain], spec: ModelSpec) -> None:
-    from ..demo.tasks import warm_up
+    from ..tasks.characters import warm_up
 
     assert spec.warm_up is not None
     with_answers = [d for d in domains if all(e.answer is not None for e in d.draw(random.Random(0), 8))]
@@ -164,14 +184,6 @@ def _warm_up(model: nn.Module, tokenizer: Any, domains: Sequence[Domain], spec: 
         batch_per_domain=settings.batch,
         lr=settings.lr,
     )
-
-
-def _forget_gguf(model: Any) -> None:
-    """Weights are plain float32 now; what remembers the file's quantisation would refuse to save them."""
-    model.hf_quantizer = None
-    for config in (model.config,):
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
 
 
 def _require(package: str, what: str, extra: str = "train") -> None:

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from torch import nn
 
+from .._command import size
 from ..grpo.parallel import blocks
 from ..subspace.layout import RowKind
 from .models import shapes
@@ -17,10 +18,10 @@ from .recipe import Recipe
 @dataclass(frozen=True)
 class RunPlan:
     """Attributes:
-    parameters, trainable: Of the model.
+    parameters, trainable: The numbers of all parameters of the model and of the trained ones.
     processes: Planned for.
     sequences: Sampled and trained on per step, at most `tokens` of them written.
-    steps: In all stages.
+    steps: The number of steps in all stages.
     memory: Bytes per process, by purpose, all of them there at once at worst.
     guard: The guard's own plan, or None.
     notes: What the numbers leave out.
@@ -48,8 +49,8 @@ def plan_run(recipe: Recipe, processes: int = 1) -> RunPlan:
     """Plans a recipe.
 
     Args:
-        recipe: From `load_recipe`.
-        processes: That share the model.
+        recipe: The recipe from `load_recipe`.
+        processes: The processes that share the model.
 
     Raises:
         OSError: The model's config cannot be had.
@@ -168,13 +169,3 @@ def lines(recipe: Recipe, plan: RunPlan) -> list[str]:
     out += [f"  {size(n):>10}  {name}" for name, n in plan.memory.items()]
     out.append(f"  {size(plan.total):>10}  in all")
     return out + [f"  ({note})" for note in plan.notes]
-
-
-def size(n: int) -> str:
-    """Bytes for people."""
-    value, unit = float(n), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            break
-        value /= 1000
-    return f"{value:.3g} {unit}"

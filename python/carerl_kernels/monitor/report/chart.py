@@ -23,7 +23,7 @@ class Line:
     """One line.
 
     Attributes:
-        name: for legend and screen readers.
+        name: The name for legend and screen readers.
         points: (x, y).
         colour: number of the page's colour and of the dash pattern.
         marks: draw the points.
@@ -63,9 +63,12 @@ class Matrix:
     """Numbers in rows and columns, shown as a table with coloured cells.
 
     Attributes:
-        title, caption: plain text; corner: what rows and columns are.
-        columns, rows: names; cells: per row, None where nothing was measured.
-        full: magnitude that gets the full colour; style: Python format of a cell.
+        title, caption: The table's title and caption, plain text.
+        corner: What rows and columns are.
+        columns, rows: The names of columns and rows.
+        cells: The values of every row, None where nothing was measured.
+        full: The magnitude that gets the full colour.
+        style: The Python format of a cell.
         bad_above: numbers above 0 get the colour of harm, as losses do, instead of those below.
     """
 
@@ -106,9 +109,9 @@ def line_chart(
     """Draws lines over steps.
 
     Args:
-        title, caption: of the figure.
+        title, caption: The title and caption of the figure.
         lines: what to draw; at least one with points.
-        y_label, x_label: of the axes; none for no label.
+        y_label, x_label: The `y_label` and `x_label` of the axes; none for no label.
         stages: (name, first, last) shown along the top.
         own: names of stages to be shaded.
         alerts: (x, text) marked by vertical lines.

@@ -18,7 +18,8 @@ class Damage:
     """What the windows of one acting domain or stage did to one domain's loss, on average.
 
     Attributes:
-        acting, domain: whose steps, and whose held-out loss.
+        acting: The domain whose steps these are.
+        domain: The domain whose held-out loss this is.
         odd, even: conflict and curvature, means per window in nats per token; above 0 the loss rose.
         windows, last: how many there were, and the step at which the last one ended.
     """
@@ -40,8 +41,9 @@ def damages(record: RunRecord, *, parts: bool = False, after: int = 0, until: in
     """Of every acting stage and domain with a loss, in order of appearance.
 
     Args:
-        record: of a run.
-        parts: of a mixed batch's domains, each along its own direction, instead of all that happened.
+        record: What is known of a run.
+        parts: Whether the changes are those of a mixed batch's domains, each along its own direction, instead of all that
+            happened.
         after, until: only windows that ended after the one and not after the other of these steps.
     """
     sums: dict[tuple[str, str], list[float]] = {}

@@ -32,7 +32,7 @@ class RunRecord:
 
     Attributes:
         path: its directory.
-        lines: of metrics.jsonl, in the order of steps.
+        lines: The lines of metrics.jsonl, in the order of steps.
         config: config.json; None if there is none.
         guard_reports: `CapabilityGuard.report()` at the end of each stage, by stage.
         notes: what a reader should know about the files.

@@ -3,6 +3,7 @@
 `Scorer` is the whole; `ProtocolBuilder` and `Judge` are its two halves; `Endpoint` and `LocalModel` run the model.
 """
 
+from ..._loop import run_sync
 from .agreement import JudgeNoise, judge_noise, rank_agreement
 from .backend import Backend, BackendError, BackendRefusedError, Meter, Reply, Request, Token
 from .builder import ProtocolBuilder
@@ -10,8 +11,6 @@ from .cache import Cache
 from .endpoint import Endpoint
 from .judge import Finding, Judge, Verdict
 from .local import LocalModel
-from .loop import run_sync
-from .pairwise import SwapTest, prefer, swap_test
 from .protocol import Criterion, Limits, Protocol, protocol_schema, verdict_schema
 from .scorer import Item, Score, Scorer
 from .signs import signs, without_signs
@@ -38,18 +37,15 @@ __all__ = [
     "Request",
     "Score",
     "Scorer",
-    "SwapTest",
     "Token",
     "Verdict",
     "judge_noise",
-    "prefer",
     "protocol_schema",
     "quoted",
     "rank_agreement",
     "repetition",
     "run_sync",
     "signs",
-    "swap_test",
     "verdict_schema",
     "without_signs",
 ]

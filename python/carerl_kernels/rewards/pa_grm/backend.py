@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol, TypeVar
 
+from ..._errors import PlainError
 from ..log import LOGGER
 
+T = TypeVar("T")
 
-class BackendError(RuntimeError):
+
+class BackendError(PlainError):
     """No usable reply, after all retries: this one item cannot be judged."""
 
 
@@ -37,10 +40,10 @@ class Request:
     Attributes:
         messages: {"role", "content"}.
         schema: JSON schema that the reply shall satisfy.
-        name: Of the schema.
+        name: The name of the schema.
         max_tokens: Limit of the reply.
         temperature: 0 takes the likeliest token.
-        seed: Of the sampler.
+        seed: The seed of the sampler.
         choices: Texts whose probabilities matter wherever one of them is generated: the digits of a scale.
     """
 
@@ -58,9 +61,9 @@ class Reply:
     """What came back.
 
     Attributes:
-        text: Of the reply.
+        text: The text of the reply.
         complete: False when it was cut at max_tokens.
-        tokens: With alternatives; empty when the backend gives none.
+        tokens: The tokens, with alternatives; empty when the backend gives none.
     """
 
     text: str
@@ -133,3 +136,41 @@ class Meter:
             if getattr(self, name):
                 text += f", {getattr(self, name)} {name}"
         return text
+
+
+async def first_valid(
+    backend: Backend, request: Request, attempts: int, read: Callable[[Reply], T], *, repeat: int = 0
+) -> T:
+    """What `read` makes of the first valid reply. The first request of all takes the likeliest tokens, later ones sample.
+
+    Args:
+        backend: The model.
+        request: What is asked; `max_tokens` is doubled when a reply was cut off.
+        attempts: Replies to ask for.
+        read: Raises a ValueError for a reply that is not valid.
+        repeat: Different numbers are independent replies.
+
+    Raises:
+        BackendError: No valid reply came back.
+    """
+    max_tokens, problem = request.max_tokens, ""
+    for attempt in range(attempts):
+        reply = await backend.complete(
+            replace(
+                request,
+                max_tokens=max_tokens,
+                temperature=0.0 if attempt == 0 and repeat == 0 else 0.7,
+                seed=repeat * attempts + attempt,
+            )
+        )
+        if not reply.complete:
+            problem = f"cut off at {max_tokens} tokens"
+            max_tokens *= 2
+            continue
+        try:
+            return read(reply)
+        except ValueError as error:
+            problem = str(error)
+            LOGGER.info("%s attempt %d: %s", request.name, attempt + 1, problem)
+    backend.meter.failures += 1
+    raise BackendError(f"no valid {request.name} in {attempts} replies of {backend.model}; the last: {problem}")

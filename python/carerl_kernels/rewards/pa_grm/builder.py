@@ -5,9 +5,8 @@ from __future__ import annotations
 from pydantic import ValidationError
 
 from ..._json import last_object
-from ..log import LOGGER
 from ..prompts import Prompt, prompt_text
-from .backend import Backend, BackendError, Request
+from .backend import Backend, Reply, Request, first_valid
 from .cache import Cache, cache_key
 from .protocol import Limits, Protocol, protocol_schema
 from .untrusted import quoted
@@ -40,7 +39,7 @@ class ProtocolBuilder:
         cache: Where protocols are kept, by prompt, reference answer, model and limits.
         limits: Size and scale.
         attempts: Replies to ask for until one is valid; a whole group depends on it.
-        max_tokens: Of a reply; doubled when one was cut off.
+        max_tokens: The limit of a reply's length; doubled when one was cut off.
     """
 
     def __init__(
@@ -99,29 +98,16 @@ class ProtocolBuilder:
         if reference is not None:
             user += "\nA right answer, for you and the judge:\n" + quoted(reference, "REFERENCE")
         messages = ({"role": "system", "content": system}, {"role": "user", "content": user})
-        max_tokens, problem = self.max_tokens, ""
-        for attempt in range(self.attempts):
-            reply = await self.backend.complete(
-                Request(
-                    messages,
-                    protocol_schema(limits),
-                    "protocol",
-                    max_tokens,
-                    temperature=0.0 if attempt == 0 else 0.7,
-                    seed=attempt,
-                )
-            )
-            if not reply.complete:
-                problem = f"cut off at {max_tokens} tokens"
-                max_tokens *= 2
-                continue
-            try:
-                return self._checked(Protocol.model_validate(last_object(reply.text)[0]))
-            except ValueError as error:  # pydantic's too
-                problem = str(error).split("\n", 1)[0] if not isinstance(error, ValidationError) else _first(error)
-                LOGGER.info("protocol attempt %d: %s", attempt + 1, problem)
-        self.backend.meter.failures += 1
-        raise BackendError(f"no valid protocol in {self.attempts} replies of {self.backend.model}; the last: {problem}")
+        request = Request(messages, protocol_schema(limits), "protocol", self.max_tokens)
+        return await first_valid(self.backend, request, self.attempts, self._read)
+
+    def _read(self, reply: Reply) -> Protocol:
+        try:
+            return self._checked(Protocol.model_validate(last_object(reply.text)[0]))
+        except ValidationError as error:
+            raise ValueError(_first(error)) from error
+        except ValueError as error:
+            raise ValueError(str(error).split("\n", 1)[0]) from error
 
     def _checked(self, protocol: Protocol) -> Protocol:
         least, most = self.limits.criteria

@@ -48,8 +48,8 @@ class Endpoint:
 
     Args:
         url: Up to and including `/v1`.
-        model: As the server names it.
-        api_key: By default the environment's CARERL_JUDGE_API_KEY, if any.
+        model: The model's name on the server.
+        api_key: The key, by default the environment's CARERL_JUDGE_API_KEY, if any.
         max_in_flight: Requests under way at once.
         timeout: Seconds for one attempt, from sending to the last byte.
         attempts: Tries of one request in all.
@@ -78,19 +78,16 @@ class Endpoint:
         price: tuple[float, float] = (0.0, 0.0),
     ) -> None:
         key = os.environ.get("CARERL_JUDGE_API_KEY") if api_key is None else api_key
-        try:
-            self._client = RetryingClient(
-                url,
-                key=key,
-                max_in_flight=max_in_flight,
-                timeout=timeout,
-                attempts=attempts,
-                backoff=backoff,
-                max_backoff=max_backoff,
-                log=LOGGER,
-            )
-        except ModuleNotFoundError as error:
-            raise ImportError("a judge endpoint needs httpx: pip install 'carerl-kernels[judge]'") from error
+        self._client = RetryingClient(
+            url,
+            key=key,
+            max_in_flight=max_in_flight,
+            timeout=timeout,
+            attempts=attempts,
+            backoff=backoff,
+            max_backoff=max_backoff,
+            log=LOGGER,
+        )
         self.url = self._client.url
         self._model = model
         self._meter = Meter(price)

@@ -6,12 +6,12 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from ..._json import last_object
-from ..log import LOGGER
 from ..prompts import Prompt, prompt_text
-from .backend import Backend, BackendError, Reply, Request
+from .backend import Backend, Reply, Request, first_valid
 from .cache import Cache, cache_key
 from .digits import expected_levels
 from .protocol import Criterion, Limits, Protocol, verdict_schema
@@ -35,7 +35,7 @@ class Finding:
 
     Attributes:
         key: c1, c2, ... of the protocol.
-        weight: Of the criterion.
+        weight: The weight of the criterion.
         evidence: Quoted from the response.
         reasoning: The judge's.
         level: The digit it wrote.
@@ -57,7 +57,7 @@ class Verdict:
     """A response judged.
 
     Attributes:
-        findings: In the protocol's order.
+        findings: The findings, in the protocol's order.
         violated: Keys of disqualifiers.
         scale: Highest level.
         model: The judge.
@@ -97,7 +97,7 @@ class Judge:
         cache: Where verdicts are kept.
         limits: Those of the protocols.
         attempts: Replies to ask for until one is valid.
-        max_tokens: Of a reply; doubled when one was cut off.
+        max_tokens: The limit of a reply's length; doubled when one was cut off.
         min_grounded: Share of the quotations that must be found in the response; a verdict about something else is no
             verdict. 0 accepts all.
     """
@@ -132,7 +132,7 @@ class Judge:
         Args:
             prompt: Text or chat messages.
             response: What the policy wrote.
-            protocol: By which.
+            protocol: The protocol to judge by.
             reference: A right answer, if there is one.
             reverse: Criteria in reverse order: a judge whose numbers depend on the order is noisy.
             repeat: Different numbers are independent verdicts.
@@ -180,31 +180,9 @@ class Judge:
         )
         schema = verdict_schema(protocol, self.limits, reverse)
         choices = tuple(str(level) for level in range(protocol.scale + 1))
-        max_tokens, problem = self.max_tokens, ""
-        for attempt in range(self.attempts):
-            first = attempt == 0 and repeat == 0
-            reply = await self.backend.complete(
-                Request(
-                    messages,
-                    schema,
-                    "verdict",
-                    max_tokens,
-                    temperature=0.0 if first else 0.7,
-                    seed=repeat * self.attempts + attempt,
-                    choices=choices,
-                )
-            )
-            if not reply.complete:
-                problem = f"cut off at {max_tokens} tokens"
-                max_tokens *= 2
-                continue
-            try:
-                return self._verdict(reply, protocol, response, reverse)
-            except ValueError as error:
-                problem = str(error)
-                LOGGER.info("verdict attempt %d: %s", attempt + 1, problem)
-        self.backend.meter.failures += 1
-        raise BackendError(f"no valid verdict in {self.attempts} replies of {self.backend.model}; the last: {problem}")
+        request = Request(messages, schema, "verdict", self.max_tokens, choices=choices)
+        read = partial(self._verdict, protocol=protocol, response=response, reverse=reverse)
+        return await first_valid(self.backend, request, self.attempts, read, repeat=repeat)
 
     def _verdict(self, reply: Reply, protocol: Protocol, response: str, reverse: bool) -> Verdict:
         """The reply checked against the protocol.

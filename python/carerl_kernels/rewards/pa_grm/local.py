@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...grpo.text import cache_name, encode_prompts, forward_accepts, left_pad, position_ids, special_tokens
+from ...text import cache_name, encode_prompts, forward_accepts, left_pad, position_ids, special_tokens
 from .backend import BackendError, Meter, Reply, Request, Token
 
 
@@ -26,7 +26,7 @@ class LocalModel:
     Args:
         model: transformers causal LM.
         tokenizer: Its fast tokenizer; with a chat template, unless the texts are to be joined by newlines.
-        name: For cache keys and traces; by default the model's `name_or_path`.
+        name: The name for cache keys and traces; by default the model's `name_or_path`.
         batch_size: Most requests decoded at once.
         max_wait: Seconds to wait for more requests before a batch starts.
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from ..._loop import run_sync
 from ..log import LOGGER
 from ..prompts import Prompt, prompt_text
 from ..reasoning import StripReasoning, graded_text
@@ -16,13 +17,12 @@ from .backend import Backend, BackendError, BackendRefusedError
 from .builder import ProtocolBuilder
 from .cache import Cache
 from .judge import Judge, Verdict
-from .loop import run_sync
 from .protocol import Limits, Protocol
 from .signs import REPORT, signs, without_signs
 from .untrusted import Controls
 
 if TYPE_CHECKING:
-    from ...grpo.domain import Example
+    from ...task import Example
 
 Calibration = Literal["scale", "anchors", "group"]
 OnSigns = Literal["lower", "zero", "note"]
@@ -41,14 +41,14 @@ class Score:
     """A response's reward and how it came about.
 
     Attributes:
-        reward: In [0, 1]; None: could not be judged, to be left out of every statistic.
+        reward: The reward in [0, 1]; None: could not be judged, to be left out of every statistic.
         reason: Why it is None, or 0 without a judge.
         value: The judge's number on the protocol's scale, in [0, 1].
-        factor: Of the length and repetition controls.
+        factor: The factor of the length and repetition controls.
         signs: Attempts to steer the judge that were found.
         again: A second, independent verdict's number (criteria in reverse order), for the share that is judged twice.
         verdict: The trace.
-        protocol: By which it was judged.
+        protocol: The protocol by which it was judged.
     """
 
     reward: float | None
@@ -292,7 +292,7 @@ class Scorer:
             BackendRefusedError: The backend refuses whatever it is asked. All else that a server does wrong is a None.
             OSError: The cache's file cannot be read or written.
         """
-        from ...grpo.domain import group_numbers
+        from ...task import group_numbers
 
         items = [Item(e.prompt, text, e.answer) for e, text in zip(examples, completions, strict=True)]
         return [s.reward for s in run_sync(self.score_all(items, groups=group_numbers(examples)))]

@@ -48,7 +48,7 @@ def quoted(text: str, label: str) -> str:
     templates and invisible characters are made visible.
 
     Args:
-        text: From the policy, a data set or the writer of a protocol.
+        text: A text from the policy, a data set or the writer of a protocol.
         label: What it is, in capitals.
     """
     key = hashlib.sha256(f"{label}\0{text}".encode(errors="surrogatepass")).hexdigest()[:16]
@@ -84,7 +84,7 @@ class Controls(BaseModel):
         max_chars: A response that is longer, as the judge would see it (invisible characters take up to nine), is worth 0 and
             is not judged: length is the policy's own doing.
         free_words: Up to so many words cost nothing; None: no length control.
-        limit_words: From so many words on the reward is 0; in between it falls linearly.
+        limit_words: The number of words from which on the reward is 0; in between it falls linearly.
         free_repetition: Share of repeated text (see `repetition`) that costs nothing; above it the reward falls linearly
             and reaches 0 where everything is repetition.
     """

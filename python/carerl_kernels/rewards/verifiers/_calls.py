@@ -11,20 +11,23 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Callable
+from types import ModuleType
 
 
-def plain(value):
+def plain(value: object) -> object:
     """What JSON does not know as what it does: arrays and their scalars, ranges, views, queues as lists and numbers."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, (set, frozenset)):
         raise TypeError(f"a {type(value).__name__} is not JSON")
-    return list(value)
+    return list(value)  # type: ignore[call-overload]
 
 
-def load():
+def load() -> ModuleType:
     """solution.py as the module `solution`, as far as it got if it ends itself."""
     spec = importlib.util.spec_from_file_location("solution", "solution.py")
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["solution"] = module
     with contextlib.suppress(SystemExit):
@@ -32,7 +35,7 @@ def load():
     return module
 
 
-def function(module, name: str):
+def function(module: ModuleType, name: str) -> Callable[..., object]:
     """The function of that name, or the method of a fresh object of class Solution."""
     if not hasattr(module, name) and hasattr(getattr(module, "Solution", None), name):
         return getattr(module.Solution(), name)
@@ -57,7 +60,7 @@ def main() -> None:
     results = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
-    def answer(result: dict) -> None:
+    def answer(result: dict[str, object]) -> None:
         results.write(json.dumps(result, default=plain) + "\n")
         results.flush()
 

@@ -18,6 +18,7 @@ import re
 import select
 import signal
 import sys
+from typing import Any
 
 LITERALS = (
     ast.Expression, ast.Name, ast.Load, ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.UnaryOp, ast.UAdd, ast.USub,
@@ -52,7 +53,7 @@ def harmless_formula(text: str) -> bool:
     )
 
 
-def grade(dataset, job: dict) -> dict:
+def grade(dataset: Any, job: dict[str, Any]) -> dict[str, Any]:
     answer, evaluates = job["answer"], job["evaluates"]
     if (evaluates == "python" and not harmless_literal(answer)) or (
         evaluates == "sympy" and not harmless_formula(answer)
@@ -64,7 +65,7 @@ def grade(dataset, job: dict) -> dict:
         return {"score": 0.0, "error": f"{type(error).__name__}: {error}"[:200]}
 
 
-def in_a_process(dataset, job: dict) -> dict:
+def in_a_process(dataset: Any, job: dict[str, Any]) -> dict[str, Any]:
     """The grade from a process of its own; 0 where the answer keeps it busy or kills it."""
     read, write = os.pipe()
     child = os.fork()
@@ -102,7 +103,7 @@ def main() -> None:
 
     datasets = {}
 
-    def answer(result: dict) -> None:
+    def answer(result: dict[str, Any]) -> None:
         answers.write(json.dumps(result) + "\n")
         answers.flush()
 

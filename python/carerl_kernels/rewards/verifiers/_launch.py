@@ -19,12 +19,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ..._errors import PlainError
+
 _HERE = Path(__file__).parent
 _PROGRAM = (_HERE / "_program.py").read_text(encoding="utf-8")
 START_PATIENCE = 60.0  # seconds for the inside to start on a busy machine
 
 
-class SandboxError(RuntimeError):
+class SandboxError(PlainError):
     """The sandbox itself failed, or cannot be had here; says nothing about the program."""
 
 
@@ -33,7 +35,7 @@ class Launched:
 
     Args:
         python: Interpreter.
-        isolated: In namespaces of its own, or with limits only.
+        isolated: Whether the program runs in namespaces of its own, or with limits only.
         limits: Resource limits of each process by name ("CPU", "AS", "NPROC", ...).
         packages: Directories to import from.
         files: Texts by name in the working directory; "main.py" is the program.
@@ -150,12 +152,6 @@ class Launched:
         said = data.removeprefix(b"started\n")
         return json.loads(said) if said else {}
 
-    def wait_for_start(self, seconds: float) -> bool:
-        """Whether the program runs, after that time at most."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._status, selectors.EVENT_READ)
-            return bool(selector.select(seconds))
-
     def _clean(self) -> None:
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
@@ -171,7 +167,7 @@ def talk(launched: Launched, stdin: bytes, seconds: float, limit: int) -> tuple[
         launched: The program.
         stdin: What it reads.
         seconds: The inside keeps the time; this is for one that hangs.
-        limit: Of standard output, and of standard error.
+        limit: The most bytes of standard output, and of standard error.
     """
     child = launched.child
     assert child.stdin is not None and child.stdout is not None and child.stderr is not None

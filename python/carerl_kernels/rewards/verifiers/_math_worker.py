@@ -23,12 +23,12 @@ def main() -> None:
 
     logging.disable(logging.CRITICAL)  # it warns on every call that its own timeouts are off
 
-    def answer(result: dict) -> None:
+    def answer(result: dict[str, object]) -> None:
         answers.write(json.dumps(result) + "\n")
         answers.flush()
 
     @functools.lru_cache(1024)
-    def right_answer(gold: str) -> list:
+    def right_answer(gold: str) -> list[object]:
         # The whole reference is the answer, but only what is marked as mathematics is read as a whole.
         marked = any(mark in gold for mark in ("$", "\\boxed", "\\(", "\\["))
         found = [] if marked else parse(f"${gold}$", parsing_timeout=None)

@@ -57,7 +57,7 @@ def program(pid: int, *, signals: bool, network: bool, machine: str | None = Non
     """The filter.
 
     Args:
-        pid: Of the program.
+        pid: The process id of the program.
         signals: Whether it may send signals to others: where it shares its user with somebody, only to itself.
         network: Whether it may open sockets: only where it has a network of its own.
         machine: Architecture; by default this one's.

@@ -14,7 +14,7 @@ from .fences import extract_code
 from .sandbox import Outcome, Sandbox, SandboxError
 
 if TYPE_CHECKING:
-    from ...grpo.domain import Example
+    from ...task import Example
 
 _CALLS = Path(__file__).with_name("_calls.py").read_text(encoding="utf-8")
 _ASSERT = "_assert.py"

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 from ..reasoning import StripReasoning, graded_text
 
 if TYPE_CHECKING:
-    from ...grpo.domain import Example
+    from ...task import Example
 
 
 def exact_match(example: Example, completion: str, *, strip_reasoning: StripReasoning = True) -> float:
     """1 if the completion is the answer, up to surrounding whitespace, else 0.
 
     Args:
-        example: With an answer.
-        completion: From the policy; special tokens that decoding left at its ends do not count.
+        example: An example with an answer.
+        completion: A completion from the policy; special tokens that decoding left at its ends do not count.
         strip_reasoning: See `rewards.reasoning.strip_reasoning`; an unfinished trace is worth 0.
 
     Raises:

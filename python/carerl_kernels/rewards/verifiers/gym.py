@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from ...grpo.domain import Domain, Example
+from ...task import Domain, Example
 from ..log import LOGGER
 from ..reasoning import StripReasoning, graded_text
 from .answers import tagged_answer
@@ -54,9 +54,9 @@ def gym_domain(
     the last answer tags, in [0, 1]; 0 without them, and for an answer that its grader does not come to an end with.
 
     Args:
-        name: Of the domain; one of `GYM_DOMAINS` unless `tasks` are given.
+        name: The name of the domain; one of `GYM_DOMAINS` unless `tasks` are given.
         tasks: Names of reasoning-gym data sets, drawn from evenly.
-        seed: Of the tasks.
+        seed: The seed of the tasks.
         train_size: Different training examples per task.
         eval_size: Held-out examples altogether, split over the tasks.
         ask: Turns a question into the prompt; by default it asks for the answer between tags.
@@ -108,7 +108,7 @@ class GymReward:
     """Reward: a reasoning-gym task's own score of an answer, in [0, 1]; None if its grader cannot be run.
 
     Args:
-        settings: Of the data sets, by task.
+        settings: The settings of the data sets, by task.
         timeout: Seconds for one answer.
         isolated: Whether it is refused where graders cannot be isolated.
         strip_reasoning: See `rewards.reasoning.strip_reasoning`.

@@ -12,7 +12,7 @@ from ..reasoning import StripReasoning, graded_text
 from .fences import fenced_blocks
 
 if TYPE_CHECKING:
-    from ...grpo.domain import Example
+    from ...task import Example
 
 Check = Callable[..., bool]
 CHECKS: dict[str, Check] = {}
@@ -156,8 +156,8 @@ def instructions_followed(example: Example, completion: str, *, strip_reasoning:
     """Reward: the share of `example.info["instructions"]` that a completion follows.
 
     Args:
-        example: With instructions.
-        completion: From the policy; an unfinished reasoning trace follows none.
+        example: An example with instructions.
+        completion: A completion from the policy; an unfinished reasoning trace follows none.
         strip_reasoning: See `rewards.reasoning.strip_reasoning`.
 
     Raises:

@@ -16,7 +16,7 @@ from .numbers import Number, last_measure, number, plain, same_number
 from .worker import Failed, Worker
 
 if TYPE_CHECKING:
-    from ...grpo.domain import Example
+    from ...task import Example
 
 # What people write without LaTeX, as LaTeX.
 _NAMES = re.compile(

@@ -105,7 +105,7 @@ class Number:
         value: Exact.
         digits: Significant digits of a decimal; 0 of a whole number or fraction.
         last: Value of one in a decimal's last digit.
-        unit: As written, in lower case where that changes nothing; "" for none.
+        unit: The unit as it is written, in lower case where that changes nothing; "" for none.
     """
 
     value: Fraction
@@ -129,7 +129,7 @@ def number(text: str, *, attached: bool = False) -> Number | None:
     """The number that a text is, and nothing else; None otherwise. A name before an equals sign ("x = 5") is left out.
 
     Args:
-        text: Of any length; too much for a number is none.
+        text: A text of any length; one too long for a number is none.
         attached: Whether a letter without a blank is a unit ("5m"); otherwise that is a product.
     """
     if len(text) > 4 * LONGEST:

@@ -95,7 +95,7 @@ class Sandbox:
     """Runs Python programs apart from everything else.
 
     Args:
-        limits: Of each run.
+        limits: The limits of each run.
         allow_unisolated: Run with limits only where isolation cannot be had. `protections` says what the program then
             cannot do.
         packages: Directories that programs may import from, read-only, readable for everybody (say, one with numpy);

@@ -1,0 +1,200 @@
+"""What acting directions of block and input bases share: factors per weight matrix, and thin products with them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..subspace.factored import FactoredBasis, orthonormal
+from ..subspace.matrices import Group, MatrixLayout
+from ..thin import full_precision
+from .stack import Stack
+
+UNORIENTED = 1e-3
+"""Coefficients of the stage's change below this share of the matrix's largest give a direction no orientation."""
+
+
+class FactoredStack(Stack[MatrixLayout, FactoredBasis]):
+    """What block and input bases share. Factors are float32, orthonormal per domain and matrix, columns domain after domain.
+
+    Attributes:
+        left: The left factors of each group, `[G, m, D*r]` or None.
+        right: The right factors of each group, `[G, n, D*r]` or None.
+    """
+
+    def __init__(self, layout: MatrixLayout, device: torch.device):
+        super().__init__(layout, device)
+        self.left: list[Tensor | None] = [None] * len(layout.groups)
+        self.right: list[Tensor | None] = [None] * len(layout.groups)
+        self._moved: dict[
+            str, dict[str, Tensor]
+        ] = {}  # float32, gradient convention; empty for a domain without a stage
+        self._oriented: tuple[Tensor, Tensor] | None = None
+        self._values: dict[str, Mapping[str, Tensor]] = {}
+        self._left_grams: list[Tensor | None] = [None] * len(layout.groups)  # [G, D*r, D*r] float64
+        self._right_grams: list[Tensor | None] = [None] * len(layout.groups)
+
+    @property
+    def _D(self) -> int:
+        return len(self)
+
+    def _put(self, basis: FactoredBasis, others: list[int], parameters: Sequence[Tensor]) -> None:
+        layout, r = self.layout, self.layout.k
+        basis = basis.part_of(layout)
+        for number, group in enumerate(layout.groups):
+            for side, factors, shards in (("left", basis.left, layout.shards), ("right", basis.right, None)):
+                if group.side not in ("both", side):
+                    continue
+                stored = getattr(self, side)
+                fresh = torch.stack([factors[n].to(self.device, torch.float32) for n in layout.labels(group)])
+                fresh = orthonormal(fresh, shards)  # also after rounding to bfloat16
+                kept = [] if stored[number] is None else [stored[number].unflatten(2, (-1, r))[:, :, others].flatten(2)]
+                stored[number] = torch.cat([*kept, fresh], dim=2)
+                wide = stored[number].double()
+                gram = wide.mT @ wide
+                grams = getattr(self, f"_{side}_grams")
+                grams[number] = gram if shards is None else shards.sum_(gram)
+        moved = {name: t.to(self.device, torch.float32) for name, t in basis.moved.items()}
+        self._moved[basis.info.domain] = moved if any(bool(t.any()) for t in moved.values()) else {}
+        self._values[basis.info.domain] = basis.values
+        self._oriented = None
+
+    @property
+    def displacement(self) -> Tensor:
+        return self._orientation()[0]
+
+    @property
+    def sign(self) -> Tensor:
+        """`[T, K]` orientation of the directions, 1 where there is none."""
+        return self._orientation()[1]
+
+    def recorded_size(self, domain: str) -> float:
+        squares = torch.zeros(self.layout.T, self.layout.width, dtype=torch.float64, device=self.device)
+        for group in self.layout.groups if self._moved[domain] else ():
+            for _, name, rows in self.layout.matrices(group):
+                squares[rows] = self._moved[domain][name].reshape(-1, self.layout.width).double().square()
+        return float(self.column_sums(squares).sum().sqrt())
+
+    def _orientation(self) -> tuple[Tensor, Tensor]:
+        """Displacement and sign of every coefficient, made when a rule that decides step by step asks for them."""
+        if self._oriented is None:
+            moved = torch.zeros(self.layout.T, self.rows, dtype=torch.float64, device=self.device)
+            for domain in self.names:
+                for group in self.layout.groups if self._moved[domain] else ():
+                    for _, name, rows in self.layout.matrices(group):
+                        part = self._moved[domain][name].reshape(-1, self.layout.width)
+                        moved[rows, self.columns(domain)] = part.to(moved.dtype)
+            sign = torch.where(moved < 0, -1.0, 1.0).to(moved.dtype)
+            for group in self.layout.groups:
+                size = moved[group.rows].abs().unflatten(0, (-1, group.each)) if group.each else moved[group.rows]
+                size = size.unflatten(-1, (-1, self.layout.width)) if size.numel() else size
+                if size.numel():  # [G, each, D, width]
+                    faint = size < UNORIENTED * size.amax(dim=(1, 3), keepdim=True)
+                    sign[group.rows] = torch.where(faint.flatten(2).flatten(0, 1), 1.0, sign[group.rows])
+            self._oriented = moved.abs(), sign
+        return self._oriented
+
+    def get(self, domain: str) -> FactoredBasis:
+        r, at = self.layout.k, self.names.index(domain)
+        left: dict[str, Tensor] = {}
+        right: dict[str, Tensor] = {}
+        moved = {}
+        signed = (self.sign * self.displacement)[:, self.columns(domain)]
+        for number, group in enumerate(self.layout.groups):
+            for position, name, rows in self.layout.matrices(group):
+                for stored, out in ((self.left[number], left), (self.right[number], right)):
+                    if stored is not None:
+                        out[name] = stored[position, :, at * r : (at + 1) * r]
+                moved[name] = signed[rows].reshape(-1, r)
+        layout = self.layout if self.layout.shards.sharded else None
+        return FactoredBasis(self.infos[domain], left, right, self._values[domain], moved, layout)
+
+    def _factors(self, number: int, domain: str | None) -> tuple[Tensor | None, Tensor | None]:
+        """Factors of a group, of all domains or of one."""
+        both = self.left[number], self.right[number]
+        if domain is None:
+            return both
+        first = self.names.index(domain) * self.layout.k
+        left, right = (None if f is None else f[:, :, first : first + self.layout.k].contiguous() for f in both)
+        return left, right
+
+    def project(self, tensors: Sequence[Tensor], domain: str | None = None, out: Tensor | None = None) -> Tensor:
+        D, width = self._D if domain is None else 1, self.layout.width
+        if out is None:
+            out = torch.empty(self.layout.T, D * width, dtype=torch.float64, device=self.device)
+        out.zero_()
+        with full_precision(self.device):
+            for number, group in enumerate(self.layout.groups):
+                if group.m:
+                    self._coefficients(out, number, group, tensors, domain)
+        self._sum_(out)
+        return out.mul_(self.sign if domain is None else self.sign[:, self.columns(domain)])
+
+    def edit_(self, tensors: Sequence[Tensor], mix: Tensor, scale: Tensor | None = None) -> None:
+        if scale is not None:
+            # Matrices without directions are scaled, too; a factor that is not finite moves nothing.
+            factor = torch.where(scale.isfinite() & mix.isfinite().all(), scale, 1.0)
+            for tensor in tensors:
+                tensor.mul_(factor.to(tensor.device, tensor.dtype))
+            mix = mix * factor
+        elif mix.device.type == "cpu" and not mix.any():
+            return  # nothing to correct
+        finite = torch.ops.carerl.all_finite([mix.contiguous()])
+        with full_precision(self.device):
+            for number, group in enumerate(self.layout.groups):
+                if group.m:
+                    part = torch.where(finite, self.sign[group.rows] * mix[group.rows], 0.0).float()
+                    self._add_(number, group, tensors, part)
+
+    def overlap_times(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        first, last, _ = rows.indices(self.layout.T)
+        sign, out = self.sign[rows], torch.zeros_like(x)
+        signed = sign * x
+        for number, group in enumerate(self.layout.groups):
+            start, stop = max(first, group.rows.start), min(last, group.rows.stop)
+            if start < stop:
+                here, each = slice(start - first, stop - first), min(group.each, stop - start)
+                matrices = slice((start - group.first) // group.each, -(-(stop - group.first) // group.each))
+                part = signed[here].unflatten(0, (-1, each))
+                out[here] = self._gram_times(number, part, matrices).flatten(0, 1)
+        return out.mul_(sign)
+
+    def unpack(self, rows: Tensor) -> Any:
+        return self.layout.unpack(rows)
+
+    def pack_(self, rows: Tensor, parts: Any) -> None:
+        self.layout.pack_(rows, parts)
+
+    def memory(self) -> int:
+        factors = [t for t in (*self.left, *self.right) if t is not None]
+        grams = [t for t in (*self._left_grams, *self._right_grams) if t is not None]
+        moved = [t for by_name in self._moved.values() for t in by_name.values()]
+        kept = (*factors, *grams, *self._more_factors(), *moved, *(self._oriented or ()))
+        return sum(t.numel() * t.element_size() for t in kept) + self._frames_memory()
+
+    def _more_factors(self) -> list[Tensor]:
+        """What is kept beside the factors as they are stored."""
+        return []
+
+    # What differs.
+
+    @abstractmethod
+    def _sum_(self, coeffs: Tensor) -> None: ...
+
+    @abstractmethod
+    def _coefficients(
+        self, out: Tensor, number: int, group: Group, tensors: Sequence[Tensor], domain: str | None
+    ) -> None:
+        """Puts the coefficients of a group into its rows of `out`."""
+
+    @abstractmethod
+    def _add_(self, number: int, group: Group, tensors: Sequence[Tensor], mix: Tensor) -> None:
+        """Adds `A^T mix` to the matrices of a group; mix `[rows of the group, K]` float32."""
+
+    @abstractmethod
+    def _gram_times(self, number: int, x: Tensor, matrices: slice) -> Tensor:
+        """`S x` of some matrices of a group, x `[matrices, rows of each, K]`."""

@@ -1,0 +1,62 @@
+"""What monitoring costs: seconds per part, beside those of the run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+
+class Clock:
+    """Counts the seconds of a monitor's parts; its state goes on in a resumed run.
+
+    Attributes:
+        seconds: Seconds spent per part.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._started: float | None = None
+        self._wall_before = 0.0
+        self._spent_before, self._last_line = 0.0, time.perf_counter()
+
+    def start(self) -> None:
+        """The run begins, unless it has begun already."""
+        self._started = self._started or time.perf_counter()
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Counts the time inside as this part's."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spend(part, time.perf_counter() - started)
+
+    def spend(self, part: str, seconds: float) -> None:
+        """Counts seconds that were measured elsewhere."""
+        self.seconds[part] = self.seconds.get(part, 0.0) + seconds
+
+    def cost(self) -> dict[str, Any]:
+        """Seconds per part, wall-clock seconds since the run began, and the share of the parts in them."""
+        wall = self._wall_before + (0.0 if self._started is None else time.perf_counter() - self._started)
+        total = sum(self.seconds.values())
+        return {"seconds": dict(self.seconds), "wall": wall, "share": min(1.0, total / wall) if wall > 0 else 0.0}
+
+    def since_last_line(self) -> dict[str, float]:
+        """Wall-clock seconds since the last call: the monitor's own, and everything else."""
+        now, spent = time.perf_counter(), sum(self.seconds.values())
+        wall, own = now - self._last_line, spent - self._spent_before
+        self._last_line, self._spent_before = now, spent
+        return {"other": max(0.0, wall - own), "monitor": own}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain Python values."""
+        found = self.cost()
+        return {"seconds": found["seconds"], "wall": found["wall"]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from :meth:`state_dict`."""
+        self.seconds, self._wall_before = dict(state["seconds"]), state["wall"]
+        self._spent_before = sum(self.seconds.values())  # told in lines of the run before

@@ -1,0 +1,254 @@
+"""Cells of SmolLM2-135M, supervised: what it could before, in nats a token, while it learns tasks on lists of words.
+
+Scores are minus nats: higher is better, as everywhere in the study. The stage `text` is not trained; the model comes with it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from .._files import write_bytes_atomically
+from ..grpo.parallel import Ranks
+from ..grpo.rundir import load_tensors, save_tensors
+from ..guard import CapabilityGuard
+from ..tasks import texts
+from ..tasks.smollm2 import load_smollm2
+from ..tasks.texts import TEXT, Batch
+from ..train import recipe
+from ..train.models import add_lora
+from ..train.run import build_guard
+from .grid import Cell
+
+SCALED = "scale"
+BATCH = 8
+HELD_OUT = 32
+"""Sequences of text and examples of a task behind a score."""
+
+
+class Train(recipe.Section):
+    """The learning rate, and where a stage ends between its start and its end, from the second one on."""
+
+    lr: float = Field(gt=0)
+    stage_interpolation: float = Field(default=1.0, gt=0, le=1)
+
+
+class Recipe(recipe.Section):
+    """A supervised run.
+
+    Args:
+        stages: "text", which the model comes with, or tasks on lists of words.
+        steps: Of every stage that is trained.
+        train: How.
+        lora: Adapters; None: all parameters are trained.
+        guard: From the second stage on, of shown examples of the ones before.
+        scale: Of the learning rate from the second stage on: before it there is nothing to lose.
+        seed: Of the examples, and of adapters.
+    """
+
+    stages: tuple[Literal["text", "backwards", "shortest"], ...] = Field(min_length=1)
+    steps: int = Field(ge=1)
+    train: Train
+    lora: recipe.Lora | None = None
+    guard: recipe.GuardSpec | None = None
+    scale: float = Field(default=1.0, gt=0)
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if len(set(self.stages)) < len(self.stages) or TEXT in self.stages[1:]:
+            raise ValueError(f"stages: expected each once, and text first, found {', '.join(self.stages)}")
+        if self.guard is not None and (not self.guard.shown or self.guard.history):
+            raise ValueError("guard: expected shown examples, and no history, found shown: 0 or a history")
+        return self
+
+
+def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any]:
+    """Train one cell of a setting of kind "sft".
+
+    Args:
+        cell: Its method acts from the second stage on.
+        cache: Keeps ends of plain stages, which methods that look at finished checkpoints share.
+        report: Called with the number of steps done.
+
+    Returns:
+        stages, scores and extras, as `cells.Record` has them.
+    """
+    bed, domains = Bed(cell, cache, report), cell.recipe.stages
+    measured = [bed.measure()]
+    for index, domain in enumerate(domains):
+        if domain != TEXT:
+            bed.stage(index, domain)
+        measured.append(bed.measure() if domain != TEXT else measured[-1])
+        if domain != domains[-1]:
+            bed.remember(domain)
+    return {
+        **bed.figures(),
+        "stages": [[domain] for domain in domains],
+        "scores": [[at[d] for d in domains] for at in measured],
+        "extras": {name: [at[name] for at in measured] for name in measured[0] if name not in domains},
+    }
+
+
+class Bed:
+    """A model, what it is trained on and what is measured of it.
+
+    Args:
+        cell, cache, report: As for `run`.
+    """
+
+    def __init__(self, cell: Cell, cache: Path, report: Callable[[Any], None]) -> None:
+        self.recipe: Recipe = cell.recipe
+        self.cache, self.report = cache, report
+        model, self.tokenizer = pretrained()
+        self.model = deepcopy(model)
+        if self.recipe.lora is not None:
+            self.model = add_lora(self.model, self.recipe.lora, cell.seed)
+        self.model.eval()  # no dropout anywhere
+        self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        pages, descriptions = texts.documentation(shown=False), texts.descriptions()
+        tasks = [d for d in self.recipe.stages if d != TEXT]
+        self.pairs = {d: list(islice(texts.task_pairs(d, "held out"), HELD_OUT)) for d in tasks}
+        self.held_out: dict[str, Batch] = {TEXT: texts.text_batch(self.tokenizer, descriptions, HELD_OUT, seed=0)}
+        self.held_out |= {d: texts.pairs_batch(self.tokenizer, pairs) for d, pairs in self.pairs.items()}
+        self.further = {"documentation": texts.text_batch(self.tokenizer, pages, HELD_OUT, seed=0)}
+        self.further["facts"] = texts.pairs_batch(self.tokenizer, texts.facts())
+        self.guard: CapabilityGuard | None = None
+        if self.recipe.guard is not None:
+            added = cell.added
+            options = added.guard_defaults(cell.seed)
+            self.guard = build_guard(self.model, self.recipe.guard, added.guard_class(), **options)
+        self.seconds = 0.0
+        # What was measured of the weights as they are; None where a method had a hand in them.
+        self.known: Path | None = cache / "sft" / "start.json"
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """Minus nats a token of every domain, of documentation and facts; exact answers of every task."""
+        found: dict[str, float] = json.loads(self.known.read_bytes()) if self.known and self.known.exists() else {}
+        before = len(found)
+        for name, batch in (self.held_out | self.further).items():
+            if name not in found:
+                found[name] = -float(loss(self.model, batch))
+            if name in self.pairs and f"exact {name}" not in found:
+                found[f"exact {name}"] = exact(self.model, batch)
+        if self.known and len(found) > before:
+            self.known.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes_atomically(self.known, json.dumps(found).encode())
+        wanted = [*self.held_out, *self.further, *(f"exact {task}" for task in self.pairs)]
+        return {name: found[name] for name in wanted}
+
+    def remember(self, domain: str) -> None:
+        """Show the guard examples of a domain whose stage has ended, or give it what they showed before."""
+        guard, spec, path = self.guard, self.recipe.guard, None
+        if guard is None or spec is None:
+            return
+        if self.known is not None and self.recipe.lora is None:  # of weights that other cells come to as well
+            what = f"{domain}-{spec.shown}-{guard.layout.k}-{guard.settings.energy:g}"
+            path = self.known.with_name(f"{self.known.stem}-shown-{what}.safetensors")
+        if path is not None and path.exists():
+            guard.add(path)
+        else:
+            guard.protect(domain, self.shown(domain, spec.shown), path, progress=False)
+
+    def shown(self, domain: str, n: int) -> Iterator[dict[str, Tensor]]:
+        """What the model is called with on text of another source, or on answers to fresh prompts; 16 at a time."""
+        if domain == TEXT:
+            batch = texts.text_batch(self.tokenizer, texts.documentation(shown=True), n, seed=1)
+        else:
+            examples = texts.task_pairs(domain, "shown", apart=self.pairs[domain])
+            batch = texts.pairs_batch(self.tokenizer, islice(examples, n))
+        for start in range(0, n, 16):
+            yield {name: tensor[start : start + 16] for name, tensor in batch.inputs.items()}
+
+    def stage(self, index: int, domain: str) -> None:
+        """Train a stage, with what the method does from the second one on."""
+        start = {n: p.detach().clone() for n, p in self.trained.items()}
+        part = self.recipe.train.stage_interpolation
+        if index == 0 or self.guard is None or self.guard.settings.every >= self.recipe.steps:
+            self.plain(index, domain)
+        else:
+            self.train(domain, self.rate(index), self.guard)
+            self.known = None
+        if index and self.guard is not None:
+            self.guard.confine_()
+            self.known = None
+        if index and part != 1:
+            with torch.no_grad():
+                for n, p in self.trained.items():
+                    p.copy_(torch.lerp(start[n], p, part))
+            self.known = None
+
+    def figures(self) -> dict[str, Any]:
+        """Seconds of the guard over those of the training that it guarded; nothing where it looked at checkpoints alone."""
+        if self.guard is None or not self.seconds:
+            return {}
+        return {"guard_share": self.guard.seconds["act"] / self.seconds}
+
+    def plain(self, index: int, domain: str) -> None:
+        """Train a stage with nothing else, or load what that came to from weights that were trained plainly."""
+        if self.known is None:
+            self.train(domain, self.rate(index))
+            return
+        recipe = self.recipe
+        done = "-".join(f"{d}@{self.rate(i):g}" for i, d in enumerate(recipe.stages[: index + 1]) if d != TEXT)
+        adapters = "" if recipe.lora is None else f"-lora{recipe.lora.r}"
+        path = self.cache / "sft" / f"{done}{adapters}-{recipe.steps}-{recipe.seed}.safetensors"
+        self.known = path.with_suffix(".json")
+        if path.exists():
+            load_tensors(path, self.trained)
+            return
+        self.train(domain, self.rate(index))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(path, self.trained, Ranks.of(self.model))
+
+    def rate(self, index: int) -> float:
+        """A stage's learning rate: the cell's scales all but the first's, before which there is nothing to lose."""
+        return self.recipe.train.lr * (self.recipe.scale if index else 1.0)
+
+    def train(self, domain: str, lr: float, guard: CapabilityGuard | None = None) -> None:
+        """Supervised steps on the task's answers; the learning rate falls linearly to a tenth."""
+        started = time.perf_counter()
+        steps = self.recipe.steps
+        optimizer = torch.optim.AdamW(self.trained.values(), lr=lr, weight_decay=0.0, fused=True)
+        examples = texts.task_pairs(domain, str(self.recipe.seed), apart=self.pairs[domain])
+        if guard is not None:
+            guard.attach(optimizer)
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = lr * (1 - 0.9 * step / steps)
+            loss(self.model, texts.pairs_batch(self.tokenizer, islice(examples, BATCH))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            self.report(step + 1)
+        if guard is not None:
+            guard.detach()
+            self.seconds += time.perf_counter() - started
+
+
+@functools.cache
+def pretrained() -> tuple[nn.Module, Any]:
+    """The model and its tokenizer, read once: its file's numbers take a while to unpack."""
+    return load_smollm2()
+
+
+def loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean nats of the scored tokens."""
+    logits = model(**batch.inputs).logits[:, :-1]
+    nats = nn.functional.cross_entropy(logits.transpose(1, 2), batch.ids[:, 1:], reduction="none")
+    return nats[batch.scored[:, 1:]].mean()
+
+
+def exact(model: nn.Module, batch: Batch) -> float:
+    """Share of examples of which every scored token is the likeliest."""
+    right = model(**batch.inputs).logits[:, :-1].argmax(-1) == batch.ids[:, 1:]
+    return float((right | ~batch.scored[:, 1:]).all(1).float().mean())

@@ -1,0 +1,248 @@
+"""Verifiable domains for a very small language model, its tokenizer, and its supervised warm-up.
+
+The demonstration trains the first three. Every task is one line of text answered by another, and has one right answer:
+
+    code   `c^dba>` -> `abd`    sort the letters (`^` ascending, `v` descending): follow an instruction on a sequence
+    chat   `s3b!x>` -> `bbb!`   say the letter n times, then the punctuation mark; the last letter is chatter to ignore
+    math   `m^372>` -> `7`      the largest (`^`) or smallest (`v`) digit
+
+Six more of the same shape (`MORE`) make long sequences:
+
+    shift  `t^abh>` -> `bca`    the next (`^`) or previous (`v`) letter of each, around the end
+    turn   `r^abc>` -> `cba`    backwards (`^`), or with the first letter moved to the end (`v`)
+    pick   `p2abc>` -> `b`      the n-th letter
+    flip   `f^372>` -> `627`    nine minus (`^`) each digit, or (`v`) one more, without carry
+    count  `nbabb>` -> `2`      how often the first letter occurs among the others
+    merge  `zab12>` -> `a1b2`   letters and digits in turns
+
+The tasks share letters, digits, an instruction symbol and position-dependent copying, so the same few attention heads
+serve all of them: learning one by reinforcement overwrites the others, as it does at scale, within seconds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..grpo import Domain, Example, SpecialTokens, answer_loss, special_tokens
+from ..rewards import exact_match
+from .split import split_domain
+
+DOMAINS = ("code", "chat", "math")
+LETTERS = "abcdefgh"
+DIGITS = "0123456789"
+MARKS = "!?."
+MAX_NEW_TOKENS = 5  # four characters and the end
+EVAL_EXAMPLES = 128
+PROBE_EXAMPLES = 32
+PAD, EOS = "<pad>", "<eos>"
+
+
+def code_examples() -> list[Example]:
+    """All ordered triples of different letters under both instructions."""
+    return [
+        Example(f"c{op}{''.join(word)}>", "".join(sorted(word, reverse=op == "v")))
+        for word in itertools.permutations(LETTERS, 3)
+        for op in "^v"
+    ]
+
+
+def chat_examples() -> list[Example]:
+    """All counts, letters, marks and distractors."""
+    return [
+        Example(f"s{n}{letter}{mark}{noise}>", letter * n + mark)
+        for n in (1, 2, 3)
+        for letter in LETTERS
+        for mark in MARKS
+        for noise in LETTERS
+    ]
+
+
+def math_examples() -> list[Example]:
+    """All ordered triples of different digits under both instructions."""
+    return [
+        Example(f"m{op}{''.join(digits)}>", max(digits) if op == "^" else min(digits))
+        for digits in itertools.permutations(DIGITS, 3)
+        for op in "^v"
+    ]
+
+
+def shift_examples() -> list[Example]:
+    """All ordered triples of different letters under both instructions."""
+    return [
+        Example(f"t{op}{''.join(word)}>", "".join(LETTERS[(LETTERS.index(x) + by) % len(LETTERS)] for x in word))
+        for word in itertools.permutations(LETTERS, 3)
+        for op, by in (("^", 1), ("v", -1))
+    ]
+
+
+def turn_examples() -> list[Example]:
+    """All ordered triples of different letters under both instructions."""
+    words = ["".join(w) for w in itertools.permutations(LETTERS, 3)]
+    return [Example(f"r{op}{w}>", w[::-1] if op == "^" else w[1:] + w[0]) for w in words for op in "^v"]
+
+
+def pick_examples() -> list[Example]:
+    """All ordered triples of different letters at every position."""
+    words = ["".join(w) for w in itertools.permutations(LETTERS, 3)]
+    return [Example(f"p{n}{w}>", w[n - 1]) for w in words for n in (1, 2, 3)]
+
+
+def flip_examples() -> list[Example]:
+    """All ordered triples of different digits under both instructions."""
+    return [
+        Example(f"f{op}{''.join(d)}>", "".join(str(9 - int(x) if op == "^" else (int(x) + 1) % 10) for x in d))
+        for d in itertools.permutations(DIGITS, 3)
+        for op in "^v"
+    ]
+
+
+def count_examples() -> list[Example]:
+    """All pairs of a letter to count and another, and all words of both that hold the other."""
+    return [
+        Example(f"n{letter}{''.join(word)}>", str(word.count(letter)))
+        for letter, other in itertools.permutations(LETTERS, 2)
+        for word in itertools.product((letter, other), repeat=3)
+        if other in word
+    ]
+
+
+def merge_examples() -> list[Example]:
+    """All ordered pairs of different letters and of different digits."""
+    return [
+        Example(f"z{a}{b}{x}{y}>", f"{a}{x}{b}{y}")
+        for a, b in itertools.permutations(LETTERS, 2)
+        for x, y in itertools.permutations(DIGITS, 2)
+    ]
+
+
+GENERATORS: dict[str, Callable[[], list[Example]]] = {
+    "code": code_examples,
+    "chat": chat_examples,
+    "math": math_examples,
+    "shift": shift_examples,
+    "turn": turn_examples,
+    "pick": pick_examples,
+    "flip": flip_examples,
+    "count": count_examples,
+    "merge": merge_examples,
+}
+MORE = {"shift": "t", "turn": "r", "pick": "p", "flip": "f", "count": "n", "merge": "z"}
+"""Domains beyond the demonstration's, and the letter that begins their prompts ("f" is a letter of the tasks already)."""
+
+
+def demo_domains(seed: int, names: Sequence[str] = DOMAINS) -> list[Domain]:
+    """Domains; which examples are held out for evaluation depends on the seed.
+
+    Args:
+        seed: Splits each domain's examples into 128 for evaluation and the rest for training; 32 of the latter are
+            stored for probes.
+        names: The demonstration's three, or any of `GENERATORS`.
+    """
+    return [character_domain(name, name, seed, PROBE_EXAMPLES) for name in names]
+
+
+def character_domain(name: str, task: str, seed: int, stored: int) -> Domain:
+    """One task as a domain of any name; `stored` of the training examples are stored.
+
+    Raises:
+        ValueError: There is no such task.
+    """
+    if task not in GENERATORS:
+        raise ValueError(f"domain {name!r}: expected task {', '.join(GENERATORS)}, found {task!r}")
+    return split_domain(name, GENERATORS[task](), exact_match, EVAL_EXAMPLES, seed, "exact", stored)
+
+
+def character_tokenizer(names: Sequence[str] = DOMAINS) -> Any:
+    """A fast transformers tokenizer with one token per character of the tasks.
+
+    Args:
+        names: Domains beyond the demonstration's add the letters their prompts begin with.
+
+    Raises:
+        ImportError: transformers is missing; says what to install.
+    """
+    try:
+        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+    except ImportError as e:
+        raise ImportError("the character tasks need transformers: pip install 'carerl-kernels[train]'") from e
+    kinds = "".join(MORE.get(name, "") for name in names)
+    symbols = [PAD, EOS, *sorted(set("cms^v>" + LETTERS + DIGITS + MARKS + kinds))]
+    backend = Tokenizer(models.WordLevel({s: i for i, s in enumerate(symbols)}, unk_token=PAD))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=PAD, eos_token=EOS)
+
+
+def tiny_model(tokenizer: Any, seed: int) -> Any:
+    """A two-layer Qwen3 with about 80 thousand parameters, initialised from a seed.
+
+    Raises:
+        ImportError: transformers is missing; says what to install.
+    """
+    try:
+        from transformers import Qwen3Config, Qwen3ForCausalLM
+    except ImportError as e:
+        raise ImportError("the character tasks need transformers: pip install 'carerl-kernels[train]'") from e
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        num_hidden_layers=2,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=16,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        # with the usual 0.02 the logits of so small a model stay tiny and reinforcement barely sharpens them
+        initializer_range=0.1,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen3ForCausalLM(config)
+
+
+def warm_up(
+    model: Any,
+    tokenizer: Any,
+    domains: Sequence[Domain],
+    *,
+    seed: int,
+    steps: int = 60,
+    batch_per_domain: int = 32,
+    lr: float = 1e-3,
+) -> list[float]:
+    """Supervised steps on all domains: the "pretrained" model whose skills reinforcement then sharpens.
+
+    Args:
+        model: Trained in place.
+        tokenizer: Its tokenizer.
+        domains: Equal shares of each batch.
+        seed: Draws the examples.
+        steps: Adam steps.
+        batch_per_domain: Examples of each domain per step.
+        lr: Learning rate.
+
+    Returns:
+        The loss of every step (nats per token).
+    """
+    tokens: SpecialTokens = special_tokens(tokenizer, model)
+    rng = random.Random(seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    losses = []
+    for _ in range(steps):
+        examples = [e for d in domains for e in d.draw(rng, batch_per_domain)]
+        loss = answer_loss(model, tokenizer, examples, tokens)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses

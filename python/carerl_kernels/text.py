@@ -1,0 +1,123 @@
+"""Between text and tokens: prompts, answers, and the token ids with a role of their own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .task import Messages
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Token ids with a role.
+
+    Attributes:
+        pad: Fills ragged batches.
+        eos: Ids that end a completion.
+        banned: Ids the policy never writes; masked out of the distribution in sampling AND loss, since a token that is
+            sampled but carries no gradient would drift freely.
+        vocabulary: Size of the policy's output layer; None: unknown.
+    """
+
+    pad: int
+    eos: tuple[int, ...]
+    banned: tuple[int, ...] = ()
+    vocabulary: int | None = None
+
+
+def special_tokens(tokenizer: Any, model: Any) -> SpecialTokens:
+    """Roles from the tokenizer and the model's generation config; pad defaults to eos and is banned unless it is one.
+
+    Raises:
+        ValueError: No end-of-sequence token anywhere.
+    """
+    eos: list[int] = []
+    for source in (getattr(tokenizer, "eos_token_id", None), getattr(_generation_config(model), "eos_token_id", None)):
+        for token in source if isinstance(source, (list, tuple)) else [source]:
+            if token is not None and int(token) not in eos:
+                eos.append(int(token))
+    if not eos:
+        raise ValueError(
+            "expected an end-of-sequence token, found eos_token_id None in tokenizer and generation config; "
+            "set tokenizer.eos_token"
+        )
+    pad = getattr(tokenizer, "pad_token_id", None)
+    pad = eos[0] if pad is None else int(pad)
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    return SpecialTokens(pad, tuple(eos), () if pad in eos else (pad,), vocabulary)
+
+
+def _generation_config(model: Any) -> Any:
+    return getattr(model, "generation_config", None)
+
+
+def encode_prompts(tokenizer: Any, prompts: Sequence[str | Messages]) -> list[list[int]]:
+    """Token ids of prompts: texts as they are, messages through the chat template with the assistant's turn opened.
+
+    Raises:
+        ValueError: A prompt has no tokens.
+    """
+    texts = [p for p in prompts if isinstance(p, str)]
+    encoded = iter(tokenizer(texts)["input_ids"] if texts else [])  # one call: many small ones cost more than sampling
+    rows = []
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            ids = next(encoded)
+        else:
+            messages = [dict(m) for m in prompt]
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)[
+                "input_ids"
+            ]
+        if not len(ids):
+            raise ValueError(f"expected at least one token, the tokenizer made none of prompt {prompt!r}")
+        rows.append([int(i) for i in ids])
+    return rows
+
+
+def encode_answers(tokenizer: Any, answers: Sequence[str], eos: int) -> list[list[int]]:
+    """Token ids of right completions, each ended. One tokenisation of possibly several that read the same."""
+    if not answers:
+        return []
+    return [[*map(int, ids), eos] for ids in tokenizer(list(answers), add_special_tokens=False)["input_ids"]]
+
+
+def decode(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
+    """Completions as the verifiers see them: without special tokens."""
+    return list(tokenizer.batch_decode(rows, skip_special_tokens=True))
+
+
+def forward_accepts(model: Any, name: str) -> bool:
+    """Whether model.forward has this parameter by name (position_ids, logits_to_keep: most models, not all)."""
+    forward = getattr(model, "forward", model)
+    return name in inspect.signature(forward).parameters
+
+
+def cache_name(model: Any) -> str:
+    """What model.forward and its output call the key-value cache: `cache` from transformers 5.24 on."""
+    return "cache" if forward_accepts(model, "cache") else "past_key_values"
+
+
+def left_pad(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids [B, P] and mask [B, P] with the text at the right edge, so that every row continues in the same column."""
+    width = max(len(r) for r in rows)
+    ids = torch.tensor([[pad] * (width - len(r)) + list(r) for r in rows], dtype=torch.long, device=device)
+    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], dtype=torch.long, device=device)
+    return ids, mask
+
+
+def right_pad(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids [B, L] and mask [B, L] with the text at the left edge."""
+    width = max(len(r) for r in rows)
+    ids = torch.tensor([list(r) + [pad] * (width - len(r)) for r in rows], dtype=torch.long, device=device)
+    mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows], dtype=torch.long, device=device)
+    return ids, mask
+
+
+def position_ids(mask: torch.Tensor) -> torch.Tensor:
+    """Positions counted from each row's first real token; padding gets 0 (its keys are masked anyway)."""
+    return (mask.cumsum(1) - 1).clamp(min=0)

@@ -6,33 +6,25 @@
 #include <algorithm>
 #include <vector>
 
-#include "../kernels/cpu/ops.h"
+#include "../kernels/types.h"
 #include "checks.h"
 
 namespace carerl {
 
-inline cpu::DType dtype_of(const Tensor& tensor) {
+inline DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::BFloat16:
-      return cpu::DType::kBF16;
+      return DType::kBF16;
     case ScalarType::Half:
-      return cpu::DType::kF16;
+      return DType::kF16;
     case ScalarType::Char:
-      return cpu::DType::kI8;
+      return DType::kI8;
     case ScalarType::Float8_e4m3fn:
-      return cpu::DType::kF8;
+      return DType::kF8;
     default:
-      return cpu::DType::kF32;
+      return DType::kF32;
   }
 }
-
-inline void run_on_pool(int count, void (*body)(void*, int), void* context) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) body(context, static_cast<int>(i));
-  });
-}
-
-inline cpu::Pool pool() { return {static_cast<int>(torch::stable::get_num_threads()), run_on_pool}; }
 
 // Contiguous, uninitialised, on the device of `like` or the CPU. The C shim directly: 0.4 us, where
 // torch::stable::empty looks its op up by name.
@@ -64,6 +56,13 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const T
 template <class T>
 T* data(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
+}
+
+inline std::vector<void*> pointers(const List& tensors) {
+  std::vector<void*> out;
+  out.reserve(tensors.size());
+  for (const Tensor& tensor : tensors) out.push_back(tensor.data_ptr());
+  return out;
 }
 
 }  // namespace carerl

@@ -13,6 +13,7 @@
 #include "../../csrc/kernels/cuda/ops.h"
 #include "cuda_fp16.h"
 
+using namespace carerl;
 using namespace carerl::cuda;
 
 namespace {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "tile.h"
+#include "transpose.h"
 
 namespace carerl::cpu::CARERL_ISA {
 
@@ -89,32 +90,6 @@ static void pack_panels(const float* src, int64_t rows, int64_t q, float* dst) {
     }
   }
 }
-
-#if defined(CARERL_AVX2) || defined(CARERL_AVX512)
-// dst[k * to + j] = src[j * from + k] of 8 x 8
-CARERL_INLINE void transpose8(const float* src, int64_t from, float* dst, int64_t to) {
-  __m256 a[8], b[8];
-  CARERL_UNROLL
-  for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(src + i * from);
-  CARERL_UNROLL
-  for (int i = 0; i < 8; i += 2) {
-    b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
-    b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
-  }
-  CARERL_UNROLL
-  for (int i = 0; i < 8; i += 4) {
-    a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
-    a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
-    a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
-    a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
-  }
-  CARERL_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    _mm256_storeu_ps(dst + i * to, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
-    _mm256_storeu_ps(dst + (i + 4) * to, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
-  }
-}
-#endif
 
 // The transpose of n rows of q floats as panels of two vectors of columns, zeros behind: [panel, q, ...].
 static void pack_transposed(const float* src, int64_t n, int64_t q, float* dst) {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "block.h"
+#include "input_rule.h"
 
 namespace carerl::cpu::CARERL_ISA {
 
@@ -76,55 +77,6 @@ static void add_panel(const float* a, int64_t across, const float* b, int64_t de
     CARERL_UNROLL
     for (int v = 0; v < V; ++v) store(out + r * pitch + v * kWidth, load(out + r * pitch + v * kWidth) + sums[r][v]);
   }
-}
-
-CARERL_INLINE Float load_some(const float* p, int64_t n) {
-  if (n >= kWidth) return load(p);
-  float padded[kWidth] = {};
-  __builtin_memcpy(padded, p, n * sizeof(float));
-  return load(padded);
-}
-
-CARERL_INLINE Float gain_at(const InputWeight& weight, int64_t k, int64_t n) {
-  return weight.rows == nullptr ? splat(weight.value) : load_some(weight.rows + k, n) - 1.0f;
-}
-
-// The coefficients of one output, zeros behind, become its x. False where nothing moves, or something is not finite.
-static bool correct(const InputRule& rule, int64_t output, int64_t count, float* c, double* energy) {
-  Word moved = {}, broken = {};
-  double lanes[kWidth] = {};
-  for (int64_t k = 0; k < count; k += kWidth) {
-    const int64_t n = count - k, at = output * count + k;
-    const Float value = load(c + k);
-    Float d, x;
-    if (rule.anchor != nullptr) {
-      d = load_some(rule.anchor + at, n) - value;
-      const Float over = rule.upper == nullptr ? d : d - load_some(rule.upper + at, n);
-      const Float under = rule.lower == nullptr ? d : d + load_some(rule.lower + at, n);
-      x = as_float(as_word(over) & (Word)(over > 0.0f)) + as_float(as_word(under) & (Word)(under < 0.0f));
-      broken |= (Word)(over != over) | (Word)(under != under);
-    } else {
-      d = value;
-      const InputWeight& threshold = rule.threshold;
-      const Float tau = threshold.rows == nullptr ? splat(threshold.value) : load_some(threshold.rows + k, n);
-      const Word aligned = (Word)(d > tau) & as_word(gain_at(rule.aligned, k, n));
-      const Word conflict = (Word)(d < -tau) & as_word(gain_at(rule.conflict, k, n));
-      x = as_float(aligned | conflict) * d;
-    }
-    broken |= (Word)(d - d != 0.0f) | (Word)(x - x != 0.0f);
-    moved |= (Word)(x != 0.0f);
-    store(c + k, x);
-    for (int lane = 0; lane < kWidth; ++lane)
-      lanes[lane] += static_cast<double>(x[lane]) * static_cast<double>(x[lane]);
-  }
-  uint32_t any = 0, bad = 0;
-  for (int lane = 0; lane < kWidth; ++lane) {
-    any |= moved[lane];
-    bad |= broken[lane];
-  }
-  if (bad != 0 || any == 0) return false;
-  *energy += sum(lanes, kWidth);
-  return true;
 }
 
 // Rows [depth, n] of a matrix as floats in panels of columns, [panel, deep, kPanel] with deep >= depth, zeros behind.
@@ -244,14 +196,14 @@ static void input_rows(const Input& in, int64_t begin, int64_t end, int64_t bloc
       continue;
     }
     int64_t moved = 0;
-    double energy = 0;
+    Energy energy;
     for (int64_t row = 0; row < rows; ++row) {
       float* x = products + row * pitch;
-      if (!correct(*rule, first + row, count, x, &energy)) continue;
+      if (!correct(*rule, first + row, count, x, energy)) continue;
       if (moved < row) __builtin_memcpy(products + moved * pitch, x, count * sizeof(float));
       names[moved++] = static_cast<int32_t>(row);
     }
-    *energies++ = energy;
+    *energies++ = energy.total();
     for (int64_t column = 0; moved > 0 && column < n; column += kPanel) {
       const float* b = along + column * count;
       for_strips(moved, [&](auto r, int64_t row) {
@@ -263,23 +215,6 @@ static void input_rows(const Input& in, int64_t begin, int64_t end, int64_t bloc
 }
 
 // ------------------------------------------------------------------------------------------------- columns of outputs
-
-// dst[k * to + j] = src[j * from + k], j < rows, k < columns
-static void transpose(const float* src, int64_t from, int64_t rows, int64_t columns, float* dst, int64_t to) {
-  int64_t j = 0;
-#if defined(CARERL_AVX2) || defined(CARERL_AVX512)
-  for (; j + 8 <= rows; j += 8) {
-    int64_t k = 0;
-    for (; k + 8 <= columns; k += 8) transpose8(src + j * from + k, from, dst + k * to + j, to);
-    for (; k < columns; ++k) {
-      for (int64_t i = j; i < j + 8; ++i) dst[k * to + i] = src[i * from + k];
-    }
-  }
-#endif
-  for (; j < rows; ++j) {
-    for (int64_t k = 0; k < columns; ++k) dst[k * to + j] = src[j * from + k];
-  }
-}
 
 // The columns of a panel that move, all of it as a rule: those that do not keep their bits.
 template <class E, int R>
@@ -347,7 +282,7 @@ static void input_columns(const Input& in, int64_t begin, int64_t end, int64_t b
         });
       }
     }
-    double energy = 0;
+    Energy energy;
     bool any = false;
     for (int64_t column = 0; column < columns; column += kPanel) {
       float* products = sums + column * count;
@@ -362,14 +297,14 @@ static void input_columns(const Input& in, int64_t begin, int64_t end, int64_t b
       }
       for (int64_t c = 0; c < kPanel; ++c) {
         float* x = turned + c * pitch;
-        moved[column + c] = c < there && correct(*rule, first + column + c, count, x, &energy);
+        moved[column + c] = c < there && correct(*rule, first + column + c, count, x, energy);
         if (!moved[column + c]) __builtin_memset(x, 0, count * sizeof(float));
         any |= moved[column + c];
       }
       transpose(turned, pitch, kPanel, count, products, kPanel);
     }
     if (rule == nullptr) continue;
-    *energies++ = energy;
+    *energies++ = energy.total();
     for (int64_t k = 0; any && k < m; k += kShallow) {
       const int64_t depth = min64(kShallow, m - k);
       const float* u = directions(k, depth);
@@ -395,6 +330,14 @@ static void input_outputs(const Input& in, int64_t begin, int64_t end, int64_t b
     using E = decltype(type);
     (in.left ? input_columns<E> : input_rows<E>)(in, begin, end, block, rule, out, energies);
   });
+}
+
+// As many outputs as fit L2, and enough to use directions in L1 some times.
+static int64_t input_block(const Input& in) {
+  const int64_t fit = (int64_t{512} << 10) / (4 * (in.inputs() > 0 ? in.inputs() : 1));
+  const int64_t most = in.left ? 256 : 96, least = in.left ? 128 : 24, unit = in.left ? 64 : 24;
+  const int64_t block = fit / unit * unit;
+  return block < least ? least : min64(block, most);
 }
 
 static void input_project(const Input& in, int64_t begin, int64_t end, int64_t block, float* out) {

@@ -7,6 +7,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace carerl::cpu {
 namespace {
@@ -35,6 +39,17 @@ bool all(uint64_t word, std::initializer_list<int> bits) {
   }
   return true;
 }
+
+// Linux saves the contents of tiles for those processes that have asked for it. False where it does not, or where a
+// thread's stack for signals is too small for them.
+bool tiles_granted() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 std::string joined(const std::vector<std::string>& names) {
@@ -55,7 +70,10 @@ std::vector<std::string> supported_isas() {
   if (avx2) out.push_back("avx2");
   const bool avx512 = avx2 && all(state, {5, 6, 7}) && all(seven.b, {16, 17, 30, 31});  // F, DQ, BW, VL
   if (avx512) out.push_back("avx512");
-  if (avx512 && seven.a >= 1 && all(cpuid(7, 1).a, {5})) out.push_back("avx512_bf16");
+  const bool avx512_bf16 = avx512 && seven.a >= 1 && all(cpuid(7, 1).a, {5});
+  if (avx512_bf16) out.push_back("avx512_bf16");
+  const bool amx = avx512_bf16 && all(state, {17, 18}) && all(seven.d, {22, 24});  // AMX-BF16, AMX-TILE
+  if (amx && tiles_granted()) out.push_back("amx_bf16");
 #endif
   return out;
 }

@@ -63,20 +63,12 @@ struct Pieces {
   }
 };
 
-// The outputs that are worked on together: as many as fit L2, and enough to use directions in L1 some times. A function
-// of the shape alone, so that sums do not depend on the threads.
-int64_t outputs_at_once(const Input& in) {
-  const int64_t fit = (int64_t{512} << 10) / (4 * std::max<int64_t>(in.inputs(), 1));
-  const int64_t most = in.left ? 256 : 96, least = in.left ? 128 : 24, unit = in.left ? 64 : 24;
-  return std::clamp(fit / unit * unit, least, most);
-}
-
 // body(input, matrix, begin, end, block, first block): outputs [begin, end) of one matrix. A thread has as many of them
 // as it can, since it packs the directions of each matrix once.
 template <class Body>
 void for_outputs(const Inputs& inputs, const Body& body) {
   Input in = inputs.first;
-  const int64_t block = outputs_at_once(in), outputs = in.outputs(), blocks = (outputs + block - 1) / block;
+  const int64_t block = kernels().input_block(in), outputs = in.outputs(), blocks = (outputs + block - 1) / block;
   const int64_t matrices = inputs.matrices.size(), work = matrices * in.rows * in.columns * in.count;
   const int64_t bytes = in.count * in.inputs() * element_size(in.direction_dtype);
   for_shares(matrices * blocks, 1 + work / (int64_t{1} << 19), inputs.pool, [&](int64_t begin, int64_t end) {
@@ -126,7 +118,7 @@ void input_project(const Inputs& inputs, float* out) {
 
 void input_edit(const Inputs& inputs, const InputRule& rule, double* energies) {
   const Input& first = inputs.first;
-  const int64_t block = outputs_at_once(first), blocks = (first.outputs() + block - 1) / block;
+  const int64_t block = kernels().input_block(first), blocks = (first.outputs() + block - 1) / block;
   const int64_t matrices = inputs.matrices.size();
   std::vector<double> parts(matrices * blocks, 0.0);
   if (first.count > 0) {

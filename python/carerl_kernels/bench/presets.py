@@ -28,7 +28,8 @@ def _quick() -> list[Case]:
     out = [Case(op, N=n, grad=t, basis=t) for op in ("dacsp_", "edit_rotate_", "project", "edit_") for t in (F32, BF16)]
     out += [Case(op, N=n, grad=BF16, basis=I8) for op in ("dacsp_", "project", "edit_")]
     out += [Case(op, D=1, N=n) for op in ("gram", "rotate_", "pca_update_")]
-    out += one_sided([("input_confine_", F32), ("input_confine_", BF16)], [(1536, 576)])
+    one = [("input_project", BF16), ("input_confine_", F32), ("input_confine_", BF16), ("input_dacsp_", BF16)]
+    out += one_sided(one, [(1536, 576)])
     return [*out, Case("dacsp_.list", N=n, tensors=300), *_logits(256)]
 
 

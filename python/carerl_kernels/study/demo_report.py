@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..grpo.plots import new_figure
+from .costs import kept
 from .demo import RunResult
 from .grid import Cell
 
@@ -186,7 +187,7 @@ def print_summary(console: Console, summary: Summary, cells: Sequence[Cell]) -> 
         style="dim",
     )
     for cell in cells:
-        memory = "" if cell.memory == "none" else f" [dim](keeps {cell.memory})[/]"
+        memory = "" if kept(cell) == "none" else f" [dim](keeps {kept(cell)})[/]"
         console.print(f"  [bold]{cell.method_name:<10}[/] {cell.method.text}{memory}")
     for sentence in summary.verdicts():
         console.print(sentence)

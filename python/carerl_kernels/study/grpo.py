@@ -48,12 +48,12 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
 
     with opened(cell, cell.recipe, start_of(cell, cache), on_step, run_dir) as ready:
         validity.append(Validity(ready.trainer))
-        with cell.added.during(ready):
+        with cell.added.during(ready) as figures:
             history = ready.train(resume=run_dir is not None)
         validity[0].look(again=True)
         stages = [list(stage.domains) for stage in ready.stages]
         names = list(dict.fromkeys(name for stage in stages for name in stage))
-        found = {"stages": stages, "scores": scores_of(history, names), **guard_figures(ready.trainer)}
+        found = {"stages": stages, "scores": scores_of(history, names), **guard_figures(ready.trainer), **figures}
     if run_dir is not None:
         shutil.rmtree(run_dir)  # the record is what stays: the cell run again starts anew
     if len(stages) == 1 and len(names) > 1:

@@ -13,6 +13,7 @@ from statistics import fmean
 from .._files import write_atomically, write_bytes_atomically
 from ..train.recipe import RecipeError
 from .cells import Record, current
+from .costs import beyond, kept
 from .grid import Grid
 from .stats import Estimate, estimate, holm, pareto
 
@@ -88,17 +89,19 @@ def table(grid: Grid, setting: str, rows: Sequence[Row]) -> str:
     front = [r for r in rows if r.method == FRONT and r.against is None]
     best = front[0].variant if front else "-"
     lines = [
-        f"| method@lr | keeps | seeds | average | forget | new | window | touched | average - {best} | p (Holm) | one cell |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| method@lr | keeps | beyond the plain run | seeds | average | forget | new | window | touched | "
+        f"average - {best} | p (Holm) | one cell |",
+        "|---" * 12 + "|",
     ]
     optimal = {rows[i].variant for i in pareto([(r.of("retention").mean, r.of("new").mean) for r in rows])}
     for row in rows:
         star = "\\*" if row.variant in optimal else ""
-        touched = row.mean("touched")
+        touched, cell = row.mean("touched"), grid.cell(next(iter(row.records.values())).cell)
         difference = "" if row.against is None else f"{signed(row.against.mean)} ± {short(row.against.half)}"
         cells = [
             f"{row.variant}{star}",
-            grid.cell(next(iter(row.records.values())).cell).memory,
+            kept(cell),
+            beyond(cell),
             str(len(row.records)),
             spread(row.of("average")),
             spread(row.of("forgetting")),
@@ -237,7 +240,8 @@ LEGEND = (
     "the end. forget: drop since the end of a domain's own stage, over the domains that the last stage did not bring. new: "
     "accuracy at the end of a domain's own stage, over the domains after the first stage. window: drop from the start until"
     " right before a domain's own stage, while no history protects it, over the same domains. touched: energy of the "
-    "guard's corrections over energy of all updates it saw. keeps: what is kept of earlier domains' data. ±: half of the 95"
+    "guard's corrections over energy of all updates it saw. keeps: what is kept of earlier domains' data. beyond the plain run: sequences that a whole run "
+    "passes besides those it trains on (in settings of the GRPO trainer relative to these), and what else it stores. ±: half of the 95"
     " % interval over seeds (Student's t; differences are paired). p: of the difference to the best plain learning rate, "
     "Holm over the table. \\*: not dominated in retention and new learning. One cell: `carerl replicate --cell NAME`. "
     "Tables of guards: time, its share of training time; displacement along earlier domains' directions over the last "

@@ -59,7 +59,9 @@ def test_ewc_adds_the_gradient_of_its_penalty():
     for name in "ab":
         x, y = layer.inputs[name], targets[name]
         errors = x @ layer.weight.T - y
-        fishers.append(torch.stack([torch.outer(e, v).square() for e, v in zip(errors, x, strict=True)]).mean(0).detach())
+        fishers.append(
+            torch.stack([torch.outer(e, v).square() for e, v in zip(errors, x, strict=True)]).mean(0).detach()
+        )
         anchors.append(layer.weight.detach().clone())
         layer.weight.grad = kept_grad.clone()
         actor.turn(name)
@@ -164,7 +166,7 @@ GRID = """
 settings:
   tiny:
     text: three domains
-    model: {path: characters, warm_up: {steps: 20}}
+    model: {path: characters, warm_up: {steps: 30, lr: 3.0e-3, batch: 16}}
     domains: {code: &task {kind: characters, probes: 32}, chat: *task, math: *task}
     stages: [{domain: code, steps: 2}, {domain: chat, steps: 2}, {domain: math, steps: 2}]
     train: {lr: 3.0e-3, max_new_tokens: 5, record_last: false, prompts_per_step: 6, group_size: 4}
@@ -236,7 +238,7 @@ def test_refreshed_and_distilled(grid, tmp_path):
         ("tiny/saved@1/0", "checkpoint_every: 0 to go with add: cpo"),
         ("tiny/ewc-bare@1/0", "expected 32 stored answers in every domain"),
         ("one/dacsp-delta@1/0", "found text, which the model comes with"),
-        ("clean/ewc10@1/0", "two or more stages of one domain"),
+        ("clean/ewc100@1/0", "two or more stages of one domain"),
         ("clean/distill@1/0", "stages of one domain each"),
         ("tiny/distill+kl@1/0", "which has its own loss"),
         ("clean/refresh@1/0", "two or more stages of one domain each and no guard"),
@@ -260,11 +262,11 @@ def test_what_does_not_go_together_is_refused(grid, name, message):
         ("lm/shown-every8@1/0", "none", "128 sequences forward (+0.4%); stores directions"),
         ("lm/probed@0.5/0", "32 a domain", "384 sequences forward and backward (+1.2%); stores directions"),
         ("lm/remove@0.5/0", "none", "stores directions"),
-        ("lm/ewc10@1/0", "32 a domain", "64 sequences forward and backward (+0.2%); stores 4 models"),
+        ("lm/ewc100@1/0", "32 a domain", "64 sequences forward and backward (+0.2%); stores 4 models"),
         ("lm/refresh@1/0", "all prompts", "2048 sequences sampled and trained on (+6.7%)"),
         ("lm/distill@1/0", "none", "15360 sequences forward (+50.0%); stores 3 models"),
         ("sft/shown-every8@1/0", "none", "64 sequences forward (+13.3%); stores directions"),
-        ("sft/ewc10@1/0", "32 a domain", "32 sequences forward and backward (+6.7%); stores 2 models"),
+        ("sft/ewc100@1/0", "32 a domain", "32 sequences forward and backward (+6.7%); stores 2 models"),
         ("bandit/none@1/0", "none", ""),
         ("merge/average@0.333/0", "none", ""),
     ],

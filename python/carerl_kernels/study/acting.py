@@ -69,7 +69,9 @@ class Acting(Addition):
         if len(recipe.stages) < 2 or any(getattr(stage, "mixed", False) for stage in recipe.stages):
             raise RecipeError(f"{source}: expected two or more stages of one domain each to go with add: {name}")
         if recipe.guard is not None:
-            raise RecipeError(f"{source}: expected no guard to go with add: {name}, which acts on the same steps; found one")
+            raise RecipeError(
+                f"{source}: expected no guard to go with add: {name}, which acts on the same steps; found one"
+            )
         if getattr(recipe.train, "checkpoint_every", 0):
             raise RecipeError(
                 f"{source}: expected train.checkpoint_every: 0 to go with add: {name}, whose state is in no checkpoint, "

@@ -21,8 +21,10 @@ def kept(cell: Cell) -> str:
 
 
 def beyond(cell: Cell) -> str:
-    """Sequences that a whole run in stages takes besides those that the plain run trains on, relative to these; and what it stores
-    besides data. Evaluations and products with what is stored are not counted."""
+    """Sequences that a whole run takes besides those that the plain run trains on, relative to these; what else it stores.
+
+    Evaluations, and products with what is stored, are not counted.
+    """
     recipe, extra = cell.recipe, cell.added.extra(cell.recipe)
     lengths = _lengths(recipe)
     batch = getattr(recipe.train, "prompts_per_step", 0) * getattr(recipe.train, "group_size", 0)

@@ -110,6 +110,7 @@ class Bed:
 
     def __init__(self, cell: Cell, cache: Path, report: Callable[[Any], None]) -> None:
         self.recipe: Recipe = cell.recipe
+        self.seed = cell.seed
         self.cache, self.report = cache, report
         model, self.tokenizer = pretrained()
         self.model = deepcopy(model)
@@ -129,7 +130,7 @@ class Bed:
             added = cell.added
             options = added.guard_defaults(cell.seed)
             self.guard = build_guard(self.model, self.recipe.guard, added.guard_class(), **options)
-        self.actor, self.seed = cell.added.actor(self), self.recipe.seed
+        self.actor = cell.added.actor(self)
         self.seconds = 0.0
         # What was measured of the weights as they are; None where a method had a hand in them.
         self.known: Path | None = cache / "sft" / "start.json"
@@ -234,9 +235,7 @@ class Bed:
         """A stage's learning rate: the cell's scales all but the first's, before which there is nothing to lose."""
         return self.recipe.train.lr * (self.recipe.scale if index else 1.0)
 
-    def train(
-        self, domain: str, lr: float, guard: CapabilityGuard | None = None, actor: Actor | None = None
-    ) -> None:
+    def train(self, domain: str, lr: float, guard: CapabilityGuard | None = None, actor: Actor | None = None) -> None:
         """Supervised steps on the task's answers; the learning rate falls linearly to a tenth."""
         started = time.perf_counter()
         steps = self.recipe.steps

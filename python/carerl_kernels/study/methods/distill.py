@@ -47,7 +47,13 @@ class Method(Addition):
         train = recipe.train
         if any(stage.mixed for stage in recipe.stages) or len(set(domains)) < max(2, len(domains)):
             raise RecipeError(f"{source}: expected stages of one domain each, every one once, to go with add: distill")
-        if recipe.guard or train.replay_fraction or train.rehearsal_weight or train.self_rehearsal_weight or train.kl_beta:
+        if (
+            recipe.guard
+            or train.replay_fraction
+            or train.rehearsal_weight
+            or train.self_rehearsal_weight
+            or train.kl_beta
+        ):
             raise RecipeError(
                 f"{source}: expected no guard, replay, rehearsal or KL term to go with add: distill, which has its own loss"
             )
@@ -98,9 +104,7 @@ def learn(bed: Run, teachers: dict[str, Any], steps: int, report: Callable[[Any]
     rng = random.Random(config.seed)
     torch.manual_seed(config.seed)
     for step in range(steps):
-        factor = lr_factor(
-            step, steps, warmup=config.warmup_steps, decay=config.decay, final=config.final_lr_fraction
-        )
+        factor = lr_factor(step, steps, warmup=config.warmup_steps, decay=config.decay, final=config.final_lr_fraction)
         optimizer.param_groups[0]["lr"] = config.lr * factor
         counts = prompt_counts(names, [], config.prompts_per_step, 0.0, step)
         batch = rollout(model, trainer.tokenizer, tokens, trainer.domains, counts, config, rng=rng)

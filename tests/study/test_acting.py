@@ -7,7 +7,7 @@ import pytest
 import torch
 from carerl_kernels.study import sft
 from carerl_kernels.study.cells import run_cells
-from carerl_kernels.study.costs import beyond, kept
+from carerl_kernels.study.costs import beyond, memory
 from carerl_kernels.study.grid import Grid
 from carerl_kernels.study.methods import addition
 from carerl_kernels.study.methods.dacsp_delta import SPANNED, Directions, pivoted_frame
@@ -273,4 +273,4 @@ def test_what_does_not_go_together_is_refused(grid, name, message):
 )
 def test_costs_beyond_the_plain_run(name, keeps, more):
     cell = Grid.load("small").cell(name)
-    assert (kept(cell), beyond(cell)) == (keeps, more)
+    assert (memory(cell), beyond(cell)) == (keeps, more)

@@ -2,13 +2,15 @@
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
-from carerl_kernels.study.demo import RunResult, run_demo, run_variant
-from carerl_kernels.study.demo_report import Summary, print_summary
+from carerl_kernels.study.cells import run_cell
+from carerl_kernels.study.demo import run_demo
+from carerl_kernels.study.demo_report import Summary, Variant, print_summary
 from carerl_kernels.study.grid import Grid
 from carerl_kernels.train.recipe import RecipeError, merged
 from rich.console import Console
@@ -61,7 +63,7 @@ def test_summary_json_table_and_picture(tmp_path, tiny):
     # the first stage knows no history: from one checkpoint and at one learning rate, guards do there what plain training does
     first = {name: variant["after_own_stage"]["code"]["mean"] for name, variant in data["variants"].items()}
     for scale in (0.5, 1.0):
-        alike = {"naive", "lower_lr", *(n for n, v in VARIANTS.items() if v.guard is not None)}
+        alike = {"naive", "lower_lr", *(n for n, v in VARIANTS.items() if "guard" in v.recipe)}
         assert len({first[n] for n in alike if VARIANTS[n].lr[0] == scale}) == 1
     assert (tmp_path / "out" / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
     printed = console.file.getvalue()
@@ -76,13 +78,13 @@ def test_processes_and_interruptions_change_no_number(tmp_path, tiny):
     whole = run_demo(tmp_path / "whole", seeds=1, workers=1, console=quiet(), preset=tiny, variants=chosen)
     run_demo(parts, seeds=1, workers=1, console=quiet(), preset=tiny, variants=["naive"])
 
-    def interrupt(line):
-        if line["step"] == 5:
+    def interrupt(step):
+        if step == 5:
             raise KeyboardInterrupt
 
-    start = parts / "warm-up" / "seed-0.safetensors"
+    guarded = replace(Grid.load(tiny).cell("demo/guarded@1/0"), kept=parts / "guarded" / "seed-0")
     with pytest.raises(KeyboardInterrupt):
-        run_variant(Grid.load(tiny).cell("demo/guarded@1/0"), start, parts / "guarded" / "seed-0", interrupt)
+        run_cell(guarded, parts / "cache", interrupt)
     after = run_demo(parts, seeds=1, workers=2, console=quiet(), preset=tiny, variants=chosen)
     for name in chosen:
         for key in ("final", "after_own_stage", "touched_share"):
@@ -119,27 +121,25 @@ def test_foreign_or_differing_directory_is_refused(tmp_path, tiny):
         run_demo(tmp_path / "out", console=quiet(), preset=tiny)
 
 
-def test_verdict_counts_seeds_and_says_who_lost():
-    def run(variant, seed, final):
-        scores = {"code": final, "chat": final, "math": final}
-        return RunResult(variant, seed, [(0, scores), (9, scores)], scores, scores, 1.0, 0.0, None)
+def variant(name, finals, starts=None):
+    """With these accuracies of all domains at the end of every seed's run, and before and right after their own stages."""
+    cell = DEMO.cell(f"demo/{name}@{VARIANTS[name].lr[0]:g}/0")
+    scores = [[[start] * 3] * 3 + [[end] * 3] for start, end in zip(starts or finals, finals, strict=True)]
+    return Variant(cell, scores, [], [1.0] * len(finals), 0.5, 0.25)
 
-    results = [run("naive", 0, 0.5), run("naive", 1, 0.5), run("lower_lr", 0, 0.6), run("lower_lr", 1, 0.8)]
-    results += [run("guarded", 0, 0.65), run("guarded", 1, 0.6)]
-    (sentence,) = Summary.of(results, ["naive", "lower_lr", "guarded"], 2, 1.0).verdicts()
+
+def test_verdict_counts_seeds_and_says_who_lost():
+    (sentence,) = Summary(
+        2, 1.0, [variant("naive", [0.5, 0.5]), variant("lower_lr", [0.6, 0.8]), variant("guarded", [0.65, 0.6])]
+    ).verdicts()
     assert sentence.startswith(
         "guarded against lower_lr (the best plain learning rate): average -0.075, better on 1 of 2"
     )
 
 
 def test_table_fits_a_terminal_when_earlier_domains_gain():
-    def run(variant, seed):
-        before, after = (dict.fromkeys(("code", "chat", "math"), x) for x in (0.1 + 0.2 * seed, 0.9))
-        return RunResult(variant, seed, [(0, before), (9, after)], before, after, 1.0, 0.5, 0.25)
-
-    console, cells = quiet(), [cell for cell in DEMO.cells(["demo"]) if cell.seed == 0]
-    summary = Summary.of([run(name, s) for name in VARIANTS for s in (0, 1)], list(VARIANTS), 2, 1.0)
-    print_summary(console, summary, cells)
+    console = quiet()
+    print_summary(console, Summary(2, 1.0, [variant(name, [0.9, 0.9], [0.1, 0.3]) for name in VARIANTS]))
     printed = console.file.getvalue()
     assert "-.70±.10" in printed and "25.0%" in printed
     assert "…" not in printed and max(map(len, printed.splitlines())) <= 80

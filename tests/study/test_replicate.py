@@ -9,9 +9,9 @@ import torch
 from carerl_kernels.cli import app
 from carerl_kernels.study.cells import RAW, Record, append_record, current, read_records, run_cells
 from carerl_kernels.study.grid import PRESETS, Grid
-from carerl_kernels.study.pooled import pooled_table, worst
-from carerl_kernels.study.report import Row, rows_of, verdicts, versus, write_report
+from carerl_kernels.study.report import write_report
 from carerl_kernels.study.stats import estimate, holm, pareto, t_quantile, t_two_sided
+from carerl_kernels.study.tables import Row, pooled_table, rows_of, verdicts, versus, worst
 from carerl_kernels.train.recipe import RecipeError
 from places import DOCS
 from typer.testing import CliRunner

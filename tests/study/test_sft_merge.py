@@ -8,8 +8,7 @@ import torch
 from carerl_kernels.study import sft
 from carerl_kernels.study.cells import Record, run_cells
 from carerl_kernels.study.grid import Grid
-from carerl_kernels.study.measures import at_equal_new, measures_table, rates
-from carerl_kernels.study.report import rows_of
+from carerl_kernels.study.tables import at_equal_new, measures_table, rates, rows_of
 from carerl_kernels.tasks import texts
 from carerl_kernels.train.recipe import RecipeError
 

@@ -14,10 +14,10 @@ from carerl_kernels.cli import app
 from carerl_kernels.grpo import Example, answer_loss, special_tokens
 from carerl_kernels.grpo.parallel import blocks
 from carerl_kernels.rewards.verifiers.sandbox import SandboxError
-from carerl_kernels.train.domains import Exact
+from carerl_kernels.train.domains import Characters, Exact
 from carerl_kernels.train.models import byte_tokenizer, load_model
 from carerl_kernels.train.plan import plan_run
-from carerl_kernels.train.recipe import ModelSpec, Recipe, RecipeError, load_recipe
+from carerl_kernels.train.recipe import ModelSpec, Recipe, RecipeError, load_recipe, merged
 from carerl_kernels.train.run import _sampler, open_run
 from places import EXAMPLES
 from safetensors.torch import load_file
@@ -164,7 +164,7 @@ def test_the_plan_of_a_large_model_adds_up(tmp_path):
         (["stages.0.setps=3"], r"stages\.0\.setps"),
         (["domains.largest.kind=maths"], "'gym'.*'judged'"),
         (["model.path=x"], "expected one of path and scratch"),
-        (["guard.kk=3"], "expected options out of history, rule, basis.*found kk"),
+        (["guard.kk=3"], "expected options out of history, shown, rule, basis.*found kk"),
         (["guard.rule=probed", "domains.largest.probes=0"], "expected probes in every domain, none in largest"),
         (["sampler={url: u, model: m}"], r"old_logprobs: expected sampler"),
         (
@@ -186,6 +186,13 @@ def test_the_plan_of_a_large_model_adds_up(tmp_path):
             ["train.balance=controller", "monitor.controller.limits=3"],
             "controller: expected options out of by, limit.*found limits",
         ),
+        (["domains.*.replay=stored"], "replay: stored of largest, instructions: expected .* a train.replay_fraction"),
+        (["train.rehearsal_weight=1", "stages=[{domain: largest, steps: 1}]"], "rehearsal_weight acts on .*found one"),
+        (
+            ["guard.shown=4", "stages=[{domain: [largest, instructions], steps: 1}]"],
+            "expected stages of one domain each",
+        ),
+        (["stages.*.setps=3"], r"stages\.0\.setps.*\n.*stages\.1\.setps"),
         (["train.balance=equal"], r"train\.balance: .*'shares', 'gradient' or 'controller'"),
     ],
 )
@@ -216,6 +223,77 @@ def test_a_mixed_stage_that_a_controller_balances(tmp_path, monkeypatch):
     assert settings["controller"]["limit"] == 2.0 and settings["recipe"]["monitor"]["baseline"] == {"largest": 1.0}
     for command in ("report", "diagnose"):
         assert CliRunner().invoke(app, [command, str(run)]).exit_code == 0
+
+
+def test_one_seed_goes_to_everything_that_names_none():
+    recipe = load_recipe(RECIPES / "small.yaml", ["seed=5", "domains.largest.seed=2", "domains.*.probes=3"])
+    assert (recipe.model.seed, recipe.train.seed) == (5, 5)
+    assert [(d.seed, d.probes) for d in recipe.domains.values()] == [(2, 3), (5, 3)]
+    assert load_recipe(RECIPES / "small.yaml").train.seed == 0
+
+
+def test_changes_merge_mappings_and_replace_the_rest():
+    data = {"a": {"x": 1, "y": [1]}, "b": {"x": 2}, "c": None}
+    changed = merged(data, {"*": {"x": 3}, "a": {"y": [2]}, "c": {"z": {"w": 4}}})
+    assert changed == {"a": {"x": 3, "y": [2]}, "b": {"x": 3}, "c": {"x": 3, "z": {"w": 4}}}
+    assert data == {"a": {"x": 1, "y": [1]}, "b": {"x": 2}, "c": None}
+
+
+def test_a_noisy_reward_goes_on_where_it_was_and_evaluates_without_noise(tmp_path):
+    def build():
+        spec = Characters(kind="characters", task="code", noise=0.5, scale=10, seed=3, probes=4)
+        return spec.build("d", tmp_path, None)
+
+    domain, again = build(), build()
+    examples = domain.draw(random.Random(0), 400)
+    texts = [e.answer if i % 2 else "?" for i, e in enumerate(examples)]
+    first, second = (domain.score_batch(examples, texts) for _ in range(2))
+    right, wrong = (torch.tensor(first[i::2], dtype=torch.float64) for i in (1, 0))
+    assert abs(right.mean() - 10) < 1.5 and abs(wrong.mean()) < 1.5 and 4 < right.std() < 6
+    assert domain.score_batch(examples, texts, training=False) == [float(i % 2) for i in range(400)]
+    assert again.score_batch(examples, texts) == first != second
+    state = json.loads(json.dumps(again.reward.state_dict()))
+    third = again.score_batch(examples, texts)
+    assert third == second
+    again.reward.load_state_dict(state)
+    assert again.score_batch(examples, texts) == third
+    assert not domain.verifies and len(domain.probe_examples) == 4
+
+
+def test_built_in_tasks_in_sequence_shown_replayed_and_resumed(tmp_path):
+    """The demonstration's model; a guard that is shown examples; replay of stored ones; the same after an interruption."""
+    text = """
+seed: 1
+model: {path: characters, warm_up: {steps: 10}}
+domains:
+  code: {kind: characters, probes: 4, replay: stored}
+  letters: {kind: characters, task: math, probes: 4, noise: 0.1}
+stages: [{domain: code, steps: 2}, {domain: letters, steps: 2}]
+train: {lr: 0.003, prompts_per_step: 4, group_size: 4, max_new_tokens: 5, replay_fraction: 0.25, editor: pcgrad,
+  checkpoint_every: 1, progress: false, plots: false}
+guard: {shown: 8, r: 4}
+"""
+    (tmp_path / "tasks.yaml").write_text(text)
+    assert plan_run(load_recipe(tmp_path / "tasks.yaml")).steps == 4
+    code, out = carerl(tmp_path / "tasks.yaml")
+    assert code == 1 and "expected the directory of the run's records" in out
+    weights, files = [], []
+    for name, stop in (("whole", 9), ("parts", 3), ("parts", 9)):
+
+        def step(line, stop=stop):
+            if line["step"] == stop:
+                raise KeyboardInterrupt
+
+        recipe = load_recipe(tmp_path / "tasks.yaml", [f"run_dir={tmp_path / name}"])
+        with open_run(recipe, step, start=tmp_path / "warm.safetensors") as run:
+            try:
+                run.train(resume=True)
+            except KeyboardInterrupt:
+                continue
+        weights.append([p.detach().clone() for p in run.trainer.model.parameters()])
+        files.append({p.name for p in (tmp_path / name / "bases").glob("*.safetensors")})
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    assert files == [{"code.safetensors", "letters.safetensors"}] * 2
 
 
 def test_what_decides_a_run_is_not_where_its_servers_are():

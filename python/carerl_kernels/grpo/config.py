@@ -52,8 +52,9 @@ class GRPOConfig(BaseModel):
     editor: Literal["guard", "sum", "pcgrad", "modular_surgery"] | None = Field(
         default=None,
         description="what a mixed batch's gradient is made of: guard: each domain's part without what lies along the other "
-        "domains' directions; sum: the parts as they are; pcgrad, modular_surgery: of parts that conflict, what opposes another is "
-        "removed, over all parameters or in every module; None: the trainer's editor, and guard in a recipe with a guard",
+        "domains' directions; sum: the parts as they are; pcgrad, modular_surgery: of parts that conflict, what opposes "
+        "another is removed, over all parameters or in every module; None: the trainer's editor, and guard in a recipe with "
+        "a guard",
     )
     kl_beta: float = Field(default=0.0, ge=0, description="weight of the k3 estimate of KL(policy || reference)")
     kl_reference: Literal["start", "stage"] = Field(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import nan
 from pathlib import Path
 from statistics import fmean
@@ -180,6 +180,7 @@ def run_cells(
     *,
     workers: int = 1,
     again: bool = False,
+    keep: bool = False,
     on_event: Callable[[str, str, Any], None] | None = None,
 ) -> list[Record]:
     """Run the cells that `out` has no record of yet, or all; a line in its cells.jsonl for each as it ends.
@@ -189,6 +190,7 @@ def run_cells(
         out: Directory of the study; its cache keeps warm-up checkpoints.
         workers: Processes.
         again: Run what is recorded, too; the later record counts.
+        keep: Keep every run of kind "grpo", as METHOD/seed-SEED in `out`: settings, metrics, bases, checkpoints.
         on_event: As for `run_jobs`.
 
     Returns:
@@ -209,8 +211,12 @@ def run_cells(
         if on_event is not None:
             on_event(key, kind, payload)
 
-    jobs = [Job(cell.name, run_cell, (cell, out / "cache")) for cell in cells if cell.name not in done]
-    results = run_jobs(jobs, workers, event, _preload) if jobs else {}
+    jobs = [
+        Job(cell.name, run_cell, (replace(cell, kept=out / cell.kept_as if keep else None), out / "cache"))
+        for cell in cells
+        if cell.name not in done
+    ]
+    results = run_jobs(jobs, workers, event) if jobs else {}
     return [done.get(cell.name) or results[cell.name] for cell in cells]
 
 
@@ -231,8 +237,3 @@ def recorded(cells: Sequence[Cell], records: Iterable[Record]) -> dict[str, Reco
     """Records that belong to cells as they are defined now, by name."""
     keys = {cell.name: cell.key for cell in cells}
     return {r.cell: r for r in records if keys.get(r.cell) == r.key}
-
-
-def _preload() -> None:
-    """Import what every cell needs."""
-    from . import grpo  # noqa: F401

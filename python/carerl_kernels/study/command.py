@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -49,6 +49,7 @@ def replicate(
         from .grid import Grid
         from .pool import usable_cores
         from .report import left_out, write_report
+        from .show import run_shown
 
         console, grid = Console(), Grid.load(preset)
         source = data or out / RAW
@@ -84,7 +85,7 @@ def replicate(
             )
         again = bool(cell) and not resume
         before, stale = current(grid, read_records(source))
-        results = _run(cells, out, workers or usable_cores(), 0 if again else len(done), again, console)
+        results = run_shown(cells, out, workers or usable_cores(), console, _line, again=again)
         rows = {(r.setting, r.variant) for r in results}
         stale = [r for r in stale if not cell or (r.setting, r.variant) in rows]
         if stale:
@@ -105,22 +106,8 @@ def _only(records: list[Record], settings: list[str] | None) -> list[Record]:
     return [r for r in records if not settings or r.setting in settings]
 
 
-def _run(cells: list[Any], out: Path, workers: int, done: int, again: bool, console: Console) -> list[Record]:
-    """Cells behind one bar; a line for each as it ends."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from .cells import run_cells
-
-    columns = (TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("cells", total=len(cells), completed=done)
-
-        def on_event(key: str, kind: str, payload: Any) -> None:
-            if kind == "done":
-                progress.advance(bar)
-                console.print(f"{key:<36} {measures(payload)}  {payload.seconds:.0f} s", highlight=False)
-
-        return run_cells(cells, out, workers=workers, again=again, on_event=on_event)
+def _line(record: Record) -> str:
+    return f"{record.cell:<36} {measures(record)}  {record.seconds:.0f} s"
 
 
 def measures(record: Record) -> str:

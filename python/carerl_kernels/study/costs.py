@@ -9,7 +9,7 @@ from ..subspace.replay import SEQUENCES
 from .grid import Cell
 
 
-def kept(cell: Cell) -> str:
+def memory(cell: Cell) -> str:
     """What a method keeps of earlier domains' data."""
     train, guard = cell.recipe.train, cell.recipe.guard
     replays = getattr(train, "replay_fraction", 0) > 0

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ..grpo.plots import new_figure
-from .costs import kept
-from .demo import RunResult
+from .cells import Record
+from .costs import memory
 from .grid import Cell
+from .grpo import guard_share, scores_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,65 +25,98 @@ BASELINES = {
     "the best replay": ("replay", "replay_low"),
     "rehearsal": ("rehearse",),
 }
+Lines = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class VariantSummary:
-    """One variant over all seeds.
+class Variant:
+    """One way to train, over all seeds. Accuracies are exact success probabilities at temperature 1.
 
     Attributes:
-        runs: A run per seed, in order, of domains in the order they were learned.
-        name: Of the variant.
+        cell: Of its first seed.
+        scores: Per seed a list over stage ends, the start first, of accuracies of all domains.
+        curves: Per seed the step and the accuracies of every evaluation.
+        seconds: Per seed, of training and evaluation.
+        guard_time_share: Share of those spent in the guard, probes included; mean over seeds.
+        touched_share: Energy of the guard's corrections over energy of all raw updates it saw; None without guard.
     """
 
-    name: str
-    runs: Sequence[RunResult]
+    cell: Cell
+    scores: list[list[list[float]]]
+    curves: list[list[tuple[int, list[float]]]]
+    seconds: list[float]
+    guard_time_share: float
+    touched_share: float | None
+
+    @classmethod
+    def of(cls, runs: Sequence[tuple[Cell, Record, Lines]]) -> Variant:
+        """Of a cell per seed, its record and its metrics, which are exact where records are rounded."""
+        cell = runs[0][0]
+        domains = [stage.name for stage in cell.recipe.stages]
+        touched = [record.touched for _, record, _ in runs if record.touched is not None]
+        return cls(
+            cell,
+            [scores_of(lines, domains) for *_, lines in runs],
+            [[(x["step"], [x["eval"][d] for d in domains]) for x in lines if "eval" in x] for *_, lines in runs],
+            [sum(sum(line["seconds"].values()) for line in lines) for *_, lines in runs],
+            fmean(guard_share(lines) for *_, lines in runs),
+            fmean(touched) if touched else None,
+        )
+
+    @property
+    def name(self) -> str:
+        return self.cell.method_name
 
     @property
     def domains(self) -> list[str]:
-        return list(self.runs[0].after_own_stage)
+        """In the order they were learned."""
+        return [stage.name for stage in self.cell.recipe.stages]
 
-    def of(self, part: str) -> dict[str, list[float]]:
-        """Accuracies per domain: "start" (before everything), "after_own_stage", "final" (at the end)."""
-        found = [r.curve[0][1] if part == "start" else getattr(r, part) for r in self.runs]
-        return {d: [scores[d] for scores in found] for d in self.domains}
+    @property
+    def start(self) -> dict[str, list[float]]:
+        """Accuracy per domain before everything."""
+        return {d: [s[0][i] for s in self.scores] for i, d in enumerate(self.domains)}
+
+    @property
+    def after_own_stage(self) -> dict[str, list[float]]:
+        """Accuracy per domain right after its own stage."""
+        return {d: [s[i + 1][i] for s in self.scores] for i, d in enumerate(self.domains)}
+
+    @property
+    def final(self) -> dict[str, list[float]]:
+        """Accuracy per domain at the end."""
+        return {d: [s[-1][i] for s in self.scores] for i, d in enumerate(self.domains)}
 
     @property
     def average(self) -> list[float]:
         """Mean over domains of the final accuracy."""
-        return [statistics.fmean(r.final[d] for d in self.domains) for r in self.runs]
+        return [fmean(s[-1]) for s in self.scores]
 
     @property
     def forgetting(self) -> list[float]:
-        """Mean over all but the last domain of after_own_stage - final."""
-        return [statistics.fmean(r.after_own_stage[d] - r.final[d] for d in self.domains[:-1]) for r in self.runs]
+        """Mean drop from the end of a domain's own stage to that of the run, over all but the last domain."""
+        return [fmean(s[i + 1][i] - s[-1][i] for i in range(len(s) - 2)) for s in self.scores]
 
     @property
     def new_domain(self) -> list[float]:
         """Mean over all but the first domain of after_own_stage: stages in which there is something to forget."""
-        return [statistics.fmean(r.after_own_stage[d] for d in self.domains[1:]) for r in self.runs]
-
-    @property
-    def guard_time_share(self) -> float:
-        return statistics.fmean(r.guard_time_share for r in self.runs)
-
-    @property
-    def touched_share(self) -> float | None:
-        touched = [r.touched_share for r in self.runs if r.touched_share is not None]
-        return statistics.fmean(touched) if touched else None
+        return [fmean(s[i + 1][i] for i in range(1, len(s) - 1)) for s in self.scores]
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form."""
 
         def values(found: Sequence[float]) -> dict[str, Any]:
-            return {"mean": statistics.fmean(found), "values": list(found)}
+            return {"mean": fmean(found), "values": list(found)}
 
         return {
-            **{p: {d: values(v) for d, v in self.of(p).items()} for p in ("final", "after_own_stage", "start")},
+            **{
+                part: {domain: values(found) for domain, found in getattr(self, part).items()}
+                for part in ("final", "after_own_stage", "start")
+            },
             **{measure: values(getattr(self, measure)) for measure in ("average", "forgetting", "new_domain")},
             "guard_time_share": self.guard_time_share,
             "touched_share": self.touched_share,
-            "seconds": values([r.seconds for r in self.runs]),
+            "seconds": values(self.seconds),
         }
 
 
@@ -90,61 +125,50 @@ class Summary:
     """All variants.
 
     Attributes:
-        domains: In the order they were learned.
         seeds: How many.
         seconds: Wall-clock seconds of everything.
-        variants: By name.
+        variants: In the order of the grid.
     """
 
-    domains: tuple[str, ...]
     seeds: int
     seconds: float
-    variants: dict[str, VariantSummary]
-
-    @classmethod
-    def of(cls, results: Sequence[RunResult], variants: Sequence[str], seeds: int, seconds: float) -> Summary:
-        """Group results by variant, seeds in order."""
-        ordered = sorted(results, key=lambda r: r.seed)
-        by_name = {name: VariantSummary(name, [r for r in ordered if r.variant == name]) for name in variants}
-        return cls(tuple(results[0].after_own_stage), seeds, seconds, by_name)
+    variants: Sequence[Variant]
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form, as `run_demo` documents it."""
         return {
-            "domains": list(self.domains),
+            "domains": self.variants[0].domains,
             "seeds": self.seeds,
             "seconds": self.seconds,
-            "variants": {name: v.as_dict() for name, v in self.variants.items()},
+            "variants": {v.name: v.as_dict() for v in self.variants},
         }
 
     def verdicts(self) -> list[str]:
         """One sentence per guard: seed by seed against the best plain learning rate, the best replay and rehearsal."""
-        sentences = []
-        for guard in (self.variants[n] for n in GUARDS if n in self.variants):
+        sentences, named = [], {v.name: v for v in self.variants}
+        for guard in (named[n] for n in GUARDS if n in named):
             parts = []
             for label, names in BASELINES.items():
-                present = [self.variants[n] for n in names if n in self.variants]
+                present = [named[n] for n in names if n in named]
                 if present:
-                    best = max(present, key=lambda v: statistics.fmean(v.average))
-                    parts.append(_compare(guard, best, label))
+                    parts.append(_compare(guard, max(present, key=lambda v: fmean(v.average)), label))
             if parts:
                 sentences.append(f"{guard.name} {'; '.join(parts)}.")
         return sentences
 
 
-def _compare(guard: VariantSummary, other: VariantSummary, label: str) -> str:
+def _compare(guard: Variant, other: Variant, label: str) -> str:
     gaps = [g - o for g, o in zip(guard.average, other.average, strict=True)]
     wins = sum(gap > 0 for gap in gaps)
-    learning = statistics.fmean(guard.new_domain) - statistics.fmean(other.new_domain)
     return (
-        f"against {other.name} ({label}): average {statistics.fmean(gaps):+.3f}, "
-        f"better on {wins} of {len(gaps)} seeds, new domains {learning:+.3f}"
+        f"against {other.name} ({label}): average {fmean(gaps):+.3f}, better on {wins} of {len(gaps)} seeds, "
+        f"new domains {fmean(guard.new_domain) - fmean(other.new_domain):+.3f}"
     )
 
 
 def _cell(values: Sequence[float]) -> str:
     """Mean, and half the range over seeds where there are several: ".62±.03"."""
-    mean = _short(statistics.fmean(values))
+    mean = _short(fmean(values))
     return mean if len(values) < 2 else f"{mean}±{_short((max(values) - min(values)) / 2)}"
 
 
@@ -154,68 +178,68 @@ def _short(value: float) -> str:
     return text.replace("0.", ".", 1) if text.lstrip("-").startswith("0.") else text
 
 
-def print_summary(console: Console, summary: Summary, cells: Sequence[Cell]) -> None:
-    """The table, what its columns mean, and the comparison whoever it favours; of each variant a cell says what it is."""
+def print_summary(console: Console, summary: Summary) -> None:
+    """The table, what its columns mean, and the comparison whoever it favours."""
     from rich import box
     from rich.table import Table
 
-    names, steps = " -> ".join(summary.domains), cells[0].recipe.stages[0].steps
-    title = f"{names}, {steps} GRPO steps each, {summary.seeds} seed{'s' if summary.seeds > 1 else ''}"
+    first = summary.variants[0]
+    domains, steps = first.domains, first.cell.recipe.stages[0].steps
+    title = f"{' -> '.join(domains)}, {steps} GRPO steps each, {summary.seeds} seed{'s' if summary.seeds > 1 else ''}"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     table.add_column("variant", style="bold", no_wrap=True)
-    for column in (*summary.domains, "average", "forget", "new", "touched", "guard"):
+    for column in (*domains, "average", "forget", "new", "touched", "guard"):
         table.add_column(column, justify="right", no_wrap=True)
-    for row in summary.variants.values():
+    for row in summary.variants:
         touched = "" if row.touched_share is None else f"{row.touched_share:.1%}"
         share = f"{row.guard_time_share:.0%}" if row.guard_time_share else ""
-        columns = [*row.of("final").values(), row.average, row.forgetting, row.new_domain]
+        columns = [*row.final.values(), row.average, row.forgetting, row.new_domain]
         table.add_row(row.name, *map(_cell, columns), touched, share)
     console.print()
     console.print(table)
-    first = next(iter(summary.variants.values()))
-    start = ", ".join(f"{d} {statistics.fmean(v):.2f}" for d, v in first.of("start").items())
-    earlier, later = ", ".join(summary.domains[:-1]), ", ".join(summary.domains[1:])
+    start = ", ".join(f"{d} {fmean(v):.2f}" for d, v in first.start.items())
     console.print(
         "Accuracy: exact probability of the right answer at temperature 1 on held-out examples "
         f"(before training: {start}).\n"
         "Domain columns and average: at the end. "
-        f"Forget: drop since a domain's own stage, mean over all but the last ({earlier}).\n"
-        f"New: accuracy right after a domain's own stage, mean over all but the first ({later}). "
+        f"Forget: drop since a domain's own stage, mean over all but the last ({', '.join(domains[:-1])}).\n"
+        f"New: accuracy right after a domain's own stage, mean over all but the first ({', '.join(domains[1:])}). "
         "±: half the range over seeds.\n"
         "Touched: energy of the guard's corrections over energy of all updates it saw. "
         "Guard: its share of wall-clock time, recording and probes included.\n",
         style="dim",
     )
-    for cell in cells:
-        memory = "" if kept(cell) == "none" else f" [dim](keeps {kept(cell)})[/]"
-        console.print(f"  [bold]{cell.method_name:<10}[/] {cell.method.text}{memory}")
+    for row in summary.variants:
+        keeps = "" if memory(row.cell) == "none" else f" [dim](keeps {memory(row.cell)})[/]"
+        console.print(f"  [bold]{row.name:<10}[/] {row.cell.method.text}{keeps}")
     for sentence in summary.verdicts():
         console.print(sentence)
     console.print(f"{summary.seconds:.0f} s in all.")
 
 
-def plot_curves(path: Path, results: Sequence[RunResult], cells: Sequence[Cell]) -> None:
+def plot_curves(path: Path, variants: Sequence[Variant]) -> None:
     """Accuracy of each domain over time: a panel per domain, a line per variant (mean; band: range over seeds)."""
-    stages = cells[0].recipe.stages
+    stages = variants[0].cell.recipe.stages
     ends = [sum(stage.steps for stage in stages[:i]) for i in range(len(stages) + 1)]
     figure = new_figure(figsize=(4.2 * len(stages), 3.9), layout="constrained")
     panels = figure.subplots(1, len(stages), sharey=True, squeeze=False)[0]
-    for panel, domain in zip(panels, (stage.name for stage in stages), strict=True):
-        for i, cell in enumerate(cells):
-            runs = [r for r in results if r.variant == cell.method_name]
-            x = [step for step, _ in runs[0].curve]
-            values = [[scores[domain] for _, scores in r.curve] for r in runs]
-            mean = [statistics.fmean(column) for column in zip(*values, strict=True)]
-            style = "-" if cell.recipe.guard is not None else "--"
-            panel.plot(x, mean, style, color=f"C{i}", linewidth=1.6, label=cell.method_name)
-            if len(runs) > 1:
-                low, high = ([f(column) for column in zip(*values, strict=True)] for f in (min, max))
-                panel.fill_between(x, low, high, color=f"C{i}", alpha=0.08, linewidth=0)
-        for begin, end, stage in zip(ends, ends[1:], stages, strict=False):
-            panel.axvspan(begin, end, color="0.5", alpha=0.10 if stage.name == domain else 0.0, linewidth=0)
+    for d, (panel, own) in enumerate(zip(panels, stages, strict=True)):
+        for i, variant in enumerate(variants):
+            x = [step for step, _ in variant.curves[0]]
+            columns = list(zip(*([scores[d] for _, scores in curve] for curve in variant.curves), strict=True))
+            style = "-" if variant.cell.recipe.guard is not None else "--"
+            panel.plot(x, list(map(fmean, columns)), style, color=f"C{i}", linewidth=1.6, label=variant.name)
+            if len(variant.curves) > 1:
+                panel.fill_between(
+                    x, list(map(min, columns)), list(map(max, columns)), color=f"C{i}", alpha=0.08, linewidth=0
+                )
+        for (begin, end), stage in zip(pairwise(ends), stages, strict=True):
+            panel.axvspan(begin, end, color="0.5", alpha=0.10 if stage is own else 0.0, linewidth=0)
             panel.text((begin + end) / 2, 0.02, f"learns {stage.name}", ha="center", fontsize=7, color="0.35")
-        panel.set(title=domain, xlabel="GRPO step", ylim=(0, 1), xlim=(0, ends[-1]))
+        panel.set(title=own.name, xlabel="GRPO step", ylim=(0, 1), xlim=(0, ends[-1]))
     panels[0].set_ylabel("probability of the right answer")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(cells), frameon=False)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(variants), frameon=False
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

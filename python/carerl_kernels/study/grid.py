@@ -81,6 +81,7 @@ class Cell:
         setting_name, setting, method_name, method: Of the grid.
         lr: Times the setting's learning rate.
         seed: Of everything.
+        kept: Directory that keeps the run of a setting of kind "grpo"; None: it is not kept.
     """
 
     setting_name: str
@@ -89,6 +90,12 @@ class Cell:
     method: Method
     lr: float
     seed: int
+    kept: Path | None = None
+
+    @property
+    def kept_as(self) -> str:
+        """Where a study keeps the run, in its directory."""
+        return f"{self.method_name}/seed-{self.seed}"
 
     @property
     def variant(self) -> str:

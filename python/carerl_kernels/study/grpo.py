@@ -38,27 +38,31 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
         stages, scores (per stage end, the start first, a list over domains), lowest, validity, touched, guard_share and
         displacement, as `cells.Record` has them.
     """
-    run_dir = cache / "runs" / cell.key if cell.recipe.train.checkpoint_every else None
+    run_dir = cell.kept or (cache / "runs" / cell.key if cell.recipe.train.checkpoint_every else None)
+    stages = [list(stage.domains) for stage in cell.recipe.stages]
+    names = list(dict.fromkeys(name for stage in stages for name in stage))
+    pooled = len(stages) == 1 and len(names) > 1
     validity: list[Validity] = []
 
     def on_step(line: Line) -> None:
-        if line["stage_step"] == 1:
-            validity[0].look(again=False)
+        for one in validity if line["stage_step"] == 1 else ():
+            one.look(again=False)
         report(line["step"])
 
     with opened(cell, cell.recipe, start_of(cell, cache), on_step, run_dir) as ready:
-        validity.append(Validity(ready.trainer))
+        validity += [] if pooled or cell.kept else [Validity(ready.trainer)]
         with cell.added.during(ready) as figures:
             history = ready.train(resume=run_dir is not None)
-        validity[0].look(again=True)
-        stages = [list(stage.domains) for stage in ready.stages]
-        names = list(dict.fromkeys(name for stage in stages for name in stage))
+        for one in validity:
+            one.look(again=True)
         found = {"stages": stages, "scores": scores_of(history, names), **guard_figures(ready.trainer), **figures}
-    if run_dir is not None:
+    if run_dir is not None and cell.kept is None:
         shutil.rmtree(run_dir)  # the record is what stays: the cell run again starts anew
-    if len(stages) == 1 and len(names) > 1:
-        return {**found, "lowest": lowest_of(history, cell, names)}
-    return {**found, "validity": validity[0].shares}
+    if pooled:
+        found["lowest"] = lowest_of(history, cell, names)
+    for one in validity:
+        found["validity"] = one.shares
+    return found
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Jobs spread over processes: live progress, dependencies, and no process left behind whatever happens."""
+"""Jobs spread over processes: live progress, and no process left behind whatever happens."""
 
 from __future__ import annotations
 
@@ -25,13 +25,11 @@ class Job:
         key: Names the job.
         function: At module level, so that another process can import it.
         arguments: Picklable.
-        after: Key of a job that has to be done first.
     """
 
     key: str
     function: Callable[..., Any]
     arguments: tuple[Any, ...] = ()
-    after: str | None = None
 
 
 def usable_cores() -> int:
@@ -47,34 +45,24 @@ def run_jobs(
     jobs: Sequence[Job],
     workers: int,
     on_event: Callable[[str, str, Any], None] | None = None,
-    preload: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Run all jobs, each in one of `workers` processes with one torch thread.
 
     Args:
-        jobs: Started in this order as processes become free and dependencies are met.
+        jobs: Started in this order as processes become free.
         workers: Processes; 1 runs everything here.
         on_event: `on_event(key, kind, payload)`: kind "start" (None), "progress" (the message), "done" (the result).
-        preload: Called in each process before its first job, to import what all of them need.
 
     Returns:
         Results by key.
 
     Raises:
         WorkerError: A job raised, or its process died. All others are stopped.
-        ValueError: A dependency names no earlier job.
     """
-    known: set[str] = set()
-    for job in jobs:
-        if job.key in known or (job.after is not None and job.after not in known):
-            raise ValueError(
-                f"job {job.key!r}: expected a new key and `after` an earlier job, found after={job.after!r}"
-            )
-        known.add(job.key)
     notify = on_event or (lambda key, kind, payload: None)
     if workers <= 1 or len(jobs) == 1:
         return _run_here(jobs, notify)
-    return _run_elsewhere(list(jobs), min(workers, len(jobs)), notify, preload)
+    return _run_elsewhere(list(jobs), min(workers, len(jobs)), notify)
 
 
 def _run_here(jobs: Sequence[Job], notify: Callable[[str, str, Any], None]) -> dict[str, Any]:
@@ -108,9 +96,7 @@ class _Worker:
     job: Job | None = None
 
 
-def _run_elsewhere(
-    waiting: list[Job], workers: int, notify: Callable[[str, str, Any], None], preload: Callable[[], None] | None
-) -> dict[str, Any]:
+def _run_elsewhere(waiting: list[Job], workers: int, notify: Callable[[str, str, Any], None]) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")  # fork would copy torch's thread pools in an undefined state
     pool: list[_Worker] = []
     results: dict[str, Any] = {}
@@ -119,17 +105,16 @@ def _run_elsewhere(
         with _without_interrupts():
             for _ in range(workers):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(theirs, preload), daemon=True)
+                process = context.Process(target=_serve, args=(theirs,), daemon=True)
                 process.start()
                 theirs.close()  # so that a dead process reads as end of file here
                 pool.append(_Worker(process, ours))
         while len(results) < total:
             for worker in pool:
-                if worker.job is None:
-                    worker.job = _next(waiting, results)
-                    if worker.job is not None:
-                        worker.connection.send((worker.job.function, worker.job.arguments))
-                        notify(worker.job.key, "start", None)
+                if worker.job is None and waiting:
+                    worker.job = waiting.pop(0)
+                    worker.connection.send((worker.job.function, worker.job.arguments))
+                    notify(worker.job.key, "start", None)
             busy = {w.connection: w for w in pool if w.job is not None}
             for ready in wait(list(busy)):
                 worker = busy[ready]  # type: ignore[index]
@@ -162,13 +147,6 @@ def _run_elsewhere(
     return results
 
 
-def _next(waiting: list[Job], done: dict[str, Any]) -> Job | None:
-    for i, job in enumerate(waiting):
-        if job.after is None or job.after in done:
-            return waiting.pop(i)
-    return None
-
-
 @contextmanager
 def _without_interrupts() -> Iterator[None]:
     """Children started inside ignore ctrl-C (the disposition survives exec): the parent alone reacts and stops them."""
@@ -182,13 +160,11 @@ def _without_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _serve(connection: Connection, preload: Callable[[], None] | None) -> None:
+def _serve(connection: Connection) -> None:
     """A worker's life: jobs until the other end closes."""
     import torch
 
     torch.set_num_threads(1)
-    if preload is not None:
-        preload()
     while True:
         try:
             function, arguments = connection.recv()

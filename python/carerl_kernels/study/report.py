@@ -5,169 +5,18 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
-from statistics import fmean
 
 from .._files import write_atomically, write_bytes_atomically
 from ..train.recipe import RecipeError
 from .cells import Record, current
-from .costs import beyond, kept
 from .grid import Grid
-from .stats import Estimate, estimate, holm, pareto
+from .tables import FRONT, Row, guard_table, measures_table, pooled_table, rows_of, table, verdicts, versus
 
-FRONT = "none"
-"""The method whose learning rates are the front that everything has to beat."""
 CANDIDATES = ("input-bounded", "recorded-every8", "shown-every8", "shown-end", "merge-confined70")
 """Methods that are compared with every other row: the guard as it came first and as it is now, from prompts
 alone, on finished checkpoints, and on merged experts."""
-ALPHA = 0.05
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method at one learning rate over the seeds of a setting.
-
-    Attributes:
-        variant: METHOD@LR.
-        records: By seed.
-        against: Paired difference of averages to the best learning rate of the front, and p after Holm over the table.
-    """
-
-    variant: str
-    records: dict[int, Record]
-    against: Estimate | None = None
-    corrected: float | None = None
-
-    @property
-    def method(self) -> str:
-        return self.variant.partition("@")[0]
-
-    def of(self, measure: str) -> Estimate:
-        """Over seeds: average, forgetting, retention, new or window."""
-        return estimate([getattr(r, measure) for r in self.records.values()])
-
-    def mean(self, field: str) -> float | None:
-        """Of touched or guard_share, where recorded."""
-        values = [v for r in self.records.values() if (v := getattr(r, field)) is not None]
-        return fmean(values) if values else None
-
-
-def paired(row: Row, other: Row, measure: str) -> Estimate | None:
-    """Difference over the seeds that both have; None with fewer than two."""
-    seeds = sorted(row.records.keys() & other.records.keys())
-    if len(seeds) < 2:
-        return None
-    return estimate([getattr(row.records[s], measure) - getattr(other.records[s], measure) for s in seeds])
-
-
-def rows_of(records: Iterable[Record], setting: str, confirming: bool = True) -> list[Row]:
-    """Rows of a setting's table, best average first, compared with the best learning rate of the front.
-
-    Args:
-        records: Of any settings.
-        setting: Which.
-        confirming: Seeds that nothing was chosen on, or those that were used for choosing.
-    """
-    groups: dict[str, dict[int, Record]] = {}
-    for record in records:
-        if record.setting == setting and record.confirms == confirming:
-            groups.setdefault(record.variant, {})[record.seed] = record
-    rows = [Row(variant, by_seed) for variant, by_seed in groups.items()]
-    front = [r for r in rows if r.method == FRONT]
-    if front:
-        best = max(front, key=lambda r: (len(r.records), r.of("average").mean))
-        compared = [(r, d) for r in rows if r is not best and (d := paired(r, best, "average")) is not None]
-        for (row, difference), p in zip(compared, holm([d.p for _, d in compared]), strict=True):
-            rows[rows.index(row)] = Row(row.variant, row.records, difference, p)
-    return sorted(rows, key=lambda r: -r.of("average").mean)
-
-
-def table(grid: Grid, setting: str, rows: Sequence[Row]) -> str:
-    """A Markdown table; behind every row the name of a cell to rerun."""
-    front = [r for r in rows if r.method == FRONT and r.against is None]
-    best = front[0].variant if front else "-"
-    lines = [
-        "| method@lr | keeps | beyond the plain run | seeds | average | forget | new | window | touched | "
-        f"average - {best} | p (Holm) | one cell |",
-        "|---" * 12 + "|",
-    ]
-    optimal = {rows[i].variant for i in pareto([(r.of("retention").mean, r.of("new").mean) for r in rows])}
-    for row in rows:
-        star = "\\*" if row.variant in optimal else ""
-        touched, cell = row.mean("touched"), grid.cell(next(iter(row.records.values())).cell)
-        difference = "" if row.against is None else f"{signed(row.against.mean)} ± {short(row.against.half)}"
-        cells = [
-            f"{row.variant}{star}",
-            kept(cell),
-            beyond(cell),
-            str(len(row.records)),
-            spread(row.of("average")),
-            spread(row.of("forgetting")),
-            spread(row.of("new")),
-            short(row.of("window").mean),
-            "" if touched is None else short(touched),
-            difference,
-            "" if row.corrected is None else probability(row.corrected),
-            f"`{setting}/{row.variant}/{min(row.records)}`",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def verdicts(rows: Sequence[Row]) -> list[str]:
-    """Who is better, who is worse than the best learning rate after correction, and what cannot be told."""
-    compared = [r for r in rows if r.against is not None and r.method != FRONT]
-    if not compared:
-        return ["Nothing to compare: too few seeds, or no plain learning rate."]
-
-    def names(chosen: Iterable[Row]) -> str:
-        return ", ".join(r.variant for r in chosen) or "none"
-
-    def significant(row: Row) -> bool:
-        return row.corrected is not None and row.corrected < ALPHA
-
-    better = [r for r in compared if significant(r) and r.against and r.against.mean > 0]
-    worse = [r for r in compared if significant(r) and r.against and r.against.mean < 0]
-    rest = [r for r in compared if not significant(r)]
-    return [
-        f"Better average than the best plain learning rate (p < .05 after Holm): {names(better)}.",
-        f"Worse: {names(worse)}.",
-        f"Not told apart: {names(rest)}.",
-    ]
-
-
-def versus(rows: Sequence[Row], candidate: str) -> str:
-    """A Markdown table: one row minus every other, paired; Holm over these comparisons."""
-    own = next(r for r in rows if r.variant == candidate)
-    lines = ["| minus | seeds | average | forget | new | p (average, Holm) |", "|---|---|---|---|---|---|"]
-    others = [(o, d) for o in rows if o is not own and (d := paired(own, o, "average")) is not None]
-    for (other, d), p in zip(others, holm([d.p for _, d in others]), strict=True):
-        forget, new = (paired(own, other, m) for m in ("forgetting", "new"))
-        assert forget is not None and new is not None
-        cells = [other.variant, str(d.n), *(f"{signed(e.mean)} ± {short(e.half)}" for e in (d, forget, new))]
-        lines.append("| " + " | ".join([*cells, probability(p)]) + " |")
-    return "\n".join(lines)
-
-
-def guard_table(rows: Sequence[Row]) -> str:
-    """A Markdown table of what the guards did; empty without guards."""
-    lines = [
-        "| guard | touched | time | displacement | explained at first | at the end | by random directions |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        records = row.records.values()
-        if row.mean("touched") is None:
-            continue
-        last = [stage for r in records for stage in list(r.displacement.values())[-1:]]
-        moved = [v for stage in last for v in stage.values() if v is not None]
-        looks = [look for r in records for look in r.validity.values() if len(look) == 3]
-        values = [row.mean("touched"), row.mean("guard_share"), fmean(moved) if moved else None]
-        values += [fmean(look[i] for look in looks) if looks else None for i in range(3)]
-        lines.append("| " + " | ".join([row.variant, *("" if v is None else short(v) for v in values)]) + " |")
-    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def write_report(grid: Grid, records: Sequence[Record], out: Path) -> str:
@@ -178,9 +27,6 @@ def write_report(grid: Grid, records: Sequence[Record], out: Path) -> str:
     Raises:
         RecipeError: None is left; nothing was written.
     """
-    from .measures import measures_table
-    from .pooled import pooled_table
-
     records, left = current(grid, records)
     if not records:
         raise RecipeError(f"expected records of cells as the grid defines them, found none. {left_out(left)}".rstrip())
@@ -191,27 +37,18 @@ def write_report(grid: Grid, records: Sequence[Record], out: Path) -> str:
         chosen = rows_of(records, setting, confirming=False)
         parts += [f"## {setting}: {grid.settings[setting].text}", ""]
         pooled = any(r.pooled for r in records if r.setting == setting)
-        if rows and pooled:
-            parts += [pooled_table(setting, rows), "", *verdicts(rows), ""]
-        elif rows:
-            parts += [table(grid, setting, rows), "", *verdicts(rows), ""]
+        if rows:
+            own = pooled_table(setting, rows) if pooled else table(grid, setting, rows)
+            parts += [own, "", *verdicts(rows), ""]
+        if rows and not pooled:
             parts += [measures_table(rows), ""] if measures_table(rows) else []
-            for row in rows if len(rows) > 1 and not pooled else []:
+            for row in rows if len(rows) > 1 else []:
                 if row.method in CANDIDATES and len(row.records) > 1:
-                    parts += [
-                        f"{row.variant} minus each other row:",
-                        "",
-                        versus(rows, row.variant),
-                        "",
-                    ]
+                    parts += [f"{row.variant} minus each other row:", "", versus(rows, row.variant), ""]
             parts += [guard_table(rows), ""] if guard_table(rows) else []
         if chosen:
-            parts += [
-                f"Seeds used for choosing (no part of the verdicts), {setting}:",
-                "",
-                pooled_table(setting, chosen) if pooled else table(grid, setting, chosen),
-                "",
-            ]
+            own = pooled_table(setting, chosen) if pooled else table(grid, setting, chosen)
+            parts += [f"Seeds used for choosing (no part of the verdicts), {setting}:", "", own, ""]
         try:
             plot(out / f"{setting}.png", setting, rows or chosen, PLOTTED_POOLED if pooled else PLOTTED)
         except ImportError as e:
@@ -235,20 +72,21 @@ def left_out(records: Iterable[Record]) -> str:
 
 
 LEGEND = (
-    "Accuracy: exact probability of the right answer at temperature 1 on held-out examples; in the settings sft it is"
-    " minus nats a token. average: over all domains at the end. forget: drop since the end of a domain's own stage, "
-    "over the domains that the last stage did not bring. new: accuracy at the end of a domain's own stage, over the "
-    "domains after the first stage. window: drop from the start until right before a domain's own stage, while no "
-    "history protects it, over the same domains. touched: energy of the guard's corrections over energy of all "
-    "updates it saw. keeps: what is kept of earlier domains' data. beyond the plain run: sequences that a whole run "
-    "takes besides those that the plain run trains on, relative to these, and what it stores besides data. ±: half of"
-    " the 95 % interval over seeds (Student's t; differences are paired). p: of the difference to the best plain "
-    "learning rate, Holm over the table. \\*: not dominated in retention and new learning. One cell: `carerl replicate"
-    " --cell NAME`. Tables of guards: time, its share of training time; displacement along earlier domains' "
-    "directions over the last stage, relative to the recorded stages' own; share of fresh gradients of earlier "
-    "domains that their directions explain as the next stage begins and at the end. Pooled settings: lowest - start, "
-    "the domain that fell most, at its lowest evaluation, against before; worst domain - alone, the domain that ends "
-    "furthest below where it ends by itself on as many samples."
+    "Accuracy: exact probability of the right answer at temperature 1 on held-out examples; "
+    "in the settings sft it is minus nats a token. average: over all domains at "
+    "the end. forget: drop since the end of a domain's own stage, over the domains that the last stage did not bring. new: "
+    "accuracy at the end of a domain's own stage, over the domains after the first stage. window: drop from the start until"
+    " right before a domain's own stage, while no history protects it, over the same domains. touched: energy of the "
+    "guard's corrections over energy of all updates it saw. keeps: what is kept of earlier domains' data. beyond the "
+    "plain run: sequences that a whole run takes besides those that the plain run trains on, relative to these, and what else "
+    "it stores. ±: half of the 95"
+    " % interval over seeds (Student's t; differences are paired). p: of the difference to the best plain learning rate, "
+    "Holm over the table. \\*: not dominated in retention and new learning. One cell: `carerl replicate --cell NAME`. "
+    "Tables of guards: time, its share of training time; displacement along earlier domains' directions over the last "
+    "stage, relative to the recorded stages' own; share of fresh gradients of earlier domains that their directions explain"
+    " as the next stage begins and at the end. Pooled settings: lowest - start, the domain that fell most, at its lowest "
+    "evaluation, against before; worst domain - alone, the domain that ends furthest below where it ends by itself on as many "
+    "samples."
 )
 
 
@@ -300,24 +138,3 @@ def plot(path: Path, title: str, rows: Sequence[Row], axes_of: tuple[Axis, Axis]
     axes.set_title(title)
     axes.legend()
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
-
-
-def short(value: float) -> str:
-    """Three digits without the leading zero; "?" where a single seed says nothing."""
-    if value == float("inf"):
-        return "?"
-    text = f"{value:.3f}"
-    return text.replace("0.", ".", 1) if text.lstrip("-").startswith("0.") else text
-
-
-def probability(p: float) -> str:
-    return "<.001" if p < 0.001 else short(p)
-
-
-def signed(value: float) -> str:
-    return ("+" if value >= 0 else "") + short(value)
-
-
-def spread(value: Estimate) -> str:
-    """Mean and half interval."""
-    return short(value.mean) if value.n < 2 else f"{short(value.mean)} ± {short(value.half)}"

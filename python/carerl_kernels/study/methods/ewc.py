@@ -1,7 +1,7 @@
 """Elastic weight consolidation (Kirkpatrick et al., PNAS 2017, arXiv:1612.00796).
 
-When a domain's stage ends, the diagonal of the Fisher information is estimated there from the domain's stored answers (the
-empirical Fisher: squared gradients of the log-probability of each right answer, averaged). From then on the loss has the term
+When a domain's stage ends, the diagonal of the Fisher information is estimated there from the domain's stored answers, which
+nothing needs afterwards (the empirical Fisher: squared gradients of the log-probability of each right answer, averaged). From then on the loss has the term
 `strength / 2 * sum F (theta - theta_end)^2`, one for every domain that ended; its gradient is added after clipping.
 """
 
@@ -66,9 +66,6 @@ class Method(Acting):
 
     def actor(self, trainee: Trainee) -> Actor:
         return Consolidation(trainee, self.strength, self.examples)
-
-    def keeps(self, recipe: Any) -> str:
-        return f"{self.examples} a domain"
 
     def extra(self, recipe: Any) -> Extra:
         earlier = len(recipe.stages) - 1

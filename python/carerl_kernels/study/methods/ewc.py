@@ -1,8 +1,9 @@
 """Elastic weight consolidation (Kirkpatrick et al., PNAS 2017, arXiv:1612.00796).
 
 When a domain's stage ends, the diagonal of the Fisher information is estimated there from the domain's stored answers, which
-nothing needs afterwards (the empirical Fisher: squared gradients of the log-probability of each right answer, averaged). From then on the loss has the term
-`strength / 2 * sum F (theta - theta_end)^2`, one for every domain that ended; its gradient is added after clipping.
+nothing needs afterwards (the empirical Fisher: squared gradients of the log-probability of each right answer, averaged). From
+then on the loss has the term `strength / 2 * sum F (theta - theta_end)^2`, one for every domain that ended; its gradient is
+added after clipping.
 """
 
 from __future__ import annotations

@@ -173,9 +173,12 @@ class Bed:
     def nats(self, domain: str, n: int) -> Iterator[Callable[[], Tensor]]:
         """Minus the log-probability of each of those answers, or pieces of text, by itself."""
         batch = self.stored(domain, n)
-        for i in range(n):
+
+        def nats(i: int) -> Tensor:
             one = Batch(batch.ids[i : i + 1], batch.mask[i : i + 1], batch.scored[i : i + 1])
-            yield lambda one=one: loss(self.model, one) * one.scored.sum()
+            return loss(self.model, one) * one.scored.sum()
+
+        return (functools.partial(nats, i) for i in range(n))
 
     def stored(self, domain: str, n: int) -> Batch:
         """Text of another source, or answers to fresh prompts."""

@@ -50,7 +50,7 @@ class Method(Described):
 
 
 class Setting(Described):
-    """One task: a recipe that methods change.
+    """One task: a recipe that methods change; its data files are relative to the working directory.
 
     Attributes:
         text: What it is, for the report.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cells import Record, run_cells
+from .cells import RAW, Record, read_records, recorded, run_cells
 from .grid import Cell
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ def run_shown(
 
     columns = (TextColumn("{task.description:<28}"), BarColumn(), TextColumn("{task.completed:g}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        overall = progress.add_task(f"[bold]of {len(cells)} cells")
+        done = {} if options.get("again") else recorded(cells, read_records(out / RAW))
+        overall = progress.add_task(f"[bold]of {len(cells)} cells", total=len(cells), completed=len(done))
         bars: dict[str, Any] = {}
         lengths = {c.name: sum(s.steps for s in c.recipe.stages) for c in cells if c.setting.kind == "grpo"}
 
@@ -41,5 +42,4 @@ def run_shown(
                 progress.advance(overall)
                 console.print(line(payload), highlight=False)
 
-        progress.update(overall, total=len(cells))
         return run_cells(cells, out, workers=workers, on_event=on_event, **options)

@@ -24,8 +24,8 @@ from .grid import Cell
 SCALED = "train.lr"
 CONTEXT, ACTIONS, HIDDEN = 16, 8, 96
 GROUP = 8
-CONTEXTS = 64
-"""Per step."""
+BATCH = 64
+"""Contexts per step."""
 HELD_OUT = 1024
 
 
@@ -191,8 +191,8 @@ class Learner:
 
     def _gradient(self, domain: str, earlier: list[str], reference: nn.Module | None) -> None:
         train = self.recipe.train
-        replayed = round(train.replay_fraction * CONTEXTS) if earlier else 0
-        counts = {domain: CONTEXTS - replayed}
+        replayed = round(train.replay_fraction * BATCH) if earlier else 0
+        counts = {domain: BATCH - replayed}
         for i in range(replayed):
             name = earlier[i % len(earlier)]
             counts[name] = counts.get(name, 0) + 1
@@ -200,7 +200,7 @@ class Learner:
 
         def loss_of(name: str) -> Callable[[], Tensor]:
             # the editors take the mean over domains: a domain's gradient is D times its share of the batch's
-            share = counts[name] / CONTEXTS * len(counts)
+            share = counts[name] / BATCH * len(counts)
             return lambda: share * self.bandit.loss(self.policy, reference, train.kl_beta, *batches[name])
 
         if self.editor is not None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..grpo.plots import new_figure
 from .cells import Record
+from .costs import memory
 from .grid import Cell
 from .grpo import guard_share, scores_of
 
@@ -209,8 +210,8 @@ def print_summary(console: Console, summary: Summary) -> None:
         style="dim",
     )
     for row in summary.variants:
-        memory = "" if row.cell.memory == "none" else f" [dim](keeps {row.cell.memory})[/]"
-        console.print(f"  [bold]{row.name:<10}[/] {row.cell.method.text}{memory}")
+        keeps = "" if memory(row.cell) == "none" else f" [dim](keeps {memory(row.cell)})[/]"
+        console.print(f"  [bold]{row.name:<10}[/] {row.cell.method.text}{keeps}")
     for sentence in summary.verdicts():
         console.print(sentence)
     console.print(f"{summary.seconds:.0f} s in all.")

@@ -153,17 +153,6 @@ class Cell:
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
-    @property
-    def memory(self) -> str:
-        """What it keeps of earlier domains' data, for tables."""
-        train, guard = self.recipe.train, self.recipe.guard
-        replays = getattr(train, "replay_fraction", 0) > 0
-        stored = {(d.replay, d.probes) for d in getattr(self.recipe, "domains", {}).values()}
-        if replays and any(replay == "all" for replay, _ in stored):
-            return "all prompts"
-        reads = getattr(train, "rehearsal_weight", 0) > 0 or (guard and guard.options.get("rule") == "probed")
-        return f"{max(n for _, n in stored)} a domain" if replays or reads else "none"
-
     def check(self) -> None:
         """Look for what the cell would not honour, before anything runs.
 

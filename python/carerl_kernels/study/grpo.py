@@ -51,11 +51,11 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
 
     with opened(cell, cell.recipe, start_of(cell, cache), on_step, run_dir) as ready:
         validity += [] if pooled or cell.kept else [Validity(ready.trainer)]
-        with cell.added.during(ready):
+        with cell.added.during(ready) as figures:
             history = ready.train(resume=run_dir is not None)
         for one in validity:
             one.look(again=True)
-        found = {"stages": stages, "scores": scores_of(history, names), **guard_figures(ready.trainer)}
+        found = {"stages": stages, "scores": scores_of(history, names), **guard_figures(ready.trainer), **figures}
     if run_dir is not None and cell.kept is None:
         shutil.rmtree(run_dir)  # the record is what stays: the cell run again starts anew
     if pooled:

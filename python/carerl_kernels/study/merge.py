@@ -12,7 +12,6 @@ import torch
 from pydantic import Field, model_validator
 
 from ..grpo import success_probability
-from ..grpo.config import Stage
 from ..grpo.rundir import load_weights, model_tensors, save_weights
 from ..guard.checkpoints import merge
 from ..guard.sums import task_arithmetic, ties
@@ -59,38 +58,40 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
     """
     plain: Recipe = cell.recipe.model_copy(update={"guard": None, "ties": None, "scale": 1.0})
     names = [stage.name for stage in plain.stages]
-    start, experts = (
-        start_of(cell, cache),
-        {stage.name: cache / "experts" / _file(plain, stage) for stage in plain.stages},
-    )
-    for stage in plain.stages:
-        if not experts[stage.name].exists():
-            with opened(cell, plain.model_copy(update={"stages": (stage,)}), start, lambda line: None) as expert:
-                expert.train()
-                experts[stage.name].parent.mkdir(parents=True, exist_ok=True)
-                save_weights(experts[stage.name], expert.trainer.model)
+    start = start_of(cell, cache)
+    experts = trained_alone(cell, plain, start, cache)
     with opened(cell, plain, start, lambda line: None) as bed, TemporaryDirectory() as folder:
         first = Path(folder) / "start.safetensors"
         model: Any = bed.trainer.model
         save_weights(first, model)
-        out = [_scores(bed, names)]
+        out = [scores(bed, names)]
         for path in experts.values():
             load_weights(path, model)
-            out.append(_scores(bed, names))
+            out.append(scores(bed, names))
         if cell.recipe.guard is not None:
             confine(cell, bed, first, experts)
         else:
             add(cell.recipe, model, first, experts)
-        out.append(_scores(bed, names))
+        out.append(scores(bed, names))
     return {"stages": [*([name] for name in names), names], "scores": out}
 
 
-def _file(plain: Recipe, stage: Stage) -> str:
-    content = plain.model_dump_json(exclude={"stages"}, exclude_defaults=True) + str(stage)
-    return f"{stage.name}-{hashlib.sha256(content.encode()).hexdigest()[:12]}.safetensors"
+def trained_alone(cell: Cell, plain: recipe.Recipe, start: Path | None, cache: Path) -> dict[str, Path]:
+    """Files of experts, one a stage of the recipe, by domain; those that `cache` has not are trained."""
+    experts: dict[str, Path] = {}
+    for stage in plain.stages:
+        content = plain.model_dump_json(exclude={"stages"}, exclude_defaults=True) + str(stage)
+        name = f"{stage.name}-{hashlib.sha256(content.encode()).hexdigest()[:12]}.safetensors"
+        experts[stage.name] = path = cache / "experts" / name
+        if not path.exists():
+            with opened(cell, plain.model_copy(update={"stages": (stage,)}), start, lambda line: None) as expert:
+                expert.train()
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_weights(path, expert.trainer.model)
+    return experts
 
 
-def _scores(bed: Run, names: list[str]) -> list[float]:
+def scores(bed: Run, names: list[str]) -> list[float]:
     """Exact probability of the right answers, per domain."""
     trainer = bed.trainer
     model, tokenizer, length = trainer.model, trainer.tokenizer, trainer.config.max_new_tokens

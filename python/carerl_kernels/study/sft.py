@@ -28,6 +28,7 @@ from ..tasks.texts import TEXT, Batch
 from ..train import recipe
 from ..train.models import add_lora
 from ..train.run import build_guard
+from .acting import Actor
 from .grid import Cell
 
 SCALED = "scale"
@@ -109,13 +110,14 @@ class Bed:
 
     def __init__(self, cell: Cell, cache: Path, report: Callable[[Any], None]) -> None:
         self.recipe: Recipe = cell.recipe
+        self.seed = cell.seed
         self.cache, self.report = cache, report
         model, self.tokenizer = pretrained()
         self.model = deepcopy(model)
         if self.recipe.lora is not None:
             self.model = add_lora(self.model, self.recipe.lora, cell.seed)
         self.model.eval()  # no dropout anywhere
-        self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.trained: dict[str, nn.Parameter] = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         pages, descriptions = texts.documentation(shown=False), texts.descriptions()
         tasks = [d for d in self.recipe.stages if d != TEXT]
         self.pairs = {d: list(islice(texts.task_pairs(d, "held out"), HELD_OUT)) for d in tasks}
@@ -128,6 +130,7 @@ class Bed:
             added = cell.added
             options = added.guard_defaults(cell.seed)
             self.guard = build_guard(self.model, self.recipe.guard, added.guard_class(), **options)
+        self.actor = cell.added.actor(self)
         self.seconds = 0.0
         # What was measured of the weights as they are; None where a method had a hand in them.
         self.known: Path | None = cache / "sft" / "start.json"
@@ -163,22 +166,38 @@ class Bed:
 
     def shown(self, domain: str, n: int) -> Iterator[dict[str, Tensor]]:
         """What the model is called with on text of another source, or on answers to fresh prompts; 16 at a time."""
-        if domain == TEXT:
-            batch = texts.text_batch(self.tokenizer, texts.documentation(shown=True), n, seed=1)
-        else:
-            examples = texts.task_pairs(domain, "shown", apart=self.pairs[domain])
-            batch = texts.pairs_batch(self.tokenizer, islice(examples, n))
+        batch = self.stored(domain, n)
         for start in range(0, n, 16):
             yield {name: tensor[start : start + 16] for name, tensor in batch.inputs.items()}
+
+    def nats(self, domain: str, n: int) -> Iterator[Callable[[], Tensor]]:
+        """Minus the log-probability of each of those answers, or pieces of text, by itself."""
+        batch = self.stored(domain, n)
+
+        def nats(i: int) -> Tensor:
+            one = Batch(batch.ids[i : i + 1], batch.mask[i : i + 1], batch.scored[i : i + 1])
+            return loss(self.model, one) * one.scored.sum()
+
+        return (functools.partial(nats, i) for i in range(n))
+
+    def stored(self, domain: str, n: int) -> Batch:
+        """Text of another source, or answers to fresh prompts."""
+        if domain == TEXT:
+            return texts.text_batch(self.tokenizer, texts.documentation(shown=True), n, seed=1)
+        examples = texts.task_pairs(domain, "shown", apart=self.pairs[domain])
+        return texts.pairs_batch(self.tokenizer, islice(examples, n))
 
     def stage(self, index: int, domain: str) -> None:
         """Train a stage, with what the method does from the second one on."""
         start = {n: p.detach().clone() for n, p in self.trained.items()}
         part = self.recipe.train.stage_interpolation
-        if index == 0 or self.guard is None or self.guard.settings.every >= self.recipe.steps:
+        guarded = self.guard is not None and self.guard.settings.every < self.recipe.steps
+        if index == 0 or not (guarded or self.actor):
             self.plain(index, domain)
         else:
-            self.train(domain, self.rate(index), self.guard)
+            if self.actor is not None:
+                self.actor.turn(self.recipe.stages[index - 1])
+            self.train(domain, self.rate(index), self.guard, self.actor)
             self.known = None
         if index and self.guard is not None:
             self.guard.confine_()
@@ -190,7 +209,10 @@ class Bed:
             self.known = None
 
     def figures(self) -> dict[str, Any]:
-        """Seconds of the guard over those of the training that it guarded; nothing where it looked at checkpoints alone."""
+        """Seconds of the guard over those of the training that it guarded, nothing where it looked at checkpoints alone; or
+        what an actor says of itself."""
+        if self.actor is not None:
+            return self.actor.figures()
         if self.guard is None or not self.seconds:
             return {}
         return {"guard_share": self.guard.seconds["act"] / self.seconds}
@@ -216,7 +238,7 @@ class Bed:
         """A stage's learning rate: the cell's scales all but the first's, before which there is nothing to lose."""
         return self.recipe.train.lr * (self.recipe.scale if index else 1.0)
 
-    def train(self, domain: str, lr: float, guard: CapabilityGuard | None = None) -> None:
+    def train(self, domain: str, lr: float, guard: CapabilityGuard | None = None, actor: Actor | None = None) -> None:
         """Supervised steps on the task's answers; the learning rate falls linearly to a tenth."""
         started = time.perf_counter()
         steps = self.recipe.steps
@@ -227,7 +249,11 @@ class Bed:
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = lr * (1 - 0.9 * step / steps)
             loss(self.model, texts.pairs_batch(self.tokenizer, islice(examples, BATCH))).backward()
+            if actor is not None:
+                actor.before(optimizer)
             optimizer.step()
+            if actor is not None:
+                actor.after(optimizer)
             optimizer.zero_grad()
             self.report(step + 1)
         if guard is not None:

@@ -8,6 +8,7 @@ from itertools import pairwise
 from statistics import fmean
 
 from .cells import Record
+from .costs import beyond, memory
 from .grid import Grid
 from .stats import Estimate, estimate, holm, pareto
 
@@ -110,6 +111,7 @@ def table(grid: Grid, setting: str, rows: Sequence[Row]) -> str:
     header = (
         "method@lr",
         "keeps",
+        "beyond the plain run",
         "seeds",
         "average",
         "forget",
@@ -122,9 +124,11 @@ def table(grid: Grid, setting: str, rows: Sequence[Row]) -> str:
     optimal = {rows[i].variant for i in pareto([(r.of("retention").mean, r.of("new").mean) for r in rows])}
     for row in rows:
         star = "\\*" if row.variant in optimal else ""
+        cell = grid.cell(next(iter(row.records.values())).cell)
         cells = [
             f"{row.variant}{star}",
-            grid.cell(next(iter(row.records.values())).cell).memory,
+            memory(cell),
+            beyond(cell),
             str(len(row.records)),
             spread(row.of("average")),
             spread(row.of("forgetting")),

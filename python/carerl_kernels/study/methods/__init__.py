@@ -11,14 +11,17 @@ A file defines `Method`, a subclass of `Addition` whose fields are its options:
             start = [p.detach().clone() for p in run.trainer.model.parameters()]
             def add(optimizer, args, kwargs): ...  # to the gradients
             hook = register_optimizer_step_pre_hook(add)
-            yield
+            yield {}
             hook.remove()
+
+One that acts from step to step, in settings of language models, is an `acting.Acting`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +32,23 @@ from ...train.recipe import RecipeError, Section, checked
 
 if TYPE_CHECKING:
     from ...train.run import Run
+    from ..acting import Actor, Trainee
     from ..grid import Cell
+
+
+@dataclass
+class Extra:
+    """Costs of a whole run beyond the plain one.
+
+    Attributes:
+        trained, both, forward: Sequences sampled and trained on, passed forward and backward, passed forward.
+        stores: Besides data.
+    """
+
+    trained: int = 0
+    both: int = 0
+    forward: int = 0
+    stores: str = ""
 
 
 class Addition(Section):
@@ -49,9 +68,24 @@ class Addition(Section):
         """Options of that class that no recipe knows."""
         return {}
 
-    def during(self, run: Run) -> AbstractContextManager[Any]:
-        """Around the training of a "grpo" cell, whose trainer has model, tokenizer, domains, history and guard."""
-        return nullcontext()
+    def during(self, run: Run) -> AbstractContextManager[dict[str, Any]]:
+        """Around the training of a "grpo" cell, whose trainer has model, tokenizer, domains, history and guard.
+
+        The block is given a mapping that holds, when the block is left, further fields of its `cells.Record`.
+        """
+        return nullcontext({})
+
+    def actor(self, trainee: Trainee) -> Actor | None:
+        """What acts on the steps of an "sft" cell."""
+        return None
+
+    def keeps(self, recipe: Any) -> str:
+        """What it keeps of earlier domains' data, for tables; empty where the recipe says it."""
+        return ""
+
+    def extra(self, recipe: Any) -> Extra:
+        """What it computes and stores beyond the plain run, for tables; without what the recipe says."""
+        return Extra()
 
     def run(self, cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any]:
         """The whole cell: by the runner of its setting's kind."""

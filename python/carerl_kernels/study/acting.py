@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..grpo import special_tokens
-from ..grpo.logprobs import answer_logprobs
+from ..logprobs import answer_logprobs
 from ..train.recipe import RecipeError
 from .methods import Addition
 

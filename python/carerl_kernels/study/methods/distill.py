@@ -25,7 +25,7 @@ from ...grpo.config import lr_factor
 from ...grpo.rollout import prompt_counts, rollout
 from ...grpo.rundir import load_weights, save_weights
 from ...grpo.sampling import Rollout
-from ...grpo.text import position_ids
+from ...text import position_ids
 from ...train.recipe import RecipeError
 from . import Addition, Extra
 

@@ -1,4 +1,5 @@
-"""The K x K cores between the two passes: float64, batched over leading dimensions, no host synchronisation.
+"""The K x K cores between the two passes: float64, batched over leading dimensions. Nothing waits for the device but torch's
+eigenvalue decomposition, which asks CUDA whether it converged.
 
 Everything here is small (K is at most a few hundred) and runs on the device of its input.
 """

@@ -146,8 +146,9 @@ def mutable_copy() -> Path:
         right, wrong = next(m[1:] for m in MISTAKES[file] if m[0] == name)
         assert texts[file].count(right) == 1, f"{file}: {right!r} is there {texts[file].count(right)} times"
         texts[file] = texts[file].replace(right, wrong.replace("MUTANT", switch))
+    texts |= {f"../{path.name}": path.read_text() for path in SOURCES.parent.glob("*.h")}  # shared with the CPU's
     key = hashlib.sha256(repr(sorted(texts.items())).encode()).hexdigest()[:16]
-    copy = emulated.ROOT / "build/emulator" / f"mutable-{key}"
+    copy = emulated.ROOT / "build/emulator" / f"mutable-{key}" / SOURCES.name
     copy.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         if not (copy / name).exists():  # several test processes may be at it

@@ -104,7 +104,7 @@ def test_left_sided_inputs_equal_dense_oracle(rule):
     sides = {"0.weight": "left", "2.weight": "right"}
     model = make_model()
     walk = FactoredWalk.__new__(FactoredWalk)
-    from carerl_kernels.guard import guard as module
+    from carerl_kernels.guard import protection as module
 
     before = module.sides_of
     module.sides_of = lambda *_: sides
@@ -369,7 +369,7 @@ def test_what_there_is_no_room_for_gives_way(order, room):
 def test_what_a_domain_recorded_anew_leaves_free_is_taken_again():
     """The guard is the one that the same files make, whatever it knew before; left-sided matrices too."""
     model = make_model()
-    from carerl_kernels.guard import guard as module
+    from carerl_kernels.guard import protection as module
 
     before = module.sides_of
     module.sides_of = lambda *_: SIDES

@@ -334,17 +334,17 @@ class RowStack(Stack[Layout, DomainBasis]):
         weights = (params.aligned.float(), params.conflict.float(), threshold)
         c = torch.zeros(T, K, dtype=torch.float64, device=self.device)
         for call in self.layout.calls:
-            rows = list(call.rows)
+            rows = call.index(self.device)
             found, _ = torch.ops.carerl.dacsp_.list_tensor(
                 [grads[i] for i in call.indices],
                 self.bases,
                 [self.layout.offsets[i] for i in call.indices],
                 *weights,
-                root[rows] if call.per_tensor else root[rows[0]],
+                root[rows] if call.per_tensor else root[call.rows[0]],
                 self.scales,
                 call.per_tensor,
             )
-            c[rows] = found.view(len(rows), K).to(c)
+            c[rows] = found.view(len(call.rows), K).to(c)
         c = torch.where(active & c.isfinite().all(), c, 0.0)
         aligned, conflict, threshold = (w.double() for w in weights)
         _, x = dacsp_core(c, aligned, conflict, threshold, root)

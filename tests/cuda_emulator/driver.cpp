@@ -73,6 +73,8 @@ struct Case {
   DType grad, basis;
   int n, batch, rows, lead;
   int64_t tensors;  // 0: a batch; else a list, per tensor
+  // Elements from one gradient of a batch to the next: gradients are aligned where rows of the bases are.
+  int64_t pitch() const { return n + (n % 8 ? 3 : 8); }
 };
 
 // The memory that a call asks for.
@@ -101,7 +103,7 @@ struct Inputs {
         {bases.data, c.basis >= DType::kI8 ? scales.data() : nullptr, c.rows, stride, (stride + 127) / 128, 7, c.basis},
         {},
         c.tensors ? 1 : c.batch,
-        c.tensors ? 0 : c.n + 3,
+        c.tensors ? 0 : c.pitch(),
         c.grad,
         c.tensors != 0,
         workspace.device()};
@@ -112,7 +114,7 @@ struct Inputs {
         call.spans.push_back({grads.back()->data, t * (stride / c.tensors), length, 0});
       }
     } else {
-      grads.emplace_back(new Array(c.grad, c.batch * (c.n + 3) - 3, c.lead));
+      grads.emplace_back(new Array(c.grad, (c.batch - 1) * c.pitch() + c.n, c.lead));
       call.spans.push_back({grads[0]->data, 0, c.n, 0});
     }
   }

@@ -67,7 +67,8 @@ def main() -> None:
     table = Table(title=f"confinement along {DIRECTIONS} directions, 1 thread, {_host.select_isa()}")
     for name in ("matrices", "dtype", "side", "ms", "GF/s", "two products and a clamp", "fp32 wall", "bf16 wall"):
         table.add_column(name, justify="left" if name in ("matrices", "dtype", "side") else "right")
-    for dtype in (torch.float32, torch.bfloat16):
+    total = {dtype: [0.0, 0.0] for dtype in PRODUCTS}
+    for dtype in PRODUCTS:
         for left in (False, True):
             for count, m, n in SHAPES:
                 start = [(0.03 * torch.randn(m, n, generator=draw)).to(dtype) for _ in range(count)]
@@ -93,6 +94,7 @@ def main() -> None:
                 low, middle, high = statistics.quantiles((other / mine for mine, other in rounds), n=4)
                 work = 4 * count * m * n * DIRECTIONS
                 torch_seconds = statistics.median(other for _, other in rounds)
+                total[dtype] = [total[dtype][0] + own, total[dtype][1] + torch_seconds]
                 one, terms = work / rate[torch.float32], PRODUCTS[dtype] / 2 * work / rate[torch.bfloat16]
                 table.add_row(
                     f"{count} x \\[{m}, {n}]", str(dtype)[6:], "left" if left else "right",
@@ -101,6 +103,7 @@ def main() -> None:
                     f"{torch_seconds / one:.2f}x", f"{torch_seconds / terms:.2f}x",
                 )  # fmt: skip
     Console(width=100).print(table)
+    print(*(f"all lines of {str(dtype)[6:]}: {other / own:.2f}x" for dtype, (own, other) in total.items()), sep=", ")
     print(*(f"mm of {str(dtype)[6:]}: {per_second / 1e9:.0f} GF/s" for dtype, per_second in rate.items()), sep=", ")
 
 

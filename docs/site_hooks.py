@@ -42,6 +42,7 @@ API: dict[str, tuple[str, tuple[str, ...]]] = {
         "Guard",
         (
             "guard.guard.CapabilityGuard",
+            "guard.protection.Protection",
             "guard.settings.GuardOptions",
             "guard.settings.Settings",
             "guard.mixed.MixedGradient",

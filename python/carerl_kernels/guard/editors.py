@@ -1,4 +1,4 @@
-"""Other ways to keep domains from eating each other, for comparison: one protocol, one table of what each stores and costs.
+"""Other ways to keep domains from eating each other, for comparison, behind one protocol.
 
 All but GPM work on one gradient per domain of the same step, and all of those are functions of the D x D inner products: the
 edited gradient is a weighted sum of the domains' gradients, so that two passes over them suffice, sharded or not.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -20,24 +19,6 @@ from .gradients import local_gradients, set_aside
 from .guard import CapabilityGuard
 
 Gradients = Mapping[str, Sequence[Tensor]]
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Of one editor, per step with D domains, in multiples of the number N of parameters unless said otherwise.
-
-    Attributes:
-        backward: The number of backward passes.
-        stored: The number of gradients kept at a time beside the optimizer's.
-        history: What is kept of earlier
-            stages, in words; passes: reads and writes of N elements; summed: numbers all-reduced when sharded.
-    """
-
-    backward: int
-    stored: int
-    history: str
-    passes: int
-    summed: int
 
 
 class Editor(Protocol):
@@ -53,52 +34,32 @@ class Editor(Protocol):
             ValueError: no domains, or different numbers of tensors.
         """
 
-    def cost(self, domains: int) -> Cost: ...
-
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on exactly."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-
-
-class Stateless:
-    """An editor that remembers nothing between steps."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """See :class:`Editor`."""
+        """What a resumed run needs to go on exactly; nothing, unless an editor says otherwise."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from :meth:`state_dict`."""
+        return None
 
 
-class GramEditor(Stateless):
+class GramEditor(Editor):
     """Weighted sums of the domains' gradients, weights a function of their inner products.
 
     Args:
         weigh: gives weights `[D]` float64 from the Gram matrix `[D, D]` float64 (on the CPU).
-        per_module: one Gram matrix per module instead of one for all parameters: conflicts are looked for where they are.
-        names: The names of the parameters, needed per module: those that share everything before the last dot belong together.
-        shards: The shards of sharded parameters; None: :func:`spread_editor` sets them.
+        names: of the parameters: one Gram matrix per module instead of one for all, so that conflicts are looked for where
+            they are. Parameters that share everything before the last dot belong together.
+        shards: of sharded parameters; None: :func:`spread_editor` sets them.
     """
 
-    def __init__(
-        self,
-        weigh: Callable[[Tensor], Tensor],
-        per_module: bool = False,
-        names: Sequence[str] = (),
-        shards: Shards | None = None,
-    ):
+    def __init__(self, weigh: Callable[[Tensor], Tensor], names: Sequence[str] = (), shards: Shards | None = None):
         self.weigh, self.shards = weigh, shards
-        self._modules: list[int] | None = None
-        if per_module:
-            if not names:
-                raise ValueError("per_module: expected the names of the parameters, found none")
-            numbers: dict[str, int] = {}
-            self._modules = [numbers.setdefault(name.rpartition(".")[0], len(numbers)) for name in names]
+        numbers: dict[str, int] = {}
+        self._modules = [numbers.setdefault(name.rpartition(".")[0], len(numbers)) for name in names]
 
     @torch.no_grad()
     def combine(self, gradients: Gradients) -> list[Tensor]:
-        """See :class:`Editor`."""
         rows = [list(g) for g in gradients.values()]
         counts = sorted({len(g) for g in rows})
         if len(counts) != 1 or counts[0] == 0:
@@ -124,18 +85,9 @@ class GramEditor(Stateless):
             out.append(total)
         return out
 
-    def cost(self, domains: int) -> Cost:
-        """See :class:`Editor`."""
-        modules = max(self._modules) + 1 if self._modules else 1
-        return Cost(domains, domains, "nothing", 2 * domains + 1, modules * domains**2)
-
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (
-        torch.dot(a.reshape(-1).float(), b.reshape(-1).float()).double()
-        if a.numel()
-        else a.new_zeros((), dtype=torch.float64)
-    )
+    return torch.dot(a.reshape(-1).float(), b.reshape(-1).float()).double()
 
 
 class PCGrad(GramEditor):
@@ -144,21 +96,17 @@ class PCGrad(GramEditor):
 
     Args:
         seed: The seed of the domains' order, which has to be the same in every process.
-        per_module, names, shards: see :class:`GramEditor`.
+        names, shards: see :class:`GramEditor`.
     """
 
-    def __init__(
-        self, seed: int = 0, per_module: bool = False, names: Sequence[str] = (), shards: Shards | None = None
-    ):
-        super().__init__(self._project, per_module, names, shards)
+    def __init__(self, seed: int = 0, names: Sequence[str] = (), shards: Shards | None = None):
+        super().__init__(self._project, names, shards)
         self._rng = random.Random(seed)
 
     def state_dict(self) -> dict[str, Any]:
-        """See :class:`Editor`."""
         return {"order": self._rng.getstate()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See :class:`Editor`."""
         version, numbers, gauss = state["order"]
         self._rng.setstate((version, tuple(numbers), gauss))
 
@@ -180,7 +128,7 @@ def modular_surgery(model: nn.Module, seed: int = 0) -> PCGrad:
     """Modular gradient surgery (arXiv:2602.02301): PCGrad within every module, because domains that agree over the whole
     model may still fight over one of its layers."""
     named = trainable(model)
-    return PCGrad(seed, True, [name for name, _ in named], Shards.of(named))
+    return PCGrad(seed, [name for name, _ in named], Shards.of(named))
 
 
 EDITORS: dict[str, Callable[[nn.Module, int], Editor]] = {
@@ -196,7 +144,7 @@ def torchjd_editor(weighting: Callable[[Any], Tensor], shards: Shards | None = N
     return GramEditor(lambda gram: weighting(gram).double(), shards=shards)
 
 
-class GPM(Stateless):
+class GPM(Editor):
     """Gradient projection memory (Saha et al. 2021, arXiv:2103.09762): what lies in the span of earlier stages' inputs is
     removed from the summed gradient.
 
@@ -214,17 +162,11 @@ class GPM(Stateless):
 
     @torch.no_grad()
     def combine(self, gradients: Gradients) -> list[Tensor]:
-        """See :class:`Editor`."""
         total = GramEditor(lambda gram: torch.full((gram.shape[0],), 1 / gram.shape[0], dtype=torch.float64)).combine(
             gradients
         )
         self.guard.remove_(total)
         return total
-
-    def cost(self, domains: int) -> Cost:
-        """See :class:`Editor`."""
-        report = self.guard.report()
-        return Cost(1, 1, f"{report['memory']:,} bytes of directions", 4, self.guard.layout.T * self.guard.layout.width)
 
 
 def spread_editor(editor: Editor, model: nn.Module | Iterable[tuple[str, nn.Parameter]]) -> None:
@@ -257,8 +199,8 @@ def assign_combined(
     """Puts what an editor makes of a step's gradient where the optimizer looks for it.
 
     Args:
-        model: The model, or pairs of name and parameter.
-        editor: Any editor; one that edits nothing gives the mean of what it gets.
+        model: or pairs of name and parameter.
+        editor: one that edits nothing gives the mean of what it gets.
         shares: Every domain's share of the step's gradient; they add up to it, and are multiplied by their number in place.
     """
     for tensors in shares.values():
@@ -274,15 +216,3 @@ def assign(model: nn.Module | Iterable[tuple[str, nn.Parameter]], gradient: Sequ
             local(p.grad).copy_(g)
         else:
             p.grad = g
-
-
-def table(editors: Mapping[str, Editor], domains: int = 3) -> str:
-    """What each editor stores and costs, as a Markdown table."""
-    lines = [
-        "| editor | backward passes | gradients stored | history | passes over N | numbers summed |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, editor in editors.items():
-        c = editor.cost(domains)
-        lines.append(f"| {name} | {c.backward} | {c.stored} | {c.history} | {c.passes} | {c.summed} |")
-    return "\n".join(lines)

@@ -447,9 +447,7 @@ def test_coefficient_rows_do_not_depend_on_dtype():
     mixed = Layout.of(model.named_parameters(), "per_matrix", K)
     plain = Layout.of(model.float().named_parameters(), "per_matrix", K)
     assert (mixed.T, mixed.offsets) == (plain.T, plain.offsets)
-    rows = [
-        {i: call.row_of(at) for call in layout.calls for at, i in enumerate(call.indices)} for layout in (mixed, plain)
-    ]
+    rows = [{index: row for index, row, _ in layout.places()} for layout in (mixed, plain)]
     assert rows[0] == rows[1] == {0: 0, 1: 1, 2: 2}
 
 

@@ -138,7 +138,6 @@ class CapabilityGuard(Protection):
         self,
         name: str,
         path: Path | str | None = None,
-        start_checkpoint: Path | str | None = None,
         inputs: Iterable[Any] | None = None,
         **shown: Any,
     ) -> Iterator[Recorder]:
@@ -150,7 +149,6 @@ class CapabilityGuard(Protection):
         Args:
             name: The name of the domain.
             path: safetensors file to write on exit, atomically.
-            start_checkpoint: safetensors file with the parameters as they are now; None keeps a temporary one.
             inputs: basis "input": batches of the domain to show at the stage's end, as :meth:`protect` takes them; None keeps a
                 sample of what the model is called with.
             shown: `run`, `tokenizer`, `positions`, `unseen`: see :meth:`protect`.
@@ -165,7 +163,7 @@ class CapabilityGuard(Protection):
         current = self._recording.stage
         if current is not None and not (self._following.restored and current.domain == name):
             raise RuntimeError(f"expected no stage in progress, found {current.domain!r}; stages do not nest")
-        recorder = current or self._recorder(name, start_checkpoint, inputs=inputs, **shown)
+        recorder = current or self._recorder(name, inputs=inputs, **shown)
         self._recording.stage = recorder
         self._start_here()
         before, self._current = self._current, name
@@ -330,8 +328,8 @@ class CapabilityGuard(Protection):
 
     # --------------------------------------------------------------------------------------------------------- internals
 
-    def _recorder(self, name: str, start_checkpoint: Path | str | None = None, **shown: Any) -> Recorder:
-        return self._recording.recorder(name, start_checkpoint, fixed=len(self.stack) > 0, **shown)
+    def _recorder(self, name: str, **shown: Any) -> Recorder:
+        return self._recording.recorder(name, fixed=len(self.stack) > 0, **shown)
 
     def _start_here(self) -> None:
         if not self._following.restored:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,12 +50,11 @@ class Recording:
         """What recorders look at: "gradients", "change" or "inputs"."""
         return KINDS[self.layout.kind].sees
 
-    def recorder(self, name: str, start_checkpoint: Path | str | None = None, *, fixed: bool, **shown: Any) -> Recorder:
+    def recorder(self, name: str, *, fixed: bool, **shown: Any) -> Recorder:
         """A new recorder of this guard's kind.
 
         Args:
             name: The name of the domain.
-            start_checkpoint: see :meth:`CapabilityGuard.stage`.
             fixed: there is history, so that the layout has to stay.
             shown: what an input basis shows the model, and how.
 
@@ -64,7 +62,7 @@ class Recording:
             RuntimeError: an input basis of a guard without a module.
             ValueError: inputs to show, and a basis that does not look at them.
         """
-        options: dict[str, Any] = {"start_checkpoint": start_checkpoint, "architecture": self.architecture}
+        options: dict[str, Any] = {"architecture": self.architecture}
         shown = {key: value for key, value in shown.items() if value is not None}
         if self.sees != "inputs" and shown:
             raise ValueError(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +12,8 @@ from ..thin import full_precision, times, times_transposed
 from .factored import FactoredBasis, orthonormal
 from .fingerprint import hash_parameters
 from .matrices import MatrixLayout
-from .recorder import GradientRecorder
+from .recorder import Recorder
 from .shards import Shards
-from .start import StageStart
 from .store import BasisInfo
 
 OVERSAMPLE = 8
@@ -28,40 +25,15 @@ NEGLIGIBLE = 1e-5
 """Singular values below this share of the first are rounding of float32 differences: no directions."""
 
 
-class BlockRecorder(GradientRecorder):
-    """Keeps the start of a stage on disk; at its end factors the change of every matrix. Gradients are only counted.
+class BlockRecorder(Recorder):
+    """At the end of a stage factors the change of every matrix. Gradients are only counted."""
 
-    Args:
-        domain: name of the domain.
-        layout: where the matrices lie.
-        parameters: local parts, at the start of the stage.
-        start_checkpoint, architecture: see :class:`StageRecorder`.
-    """
-
-    def __init__(
-        self,
-        domain: str,
-        layout: MatrixLayout,
-        parameters: Sequence[Tensor],
-        start_checkpoint: Path | str | None = None,
-        architecture: str = "",
-    ):
-        self.domain, self.layout, self.architecture = domain, layout, architecture
-        self.steps = 0
-        self.start = StageStart(domain, layout.names, parameters, layout.shards, start_checkpoint)
-
-    def update(self, grads: Sequence[Tensor]) -> None:
-        """Counts a step."""
-        self.steps += 1
+    layout: MatrixLayout
 
     @torch.no_grad()
     def finish(self, parameters: Sequence[Tensor]) -> FactoredBasis:
-        """Factors the change of every matrix, a few matrices at a time.
-
-        Raises:
-            RuntimeError: no step was taken.
-        """
-        check_steps(self.domain, self.steps)
+        """Factors the change of every matrix, a few matrices at a time."""
+        self.check_steps(self.steps)
         layout, r = self.layout, self.layout.k
         left, right, values, moved = {}, {}, {}, {}
         for group in layout.groups:
@@ -82,38 +54,9 @@ class BlockRecorder(GradientRecorder):
             start_hash=self.start.hash,
             end_hash=hash_parameters(parameters, layout.shards),
             steps=self.steps,
-            displacement_capture=captured / max(change_energy(self.start, parameters, layout.shards), 1e-300),
+            displacement_capture=captured / max(self.start.energy(parameters), 1e-300),
         )
         return FactoredBasis(info, left, right, values, moved, layout if layout.shards.sharded else None)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything to go on after an interruption, the start of the stage included (unless the caller keeps it)."""
-        return {"domain": self.domain, "steps": self.steps, "start": self.start.state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.steps = state["steps"]
-        self.start.load(state["start"])
-
-
-def check_steps(domain: str, steps: int) -> None:
-    """Refuses a stage without steps.
-
-    Raises:
-        RuntimeError: says what to do.
-    """
-    if steps == 0:
-        raise RuntimeError(
-            f"stage {domain!r}: expected at least one finite gradient, found none; call guard.attach(optimizer) before "
-            "training, inside or before the stage"
-        )
-
-
-def change_energy(start: StageStart, parameters: Sequence[Tensor], shards: Shards) -> float:
-    """Squared norm of a stage's parameter change."""
-    total = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
-    for delta in start.deltas(parameters):
-        total += delta.norm(dtype=torch.float64).square().to(total.device)
-    return float(shards.sum_(total))
 
 
 def leading_factors(

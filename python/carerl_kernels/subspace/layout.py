@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -28,10 +28,6 @@ class Call:
     def index(self, device: torch.device) -> slice | Tensor:
         """What `rows` are of a tensor with rows, without a copy from the host in each call."""
         return _index(self.rows, device)
-
-    def row_of(self, position: int) -> int:
-        """Row of the tensor at this position of `indices`."""
-        return self.rows[position] if self.per_tensor else self.rows[0]
 
 
 @dataclass(frozen=True)
@@ -139,6 +135,13 @@ class Layout:
             out.append((slice(offset, offset + size), slice(end + piece.start, end + piece.stop)))
             end += _padded(piece.numel)
         return out
+
+    def places(self) -> Iterator[tuple[int, int, slice]]:
+        """Index, coefficient row and columns in a local row of every parameter."""
+        columns = self.file_columns
+        for call in self.calls:
+            for position, index in enumerate(call.indices):
+                yield index, call.rows[position if call.per_tensor else 0], columns[index][0]
 
     def unpack(self, rows: Tensor) -> dict[str, Tensor]:
         """Rows `[k, N]` as one tensor `[k, *shape]` per parameter, for checkpoints; DTensors where parameters are."""

@@ -62,7 +62,7 @@ def merge(bases: Sequence[StoredBasis], domain: str, k: int | None = None) -> St
 def _merge_rows(bases: list[DomainBasis], k: int) -> tuple[DomainBasis, float]:
     first = bases[0]
     target = _layout_of(first.info, k)
-    segments = _segments(target)
+    segments = [place[1:] for place in target.places()]
     if any(segments_of(b) != segments for b in bases):
         raise BasisError(
             f"merge: expected bases that pool the same small tensors as k = {k} does, found others; choose the bases' own k"
@@ -96,18 +96,9 @@ def _merge_rows(bases: list[DomainBasis], k: int) -> tuple[DomainBasis, float]:
     return merged, float(displacement.square().sum()) / before if before > 0 else 0.0
 
 
-def _segments(layout: Layout) -> list[tuple[int, slice]]:
-    """Coefficient row and columns of every parameter."""
-    out = []
-    for call in layout.calls:
-        for position, index in enumerate(call.indices):
-            out.append((call.row_of(position), layout.file_columns[index][0]))
-    return out
-
-
 def segments_of(basis: DomainBasis) -> list[tuple[int, slice]]:
     """Coefficient row and columns of every parameter of a whole row basis."""
-    return _segments(_layout_of(basis.info, basis.info.k))
+    return [place[1:] for place in _layout_of(basis.info, basis.info.k).places()]
 
 
 def _layout_of(info: BasisInfo, k: int) -> Layout:

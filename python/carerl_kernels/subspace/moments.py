@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..thin import full_precision, times, times_transposed
-from .block import change_energy
 from .factored import FactoredBasis
 from .fingerprint import hash_parameters
 from .matrices import Group, MatrixLayout, Side, some, unlabel
@@ -368,7 +367,7 @@ class Moments:
                         moved_energy += moved[name].square().sum()
         layout.shards.sum_(moved_energy)
         now = hash_parameters(parameters, layout.shards)
-        change = 0.0 if start is None else change_energy(start, parameters, layout.shards)
+        change = 0.0 if start is None else start.energy(parameters)
         info = BasisInfo.of(
             layout,
             domain,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,37 +11,33 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .batches import Positions
-from .block import check_steps
 from .factored import FactoredBasis
 from .matrices import MatrixLayout
 from .observe import observe, same_random_numbers
+from .recorder import Recorder
 from .reservoir import Reservoir
-from .start import StageStart
 
 SEQUENCES = 64
 """Sequences of a stage that are kept and shown at its end, over all processes."""
 
 
-class ReplayRecorder:
+class ReplayRecorder(Recorder):
     """Shows batches to the model at the end of a stage, and measures how far the stage moved along their directions.
 
     Without `inputs` a sample of what the model was called with is kept: told by the trainer (:meth:`see`), or heard at the
     call of the model itself, with gradients enabled; calls of steps that were dropped, skipped or another domain's are not kept.
 
     Args:
-        domain, parameters, start_checkpoint, architecture: see :class:`StageRecorder`.
-        layout: The layout of the parameters. Unless `fixed`, :meth:`finish` corrects its sides by what it sees.
+        domain, parameters, architecture: see :class:`Recorder`.
+        layout: see there. Unless `fixed`, :meth:`finish` corrects its sides by what it sees.
         model: what the training calls, wrappers included.
         energy: keep the fewest directions with this share of the inputs' energy, at most r.
         inputs: batches to show, as :func:`observe` takes them; a collection, for it may be gone through several times.
-        run, tokenizer, positions, group, unseen: see :func:`observe`.
+        group, unseen, shown: see :func:`observe`, which gets them; `shown` are `run`, `tokenizer` and `positions`.
         fixed: the layout has history, and must stay as it is.
-        seed: The seed of the sample.
-
-    Attributes:
-        layout: The layout of the parameters; after :meth:`finish` as it was found to be.
     """
+
+    layout: MatrixLayout
 
     def __init__(
         self,
@@ -53,31 +48,19 @@ class ReplayRecorder:
         *,
         energy: float = 0.9,
         inputs: Iterable[Any] | None = None,
-        run: Callable[[Any], Any] | None = None,
-        tokenizer: Any = None,
-        positions: Positions | None = None,
         group: Any = None,
         unseen: Literal["error", "free"] = "free",
-        start_checkpoint: Path | str | None = None,
         architecture: str = "",
         fixed: bool = False,
-        seed: int = 0,
+        **shown: Any,
     ):
-        self.domain, self.layout, self.model, self.energy, self.fixed = domain, layout, model, energy, fixed
-        self.architecture = architecture
+        super().__init__(domain, layout, parameters, architecture)
+        self.model, self.energy, self.fixed = model, energy, fixed
         self.inputs = list(inputs) if isinstance(inputs, Iterator) else inputs
-        self._options: dict[str, Any] = {
-            "run": run,
-            "tokenizer": tokenizer,
-            "positions": positions,
-            "group": group,
-            "unseen": unseen,
-        }
-        self.steps = 0
-        self.start = StageStart(domain, layout.names, parameters, layout.shards, start_checkpoint)
+        self._options: dict[str, Any] = {"group": group, "unseen": unseen, **shown}
         group = group if group is not None else layout.shards.group
         rank, world = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
-        self._sample = Reservoir(-(-SEQUENCES // world), seed * world + rank)
+        self._sample = Reservoir(-(-SEQUENCES // world), rank)
         self._told = False  # the trainer says what the model was called with
         self._paused = 0
         self._backward: list[bool] = []  # of the calls that wait, whether their gradients came
@@ -91,12 +74,11 @@ class ReplayRecorder:
             self._ear = _Ear(self, self.model)
 
     def end(self) -> None:
-        """Listens no more."""
         if self._ear is not None:
             self._ear.remove()
             self._ear = None
         self._forget()
-        self.start.close()
+        super().end()
 
     def see(self, batch: Any) -> None:
         """A trainer says what the step that comes is made of; from then on calls of the model are not listened to.
@@ -157,18 +139,12 @@ class ReplayRecorder:
         self.steps += 1
 
     def discard(self) -> None:
-        """A step was dropped or another domain's: what it was made of does not count."""
         self._forget()
 
     @torch.no_grad()
     def finish(self, parameters: Sequence[Tensor]) -> FactoredBasis:
-        """Shows the inputs to the model as it is now.
-
-        Raises:
-            RuntimeError: no step was taken.
-            ValueError: as :func:`observe`.
-        """
-        check_steps(self.domain, self.steps)
+        """Shows the inputs to the model as it is now. Raises as :func:`observe`, too."""
+        self.check_steps(self.steps)
         batches = self.inputs if self.inputs is not None else list(self._sample.batches())
         with self.paused():
             moments = observe(self.model, batches, self.layout, **self._options)
@@ -185,19 +161,13 @@ class ReplayRecorder:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything to go on after an interruption. With several processes the sample is the first one's."""
-        return {
-            "domain": self.domain,
-            "steps": self.steps,
-            "sample": self._sample.state(),
-            "told": self._told,
-            "start": self.start.state(),
-        }
+        """See :class:`Recorder`. With several processes the sample is the first one's."""
+        return {**super().state_dict(), "sample": self._sample.state(), "told": self._told}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.steps, self._told = state["steps"], state["told"]
+        super().load_state_dict(state)
+        self._told = state["told"]
         self._sample.load(state["sample"])
-        self.start.load(state["start"])
 
 
 class _Ear:

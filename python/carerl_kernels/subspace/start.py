@@ -19,47 +19,24 @@ from .shards import Shards, local
 
 
 class StageStart:
-    """Parameters at the start of a stage, in a temporary file or in a checkpoint of the caller's.
+    """Local parts of the parameters at the start of a stage, in a temporary directory that goes away with this object.
 
     Args:
-        domain: The name of the domain, for messages.
-        names: The names of the parameters.
-        tensors: their local parts.
+        domain: for messages.
+        names, tensors: of the parameters.
         shards: what of every parameter lives here.
-        checkpoint: safetensors file with the whole parameters under these names; None writes the local parts into a temporary
-            directory, which goes away with this object.
 
     Attributes:
-        hash: The hash of the parameters at the start.
+        hash: of the parameters at the start.
     """
 
-    def __init__(
-        self,
-        domain: str,
-        names: Sequence[str],
-        tensors: Sequence[Tensor],
-        shards: Shards,
-        checkpoint: Path | str | None = None,
-    ):
+    def __init__(self, domain: str, names: Sequence[str], tensors: Sequence[Tensor], shards: Shards):
         self.domain, self.names, self.shards = domain, tuple(names), shards
-        self._temporary: weakref.finalize[..., Any] | None = (
-            None  # removes the directory, at the latest when this object goes away
-        )
-        if checkpoint is None:
-            self._keep(dict(zip(self.names, tensors, strict=True)))
-        else:
-            self._refer(Path(checkpoint))
-        self.hash = hash_parameters(self.tensors(), shards)
-
-    def close(self) -> None:
-        """Removes the temporary file; nothing is asked of the start after this."""
-        if self._temporary is not None:
-            self._temporary()
+        self._keep(dict(zip(self.names, tensors, strict=True)))
 
     def _keep(self, tensors: Mapping[str, Tensor]) -> None:
-        self.close()
         directory = tempfile.mkdtemp(prefix="carerl-stage-")
-        self._temporary = weakref.finalize(self, shutil.rmtree, directory, True)
+        self.close = weakref.finalize(self, shutil.rmtree, directory, True)  # at the latest when this object goes away
         self.path = Path(directory) / "start.safetensors"
         try:
             # Tied tensors cannot stand twice in one file, but parameters are listed once.
@@ -67,58 +44,35 @@ class StageStart:
         except Exception as error:
             self.close()
             raise OSError(
-                f"could not keep the start of stage {self.domain!r} in {self.path.parent}: {error}; free space, set TMPDIR, "
-                "or pass start_checkpoint="
+                f"could not keep the start of stage {self.domain!r} in {self.path.parent}: {error}; free space, or set TMPDIR"
             ) from error
-
-    def _refer(self, path: Path) -> None:
-        self.path = path
-        try:
-            with safe_open(path, framework="pt") as file:
-                found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        except Exception as error:
-            raise ValueError(f"start_checkpoint {path}: expected a readable safetensors file ({error})") from error
-        for name, piece in zip(self.names, self.shards.pieces, strict=True):
-            if found.get(name) != piece.shape:
-                raise ValueError(
-                    f"start_checkpoint {path}: expected {name} {list(piece.shape)}, found {found.get(name, 'nothing')}"
-                )
+        self.hash = hash_parameters(self.tensors(), self.shards)
 
     def tensors(self) -> Iterator[Tensor]:
         """Local parts, one at a time, in order."""
         with safe_open(self.path, framework="pt") as file:
-            for name, piece in zip(self.names, self.shards.pieces, strict=True):
-                if self._temporary is not None or not self.shards.sharded:
-                    yield file.get_tensor(name)
-                else:  # the whole parameter is in the caller's file
-                    yield file.get_slice(name)[piece.rows] if piece.shape else file.get_tensor(name)
-
-    def deltas(self, parameters: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Local parts of theta_start - theta_now (gradient convention), float32, one at a time, in order."""
-        for start, now in zip(self.tensors(), parameters, strict=True):
-            yield start.to(now.device, torch.float32) - now.detach().float()
+            for name in self.names:
+                yield file.get_tensor(name)
 
     def delta(self, index: int, now: Tensor) -> Tensor:
-        """The same of one parameter."""
-        name, piece = self.names[index], self.shards.pieces[index]
+        """Local part of theta_start - theta_now (gradient convention) of one parameter, float32."""
         with safe_open(self.path, framework="pt") as file:
-            whole = self._temporary is not None or not self.shards.sharded or not piece.shape
-            start = file.get_tensor(name) if whole else file.get_slice(name)[piece.rows]
+            start = file.get_tensor(self.names[index])
         return start.to(now.device, torch.float32) - now.detach().float()
 
-    def state(self) -> Any:
-        """For a checkpoint: the caller's path, or the tensors themselves."""
-        if self._temporary is None:
-            return str(self.path)
+    def energy(self, parameters: Sequence[Tensor]) -> float:
+        """Squared norm of the change since, over all processes."""
+        total = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
+        for index, now in enumerate(parameters):
+            total += self.delta(index, now).norm(dtype=torch.float64).square().to(total.device)
+        return float(self.shards.sum_(total))
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: the tensors themselves."""
         parts = enumerate(zip(self.names, self.tensors(), strict=True))
         return {name: self.shards.spread(i, part) if part.dim() else part for i, (name, part) in parts}
 
-    def load(self, state: Any) -> None:
+    def load(self, state: Mapping[str, Any]) -> None:
         """Goes on from :meth:`state`."""
-        if isinstance(state, str):
-            self.close()
-            self._temporary = None
-            self._refer(Path(state))
-        else:
-            self._keep({name: local(part) for name, part in state.items()})
-        self.hash = hash_parameters(self.tensors(), self.shards)
+        self.close()
+        self._keep({name: local(part) for name, part in state.items()})

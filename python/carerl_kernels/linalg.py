@@ -21,20 +21,6 @@ SPECTRUM_CUT = 1e-12
 """Relative cut on squared singular values: below it float64 cannot tell them from zero after squaring."""
 
 
-def pinv_power(overlap: Tensor, power: float, rcond: float = RCOND) -> Tensor:
-    """`S^power` on the range of a symmetric positive semidefinite S, zero on its null space.
-
-    Args:
-        overlap: S `[..., K, K]`, float64, `A A^T` of the stacked rows. Zero rows (empty slots) stay zero.
-        power: -1 gives the pseudo-inverse, -0.5 its square root.
-        rcond: eigenvalues below `rcond * max` count as zero.
-    """
-    values, vectors = torch.linalg.eigh(overlap)
-    keep = values > rcond * values[..., -1:].clamp_min(torch.finfo(values.dtype).tiny)
-    powered = torch.where(keep, values.clamp_min(torch.finfo(values.dtype).tiny) ** power, 0.0)
-    return (vectors * powered.unsqueeze(-2)) @ vectors.mT
-
-
 def loewdin_root(overlap: Tensor, rcond: float = RCOND) -> Tensor:
     """R = (S^+)^(1/2): turns coefficients of overlapping rows into coefficients of the nearest orthonormal frame.
 
@@ -42,10 +28,13 @@ def loewdin_root(overlap: Tensor, rcond: float = RCOND) -> Tensor:
     the overlap of the rows of A (Loewdin 1950). Changes only when the bases change: compute once, cache.
 
     Args:
-        overlap: S `[..., K, K]` float64, the Gram matrix of the stacked rows.
-        rcond: relative cut below which directions count as dependent.
+        overlap: S `[..., K, K]` float64, the Gram matrix `A A^T` of the stacked rows. Zero rows (empty slots) stay zero.
+        rcond: relative cut on its eigenvalues, below which directions count as dependent.
     """
-    return pinv_power(overlap, -0.5, rcond)
+    values, vectors = torch.linalg.eigh(overlap)
+    keep = values > rcond * values[..., -1:].clamp_min(torch.finfo(values.dtype).tiny)
+    powered = torch.where(keep, values.clamp_min(torch.finfo(values.dtype).tiny) ** -0.5, 0.0)
+    return (vectors * powered.unsqueeze(-2)) @ vectors.mT
 
 
 def dacsp_core(

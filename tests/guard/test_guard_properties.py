@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from carerl_kernels.guard.block_stack import BlockStack
 from carerl_kernels.guard.frames import Frame
-from carerl_kernels.guard.rules import RuleParams, RuleState, decide
+from carerl_kernels.guard.rules import RuleParams, decide, fresh_state
 from factored_helpers import make_factored
 from hypothesis import given
 from hypothesis import strategies as st
@@ -53,9 +53,9 @@ def build(case):
 def test_finite_in_finite_out(case, rule, exponent):
     rng, A, active, frame = build(case)
     K = case["K"]
-    state = RuleState.zeros(rule, 1, K, torch.device("cpu"))
-    if state.probe.numel():
-        state.probe.copy_(torch.from_numpy(rng.choice([-1.0, 0.0, 1.0], (1, K))))
+    state = fresh_state(rule, 1, K, torch.device("cpu"))
+    if "probe" in state:
+        state["probe"].copy_(torch.from_numpy(rng.choice([-1.0, 0.0, 1.0], (1, K))))
     displacement = torch.from_numpy(np.abs(rng.standard_normal((1, K)))) * 10.0**exponent
     fallback = torch.from_numpy(rng.random(K) < 0.5) if rule == "probed" else None
     for _ in range(14):
@@ -64,16 +64,16 @@ def test_finite_in_finite_out(case, rule, exponent):
         x = decide(rule, c, active, state, params(K, 1.3, 0.2), frame, displacement, None, fallback)
         assert x.isfinite().all()
         assert (x[0, ~active] == 0).all()
-        assert all(v.isfinite().all() for v in vars(state).values())
+        assert all(v.isfinite().all() for v in state.values())
 
 
 @given(case=cases, weights=st.tuples(st.floats(1, 2), st.floats(0, 1)), rule=st.sampled_from(["instant", "probed"]))
 def test_symmetric_edit_stays_in_its_spectrum(case, weights, rule):
     """<g, g'> >= min(1, min w)|g|^2 and |g'| <= max(1, max w)|g|, whatever the overlap."""
     rng, A, active, frame = build(case)
-    state = RuleState.zeros(rule, 1, case["K"], torch.device("cpu"))
-    if state.probe.numel():
-        state.probe.copy_(torch.from_numpy(rng.choice([-1.0, 0.0, 1.0], (1, case["K"]))))
+    state = fresh_state(rule, 1, case["K"], torch.device("cpu"))
+    if "probe" in state:
+        state["probe"].copy_(torch.from_numpy(rng.choice([-1.0, 0.0, 1.0], (1, case["K"]))))
     g = rng.standard_normal(N)
     x = decide(
         rule, torch.from_numpy(A @ g).unsqueeze(0), active, state, params(case["K"], *weights), frame,
@@ -91,7 +91,7 @@ def test_symmetric_edit_stays_in_its_spectrum(case, weights, rule):
 )
 def test_weight_one_is_exactly_nothing(case, rule):
     rng, A, active, frame = build(case)
-    state = RuleState.zeros(rule, 1, case["K"], torch.device("cpu"))
+    state = fresh_state(rule, 1, case["K"], torch.device("cpu"))
     for _ in range(12):
         c = torch.from_numpy(A @ rng.standard_normal(N)).unsqueeze(0)
         x = decide(rule, c, active, state, params(case["K"], 1.0, 1.0), frame, torch.ones(1, case["K"]).double())
@@ -110,7 +110,7 @@ def test_duplicating_a_domain_changes_nothing(seed, rule):
             [(slice(0, 1), 1, torch.from_numpy(stack @ stack.T).unsqueeze(0))],
             torch.ones(K, dtype=torch.bool), 1,
         )  # fmt: skip
-        state = RuleState.zeros(rule, 1, K, torch.device("cpu"))
+        state = fresh_state(rule, 1, K, torch.device("cpu"))
         c = torch.from_numpy(stack @ g).unsqueeze(0)
         x = decide(
             rule, c, torch.ones(K, dtype=torch.bool), state, params(K, 1.0, 0.0), frame, torch.ones(1, K).double()
@@ -137,7 +137,7 @@ def test_block_edits_stay_in_their_spectrum(seed, overlap, names, weights):
     G = [torch.randn(p.shape) for p in matrices]
     c = stack.project(G)
     frame = stack.frame(None)
-    state = RuleState.zeros("instant", layout.T, stack.rows, torch.device("cpu"))
+    state = fresh_state("instant", layout.T, stack.rows, torch.device("cpu"))
     x = decide("instant", c, stack.active(None), state, params(stack.rows, *weights), frame, stack.displacement)
     edited = [g.clone() for g in G]
     stack.edit_(edited, -x)

@@ -155,6 +155,3 @@ def _scale(config: Mapping[str, Any], layer: str, r: int) -> float:
         config.get("lora_alpha", r),
     )
     return alpha / r**0.5 if config.get("use_rslora") else alpha / r
-
-
-__all__ = ["confine_adapter"]

@@ -27,20 +27,20 @@ class BlockStack(FactoredStack):
     ) -> None:
         matrices = self.layout.local(group, tensors)
         left, right = self._factors(number, domain)
-        domains = self._D if domain is None else 1
+        domains = len(self) if domain is None else 1
         out[group.rows] = torch.ops.carerl.block_project(matrices, left, right, domains).flatten(1)
 
     def _add_(self, number: int, group: Group, tensors: Sequence[Tensor], mix: Tensor) -> None:
         r = self.layout.k
         left, right = self._factors(number, None)
-        mixes = mix.view(-1, self._D, r, r)
+        mixes = mix.view(-1, len(self), r, r)
         torch.ops.carerl.block_edit_(self.layout.local(group, tensors), left, mixes, right)
 
     def _gram_times(self, number: int, x: Tensor, matrices: slice) -> Tensor:
         left, right = self._left_grams[number], self._right_grams[number]
         assert left is not None and right is not None
         left, right = left[matrices], right[matrices]
-        D, r = self._D, self.layout.k
+        D, r = len(self), self.layout.k
         X = x.reshape(-1, D, r, r)
         half = torch.einsum("gdiek,gekl->gdiel", left.unflatten(2, (D, r)).unflatten(1, (D, r)), X)
         out = torch.einsum("gdiel,gdjel->gdij", half, right.unflatten(2, (D, r)).unflatten(1, (D, r)))

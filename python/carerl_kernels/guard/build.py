@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..subspace.kinds import KINDS
-from ..subspace.layout import Kind, Layout
+from ..subspace.layout import Layout
 from ..subspace.matrices import MatrixLayout, Side
 from ..subspace.sites import guess_sides, plain_name, unwrapped, wrappers
 from .block_stack import BlockStack
@@ -39,17 +39,6 @@ def architecture_of(model: Any) -> str:
 def sides_of(model: Any, named: list[tuple[str, nn.Parameter]]) -> dict[str, Side] | None:
     """From which side each weight is multiplied; None where there are no modules to tell."""
     return guess_sides(unwrapped(model), named) if isinstance(model, nn.Module) else None
-
-
-def lay_out(
-    named: list[tuple[str, nn.Parameter]],
-    kind: Kind,
-    k: int,
-    group: Any,
-    sides: dict[str, Side] | None,
-) -> Layout | MatrixLayout:
-    """The layout of a kind of basis over these parameters."""
-    return KINDS[kind].layout(named, kind, k, group, sides)
 
 
 def new_stack(

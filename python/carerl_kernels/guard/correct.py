@@ -15,10 +15,10 @@ from torch import Tensor
 from ..subspace.recorder import StageRecorder
 from .literal import LiteralRecording
 from .probes import Probes
-from .rules import RuleParams, RuleState, decide
+from .rules import RuleParams, decide, fresh_state
 from .settings import Settings
 from .stack import RowStack, Stack
-from .statistics import Statistics, energies, squared_distance
+from .statistics import Statistics, energies, squared_distance, squared_norm
 
 
 class StepCorrection:
@@ -26,12 +26,10 @@ class StepCorrection:
 
     Args:
         stack: directions of all domains.
-        settings: The settings of the guard.
-        probes: The probes of rule "probed".
-        statistics: where energies are counted.
+        settings, probes, statistics: of the guard.
 
     Attributes:
-        params, state: The numbers and the memory of the rule.
+        params, state: the numbers and the memory of the rule, see there.
         q_prev, q_start: coefficients `[T, K]` of the parameters after the last step and when the stage began.
     """
 
@@ -39,7 +37,7 @@ class StepCorrection:
         self.stack, self.settings, self.probes, self.statistics = stack, settings, probes, statistics
         rows, device = stack.rows, stack.device
         self.params = rule_params(stack, settings)
-        self.state = RuleState.zeros(settings.rule, stack.layout.T, rows, device)
+        self.state = fresh_state(settings.rule, stack.layout.T, rows, device)
         size = rows if settings.apply_to == "update" else 0
         self.q_prev = torch.zeros(stack.layout.T, size, dtype=torch.float64, device=device)
         self.q_start = self.q_prev.clone()
@@ -49,7 +47,8 @@ class StepCorrection:
 
     def rebase(self, parameters: Sequence[Tensor]) -> None:
         """Counts from the present parameters on."""
-        self.state.begin_stage()
+        for remembered in self.state.values():
+            remembered.zero_()
         if len(self.stack) and self.settings.apply_to == "update":
             self.q_start = self.stack.project(parameters)
             self.q_prev = self.q_start.clone()
@@ -63,10 +62,8 @@ class StepCorrection:
 
     def remembered(self) -> dict[str, Tensor]:
         """Everything that is remembered per coefficient."""
-        state = {name: rows for name, rows in vars(self.state).items() if rows.shape[1]}
-        if self.settings.apply_to == "update":
-            state |= {"q_prev": self.q_prev, "q_start": self.q_start}
-        return state
+        update = self.settings.apply_to == "update"
+        return {**self.state, **({"q_prev": self.q_prev, "q_start": self.q_start} if update else {})}
 
     def adopt(self, parameters: Sequence[Tensor], kept: Mapping[str, tuple[Mapping[str, Tensor], Tensor]]) -> None:
         """On a changed stack: what was remembered of domains that stay goes on; the rest begins here.
@@ -85,7 +82,8 @@ class StepCorrection:
         """Takes in the probes since the last step."""
         for name in self.probes.pending():
             columns = self.stack.columns(name)
-            self.state.probe[:, columns] = self.probes.settle(name, self.state.probe[:, columns], self.stack)
+            probe = self.state["probe"][:, columns]
+            probe.copy_(self.probes.settle(name, probe, self.stack))
 
     def edit_update(self, parameters: Sequence[Tensor], own: str | None, snapshot: Sequence[Tensor] | None) -> None:
         """Corrects the step just taken by projecting the parameters themselves (docs/math.md, "reading of signs").
@@ -97,7 +95,7 @@ class StepCorrection:
         Args:
             parameters: local parts, after the step.
             own: the step's domain.
-            snapshot: The snapshot of the parameters before the step, where energy is tracked.
+            snapshot: of the parameters before the step, where energy is tracked.
         """
         stack = self.stack
         q = stack.project(parameters, out=self._q)  # [T, K]
@@ -134,10 +132,10 @@ class StepCorrection:
         """Edits a gradient in place; clipping folds into the scale, known before the second pass.
 
         Args:
-            grads: The gradient of every parameter.
+            grads: of every parameter.
             own: the step's domain.
-            max_grad_norm: The largest norm that the edited gradient may have.
-            recorder: The recorder of a stage that takes the gradient in on the way, where :meth:`fuses` says so.
+            max_grad_norm: of the edited gradient, at most.
+            recorder: of a stage that takes the gradient in on the way, where :meth:`fuses` says so.
         """
         stack = self.stack
         total = None
@@ -146,8 +144,7 @@ class StepCorrection:
             or max_grad_norm is not None
             or (stack.rounding and self.settings.rule == "instant")
         ):
-            squares = torch.stack([g.norm(dtype=torch.float32).double().square() for g in grads])
-            total = stack.layout.shards.sum_(squares.sum())
+            total = squared_norm(stack, grads)
         if isinstance(stack, RowStack) and self.fuses(max_grad_norm):
             if recorder is None:
                 c, x = stack.dacsp_(grads, own, self.params, self._floor(total))
@@ -188,7 +185,7 @@ class StepCorrection:
             self.settings.rule,
             c,
             self.stack.active(own),
-            self.state.part(rows),
+            {name: remembered[rows] for name, remembered in self.state.items()},
             self.params,
             self.stack.frame(own).part(rows),
             self.stack.displacement[rows],

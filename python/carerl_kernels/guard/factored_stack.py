@@ -30,17 +30,12 @@ class FactoredStack(Stack[MatrixLayout, FactoredBasis]):
         super().__init__(layout, device)
         self.left: list[Tensor | None] = [None] * len(layout.groups)
         self.right: list[Tensor | None] = [None] * len(layout.groups)
-        self._moved: dict[
-            str, dict[str, Tensor]
-        ] = {}  # float32, gradient convention; empty for a domain without a stage
+        # float32, gradient convention; empty for a domain without a stage
+        self._moved: dict[str, dict[str, Tensor]] = {}
         self._oriented: tuple[Tensor, Tensor] | None = None
         self._values: dict[str, Mapping[str, Tensor]] = {}
         self._left_grams: list[Tensor | None] = [None] * len(layout.groups)  # [G, D*r, D*r] float64
         self._right_grams: list[Tensor | None] = [None] * len(layout.groups)
-
-    @property
-    def _D(self) -> int:
-        return len(self)
 
     def _put(self, basis: FactoredBasis, others: list[int], parameters: Sequence[Tensor]) -> None:
         layout, r = self.layout, self.layout.k
@@ -123,7 +118,7 @@ class FactoredStack(Stack[MatrixLayout, FactoredBasis]):
         return left, right
 
     def project(self, tensors: Sequence[Tensor], domain: str | None = None, out: Tensor | None = None) -> Tensor:
-        D, width = self._D if domain is None else 1, self.layout.width
+        D, width = len(self) if domain is None else 1, self.layout.width
         if out is None:
             out = torch.empty(self.layout.T, D * width, dtype=torch.float64, device=self.device)
         out.zero_()

@@ -23,15 +23,15 @@ from .following import Following
 from .memory import Memory
 from .recording import Recording
 from .rows import RowWatch
-from .statistics import energies
+from .statistics import energies, squared_norm
 
 
 class MixedGradient:
     """One step's gradient, told domain by domain; see :meth:`CapabilityGuard.mixed`.
 
     Args:
-        memory, following, recording: The memory, following and recording of the guard.
-        seconds: The guard's seconds per part, which are counted up here.
+        memory, following, recording: of the guard.
+        seconds: the guard's, per part; counted up here.
         known: called with every domain's name.
 
     Raises:
@@ -137,11 +137,7 @@ class MixedGradient:
         """Energies of the step's whole gradient, and what of it is taken out."""
         stack = self._memory.stack
         assert self._out is not None
-        total = torch.stack([g.norm(dtype=torch.float32).double().square() for g in gradients])
-        total = stack.layout.shards.sum_(total.sum())
-        c = stack.project(gradients)
+        total, c = squared_norm(stack, gradients), stack.project(gradients)
         taken = [torch.zeros_like(g) for g in gradients]
         stack.remove_(taken, self._out)
-        touched = torch.stack([t.norm(dtype=torch.float32).double().square() for t in taken])
-        touched = stack.layout.shards.sum_(touched.sum())
-        self._memory.statistics.count(stack, stack.column_sums(energies(c)), touched, total)
+        self._memory.statistics.count(stack, stack.column_sums(energies(c)), squared_norm(stack, taken), total)

@@ -82,10 +82,6 @@ class Probes:
             self.interval = max(self.interval // 2, fastest)
         return total.sign()
 
-    def total(self, name: str) -> Tensor:
-        """Coefficients `[T, width]` of the domain's round under way."""
-        return self._sums[name]
-
     def pending(self) -> list[str]:
         """Domains whose round is under way."""
         return list(self._sums)

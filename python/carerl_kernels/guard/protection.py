@@ -18,7 +18,7 @@ from ..subspace.observe import observe
 from ..subspace.shards import local
 from ..subspace.sites import unwrapped
 from ..subspace.store import read_info
-from .build import architecture_of, data_group, lay_out, sides_of, trainable
+from .build import architecture_of, data_group, sides_of, trainable
 from .memory import Memory
 from .optimizers import Census
 from .recording import Recording
@@ -55,7 +55,7 @@ class Protection:
         kind = kind_of(settings.basis, seen=bool(sides), k=settings.k, dtype=settings.basis_dtype)
         self.architecture = architecture_of(inner)
         self.parameters = [p for _, p in named]
-        self.layout: Any = lay_out(named, kind, rank_of(kind, settings.k, settings.r), process_group, sides)
+        self.layout: Any = KINDS[kind].layout(named, kind, rank_of(kind, settings.k, settings.r), process_group, sides)
         self.data_group = data_group(model, self.layout)
         self.domains = None if settings.domains is None else tuple(settings.domains)
         self.seconds = {"act": 0.0, "record": 0.0, "probe": 0.0}

@@ -17,9 +17,8 @@ from ..subspace.matrices import MatrixLayout
 from ..subspace.recorder import Recorder
 from ..subspace.store import StoredBasis
 from .build import new_stack
-from .checks import at_least
 from .newcomer import Newcomer
-from .settings import Settings
+from .settings import Settings, at_least
 
 
 @dataclass

@@ -13,7 +13,8 @@ Of parameters, "bounded" and "remove" decide nothing step by step: they are a pr
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -23,14 +24,9 @@ from .frames import Frame
 
 Rule = Literal["instant", "integrated", "bounded", "remove", "probed"]
 RULES: tuple[Rule, ...] = get_args(Rule)
-MEMORY: dict[Rule, tuple[str, ...]] = {
-    "instant": (),
-    "integrated": ("p",),
-    "bounded": (),
-    "remove": (),
-    "probed": ("p", "probe"),
-}
-"""What each rule remembers, see :class:`RuleState`."""
+MEMORY: dict[Rule, tuple[str, ...]] = {"integrated": ("p",), "probed": ("p", "probe")}
+"""What rules remember between steps, all `[T, K]` float64. p: raw displacement accumulated since the stage began (gradient
+convention), before any edit. probe: sign of the last probe gradient's coefficient; 0 where none arrived."""
 
 
 @dataclass(frozen=True)
@@ -48,34 +44,9 @@ class RuleParams:
     upper: Tensor
 
 
-@dataclass
-class RuleState:
-    """What rules remember between steps, all `[T, K]` float64.
-
-    Attributes:
-        p: raw displacement accumulated since the stage began (gradient convention), before any edit.
-        probe: sign of the last probe gradient's coefficient; 0 where none arrived.
-    """
-
-    p: Tensor
-    probe: Tensor
-
-    @classmethod
-    def zeros(cls, rule: Rule, T: int, K: int, device: torch.device) -> RuleState:
-        """Memory for what this rule uses; empty tensors for the rest."""
-
-        def fresh(name: str) -> Tensor:
-            return torch.zeros(T, K if name in MEMORY[rule] else 0, dtype=torch.float64, device=device)
-
-        return cls(**{field.name: fresh(field.name) for field in fields(cls)})
-
-    def part(self, rows: slice) -> RuleState:
-        """Some coefficient rows of it, in the same memory."""
-        return RuleState(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
-
-    def begin_stage(self) -> None:
-        for field in fields(self):
-            getattr(self, field.name).zero_()
+def fresh_state(rule: Rule, T: int, K: int, device: torch.device) -> dict[str, Tensor]:
+    """Zeros for what this rule remembers, see :data:`MEMORY`."""
+    return {name: torch.zeros(T, K, dtype=torch.float64, device=device) for name in MEMORY.get(rule, ())}
 
 
 def _by_sign(sign: Tensor, params: RuleParams) -> Tensor:
@@ -94,7 +65,7 @@ def decide(
     rule: Rule,
     c: Tensor,
     active: Tensor,
-    state: RuleState,
+    state: Mapping[str, Tensor],
     params: RuleParams,
     frame: Frame,
     displacement: Tensor,
@@ -108,7 +79,7 @@ def decide(
         rule: "instant", "integrated", "probed" or "remove".
         c: raw coefficients of this step `[T, K]` in the gradient convention (positive repeats prior learning).
         active: `[K]` bool, the rows that act: those of every domain but the batch's own.
-        state: changed in place, on active rows only, and only when every c is finite.
+        state: see :data:`MEMORY`; changed in place, on active rows only, and only when every c is finite.
         params, frame: see their classes.
         displacement: h `[T, K]`, the recorded stages' displacement along each row.
         finite: 0-d bool, whether every c is; None looks at c, which sees this process's rows only.
@@ -125,13 +96,13 @@ def decide(
     if rule == "instant":
         sign = torch.where(c.abs() > floor, c, 0.0)
         return frame.root((1 - _by_sign(sign, params)) * frame.root(c))
-    inside, before = frame.root(torch.stack([c, state.p]))  # both at once: the map may be large
+    inside, before = frame.root(torch.stack([c, state["p"]]))  # both at once: the map may be large
     after = before + inside
-    state.p.copy_(torch.where(acting, state.p + c, state.p))
+    state["p"].copy_(torch.where(acting, state["p"] + c, state["p"]))
     if rule == "integrated":
         change = (after - _by_sign(after, params) * after) - (before - _by_sign(before, params) * before)
         return frame.root(change)
-    change = (1 - _by_sign(c * state.probe, params)) * inside
+    change = (1 - _by_sign(c * state["probe"], params)) * inside
     if fallback is not None:
         out = beyond(after, params, frame.reach, displacement) - beyond(before, params, frame.reach, displacement)
         change = torch.where(fallback, out, change)

@@ -25,6 +25,12 @@ def squared_distance(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tenso
     return torch.stack(list(steps)).sum()
 
 
+def squared_norm(stack: Stack[Any, Any], tensors: Sequence[Tensor]) -> Tensor:
+    """`|t|^2` over all tensors and processes, 0-d float64."""
+    squares = torch.stack([t.norm(dtype=torch.float32).double().square() for t in tensors])
+    return stack.layout.shards.sum_(squares.sum())
+
+
 class Statistics:
     """Energies of raw updates along each domain's rows, and of the corrections.
 

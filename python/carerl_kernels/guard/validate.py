@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..subspace.kinds import KINDS
 from ..subspace.random_basis import as_random, random_basis
 from ..subspace.shards import local
 from ..subspace.store import StoredBasis
-from .build import architecture_of, lay_out, new_stack, sides_of, trainable
+from .build import architecture_of, new_stack, sides_of, trainable
 from .gradients import gradients, set_aside
 from .stack import Stack, noise_floor
 
@@ -26,7 +27,7 @@ class Validation:
     """How much of fresh gradients a basis explains.
 
     Attributes:
-        domain, kind, k: The domain, kind and number k of the basis.
+        domain, kind, k: of the basis.
         gradients: how many were drawn.
         explained: Mean share of their energy inside the basis.
         low, high: The 95 % interval (Student's t over gradients).
@@ -58,10 +59,9 @@ def validate(basis: StoredBasis, model: nn.Module, losses: Iterable[Callable[[],
     fresh gradients is.
 
     Args:
-        basis: The basis of the domain.
         model: its trainable parameters are those of the basis. Gradients it holds are put back.
         losses: each gives the domain's loss on fresh data; at least three.
-        seed: The seed of the random directions.
+        seed: of the random directions.
 
     Raises:
         BasisError: the basis belongs to another model.
@@ -69,7 +69,7 @@ def validate(basis: StoredBasis, model: nn.Module, losses: Iterable[Callable[[],
     """
     named = trainable(model)
     info = basis.info
-    layout = lay_out(named, info.kind, info.k, None, sides_of(model, named))
+    layout = KINDS[info.kind].layout(named, info.kind, info.k, None, sides_of(model, named))
     basis.check_model(layout, architecture_of(model))
     parameters = [p for _, p in named]
     device = local(parameters[0]).device

@@ -25,7 +25,10 @@ except ImportError as e:
     raise ImportError(f"carerl_kernels.integrations.trl needs TRL ({e}): pip install 'carerl-kernels[trl]'") from e
 
 
-class CareMixin:
+_Trainer: Any = object  # whatever trainer the mixin stands before; type checkers ask nothing of it
+
+
+class CareMixin(_Trainer):
     """What :class:`CareGRPOTrainer` adds; put it before a subclass of TRL's `GRPOTrainer` of your own.
 
     Args:
@@ -70,8 +73,7 @@ class CareMixin:
     ):
         super().__init__(*args, **kwargs)
         self.domain_column = domain_column
-        trainer: Any = self
-        self.domain_names = _domain_names(trainer.train_dataset, trainer.eval_dataset, domain_column, domains)
+        self.domain_names = _domain_names(self.train_dataset, self.eval_dataset, domain_column, domains)
         self._step_domains = torch.zeros(len(self.domain_names), dtype=torch.bool)
         self._step_owner: str | tuple[str, ...] | None = None
         self._batch_ids: Tensor | None = None  # domains of the generation batch, of all processes
@@ -82,7 +84,7 @@ class CareMixin:
             self.guard_callback = _TRLCallback(
                 self, guard, stage=stage, path=stage_path, domain=domain, probe_loss=probe_loss, protect=protect
             )
-            trainer.add_callback(self.guard_callback)
+            self.add_callback(self.guard_callback)
         elif stage is not None or protect:
             what = f"stage={stage!r}" if stage is not None else f"protect={list(protect or ())}"
             raise ValueError(f"{what}: expected a guard that does it, found guard=None; pass guard=CapabilityGuard")
@@ -92,12 +94,12 @@ class CareMixin:
             )
         self._losses = None if editor is None else DomainLosses(self, editor)
         self._balance = AdvantageBalance(balance, self.domain_names)
-        trainer.add_callback(self._balance)
+        self.add_callback(self._balance)
         self.own_answers: OwnAnswers | None = None
         self._rewards: Tensor | None = None  # of the generation batch, by function, of all processes
         if self_rehearsal_weight:
             self.own_answers = OwnAnswers(self, self_rehearsal_weight, self_rehearsal_size, self_rehearsal_batch)
-            trainer.add_callback(self.own_answers)
+            self.add_callback(self.own_answers)
 
     @property
     def guard(self) -> CapabilityGuard | None:
@@ -107,26 +109,22 @@ class CareMixin:
     # -------------------------------------------------------------------------------------------- from data to the loss
 
     def _set_signature_columns_if_needed(self) -> None:
-        parent: Any = super()
-        trainer: Any = self
-        parent._set_signature_columns_if_needed()
-        if self.domain_column not in trainer._signature_columns:
-            trainer._signature_columns = [*trainer._signature_columns, self.domain_column]
+        super()._set_signature_columns_if_needed()
+        if self.domain_column not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, self.domain_column]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        parent: Any = super()
-        trainer: Any = self
         if not self.domain_names:
-            output = parent._generate_and_score_completions(inputs)
-            if trainer.model.training:
+            output = super()._generate_and_score_completions(inputs)
+            if self.model.training:
                 self._keep_right(output, ["all"] * len(inputs))
             return output
-        ids = torch.tensor([self._domain_id(row) for row in inputs], device=trainer.accelerator.device)
-        self._batch_ids = trainer.accelerator.gather(ids)
-        output = parent._generate_and_score_completions(inputs)
+        ids = torch.tensor([self._domain_id(row) for row in inputs], device=self.accelerator.device)
+        self._batch_ids = self.accelerator.gather(ids)
+        output = super()._generate_and_score_completions(inputs)
         output["domain_ids"] = ids  # shuffled and split with the batch by TRL
-        if trainer.model.training:
-            total = lambda sums: trainer.accelerator.reduce(sums, "sum")  # noqa: E731
+        if self.model.training:
+            total = lambda sums: self.accelerator.reduce(sums, "sum")  # noqa: E731
             output["advantages"], logs = self._balance.weigh(output["advantages"], ids, total)
             for key, value in logs.items():
                 self._mode_metrics()[key].append(value)
@@ -140,11 +138,10 @@ class CareMixin:
 
     def _domain_id(self, row: Mapping[str, Any]) -> int:
         """Place of a row's domain in `domain_names`; -1 for none, which only evaluation may have."""
-        trainer: Any = self
         name = row.get(self.domain_column)
         if name in self.domain_names:
             return self.domain_names.index(name)
-        if not trainer.model.training:
+        if not self.model.training:
             if name is not None:
                 warnings.warn(
                     f"evaluation holds domain {name!r}, which is not in domains={self.domain_names}: no metrics of its own",
@@ -157,8 +154,7 @@ class CareMixin:
         )
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        parent: Any = super()
-        out = parent._get_per_token_logps_and_entropies(*args, **kwargs)
+        out = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         if kwargs.get("compute_entropy"):
             self.last_forward = out
         return out
@@ -166,15 +162,13 @@ class CareMixin:
     # ------------------------------------------------------------------------------------------------------------ steps
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        parent: Any = super()
-        trainer: Any = self
-        loss = parent.training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, inputs, num_items_in_batch)
         if self._losses is not None:
             loss = loss + self._losses.after_backward()
-        if trainer.accelerator.sync_gradients:  # the optimizer steps next
-            present = self._step_domains.to(trainer.accelerator.device, torch.float32)
+        if self.accelerator.sync_gradients:  # the optimizer steps next
+            present = self._step_domains.to(self.accelerator.device, torch.float32)
             if len(present):
-                found = trainer.accelerator.reduce(present, "sum").nonzero().flatten().tolist()
+                found = self.accelerator.reduce(present, "sum").nonzero().flatten().tolist()
                 names = tuple(self.domain_names[i] for i in found)
                 self._step_owner = names[0] if len(names) == 1 else names
                 self._step_domains.zero_()
@@ -187,24 +181,21 @@ class CareMixin:
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        parent: Any = super()
-        trainer: Any = self
         recorder = None if self.guard_callback is None else self.guard_callback.recorder
-        if recorder is not None and trainer.model.training:
+        if recorder is not None and self.model.training:
             parts = (
                 torch.cat([inputs[f"{part}_{what}"] for part in ("prompt", "completion")], 1)
                 for what in ("ids", "mask")
             )
             recorder.see(dict(zip(("input_ids", "attention_mask"), parts, strict=True)))
-        if self.domain_names and trainer.model.training:
+        if self.domain_names and self.model.training:
             self._step_domains[inputs["domain_ids"].unique().cpu()] = True
             if self._losses is not None:
                 return self._losses.backward_all_but_last(model, inputs)
-        return parent.compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _compute_loss(self, model: nn.Module, inputs: Any) -> Tensor:
-        parent: Any = super()
-        loss = parent._compute_loss(model, inputs)
+        loss = super()._compute_loss(model, inputs)
         if self.domain_names:
             self._log_tokens(inputs)
         if self._losses is None:
@@ -212,19 +203,17 @@ class CareMixin:
         return loss
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        parent: Any = super()
-        prepared = parent._prepare_for_training(*args, **kwargs)
+        prepared = super()._prepare_for_training(*args, **kwargs)
         if self._losses is not None:
             self._losses.begin()
         return prepared
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        parent: Any = super()
         folder = kwargs.get("resume_from_checkpoint")
         if folder:
             self._balance.resume(folder)
         try:
-            return parent._inner_training_loop(*args, **kwargs)
+            return super()._inner_training_loop(*args, **kwargs)
         finally:
             if self.guard_callback is not None:
                 self.guard_callback.abandon()
@@ -232,12 +221,10 @@ class CareMixin:
     # ---------------------------------------------------------------------------------------------------------- metrics
 
     def _mode_metrics(self) -> dict[str, list[float]]:
-        trainer: Any = self
-        return trainer._metrics["train" if trainer.model.training else "eval"]
+        return self._metrics["train" if self.model.training else "eval"]
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
-        parent: Any = super()
-        rewards = parent._calculate_rewards(
+        rewards = super()._calculate_rewards(
             inputs, prompts, completions, completion_ids_list
         )  # [B, functions], all processes
         self._rewards = rewards
@@ -245,13 +232,12 @@ class CareMixin:
             lengths = torch.tensor(
                 [len(ids) for ids in completion_ids_list], device=rewards.device, dtype=torch.float32
             )
-            self._log_rewards(rewards, self.accelerator.gather(lengths))  # type: ignore[attr-defined]
+            self._log_rewards(rewards, self.accelerator.gather(lengths))
         return rewards
 
     def _log_rewards(self, rewards: Tensor, lengths: Tensor) -> None:
-        trainer: Any = self
-        size = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
-        total = (rewards * trainer.reward_weights.to(rewards.device)).nansum(1)  # [B]
+        size = self.num_generations if self.model.training else self.num_generations_eval
+        total = (rewards * self.reward_weights.to(rewards.device)).nansum(1)  # [B]
         total[rewards.isnan().all(1)] = torch.nan
         ids, metrics = self._batch_ids, self._mode_metrics()
         assert ids is not None
@@ -275,27 +261,25 @@ class CareMixin:
     @torch.no_grad()
     def _log_tokens(self, inputs: Any) -> None:
         """Entropy, and KL where there is a reference, per token of each domain in this micro-batch of all processes."""
-        trainer: Any = self
         logps, entropies, _ = self.last_forward
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         values = [mask.float(), entropies.float() * mask]
-        if trainer.beta != 0.0:
+        if self.beta != 0.0:
             delta = (inputs["ref_per_token_logps"] - logps) * mask
             values.append(torch.expm1(delta) - delta)
         sums = torch.zeros(len(self.domain_names), len(values), device=mask.device)
         known = inputs["domain_ids"] >= 0
         sums.index_add_(0, inputs["domain_ids"][known], torch.stack([v.sum(1) for v in values], 1)[known])
-        sums = trainer.accelerator.reduce(sums, "sum").tolist()
+        sums = self.accelerator.reduce(sums, "sum").tolist()
         for name, (tokens, *totals) in zip(self.domain_names, sums, strict=True):
             if tokens:
                 for what, value in zip(("entropy", "kl"), totals, strict=False):
                     self._mode_metrics()[f"domain/{name}/{what}"].append(value / tokens)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        parent: Any = super()
         if self.guard_callback is not None and "loss" in logs:
             logs.update(self.guard_callback.metrics())
-        parent.log(logs, start_time)
+        super().log(logs, start_time)
 
 
 class CareGRPOTrainer(CareMixin, GRPOTrainer):

@@ -18,17 +18,10 @@ from .state import load_state, save_state, state_path
 MakeGuard = Callable[[nn.Module], CapabilityGuard]
 
 
-def install(
-    make_guard: MakeGuard,
-    *,
-    stage: str | None = None,
-    path: Path | str | None = None,
-    domain: Callable[[Any], str | None] | None = None,
-    protect: Mapping[str, Iterable[Any]] | None = None,
-) -> type:
+def install(make_guard: MakeGuard, **options: Any) -> type:
     """Puts a guarded engine where verl's registry has its FSDP2 engine of language models; call it in every worker.
 
-    verl keeps the first engine registered for a key, so the entry is replaced. See :func:`guarded` for the arguments.
+    verl keeps the first engine registered for a key, so the entry is replaced. Arguments are those of :func:`guarded`.
 
     Returns:
         The guarded engine.
@@ -41,7 +34,7 @@ def install(
         ) from e
     devices = EngineRegistry._engines["language_model"]["fsdp2"]
     for device, base in list(devices.items()):
-        devices[device] = guarded(base, make_guard, stage=stage, path=path, domain=domain, protect=protect)
+        devices[device] = guarded(base, make_guard, **options)
     return devices[next(iter(devices))]
 
 

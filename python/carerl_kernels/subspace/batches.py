@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..text import right_pad
+
 BATCH = 8
 """Texts, or rows of token ids, that are shown at a time."""
 _NOT_PADDING = ("loss", "completion", "label", "prompt", "special", "assistant", "global", "head", "token_type", "tool")
@@ -53,10 +55,7 @@ def _token_rows(batch: Any, tokenizer: Any) -> list[list[int]] | None:
 
 
 def _padded(rows: list[list[int]], tokenizer: Any) -> dict[str, Tensor]:
-    pad = getattr(tokenizer, "pad_token_id", None) or 0
-    length = max(map(len, rows))
-    ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+    ids, mask = right_pad(rows, getattr(tokenizer, "pad_token_id", None) or 0, torch.device("cpu"))
     return {"input_ids": ids, "attention_mask": mask}
 
 

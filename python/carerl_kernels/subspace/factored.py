@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..linalg import loewdin_root
-from .matrices import Group, MatrixLayout, unlabel
+from .matrices import MatrixLayout, unlabel
 from .saving import Part
 from .shards import Shards
 from .store import BasisError, BasisInfo, StoredBasis
@@ -66,9 +66,6 @@ class FactoredBasis(StoredBasis, kinds=("block", "input")):
     def _by_output(self, name: str) -> bool:
         """Whether `moved` has a row per row of the matrix, which may be sharded."""
         return self.info.kind == "input" and name not in self.left
-
-    def _shards(self) -> Shards | None:
-        return None if self.layout is None else self.layout.shards
 
     def _parts(self) -> dict[str, Part]:
         parts: dict[str, Part] = {}
@@ -164,6 +161,3 @@ def orthonormal(columns: Tensor, shards: Shards | None = None) -> Tensor:
             shards.sum_(gram)
         columns = wide @ loewdin_root(gram, rcond=1e-12)
     return columns.float()
-
-
-__all__ = ["FactoredBasis", "Group", "orthonormal"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from .shards import Shards
 
 _CHUNK = 1 << 15  # temporaries stay in cache, and too few elements for torch to split among threads
-_INT_OF = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+INT_OF = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # odd 64-bit constants (splitmix64, Steele et al. 2014), as signed numbers
 _MULTIPLIERS = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
 _STEP = -0x61C8864680B583EB
@@ -33,12 +33,12 @@ def hash_parameters(tensors: Iterable[Tensor], shards: Shards | None = None) -> 
     for number, tensor in enumerate(tensors):
         flat = tensor.detach().reshape(-1)
         first = shards.pieces[number].start if shards is not None else 0
-        bits = flat.view(_INT_OF[flat.element_size()])
+        bits = flat.view(INT_OF[flat.element_size()])
         places = torch.arange(min(_CHUNK, flat.numel()), device=flat.device) * _STEP
         for at in range(0, flat.numel(), _CHUNK):
             part = bits[at : at + _CHUNK].long()
             part += places[: part.numel()]
-            part += _wrapped((first + at + (number << 40)) * _STEP)
+            part += wrapped((first + at + (number << 40)) * _STEP)
             sum_ = _mix_(part).sum()  # wraps around, as it should
             total = sum_ if total is None else total + sum_.to(total.device)
     if total is None:
@@ -49,7 +49,7 @@ def hash_parameters(tensors: Iterable[Tensor], shards: Shards | None = None) -> 
     return f"{int(total) & (1 << 64) - 1:016x}"
 
 
-def _wrapped(number: int) -> int:
+def wrapped(number: int) -> int:
     """As a signed 64-bit number."""
     return (number + (1 << 63)) % (1 << 64) - (1 << 63)
 

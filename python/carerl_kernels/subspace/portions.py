@@ -9,12 +9,12 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from .._ops import GRAD_DTYPES
 from .correspond import Unit
 from .weights import Copy, Entry, Weights
 
 GROUP = 64 << 20
 """Bytes of float32 numbers of one checkpoint at a time; about six times as many are in memory."""
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def portions(weights: Weights, units: Mapping[str, Sequence[Unit]]) -> Iterator[
     def parts() -> Iterator[Portion]:
         for key, entry in weights.entries.items():
             covered = units.get(key, ())
-            if covered and entry.dtype not in FLOATS:
+            if covered and entry.dtype not in GRAD_DTYPES:
                 raise ValueError(
                     f"{weights.path}: expected {key} in float32, bfloat16 or float16, found {entry.kind}; save the model "
                     "unquantised"

@@ -131,7 +131,6 @@ class StageRecorder(Recorder):
         info = BasisInfo.of(
             layout,
             self.domain,
-            k=directions.shape[0],
             architecture=self.architecture,
             start_hash=self.start.hash,
             end_hash=hash_parameters(parameters, layout.shards),

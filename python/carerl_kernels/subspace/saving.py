@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .._files import write_atomically
+from .fingerprint import INT_OF, wrapped
 from .shards import Shards
 
 _DTYPE_NAMES = {
@@ -34,9 +35,10 @@ class Part:
     """What this process holds of one tensor of a file.
 
     Attributes:
-        shape, dtype: The shape and dtype of the whole tensor.
-        dim: The dimension along which the tensor is split, 0 or 1.
-        pieces: The tensors, and where they belong along it.
+        shape, dtype: of the whole tensor.
+        dim: along which it is split, 0 or 1.
+        pieces: tensors, and where they belong along it.
+        replicated: every process holds all of it.
     """
 
     shape: tuple[int, ...]
@@ -53,11 +55,7 @@ class Part:
 
     def checksum(self) -> int:
         """Of the pieces here; checksums of pieces add up to that of the whole, in 64 bits."""
-        total = 0
-        for tensor, where in self.pieces:
-            first = where.start if self.dim == 0 else 0
-            total += checksum(tensor, first)
-        return total
+        return sum(checksum(tensor, where.start if self.dim == 0 else 0) for tensor, where in self.pieces)
 
 
 def checksum(tensor: Tensor, first: int = 0) -> int:
@@ -66,7 +64,7 @@ def checksum(tensor: Tensor, first: int = 0) -> int:
     if not tensor.numel():
         return 0
     rows = tensor.detach().reshape(tensor.shape[0] if tensor.dim() else 1, -1).contiguous()
-    bits = rows.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()])
+    bits = rows.view(INT_OF[rows.element_size()])
     sums = bits.sum(1, dtype=torch.int64)
     factors = 2 * torch.arange(first, first + sums.numel(), device=sums.device) + 1
     return int((sums * factors).sum())
@@ -84,23 +82,21 @@ def save_parts(path: Path | str, parts: Mapping[str, Part], metadata: dict[str, 
         write_atomically(path, lambda temporary: save_file(whole, temporary, metadata))
         return
     failure: list[str | None] = [None]
+    gathered = _gathered(parts, shards)
     if shards.rank == 0:
-        gathered = _Gathered(parts, shards)
         try:
             write_atomically(path, lambda temporary: _write(temporary, parts, metadata, gathered))
         except OSError as error:
             failure[0] = str(error)
-        gathered.drain()  # the other processes send everything, whatever happened here
-    else:
-        for _ in _Gathered(parts, shards):
-            pass
+    for _ in gathered:  # the other processes send everything, whatever happened in the one that writes
+        pass
     dist.broadcast_object_list(failure, group=shards.group, group_src=0)
     if failure[0] is not None:
         raise OSError(failure[0])
 
 
 def _checksums(parts: Mapping[str, Part], shards: Shards | None) -> str:
-    numbers = torch.tensor([_signed(part.checksum()) for part in parts.values()], dtype=torch.int64)
+    numbers = torch.tensor([wrapped(part.checksum()) for part in parts.values()], dtype=torch.int64)
     if shards is not None and shards.sharded:
         replicated = torch.tensor([part.replicated for part in parts.values()])
         mine = torch.where(replicated & (shards.rank > 0), 0, numbers)
@@ -112,44 +108,26 @@ def _checksums(parts: Mapping[str, Part], shards: Shards | None) -> str:
 def check_sums(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of whole tensors whose bits are not those that were saved; files without checksums have none."""
     saved = json.loads(metadata.get("checksum", "{}"))
-    return [name for name, t in tensors.items() if name in saved and _signed(checksum(t)) != saved[name]]
+    return [name for name, t in tensors.items() if name in saved and wrapped(checksum(t)) != saved[name]]
 
 
-def _signed(number: int) -> int:
-    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
-
-
-class _Gathered:
+def _gathered(parts: Mapping[str, Part], shards: Shards) -> Iterator[tuple[str, Tensor, slice]]:
     """Pieces of all processes, one at a time, in an order that all of them know: `(tensor name, piece, where)`."""
-
-    def __init__(self, parts: Mapping[str, Part], shards: Shards):
-        self._steps = self._run(parts, shards)
-
-    def __iter__(self) -> _Gathered:
-        return self
-
-    def __next__(self) -> tuple[str, Tensor, slice]:
-        return next(self._steps)
-
-    def drain(self) -> None:
-        for _ in self._steps:
-            pass
-
-    @staticmethod
-    def _run(parts: Mapping[str, Part], shards: Shards) -> Any:
-        for name, part in parts.items():
-            if part.replicated:
-                yield name, part.pieces[0][0].detach().cpu(), part.pieces[0][1]
-                continue
-            for tensor, where in part.pieces:
-                received: list[Any] | None = [None] * shards.world if shards.rank == 0 else None
-                dist.gather_object((tensor.detach().cpu(), where), received, group=shards.group, group_dst=0)
-                for piece, place in received or ():
-                    if piece.numel():
-                        yield name, piece, place
+    for name, part in parts.items():
+        if part.replicated:
+            yield name, part.pieces[0][0].detach().cpu(), part.pieces[0][1]
+            continue
+        for tensor, where in part.pieces:
+            received: list[Any] | None = [None] * shards.world if shards.rank == 0 else None
+            dist.gather_object((tensor.detach().cpu(), where), received, group=shards.group, group_dst=0)
+            for piece, place in received or ():
+                if piece.numel():
+                    yield name, piece, place
 
 
-def _write(path: Path, parts: Mapping[str, Part], metadata: dict[str, str], gathered: _Gathered) -> None:
+def _write(
+    path: Path, parts: Mapping[str, Part], metadata: dict[str, str], gathered: Iterator[tuple[str, Tensor, slice]]
+) -> None:
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, part in parts.items():

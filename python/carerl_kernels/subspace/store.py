@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,7 +17,11 @@ from torch import Tensor
 from .._ops import block_of
 from .layout import Kind, Layout
 from .saving import Part, check_sums, save_parts
-from .shards import Shards
+
+if TYPE_CHECKING:
+    from .matrices import MatrixLayout
+
+    AnyLayout = Layout | MatrixLayout
 
 FORMAT = "carerl-basis"
 FORMAT_VERSION = 2
@@ -32,13 +37,12 @@ class BasisInfo:
 
     Attributes:
         domain: name of the domain.
-        kind: The kind of the basis.
-        k: Its number of directions per coefficient row, or the rank of factored bases.
+        kind, k: of the basis; k is its number of directions per coefficient row, or the rank of factored bases.
         architecture: class name of the model, for messages.
         names, shapes: The names and shapes of the parameters, in order.
-        start_hash, end_hash: The hashes of the parameter values when the stage began and ended.
-        steps: The number of gradients streamed in.
-        skipped: The number of gradients refused because they were not finite.
+        start_hash, end_hash: of the parameter values when the stage began and ended.
+        steps: gradients streamed in.
+        skipped: gradients refused because they were not finite.
         gradient_capture: share of the stage's gradient energy that the directions hold, 0..1; None where gradients were not
             looked at (block bases come from the parameter change alone).
         displacement_capture: share of the stage's squared parameter change that they hold, 0..1; None where no stage was
@@ -51,43 +55,17 @@ class BasisInfo:
     architecture: str
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
-    start_hash: str
-    end_hash: str
-    steps: int
-    skipped: int
-    gradient_capture: float | None
-    displacement_capture: float | None
+    start_hash: str = ""
+    end_hash: str = ""
+    steps: int = 0
+    skipped: int = 0
+    gradient_capture: float | None = None
+    displacement_capture: float | None = None
 
     @classmethod
-    def of(
-        cls,
-        layout: Fingerprint,
-        domain: str,
-        *,
-        architecture: str,
-        k: int | None = None,
-        start_hash: str = "",
-        end_hash: str = "",
-        steps: int = 0,
-        skipped: int = 0,
-        gradient_capture: float | None = None,
-        displacement_capture: float | None = None,
-    ) -> BasisInfo:
-        """What is known about a basis over a layout; see the attributes. `k` is the layout's where it is None."""
-        return cls(
-            domain=domain,
-            kind=layout.kind,
-            k=layout.k if k is None else k,
-            architecture=architecture,
-            names=layout.names,
-            shapes=layout.shapes,
-            start_hash=start_hash,
-            end_hash=end_hash,
-            steps=steps,
-            skipped=skipped,
-            gradient_capture=gradient_capture,
-            displacement_capture=displacement_capture,
-        )
+    def of(cls, layout: AnyLayout, domain: str, **known: Any) -> BasisInfo:
+        """What is known about a basis over a layout; see the attributes."""
+        return cls(domain=domain, kind=layout.kind, k=layout.k, names=layout.names, shapes=layout.shapes, **known)
 
 
 class StoredBasis(ABC):
@@ -97,6 +75,7 @@ class StoredBasis(ABC):
     """
 
     info: BasisInfo
+    layout: Any
     _stored: ClassVar[dict[str, type[StoredBasis]]] = {}
 
     def __init_subclass__(cls, kinds: Sequence[Kind] = ()) -> None:
@@ -107,33 +86,24 @@ class StoredBasis(ABC):
         """Reads a file written by :meth:`save`: the class that fits what is in it.
 
         Args:
-            path: The path of the file.
-            layout: The layout of sharded parameters: only what belongs to this process is read.
+            path: of the file.
+            layout: of sharded parameters: only what belongs to this process is read.
 
         Raises:
             FileNotFoundError: there is no such file.
             BasisError: not a basis file, a newer format version, or damaged.
         """
         path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"basis file {path} does not exist; record one with guard.stage(name, path=...)")
         if layout is not None and not layout.shards.sharded:
             layout = None
-        try:
-            with safe_open(path, framework="pt") as file:
-                info = _read_info(path, file.metadata() or {})
-                basis = cls._stored[info.kind]._read(path, info, file, layout)
-                if layout is None:  # a part of a file cannot be checked by itself
-                    whole = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                    if wrong := check_sums(file.metadata() or {}, whole):
-                        raise BasisError(
-                            f"{path}: damaged basis file: {', '.join(wrong)} changed since it was written; record or copy it "
-                            "again"
-                        )
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            if isinstance(error, BasisError):
-                raise
-            raise BasisError(f"{path}: damaged or truncated basis file ({error}); record or copy it again") from error
+        with _opened(path) as (file, info):
+            basis = cls._stored[info.kind]._read(path, info, file, layout)
+            if layout is None:  # a part of a file cannot be checked by itself
+                whole = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                if wrong := check_sums(file.metadata() or {}, whole):
+                    raise BasisError(
+                        f"{path}: damaged basis file: {', '.join(wrong)} changed since it was written; record or copy it again"
+                    )
         if not isinstance(basis, cls):
             raise BasisError(f"{path}: expected a {cls.__name__}, found a {info.kind} basis ({type(basis).__name__})")
         return basis
@@ -145,7 +115,7 @@ class StoredBasis(ABC):
             OSError: the directory or the disk refuses; nothing is left half-written.
         """
         metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "info": json.dumps(asdict(self.info))}
-        save_parts(path, self._parts(), metadata, self._shards())
+        save_parts(path, self._parts(), metadata, None if self.layout is None else self.layout.shards)
 
     @classmethod
     @abstractmethod
@@ -156,14 +126,10 @@ class StoredBasis(ABC):
         """What to write, or the part of it that is here."""
 
     @abstractmethod
-    def _shards(self) -> Shards | None:
-        """Over which processes the basis is spread; None for a whole one."""
-
-    @abstractmethod
     def quantized(self) -> StoredBasis:
         """The same directions in fewer bytes."""
 
-    def check_model(self, layout: Fingerprint, architecture: str) -> None:
+    def check_model(self, layout: AnyLayout, architecture: str) -> None:
         """Refuses a model whose parameters have other names or shapes.
 
         Raises:
@@ -185,19 +151,6 @@ class StoredBasis(ABC):
                 f"basis of domain {self.info.domain!r}: expected a {layout.kind} basis over the parameters in this order, "
                 f"found a {self.info.kind} basis; construct the guard with basis={self.info.kind!r}, k={self.info.k}"
             )
-
-
-class Fingerprint(Protocol):
-    """What a basis compares with a model: any layout."""
-
-    @property
-    def names(self) -> tuple[str, ...]: ...
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]: ...
-    @property
-    def kind(self) -> Kind: ...
-    @property
-    def k(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -232,31 +185,22 @@ class DomainBasis(StoredBasis, kinds=("flat", "per_matrix")):
             return self
         rows = self.dequantized().directions.unsqueeze(0)
         codes, scales = torch.ops.carerl.quantize_bases(rows, block, dtype)
-        return DomainBasis(self.info, codes[0], self.singular_values, self.displacement, scales[0], self.layout)
+        return replace(self, directions=codes[0], scales=scales[0])
 
     def dequantized(self) -> DomainBasis:
         """The same basis with float32 directions where they were quantised."""
         if self.scales is None:
             return self
         directions = _dequantized(self.directions, self.scales, self.directions.shape[-1])
-        return DomainBasis(self.info, directions, self.singular_values, self.displacement, None, self.layout)
+        return replace(self, directions=directions, scales=None)
 
     def part_of(self, layout: Layout) -> DomainBasis:
         """This process's part under a sharded layout; itself where it is that already, or nothing is sharded."""
         if self.layout is not None or not layout.shards.sharded:
             return self
         whole = self.dequantized().directions
-        return DomainBasis(
-            self.info,
-            _part(layout, whole.shape[0], lambda columns: whole[:, columns]),
-            self.singular_values,
-            self.displacement,
-            None,
-            layout,
-        )
-
-    def _shards(self) -> Shards | None:
-        return None if self.layout is None else self.layout.shards
+        part = _part(layout, whole.shape[0], lambda columns: whole[:, columns])
+        return replace(self, directions=part, scales=None, layout=layout)
 
     def _parts(self) -> dict[str, Part]:
         basis = self if self.layout is None else self.dequantized()  # blocks of codes straddle the parts
@@ -350,15 +294,21 @@ def _dequantized(codes: Tensor, scales: Tensor, columns: int, start: int = 0) ->
 
 def read_info(path: Path | str) -> BasisInfo:
     """What is known about the basis in a file, without reading its numbers. Raises as :meth:`StoredBasis.load`."""
-    path = Path(path)
+    with _opened(Path(path)) as (_, info):
+        return info
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, BasisInfo]]:
+    """A basis file, and what is known about it; errors inside are the file's."""
     if not path.is_file():
         raise FileNotFoundError(f"basis file {path} does not exist; record one with guard.stage(name, path=...)")
     try:
         with safe_open(path, framework="pt") as file:
-            return _read_info(path, file.metadata() or {})
+            yield file, _read_info(path, file.metadata() or {})
+    except BasisError:
+        raise
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, BasisError):
-            raise
         raise BasisError(f"{path}: damaged or truncated basis file ({error}); record or copy it again") from error
 
 

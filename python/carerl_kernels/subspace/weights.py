@@ -280,6 +280,3 @@ def check_same(start: Weights, end: Weights, same: Mapping[str, str]) -> None:
                 f"{end.path}: expected the tensors of {start.path}, found {name} {b} where that has {a}; both have to be "
                 "checkpoints of one model, saved the same way"
             )
-
-
-__all__ = ["Copy", "Entry", "Weights", "check_same", "copied"]

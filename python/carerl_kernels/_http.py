@@ -37,8 +37,6 @@ class Answer:
     """What a server answered.
 
     Attributes:
-        status: The status code of HTTP.
-        headers: The headers, with names in any case.
         body: Unpacked bytes.
     """
 

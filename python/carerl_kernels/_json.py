@@ -17,7 +17,6 @@ def parse_json(text: str | bytes, *, unique: bool = False, lenient: bool = False
     """The value of a JSON text (UTF-8) whose numbers are finite and whose nesting is at most `DEPTH`.
 
     Args:
-        text: The whole text.
         unique: Whether an object with the same key twice is refused; otherwise the last one counts.
         lenient: Takes null for a number that is not finite, as loggers write them, instead of refusing it.
 

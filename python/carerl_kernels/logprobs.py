@@ -24,10 +24,8 @@ def completion_logprobs(
     """Log-probabilities of the last `length` tokens of each row.
 
     Args:
-        model: Causal LM.
         input_ids: [B, P+L] left-padded prompts followed by right-padded completions.
         attention_mask: [B, P+L] 0 on both kinds of padding.
-        length: L.
         temperature: Logits are divided by it, as in sampling.
         banned: Ids removed from the distribution, as in sampling.
 
@@ -89,10 +87,7 @@ def success_probability(
     """Probability [B] that sampling at temperature 1 writes exactly the answer and stops.
 
     Args:
-        model: Causal LM.
-        tokenizer: Its tokenizer.
         examples: The examples, with answers.
-        tokens: Padding, end and banned ids.
         max_new_tokens: The sampler's limit: an answer of just that many tokens is cut there and needs no end token, a
             longer one cannot be written and has probability 0. None: no limit.
     """

@@ -93,9 +93,7 @@ def checked_rewards(
 
     Args:
         name: The name of what is judged, for messages.
-        reward: See `Domain`.
-        examples: As many examples as completions.
-        completions: Decoded.
+        examples, completions: As many of one as of the other; completions are decoded.
         training: False asks for the reward's `evaluate_batch` where it has one.
 
     Raises:
@@ -221,16 +219,7 @@ class Domain:
     def score_batch(
         self, examples: Sequence[Example], completions: Sequence[str], *, training: bool = True
     ) -> list[float | None]:
-        """The rewards of several completions, example i belonging to completion i.
-
-        Args:
-            examples: As many examples as completions; `group_numbers` says which are one group.
-            completions: Decoded.
-            training: False asks for the reward's `evaluate_batch` where it has one.
-
-        Raises:
-            RewardError: One is neither a finite number nor None, or their number is wrong.
-        """
+        """The rewards of several completions, see :func:`checked_rewards`; `group_numbers` says which are one group."""
         return checked_rewards(self.name, self.reward, examples, completions, training=training)
 
 

@@ -37,7 +37,8 @@ def special_tokens(tokenizer: Any, model: Any) -> SpecialTokens:
         ValueError: No end-of-sequence token anywhere.
     """
     eos: list[int] = []
-    for source in (getattr(tokenizer, "eos_token_id", None), getattr(_generation_config(model), "eos_token_id", None)):
+    for owner in (tokenizer, getattr(model, "generation_config", None)):
+        source = getattr(owner, "eos_token_id", None)
         for token in source if isinstance(source, (list, tuple)) else [source]:
             if token is not None and int(token) not in eos:
                 eos.append(int(token))
@@ -50,10 +51,6 @@ def special_tokens(tokenizer: Any, model: Any) -> SpecialTokens:
     pad = eos[0] if pad is None else int(pad)
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     return SpecialTokens(pad, tuple(eos), () if pad in eos else (pad,), vocabulary)
-
-
-def _generation_config(model: Any) -> Any:
-    return getattr(model, "generation_config", None)
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[str | Messages]) -> list[list[int]]:

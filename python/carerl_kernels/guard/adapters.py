@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..subspace.correspond import Correspondence, Unit
 from ..subspace.factored import FactoredBasis
@@ -98,7 +98,7 @@ def _factor(
     layer, other = portion.key.removeprefix(_PREFIX).removesuffix(end), portion.key.removesuffix(end) + _PAIRS[end]
     if other not in adapter.entries:
         raise ValueError(f"{adapter.path}: expected {other} beside {portion.key}, found none")
-    a, b = (_matrix(adapter.read(name)).to(device, torch.float32) for name in (portion.key, other))
+    a, b = (t.reshape(len(t), -1).to(device, torch.float32) for t in map(adapter.read, (portion.key, other)))
     for name, values in ((portion.key, a), (other, b)):
         if not bool(values.isfinite().all()):
             raise ValueError(f"{adapter.path}: expected finite numbers in {name}, found NaN or infinity")
@@ -111,7 +111,8 @@ def _factor(
     units = there.units.get(base, ())
     unit = None
     if len(units) == 1 and units[0].rows is None and (end == ".lora_A.weight" or units[0].side == "left"):
-        inputs = _inputs(there.weights.entries[base].shape, units[0])
+        shape = there.weights.entries[base].shape
+        inputs = shape[0] if units[0].side == "left" else prod(shape[1:])  # length of what the weight multiplies
         unit = Unit(units[0].label, "right") if inputs == a.shape[1] else None
     gain = b.double().mT @ b.double() * _scale(config, layer, a.shape[0]) ** 2
     matrix = Matrix(unit, slice(None), torch.zeros_like(a), a, gain)
@@ -137,15 +138,6 @@ def _whole(
     found = Portion(portion.key, portion.entry, units[0] if len(units) == 1 and units[0].at is None else None)
     start = there.weights.read(name).reshape(found.shape)
     return compared(found, start, found.read(adapter), result, device)
-
-
-def _inputs(shape: Sequence[int], unit: Unit) -> int:
-    """Length of the vectors that a weight of this shape multiplies."""
-    return shape[0] if unit.side == "left" else torch.Size(shape[1:]).numel()
-
-
-def _matrix(t: Tensor) -> Tensor:
-    return t.reshape(t.shape[0], -1)
 
 
 def _scale(config: Mapping[str, Any], layer: str, r: int) -> float:

@@ -37,7 +37,6 @@ class Matrix:
         unit: The unit of its directions, None where it has none.
         across: The rows of a right-sided matrix, or the columns of a left-sided one, among
             those of the unit.
-        start, end: The values in the two checkpoints.
         gain: `[m, m]` float64 where a matrix of LoRA's stands for a larger one, with |G X|^2 = <X, gain X>.
     """
 
@@ -63,7 +62,6 @@ class DomainShare:
 
     Attributes:
         before, after: The shares of the change's energy along the domain, before and after confining.
-        norm: The norm of what was taken out along them.
     """
 
     before: float = 0.0
@@ -76,11 +74,7 @@ class Confined:
     """What was done to a change.
 
     Attributes:
-        out: The directory that was written.
-        seconds: The duration of all of it.
-        norm: The norm of the change.
         remained: The share of its energy that is left.
-        domains: The domains, by name. Domains overlap: their shares do not add up.
         corrected: Tensors that were changed.
         kept: The number of tensors that are bitwise what they were.
         uncovered: Tensors of two or more dimensions that moved without directions.
@@ -156,8 +150,6 @@ def confined(
     """The matrices' ends inside the box around their starts, float32 numbers that this dtype can store.
 
     Args:
-        matrices: The matrices on one device.
-        bases: The bases that act.
         bound, room: See :func:`confine`.
         dtype: The dtype of the file; float32 where nothing is stored yet.
         result: gathers energies along every domain's directions, and of what remains.

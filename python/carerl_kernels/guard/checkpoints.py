@@ -44,7 +44,6 @@ def confine(
         bound: rows may move by this fraction of the recorded stage's own displacement; domains that were observed without a
             stage have none, and nothing moves along their directions.
         room: directions of all domains together that a matrix has at most, as a share of its inputs.
-        device: The device that computes.
 
     Raises:
         ValueError: checkpoints or bases that do not belong together, named with the first difference; numbers out of range.

@@ -17,9 +17,6 @@ from ..linalg import RCOND, loewdin_root
 
 class Span:
     """R of some coefficient rows; the identity, unless a subclass knows better.
-
-    Args:
-        rows: The rows of the coefficients.
     """
 
     def __init__(self, rows: slice):

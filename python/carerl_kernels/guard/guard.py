@@ -12,7 +12,7 @@ from typing import Any, Unpack
 import torch
 from torch import nn
 
-from ..subspace import BasisError, StoredBasis
+from ..subspace import StoredBasis
 from ..subspace.recorder import Recorder
 from .following import Following
 from .gradients import set_aside
@@ -129,8 +129,6 @@ class CapabilityGuard(Protection):
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Corrects what waits for a correction: nothing, with a rule that corrects every step. For trainers, before they evaluate
-        what a stage came to; its end and :meth:`detach` do it by themselves."""
         self._following.settle()
 
     @contextmanager
@@ -147,7 +145,6 @@ class CapabilityGuard(Protection):
         block raises, nothing becomes history.
 
         Args:
-            name: The name of the domain.
             path: safetensors file to write on exit, atomically.
             inputs: basis "input": batches of the domain to show at the stage's end, as :meth:`protect` takes them; None keeps a
                 sample of what the model is called with.
@@ -340,6 +337,3 @@ class CapabilityGuard(Protection):
         if self._current is not _UNSET:
             return self._current
         return self._recording.stage.domain if self._recording.stage is not None else None
-
-
-__all__ = ["BasisError", "CapabilityGuard"]

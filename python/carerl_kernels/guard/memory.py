@@ -27,16 +27,10 @@ VERSION = 2
 class Memory:
     """Directions, and what corrects steps along them: a box, or a rule that looks at every step.
 
-    Args:
-        layout: The layout of the guarded parameters.
-        settings: The settings of the guard.
-        device: The device of the parameters.
-
     Attributes:
         stack: Directions of all domains.
         box: What corrects steps by a rule that is a projection, else None.
         steps: What corrects steps by the other rules.
-        statistics, probes: see their classes.
         steps_here: optimizer steps since displacements were last counted from zero.
     """
 

@@ -30,7 +30,6 @@ class MixedGradient:
     """One step's gradient, told domain by domain; see :meth:`CapabilityGuard.mixed`.
 
     Args:
-        memory, following, recording: of the guard.
         seconds: the guard's, per part; counted up here.
         known: called with every domain's name.
 

@@ -117,7 +117,6 @@ class Census:
     """Which parameters of the optimizers are guarded. Whatever is not is named, once, with the reason.
 
     Args:
-        guarded: The guarded parameters, by name.
         covered: names of those that directions exist for.
         module: the model as it is; None where the guard was built from pairs.
     """

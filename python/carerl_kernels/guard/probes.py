@@ -36,7 +36,6 @@ class Probes:
     Attributes:
         interval: steps between rounds now.
         agreement: How much the last two rounds of probes agree, per domain.
-        rounds: The number of rounds taken so far.
     """
 
     def __init__(self, every: int, adaptive: bool = False):
@@ -139,7 +138,6 @@ class PromptStore:
 
     Args:
         size: kept per domain; of more that are offered a uniform sample stays (reservoir sampling).
-        seed: The seed of the sample.
     """
 
     def __init__(self, size: int = 32, seed: int = 0):

@@ -133,7 +133,6 @@ class Protection:
         answers are a good number; prompts alone do, too.
 
         Args:
-            name: The name of the domain.
             batches: what the model is called with: mappings of keyword arguments, tensors of token ids, tuples of arguments, or
                 texts with a `tokenizer`. Attention masks are honoured.
             path: safetensors file to write, atomically.
@@ -176,7 +175,6 @@ class Protection:
         """Takes a recorded domain (or its file) into the history; an earlier recording of the same domain is replaced.
 
         Args:
-            basis: The basis of this model.
             rebase: whether all displacements count from here on; False: those of other domains go on.
         """
         basis = basis if isinstance(basis, StoredBasis) else StoredBasis.load(basis, self.layout)

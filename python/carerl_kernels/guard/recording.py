@@ -17,8 +17,62 @@ from ..subspace.matrices import MatrixLayout
 from ..subspace.recorder import Recorder
 from ..subspace.store import StoredBasis
 from .build import new_stack
-from .newcomer import Newcomer
 from .settings import Settings, at_least
+from .stack import Stack, noise_floor
+
+LEAST = 8
+"""Fresh gradients that have to be explained before a basis may act."""
+
+
+class Newcomer:
+    """Records a domain that appears in the middle of a run, and asks of every fresh gradient how much the directions found so
+    far explain *before* seeing it.
+
+    In-sample capture says nothing while there are fewer gradients than directions; this is out of sample. The mean less two
+    standard errors has to lie above the noise floor.
+
+    Args:
+        recorder: of the domain.
+        stack: empty, to hold the directions found so far.
+        check_every: own steps between looks at the directions.
+    """
+
+    def __init__(self, recorder: Recorder, stack: Stack[Any, Any], check_every: int):
+        self.recorder, self.stack, self.check_every = recorder, stack, check_every
+        self.steps = 0
+        self.acting = False
+        self._shares: list[Tensor] = []
+
+    def look(self, grads: Sequence[Tensor], parameters: Sequence[Tensor]) -> StoredBasis | None:
+        """Takes in one gradient of the domain; gives a basis when it may act from now on, or has been renewed since."""
+        if len(self.stack):
+            self._shares.append(self.stack.explained(grads)[0])
+        self.recorder.update(grads)
+        self.steps += 1
+        if self.steps % self.check_every:
+            return None
+        basis = self.recorder.finish(parameters)
+        self.acting = self.acting or self.above_floor()
+        self._shares = self._shares[-LEAST * 4 :]
+        self.stack.put(basis, parameters)
+        return basis if self.acting else None
+
+    def explained(self) -> tuple[float, float] | None:
+        """Mean share of fresh gradients' energy explained and its standard error; None before `LEAST` of them."""
+        if len(self._shares) < LEAST:
+            return None
+        shares = torch.stack(self._shares)
+        return float(shares.mean()), float(shares.std() / len(shares) ** 0.5)
+
+    def above_floor(self) -> bool:
+        """Whether the directions explain more than noise does."""
+        known = self.explained()
+        return known is not None and known[0] - 2 * known[1] > noise_floor(self.stack.chance(self.recorder.domain))
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the report."""
+        known = self.explained()
+        return {"steps": self.steps, "acting": self.acting, "explained": None if known is None else known[0]}
 
 
 @dataclass
@@ -26,11 +80,11 @@ class Recording:
     """The recorders of a guard.
 
     Attributes:
-        layout, settings, architecture, data_group: The `layout`, `settings`, `architecture` and `data_group` of the guard.
-        module: The module that the training calls; None where the guard was built from pairs.
+        layout, settings, architecture, data_group: of the guard.
+        module: what the training calls; None where the guard was built from pairs.
         locals: gives the parameters' local parts.
-        stage: The recorder of the stage in progress.
-        newcomers: The recordings of domains that appeared on the way.
+        stage: of the stage in progress.
+        newcomers: of domains that appeared on the way.
         seconds: spent.
     """
 
@@ -53,7 +107,6 @@ class Recording:
         """A new recorder of this guard's kind.
 
         Args:
-            name: The name of the domain.
             fixed: there is history, so that the layout has to stay.
             shown: what an input basis shows the model, and how.
 
@@ -127,15 +180,12 @@ class Recording:
         for recorder in self.active:
             recorder.discard()
 
-    def update(
-        self, own: str | None, gradient: Sequence[Tensor], others: bool = True, stage: bool = True
-    ) -> list[StoredBasis]:
+    def update(self, own: str | None, gradient: Sequence[Tensor], stage: bool = True) -> list[StoredBasis]:
         """Feeds the recordings of this step's domain, and tells the others that it was not theirs.
 
         Args:
             own: the step's domain.
-            gradient: The gradient of every parameter; nothing where nobody looks at it.
-            others: whether other domains' recorders are told.
+            gradient: of every parameter; nothing where nobody looks at it.
             stage: whether the stage's recorder is fed here, and not by the edit.
 
         Returns:
@@ -145,13 +195,13 @@ class Recording:
         if self.stage is not None and own == self.stage.domain:
             if stage:
                 self.stage.update(gradient)
-        elif self.stage is not None and others:
+        elif self.stage is not None:
             self.stage.discard()
         for name, newcomer in self.newcomers.items():
             if name == own:
                 basis = newcomer.look(gradient, self.locals())
                 found += [] if basis is None else [basis]
-            elif others:
+            else:
                 newcomer.recorder.discard()
         self.seconds += time.perf_counter() - started
         return found

@@ -38,11 +38,9 @@ class Report(TypedDict, total=False):
     """The whole report; JSON can hold it.
 
     Attributes:
-        rule, apply_to, basis, k, every: The options of the guard.
         steps, dropped_steps: optimizer steps taken; those dropped for a gradient that is not finite.
         waiting: steps since the last correction; the weights may be outside of their box by what these did.
         touched_share: energy of corrections over energy of updates; None unless tracked.
-        domains: The domains, by name.
         open_windows: domains that nothing protects: no basis, or one that holds no more than chance.
         unguarded: parameters of the optimizer that move freely, by reason, with their number and how many elements they have.
         recording: What is known of newcomers.
@@ -79,10 +77,6 @@ def report_of(
     """The report of a guard, but for its seconds and what its last step communicated.
 
     Args:
-        memory: What the guard remembers.
-        census: Which parameters move freely.
-        recording: What is being recorded.
-        parameters: The local parts of the guarded parameters.
         seen: Names of all domains that the guard has heard of.
     """
     settings, layout, statistics, box = memory.settings, memory.layout, memory.statistics, memory.box

@@ -30,7 +30,6 @@ class RowWatch:
     Args:
         stack: directions.
         places: modules, each with the place of its weight.
-        dtype: The dtype of the gradients.
 
     Attributes:
         out: sums over all rows of what `stack.along` says of each domain's part of the gradient.

@@ -43,10 +43,6 @@ class Stack(ABC, Generic[L, B]):
 
     Coefficients are `[T, K]` float64: T rows of the layout, K = D * width columns, domain after domain. S = A A^T.
 
-    Args:
-        layout: The layout of the guarded parameters.
-        device: The device of the parameters.
-
     Attributes:
         names: Domains with history, oldest first.
         infos: What is known about their bases.
@@ -124,6 +120,12 @@ class Stack(ABC, Generic[L, B]):
                 f"basis of domain {info.domain!r}: expected kind {self.layout.kind} with k = {self.layout.k}, found "
                 f"{info.kind} with k = {info.k}; all domains of a guard share both"
             )
+
+    def explained(self, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Share of a gradient's energy along all directions, and the energy; 0-d float64."""
+        inside = self.column_sums(self.frame(None).root(self.project(grads)).square()).sum()
+        total = self.layout.shards.sum_(torch.stack([g.double().square().sum() for g in grads]).sum())
+        return inside / total.clamp_min(1e-300), total
 
     def active(self, own: str | None) -> Tensor:
         """`[K]` bool: every row but those of the batch's own domain."""
@@ -246,7 +248,6 @@ class RowStack(Stack[Layout, DomainBasis]):
     """Flat and per-matrix bases: one `[D, k, N]` tensor, so that one pass serves all domains.
 
     Args:
-        layout, device: see :class:`Stack`.
         dtype: float32, bfloat16, float16, int8 or float8_e4m3fn (both block-scaled) storage.
     """
 

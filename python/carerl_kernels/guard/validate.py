@@ -27,7 +27,6 @@ class Validation:
     """How much of fresh gradients a basis explains.
 
     Attributes:
-        domain, kind, k: of the basis.
         gradients: how many were drawn.
         explained: Mean share of their energy inside the basis.
         low, high: The 95 % interval (Student's t over gradients).
@@ -61,7 +60,6 @@ def validate(basis: StoredBasis, model: nn.Module, losses: Iterable[Callable[[],
     Args:
         model: its trainable parameters are those of the basis. Gradients it holds are put back.
         losses: each gives the domain's loss on fresh data; at least three.
-        seed: of the random directions.
 
     Raises:
         BasisError: the basis belongs to another model.
@@ -85,14 +83,13 @@ def validate(basis: StoredBasis, model: nn.Module, losses: Iterable[Callable[[],
             loss().backward()
             with torch.no_grad():
                 grads = gradients(parameters, layout.names)
-                total = layout.shards.sum_(torch.stack([g.double().square().sum() for g in grads]).sum())
-                if not (total.isfinite() and total > 0):
-                    raise ValueError(
-                        f"validate: expected a finite gradient other than zero, found |g|^2 = {float(total)}"
-                    )
                 for stack, out in zip(stacks, shares, strict=True):
-                    inside = stack.frame(None).root(stack.project(grads)).square()
-                    out.append(float(stack.column_sums(inside).sum() / total))
+                    share, total = stack.explained(grads)
+                    if not (total.isfinite() and total > 0):
+                        raise ValueError(
+                            f"validate: expected a finite gradient other than zero, found |g|^2 = {float(total)}"
+                        )
+                    out.append(float(share))
     if len(shares[0]) < 3:
         raise ValueError(f"validate: expected at least 3 losses for an interval, found {len(shares[0])}")
     (mean, low, high), (chance, _, chance_high) = _interval(shares[0]), _interval(shares[1])

@@ -29,8 +29,6 @@ class AdvantageBalance(TrainerCallback):
     Args:
         balance: a controller by weight, whose factors the advantages are multiplied by; "gradient": weights under which every
             domain's squared advantages are the same; None: nothing is weighed.
-        names: The names of the domains.
-        limit: The limit of the weights of "gradient".
 
     Raises:
         ValueError: a balance that TRL has no place for.

@@ -52,7 +52,6 @@ class OwnAnswers(TrainerCallback):
         Args:
             output: The output of TRL's generation, before it is shuffled.
             rewards: `[B, functions]` of all processes.
-            domains: The domains of this process's rows.
         """
         first = self.trainer.accelerator.process_index * len(domains)
         mine = rewards[first : first + len(domains)].cpu()[:, self._verifying]

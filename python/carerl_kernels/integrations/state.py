@@ -19,8 +19,6 @@ def save_state(guard: CapabilityGuard, folder: Path, writes: bool) -> None:
     """Writes the state; every process calls it.
 
     Args:
-        guard: The guard.
-        folder: The folder of the checkpoint.
         writes: Whether this process is the one that writes where the state is the same in all of them.
     """
     state, path = guard.state_dict(), state_path(guard, folder)

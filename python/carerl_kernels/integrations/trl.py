@@ -54,6 +54,8 @@ class CareMixin(_Trainer):
         ValueError: domains are needed and not there, or an option of TRL's that per-domain gradients cannot honour.
     """
 
+    _signature_columns: Any
+
     def __init__(
         self,
         *args: Any,

@@ -26,7 +26,6 @@ class Unit:
 
     Attributes:
         label: The label of the matrix in the basis: a parameter's name, or `name[e]` of a slice.
-        side: The side of its directions.
         at: which slice of a stack of matrices in the file it is; None where it is all of the tensor.
         rows: The rows of the labelled matrix that stand here, in this order; None: all.
     """

@@ -27,7 +27,6 @@ class FactoredBasis(StoredBasis, kinds=("block", "input")):
     (`left` alone). Columns are orthonormal, or zero where there are fewer.
 
     Attributes:
-        info: see :class:`BasisInfo`.
         left, right: factors, float32 or bfloat16.
         values: `[r]` float64: singular values of the stage's change (block) or of the inputs (input).
         moved: coefficients of the stage's change along the directions, gradient convention: `[r, r]` (block), `[m, r]` or

@@ -55,7 +55,6 @@ def kind_of(basis: Kind | None, *, seen: bool = True, k: int | None = None, dtyp
     """The kind of basis where none is named: "input", or "per_matrix" where rows are asked for or no inputs can be seen.
 
     Args:
-        basis: The kind that was named, or None.
         seen: whether the model has weights whose inputs can be watched; pairs of names and parameters have none.
         k: directions of a row basis, if given.
         dtype: storage of the directions; that of factors is float32.

@@ -28,13 +28,10 @@ class Group:
     """Matrices of equal shape, handled together.
 
     Attributes:
-        indices: The indices of the parameters, one for each matrix: a stack of matrices has its index several times.
-        m: The number of rows that live here.
-        whole: The number of rows of the whole matrix.
-        n: The number of columns.
+        m, whole, n: rows that live here, rows of the whole matrix, columns.
+        first, each: the first coefficient row of all, and how many every matrix has.
+        indices: of the parameters, one for each matrix: a stack of matrices has its index several times.
         side: which factors a direction has: "both" (u v^T), "right" (any column times v^T), "left" (u times any row).
-        first: The first coefficient row.
-        each: The number of coefficient rows per matrix.
         slices: which slice of its parameter each matrix is; None where it is the whole of it.
     """
 
@@ -72,7 +69,6 @@ class MatrixLayout:
         names, shapes: The names and shapes of the whole parameters, in order.
         kind: "block" or "input".
         k: rank r.
-        groups: The groups of covered matrices.
         T: coefficient rows here.
         shards: what of every parameter lives here.
     """
@@ -97,8 +93,6 @@ class MatrixLayout:
         """Lays out named tensors.
 
         Args:
-            named: names and parameters.
-            kind, k: see the class.
             group: process group of plain local parts.
             sides: of input bases, by name; a matrix that is not named is not covered. None: all are right-sided. Tensors of
                 three dimensions that are named are stacks of matrices, in block bases, too.

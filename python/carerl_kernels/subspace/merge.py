@@ -23,7 +23,6 @@ def merge(bases: Sequence[StoredBasis], domain: str, k: int | None = None) -> St
 
     Args:
         bases: at least two, whole ones, of one model, kind and (unless `k` is given) number of directions.
-        domain: name of the result.
         k: directions per row, or rank; that of the first by default.
 
     Raises:

@@ -214,14 +214,9 @@ class Moments:
         uncoverable: weights that were used, but in no product with an input, and by which operators.
     """
 
-    def __init__(
-        self,
-        accumulator: Accumulator,
-        sides: Mapping[str, Side],
-        batches: int,
-        uncoverable: Mapping[str, Sequence[str]],
-    ):
-        self.batches, self.uncoverable = batches, {name: tuple(ops) for name, ops in uncoverable.items()}
+    def __init__(self, accumulator: Accumulator, sides: Mapping[str, Side], batches: int):
+        self.batches = batches
+        self.uncoverable: dict[str, tuple[str, ...]] = {}
         self.free: tuple[str, ...] = ()
         self.idle: tuple[str, ...] = ()
         self._guessed = dict(sides)
@@ -327,7 +322,6 @@ class Moments:
 
         Args:
             layout: A layout of kind "input"; its k is the rank.
-            domain: name.
             energy: keep the fewest directions with this share of the inputs' energy, at most r.
             architecture: class name of the model, for the fingerprint.
             parameters: local parts, as they are now.

@@ -51,7 +51,6 @@ def observe(
             or a row with a list of `input_ids`, which are put together, padded and masked.
         layout: which weights are covered; its k is the rank that will be asked for.
         run: `run(batch)` calls the model, where it is not called as `model(**batch)`.
-        tokenizer: The tokenizer for batches that are texts.
         positions: `positions(batch) -> bool [B, T]`, which positions count, where the batch does not hold the mask.
         group: process group over which batches are spread; None: this process has all of them, or FSDP2's processes have.
         unseen: "error" refuses a covered weight of which nothing was seen; "free" warns and leaves it without directions.
@@ -94,7 +93,7 @@ def observe(
         )
     if group is not None:
         accumulator.reduce(group)
-    moments = Moments(accumulator, sides, shown, {})
+    moments = Moments(accumulator, sides, shown)
     moments.check_finite()
     if useless or watch.untold:
         what = f"mask {min(useless)!r} is no [B, T]" if useless else f"inputs of {some(sorted(watch.untold))}"

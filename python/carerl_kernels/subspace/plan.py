@@ -31,7 +31,6 @@ class Plan:
 
     Attributes:
         kind, k, domains, world_size, dtype: what was planned; k is the rank of factored kinds.
-        parameters: The number of parameters of the model.
         covered: The number of them under directions.
         directions: Bytes of all domains' directions.
         cores: Bytes of overlaps and of the frames of every set of domains that

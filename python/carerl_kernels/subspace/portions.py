@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from math import prod
 
 import torch
 from torch import Tensor
@@ -22,11 +23,8 @@ class Portion:
     """A part of a tensor that is handled at once: a matrix `[m, n]`, or some rows or columns of one.
 
     Attributes:
-        key: The name of the tensor.
-        entry: Where the tensor stands in the files.
         unit: Where its directions are; None where it has none.
         at: The number of the slice of a stack of matrices.
-        rows, columns: The rows and columns of the matrix.
     """
 
     key: str
@@ -41,10 +39,6 @@ class Portion:
         whole = self.entry.shape if self.at is None else self.entry.shape[1:]
         m, n = (whole[0], torch.Size(whole[1:]).numel()) if whole else (1, 1)
         return len(range(*self.rows.indices(m))), len(range(*self.columns.indices(n)))
-
-    @property
-    def numel(self) -> int:
-        return self.shape[0] * self.shape[1]
 
     @property
     def left(self) -> bool:
@@ -88,7 +82,7 @@ def portions(weights: Weights, units: Mapping[str, Sequence[Unit]]) -> Iterator[
     for _, same in groupby(parts(), key=lambda portion: (portion.entry.file, portion.entry.dtype)):
         group: list[Portion] = []
         for portion in same:
-            if group and sum(j.numel for j in group) + portion.numel > most:
+            if group and sum(prod(p.shape) for p in (*group, portion)) > most:
                 yield group
                 group = []
             group.append(portion)

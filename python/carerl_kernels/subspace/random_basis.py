@@ -25,9 +25,7 @@ def random_basis(
     """A basis of random directions over a layout, moved by 1 along each.
 
     Args:
-        layout: Where the parameters lie.
         seed: Seed of the directions; those of factored bases depend on the domain's name, too.
-        domain: Name of the domain.
         architecture: Class name of the model that the basis is for.
         dtype: Storage of row directions; factors are float32.
     """

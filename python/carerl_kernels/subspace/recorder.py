@@ -28,9 +28,6 @@ class Recorder:
         layout: where the parameters lie.
         parameters: the tensors themselves (of sharded ones, the local parts), at the start of the stage.
         architecture: class name of the model, for the fingerprint.
-
-    Attributes:
-        steps: of the domain, taken so far.
     """
 
     def __init__(self, domain: str, layout: Any, parameters: Sequence[Tensor], architecture: str = ""):

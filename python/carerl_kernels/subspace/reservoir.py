@@ -24,7 +24,6 @@ class Reservoir:
 
     Args:
         size: sequences to keep.
-        seed: The seed of the draw.
     """
 
     def __init__(self, size: int, seed: int):

@@ -56,7 +56,6 @@ class Shards:
     """Which part of every parameter lives here, and sums over the processes that hold the others.
 
     Args:
-        pieces: The pieces of every parameter, in order.
         group: over which parameters are sharded; None where every process holds all of them.
         mesh, placements: The mesh and placements of the DTensors, to build others like them; None for plain tensors.
 
@@ -77,7 +76,6 @@ class Shards:
         """Finds out where the parameters are.
 
         Args:
-            named: names and parameters.
             group: process group of plain local parts: every process holds a contiguous part of each flattened parameter, in
                 the order of ranks.
 

@@ -45,7 +45,6 @@ def guess_sides(model: nn.Module, named: Iterable[tuple[str, Tensor]]) -> dict[s
     matrices (fused experts), right-sided unless their module says `is_transposed`. Convolutions have no side.
 
     Args:
-        model: The model whose modules are asked.
         named: the parameters to guess for, under the names that the answer has.
     """
     owners: dict[int, list[nn.Module]] = {}

@@ -23,11 +23,7 @@ class StageStart:
 
     Args:
         domain: for messages.
-        names, tensors: of the parameters.
         shards: what of every parameter lives here.
-
-    Attributes:
-        hash: of the parameters at the start.
     """
 
     def __init__(self, domain: str, names: Sequence[str], tensors: Sequence[Tensor], shards: Shards):

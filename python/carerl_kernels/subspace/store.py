@@ -36,7 +36,6 @@ class BasisInfo:
     """What is known about a basis beside its numbers; stored as JSON in the file's metadata.
 
     Attributes:
-        domain: name of the domain.
         kind, k: of the basis; k is its number of directions per coefficient row, or the rank of factored bases.
         architecture: class name of the model, for messages.
         names, shapes: The names and shapes of the parameters, in order.
@@ -86,7 +85,6 @@ class StoredBasis(ABC):
         """Reads a file written by :meth:`save`: the class that fits what is in it.
 
         Args:
-            path: of the file.
             layout: of sharded parameters: only what belongs to this process is read.
 
         Raises:
@@ -158,7 +156,6 @@ class DomainBasis(StoredBasis, kinds=("flat", "per_matrix")):
     """Rows over all parameters, oriented so that `u . (theta_start - theta_end) >= 0` (gradient convention).
 
     Attributes:
-        info: see :class:`BasisInfo`.
         directions: `[k, N]`, rows orthonormal per coefficient row (float32, bfloat16 or float16; with scales int8 or
             float8_e4m3fn).
         singular_values: `[T, k]` float64, of the stage's gradients.

@@ -19,7 +19,6 @@ class Weight:
     Attributes:
         name: The name of the parameter; None where it is not covered, and only matters as what adapters are added to.
         offset, shape, stride: The offset, shape and stride of its elements in their storage: `[m, n]`, or a stack `[E, m, n]`.
-        dtype: The dtype of the elements.
     """
 
     name: str | None
@@ -65,10 +64,6 @@ class Product:
 
 
 Term = Leaf | Product
-
-
-def addresses(shape: Sequence[int]) -> Tensor:
-    return torch.empty(tuple(shape), device="meta")
 
 
 def without_memory(view: Tensor) -> Tensor:

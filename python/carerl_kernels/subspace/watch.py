@@ -19,7 +19,6 @@ from .terms import (
     Product,
     Term,
     Weight,
-    addresses,
     at,
     broadcast,
     locate,
@@ -151,7 +150,9 @@ class Watch(TorchDispatchMode):
         if b.dim() == 1:
             b, of_b = b.unsqueeze(1), tuple(viewed(term, lambda v: v.unsqueeze(1)) for term in of_b)
         if of_a and of_b:
-            return lambda out: (Product(a, b, of_a, of_b, addresses(out.shape)),) if out.dim() == b.dim() else ()
+            return lambda out: (
+                (Product(a, b, of_a, of_b, torch.empty(out.shape, device="meta")),) if out.dim() == b.dim() else ()
+            )
         if any(names_of(term) for term in of_b):
             keep = self.rows.of(a, a.dim() - 1)
             for term in of_b:

@@ -46,11 +46,8 @@ class Entry:
     """A tensor of a file.
 
     Attributes:
-        file: The file that it stands in.
         dtype: The dtype; None where it is no floating-point number of 16, 32 or 64 bits.
         kind: The dtype's name in the file.
-        shape: The shape of the tensor.
-        offset: The offset of its first byte in the file.
     """
 
     file: Path
@@ -71,8 +68,6 @@ class Weights:
         path: directory of a transformers model (one file, or several with an index) or of a PEFT adapter; or a file.
 
     Attributes:
-        path: The path as it was given.
-        folder: The directory of the files.
         files: The files with tensors, in order.
         entries: For every tensor where it stands, file by file, in the order of their bytes.
 

@@ -114,7 +114,7 @@ def pca_update_(bases, singular_values, grads, decay=1.0, seed=0):
 
 
 def pca_update_list(bases, singular_values, grads, offsets, decay=1.0, per_tensor=False, seed=0):
-    _ops.check_pca_update_list(bases, singular_values, grads, offsets, decay, per_tensor)
+    _ops.check_pca_update(bases, singular_values, grads, decay, offsets, per_tensor)
     measured = kernel("gram.list")(bases, grads, offsets, None, per_tensor)
     q, values, discarded = linalg.pca_core(measured, singular_values, decay)
     kernel("rotate_.list")(bases, grads, offsets, q.float(), per_tensor, seed)

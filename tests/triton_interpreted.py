@@ -177,7 +177,7 @@ def kernels() -> dict[str, Callable]:
         return discarded
 
     def pca_update_list(bases, singular_values, grads, offsets, decay=1.0, per_tensor=False, seed=0):
-        _ops.check_pca_update_list(bases, singular_values, grads, offsets, decay, per_tensor)
+        _ops.check_pca_update(bases, singular_values, grads, decay, offsets, per_tensor)
         measured = served["gram.list"](bases, grads, offsets, None, per_tensor)
         q, values, discarded = linalg.pca_core(measured, singular_values, decay)
         served["rotate_.list"](bases, grads, offsets, q.float(), per_tensor, seed)

@@ -93,7 +93,7 @@ def dacsp_(grads, bases, aligned, conflict, threshold, root=None, scales=None):
 
 
 def dacsp_list(grads, bases, offsets, aligned, conflict, threshold, root=None, scales=None, per_tensor=False):
-    _ops.check_dacsp_list(grads, bases, offsets, aligned, conflict, threshold, root, scales, per_tensor)
+    _ops.check_dacsp(grads, bases, aligned, conflict, threshold, root, scales, offsets, per_tensor)
     rows = Bases.of(bases, scales)
     work = plan_projection(grads, offsets, per_tensor, rows)
     shape = work.shape + tuple(bases.shape[:2])

@@ -107,7 +107,7 @@ def edit_(grads, bases, mix, scale, scales=None):
 
 
 def edit_list(grads, bases, offsets, mix, scale, scales=None, per_tensor=False):
-    _ops.check_edit_list("edit_", grads, bases, offsets, mix, scale, scales, per_tensor)
+    _ops.check_edit("edit_", grads, bases, mix, scale, scales, offsets, per_tensor)
     apply(plan(grads, offsets, per_tensor), Bases.of(bases, scales), mix, scale)
 
 

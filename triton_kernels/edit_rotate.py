@@ -82,7 +82,7 @@ def edit_rotate_(grads, bases, mix, scale, domain, q, seed=0):
 def edit_rotate_list(grads, bases, offsets, mix, scale, domain, q, per_tensor=False, seed=0):
     if bases.dim() == 3 and bases.shape[1] > _blocks.LARGEST_ROTATION:
         return reference.edit_rotate_list(grads, bases, offsets, mix, scale, domain, q, per_tensor, seed)
-    _ops.check_edit_rotate_list(grads, bases, offsets, mix, scale, domain, q, per_tensor)
+    _ops.check_edit_rotate(grads, bases, mix, scale, domain, q, offsets, per_tensor)
     return _apply(plan(grads, offsets, per_tensor), bases, mix, scale, domain, q, seed)
 
 

@@ -101,7 +101,7 @@ def gram(bases, grads, scales=None):
 
 
 def gram_list(bases, grads, offsets, scales=None, per_tensor=False):
-    rows = _ops.check_gram_list(bases, grads, offsets, scales)
+    rows, _ = _ops.check_gram(bases, grads, scales, offsets)
     return _gram(plan(grads, offsets, per_tensor, (rows + 1) ** 2), Bases.of(bases, scales))
 
 

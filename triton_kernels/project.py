@@ -142,7 +142,7 @@ def project(grads, bases, scales=None, out_dtype=torch.float32):
 
 
 def project_list(grads, bases, offsets, scales=None, out_dtype=torch.float32, per_tensor=False):
-    _ops.check_project_list(grads, bases, offsets, scales, out_dtype)
+    _ops.check_project(grads, bases, scales, out_dtype, offsets)
     rows = Bases.of(bases, scales)
     work = plan_projection(grads, offsets, per_tensor, rows)
     return coefficients(work, rows, out_dtype).view(work.shape + tuple(bases.shape[:2]))

@@ -109,7 +109,7 @@ def rotate_(bases, grads, q, seed=0):
 def rotate_list(bases, grads, offsets, q, per_tensor=False, seed=0):
     if bases.dim() == 2 and bases.shape[0] > _blocks.LARGEST_ROTATION:
         return reference.rotate_list(bases, grads, offsets, q, per_tensor, seed)
-    _ops.check_rotate_list(bases, grads, offsets, q, per_tensor)
+    _ops.check_rotate(bases, grads, q, offsets, per_tensor)
     return apply(plan(grads, offsets, per_tensor), Bases.of(bases), q, seed)
 
 

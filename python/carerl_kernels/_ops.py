@@ -29,9 +29,8 @@ import torch
 from torch import Tensor
 
 NAMESPACE = "carerl"
-SEGMENT = (
-    128  # elements; the granularity of list offsets: one cache line of int8 and a whole number of vectors everywhere
-)
+SEGMENT = 128
+"""Elements; the granularity of list offsets: one cache line of int8 and a whole number of vectors everywhere."""
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCALED_DTYPES = {torch.int8: 127, torch.float8_e4m3fn: 448}
 """Storage with a scale per block, and the code that the largest magnitude of a block gets."""
@@ -103,6 +102,16 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return torch.library.register_fake(f"{NAMESPACE}::{name}", lib=_LIB)
 
 
+def _fake_of_batch(name: str, at: int = 2) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The fake of a list serves one gradient or a batch, too, which have no offsets where those of a list stand."""
+
+    def register(of_list: Callable[..., Any]) -> Callable[..., Any]:
+        _fake(name)(lambda *args, **kwargs: of_list(*args[:at], (), *args[at:], **kwargs))
+        return of_list
+
+    return register
+
+
 # ---------------------------------------------------------------------------------------------------------- checks
 
 
@@ -172,6 +181,28 @@ def block_of(op: str, n: int, blocks: int) -> int:
     return block
 
 
+def _check_listed(
+    op: str,
+    name: str,
+    t: int,
+    tensor: Tensor,
+    expected: str,
+    dtypes: Sequence[torch.dtype],
+    like: Tensor,
+    like_name: str,
+) -> None:
+    """Tensor t of a list: its dtype, that it is dense, and where it is."""
+    _require(tensor.dtype in dtypes, op, expected, f"{_short(tensor.dtype)} at index {t}")
+    found = f"strides {tuple(tensor.stride())} at index {t}"
+    _require(tensor.is_contiguous(), op, f"contiguous {name}", found, "call .contiguous() first")
+    _check_device(op, f"{name}[{t}]", tensor, like, like_name)
+
+
+def _of_one_dtype(tensors: Sequence[Tensor]) -> tuple[torch.dtype, ...]:
+    """What the dtypes of a list may be: the first's, if it is one of gradients."""
+    return tuple(dtype for dtype in GRAD_DTYPES if dtype == tensors[0].dtype)
+
+
 def _check_device(op: str, name: str, tensor: Tensor, like: Tensor, like_name: str = "bases") -> None:
     _require(tensor.device == like.device, op, f"{name} on {like.device} like {like_name}", tensor.device)
 
@@ -195,16 +226,21 @@ def _check_small(
     _check_device(op, name, tensor, like, like_name)
 
 
-def _check_grads(op: str, grads: Tensor, bases: Tensor) -> int:
-    """One gradient [N] or a batch [B, N]; returns B."""
+def _check_grads(op: str, grads: Tensor | Sequence[Tensor], bases: Tensor, offsets: Sequence[int] = ()) -> int:
+    """One gradient [N], a batch [B, N], or a list with its offsets; returns B, which is 1 of a list."""
+    if not isinstance(grads, Tensor):
+        _check_list(op, grads, offsets, bases)
+        return 1
     _check_rows(op, "grads", grads, (1, 2), GRAD_DTYPES)
     _require(grads.shape[-1] == bases.shape[-1], op, f"grads with N = {bases.shape[-1]} like bases", tuple(grads.shape))
     _check_device(op, "grads", grads, bases)
     return grads.shape[0] if grads.dim() == 2 else 1
 
 
-def _check_written(op: str, grads: Tensor) -> None:
+def _check_written(op: str, grads: Tensor | Sequence[Tensor]) -> None:
     """Rows that share memory (an expanded gradient, overlapping windows) would be edited more than once."""
+    if not isinstance(grads, Tensor):
+        return
     apart = grads.dim() == 1 or grads.shape[0] <= 1 or grads.stride(0) >= grads.shape[-1]
     _require(
         apart, op, "grads whose rows do not overlap", f"strides {tuple(grads.stride())}", "call .contiguous() first"
@@ -215,22 +251,9 @@ def _check_list(op: str, grads: Sequence[Tensor], offsets: Sequence[int], bases:
     """A list of dense tensors of one dtype and the ascending offsets of their segments."""
     _require(len(grads) > 0, op, "at least one tensor in grads", "an empty list")
     _require(len(grads) == len(offsets), op, f"{len(grads)} offsets, one per tensor", len(offsets))
-    end = 0
+    expected, dtypes, end = "grads of one dtype out of float32, bfloat16, float16", _of_one_dtype(grads), 0
     for t, (grad, offset) in enumerate(zip(grads, offsets, strict=True)):
-        _require(
-            grad.dtype in GRAD_DTYPES and grad.dtype == grads[0].dtype,
-            op,
-            "grads of one dtype out of float32, bfloat16, float16",
-            f"{str(grad.dtype).removeprefix('torch.')} at index {t}",
-        )
-        _require(
-            grad.is_contiguous(),
-            op,
-            "contiguous grads",
-            f"strides {tuple(grad.stride())} at index {t}",
-            "call .contiguous() first",
-        )
-        _check_device(op, f"grads[{t}]", grad, bases)
+        _check_listed(op, "grads", t, grad, expected, dtypes, bases, "bases")
         _require(
             offset % SEGMENT == 0 and offset >= end,
             op,
@@ -241,9 +264,14 @@ def _check_list(op: str, grads: Sequence[Tensor], offsets: Sequence[int], bases:
     _require(end <= bases.shape[-1], op, f"segments within N = {bases.shape[-1]}", f"one that ends at {end}")
 
 
-def _groups(grads: Sequence[Tensor], per_tensor: bool) -> tuple[int, ...]:
-    """Leading shape of list coefficients: (T,) per tensor, () when summed."""
-    return (len(grads),) if per_tensor else ()
+def _groups(grads: Tensor | Sequence[Tensor], per_tensor: bool) -> tuple[int, ...]:
+    """Leading shape of what is kept apart per tensor: (T,), or () for sums over a list and for batches."""
+    return (len(grads),) if per_tensor and not isinstance(grads, Tensor) else ()
+
+
+def _lead(grads: Tensor | Sequence[Tensor], per_tensor: bool) -> tuple[int, ...]:
+    """Leading shape of coefficients: (B,) of a batch, (T,) per tensor, else ()."""
+    return tuple(grads.shape[:-1]) if isinstance(grads, Tensor) else _groups(grads, per_tensor)
 
 
 _F32 = (torch.float32,)
@@ -253,77 +281,47 @@ _CORE = (torch.float32, torch.float64)
 # ------------------------------------------------------------------------------------------------- checks and fakes
 
 
-def check_project(grads: Tensor, bases: Tensor, scales: Tensor | None, out_dtype: torch.dtype) -> None:
+# Of ops over gradients one check and one fake serve both overloads: `grads` is a tensor, without offsets, or a list with them.
+
+
+def check_project(grads, bases, scales, out_dtype, offsets=()) -> None:
     _check_bases("project", bases, scales)
-    _check_grads("project", grads, bases)
-    _require(out_dtype in _CORE, "project", "out_dtype float32 or float64", out_dtype)
-
-
-@_fake("project")
-def _project_fake(grads, bases, scales=None, out_dtype=torch.float32):
-    check_project(grads, bases, scales, out_dtype)
-    return grads.new_empty(grads.shape[:-1] + bases.shape[:2], dtype=out_dtype)
-
-
-def check_project_list(grads, bases, offsets, scales, out_dtype) -> None:
-    _check_bases("project", bases, scales)
-    _check_list("project", grads, offsets, bases)
+    _check_grads("project", grads, bases, offsets)
     _require(out_dtype in _CORE, "project", "out_dtype float32 or float64", out_dtype)
 
 
 @_fake("project.list")
-def _project_list_fake(grads, bases, offsets, scales=None, out_dtype=torch.float32, per_tensor=False):
-    check_project_list(grads, bases, offsets, scales, out_dtype)
-    return bases.new_empty(_groups(grads, per_tensor) + tuple(bases.shape[:2]), dtype=out_dtype)
+@_fake_of_batch("project")
+def _project_fake(grads, bases, offsets, scales=None, out_dtype=torch.float32, per_tensor=False):
+    check_project(grads, bases, scales, out_dtype, offsets)
+    return bases.new_empty(_lead(grads, per_tensor) + tuple(bases.shape[:2]), dtype=out_dtype)
 
 
-def check_gram(bases: Tensor, grads: Tensor, scales: Tensor | None) -> tuple[int, int]:
+def check_gram(bases, grads, scales, offsets=()) -> tuple[int, int]:
     rows = _check_bases("gram", bases, scales, (2, 3))
-    return rows, _check_grads("gram", grads, bases)
-
-
-@_fake("gram")
-def _gram_fake(bases, grads, scales=None):
-    rows, batch = check_gram(bases, grads, scales)
-    return bases.new_empty((rows + batch, rows + batch), dtype=torch.float64)
-
-
-def check_gram_list(bases, grads, offsets, scales) -> int:
-    rows = _check_bases("gram", bases, scales, (2, 3))
-    _check_list("gram", grads, offsets, bases)
-    return rows
+    return rows, _check_grads("gram", grads, bases, offsets)
 
 
 @_fake("gram.list")
-def _gram_list_fake(bases, grads, offsets, scales=None, per_tensor=False):
-    rows = check_gram_list(bases, grads, offsets, scales)
-    return bases.new_empty((*_groups(grads, per_tensor), rows + 1, rows + 1), dtype=torch.float64)
+@_fake_of_batch("gram")
+def _gram_fake(bases, grads, offsets, scales=None, per_tensor=False):
+    rows, batch = check_gram(bases, grads, scales, offsets)
+    return bases.new_empty((*_groups(grads, per_tensor), rows + batch, rows + batch), dtype=torch.float64)
 
 
-def check_edit(op: str, grads: Tensor, bases: Tensor, mix: Tensor, scale: Tensor, scales: Tensor | None) -> None:
+def check_edit(op, grads, bases, mix, scale, scales, offsets=(), per_tensor=False) -> None:
     rows = _check_bases(op, bases, scales)
-    batch = _check_grads(op, grads, bases)
+    batch = _check_grads(op, grads, bases, offsets)
     _check_written(op, grads)
-    _check_small(op, "mix", mix, (batch, rows), bases, _F32)
-    _check_small(op, "scale", scale, (batch,), bases, _F32)
-
-
-@_fake("edit_")
-def _edit_fake(grads, bases, mix, scale, scales=None):
-    check_edit("edit_", grads, bases, mix, scale, scales)
-
-
-def check_edit_list(op, grads, bases, offsets, mix, scale, scales, per_tensor) -> None:
-    rows = _check_bases(op, bases, scales)
-    _check_list(op, grads, offsets, bases)
-    groups = len(grads) if per_tensor else 1
+    (groups,) = _groups(grads, per_tensor) or (batch,)
     _check_small(op, "mix", mix, (groups, rows), bases, _F32)
     _check_small(op, "scale", scale, (groups,), bases, _F32)
 
 
 @_fake("edit_.list")
-def _edit_list_fake(grads, bases, offsets, mix, scale, scales=None, per_tensor=False):
-    check_edit_list("edit_", grads, bases, offsets, mix, scale, scales, per_tensor)
+@_fake_of_batch("edit_")
+def _edit_fake(grads, bases, offsets, mix, scale, scales=None, per_tensor=False):
+    check_edit("edit_", grads, bases, mix, scale, scales, offsets, per_tensor)
 
 
 def _check_rotatable(op: str, bases: Tensor, dims: tuple[int, ...]) -> None:
@@ -346,53 +344,36 @@ def _check_q(op: str, q: Tensor, bases: Tensor, batch: int, groups: tuple[int, .
     _check_device(op, "q", q, bases)
 
 
-def check_rotate(bases: Tensor, grads: Tensor, q: Tensor) -> None:
+def check_rotate(bases, grads, q, offsets=(), per_tensor=False) -> None:
     _check_rotatable("rotate_", bases, (2,))
-    _check_q("rotate_", q, bases, _check_grads("rotate_", grads, bases), ())
-
-
-@_fake("rotate_")
-def _rotate_fake(bases, grads, q, seed=0):
-    check_rotate(bases, grads, q)
-
-
-def check_rotate_list(bases, grads, offsets, q, per_tensor) -> None:
-    _check_rotatable("rotate_", bases, (2,))
-    _check_list("rotate_", grads, offsets, bases)
-    _check_q("rotate_", q, bases, 1, _groups(grads, per_tensor))
+    batch = _check_grads("rotate_", grads, bases, offsets)
+    _check_q("rotate_", q, bases, batch, _groups(grads, per_tensor))
 
 
 @_fake("rotate_.list")
-def _rotate_list_fake(bases, grads, offsets, q, per_tensor=False, seed=0):
-    check_rotate_list(bases, grads, offsets, q, per_tensor)
+@_fake_of_batch("rotate_")
+def _rotate_fake(bases, grads, offsets, q, per_tensor=False, seed=0):
+    check_rotate(bases, grads, q, offsets, per_tensor)
 
 
-def _check_domain(op: str, domain: int, bases: Tensor) -> None:
+def check_edit_rotate(grads, bases, mix, scale, domain, q, offsets=(), per_tensor=False) -> None:
+    op = "edit_rotate_"
+    _check_rotatable(op, bases, (3,))
+    check_edit(op, grads, bases, mix, scale, None, offsets, per_tensor)
     _require(0 <= domain < bases.shape[0], op, f"domain in 0..{bases.shape[0] - 1}", domain)
-
-
-def check_edit_rotate(grads, bases, mix, scale, domain, q) -> None:
-    _check_rotatable("edit_rotate_", bases, (3,))
-    check_edit("edit_rotate_", grads, bases, mix, scale, None)
-    _check_domain("edit_rotate_", domain, bases)
-    _check_q("edit_rotate_", q, bases, 1 if grads.dim() == 1 else grads.shape[0], ())
-
-
-@_fake("edit_rotate_")
-def _edit_rotate_fake(grads, bases, mix, scale, domain, q, seed=0):
-    check_edit_rotate(grads, bases, mix, scale, domain, q)
-
-
-def check_edit_rotate_list(grads, bases, offsets, mix, scale, domain, q, per_tensor) -> None:
-    _check_rotatable("edit_rotate_", bases, (3,))
-    check_edit_list("edit_rotate_", grads, bases, offsets, mix, scale, None, per_tensor)
-    _check_domain("edit_rotate_", domain, bases)
-    _check_q("edit_rotate_", q, bases, 1, _groups(grads, per_tensor))
+    _check_q(
+        op,
+        q,
+        bases,
+        grads.shape[0] if isinstance(grads, Tensor) and grads.dim() == 2 else 1,
+        _groups(grads, per_tensor),
+    )
 
 
 @_fake("edit_rotate_.list")
-def _edit_rotate_list_fake(grads, bases, offsets, mix, scale, domain, q, per_tensor=False, seed=0):
-    check_edit_rotate_list(grads, bases, offsets, mix, scale, domain, q, per_tensor)
+@_fake_of_batch("edit_rotate_")
+def _edit_rotate_fake(grads, bases, offsets, mix, scale, domain, q, per_tensor=False, seed=0):
+    check_edit_rotate(grads, bases, mix, scale, domain, q, offsets, per_tensor)
 
 
 def _check_weights(op: str, weights: Sequence[Tensor | float], rows: int, like: Tensor, like_name: str) -> None:
@@ -405,67 +386,38 @@ def _check_weights(op: str, weights: Sequence[Tensor | float], rows: int, like: 
             _require(name != "threshold" or weight >= 0, op, "threshold of at least 0", weight)
 
 
-def _check_rule(weights: Sequence[Tensor | float], root: Tensor | None, bases: Tensor, groups: tuple[int, ...]) -> None:
-    rows = bases.shape[0] * bases.shape[1]
-    _check_weights("dacsp_", weights, rows, bases, "bases")
-    if root is not None:
-        _check_small("dacsp_", "root", root, (*groups, rows, rows), bases, _CORE)
-
-
-def check_dacsp(grads, bases, aligned, conflict, threshold, root, scales) -> None:
-    _check_bases("dacsp_", bases, scales)
-    _check_grads("dacsp_", grads, bases)
+def check_dacsp(grads, bases, aligned, conflict, threshold, root, scales, offsets=(), per_tensor=False) -> None:
+    rows = _check_bases("dacsp_", bases, scales)
+    _check_grads("dacsp_", grads, bases, offsets)
     _check_written("dacsp_", grads)
-    _check_rule((aligned, conflict, threshold), root, bases, ())
-
-
-@_fake("dacsp_")
-@_fake("dacsp_.tensor")
-def _dacsp_fake(grads, bases, aligned, conflict, threshold, root=None, scales=None):
-    check_dacsp(grads, bases, aligned, conflict, threshold, root, scales)
-    shape = grads.shape[:-1] + bases.shape[:2]
-    return grads.new_empty(shape, dtype=torch.float32), grads.new_empty(shape, dtype=torch.int8)
-
-
-def check_dacsp_list(grads, bases, offsets, aligned, conflict, threshold, root, scales, per_tensor) -> None:
-    _check_bases("dacsp_", bases, scales)
-    _check_list("dacsp_", grads, offsets, bases)
-    _check_rule((aligned, conflict, threshold), root, bases, _groups(grads, per_tensor))
+    _check_weights("dacsp_", (aligned, conflict, threshold), rows, bases, "bases")
+    if root is not None:
+        _check_small("dacsp_", "root", root, (*_groups(grads, per_tensor), rows, rows), bases, _CORE)
 
 
 @_fake("dacsp_.list")
 @_fake("dacsp_.list_tensor")
-def _dacsp_list_fake(grads, bases, offsets, aligned, conflict, threshold, root=None, scales=None, per_tensor=False):
-    check_dacsp_list(grads, bases, offsets, aligned, conflict, threshold, root, scales, per_tensor)
-    shape = _groups(grads, per_tensor) + tuple(bases.shape[:2])
+@_fake_of_batch("dacsp_")
+@_fake_of_batch("dacsp_.tensor")
+def _dacsp_fake(grads, bases, offsets, aligned, conflict, threshold, root=None, scales=None, per_tensor=False):
+    check_dacsp(grads, bases, aligned, conflict, threshold, root, scales, offsets, per_tensor)
+    shape = _lead(grads, per_tensor) + tuple(bases.shape[:2])
     return bases.new_empty(shape, dtype=torch.float32), bases.new_empty(shape, dtype=torch.int8)
 
 
-def _check_spectrum(bases: Tensor, singular_values: Tensor, decay: float, groups: tuple[int, ...]) -> None:
-    _check_rotatable("pca_update_", bases, (2,))
-    _check_small("pca_update_", "singular_values", singular_values, (*groups, bases.shape[0]), bases, _CORE)
-    _require(0.0 <= decay <= 1.0, "pca_update_", "decay in 0..1", decay)
-
-
-def check_pca_update(bases, singular_values, grads, decay) -> None:
-    _check_spectrum(bases, singular_values, decay, ())
-    _check_grads("pca_update_", grads, bases)
-
-
-@_fake("pca_update_")
-def _pca_update_fake(bases, singular_values, grads, decay=1.0, seed=0):
-    check_pca_update(bases, singular_values, grads, decay)
-    return bases.new_empty((), dtype=torch.float64)
-
-
-def check_pca_update_list(bases, singular_values, grads, offsets, decay, per_tensor) -> None:
-    _check_spectrum(bases, singular_values, decay, _groups(grads, per_tensor))
-    _check_list("pca_update_", grads, offsets, bases)
+def check_pca_update(bases, singular_values, grads, decay, offsets=(), per_tensor=False) -> None:
+    op = "pca_update_"
+    _check_rotatable(op, bases, (2,))
+    shape = (*_groups(grads, per_tensor), bases.shape[0])
+    _check_small(op, "singular_values", singular_values, shape, bases, _CORE)
+    _require(0.0 <= decay <= 1.0, op, "decay in 0..1", decay)
+    _check_grads(op, grads, bases, offsets)
 
 
 @_fake("pca_update_.list")
-def _pca_update_list_fake(bases, singular_values, grads, offsets, decay=1.0, per_tensor=False, seed=0):
-    check_pca_update_list(bases, singular_values, grads, offsets, decay, per_tensor)
+@_fake_of_batch("pca_update_", at=3)
+def _pca_update_fake(bases, singular_values, grads, offsets, decay=1.0, per_tensor=False, seed=0):
+    check_pca_update(bases, singular_values, grads, decay, offsets, per_tensor)
     return bases.new_empty(_groups(grads, per_tensor), dtype=torch.float64)
 
 
@@ -493,27 +445,11 @@ def _check_alike(op: str, matrices: Sequence[Tensor], like: Tensor, like_name: s
     _require(len(matrices) > 0, op, "at least one tensor in matrices", "an empty list")
     first = matrices[0]
     _require(first.dim() == 2, op, "matrices with 2 dimensions", tuple(first.shape))
+    expected, dtypes = "matrices of one dtype out of float32, bfloat16, float16", _of_one_dtype(matrices)
     for t, matrix in enumerate(matrices):
-        _require(
-            matrix.dtype in GRAD_DTYPES and matrix.dtype == first.dtype,
-            op,
-            "matrices of one dtype out of float32, bfloat16, float16",
-            f"{_short(matrix.dtype)} at index {t}",
-        )
-        _require(
-            matrix.shape == first.shape,
-            op,
-            f"matrices {list(first.shape)} like the first",
-            f"{list(matrix.shape)} at index {t}",
-        )
-        _require(
-            matrix.is_contiguous(),
-            op,
-            "contiguous matrices",
-            f"strides {tuple(matrix.stride())} at index {t}",
-            "call .contiguous() first",
-        )
-        _check_device(op, f"matrices[{t}]", matrix, like, like_name)
+        _check_listed(op, "matrices", t, matrix, expected, dtypes, like, like_name)
+        alike = f"matrices {list(first.shape)} like the first"
+        _require(matrix.shape == first.shape, op, alike, f"{list(matrix.shape)} at index {t}")
     return first.shape[0], first.shape[1]
 
 
@@ -621,19 +557,10 @@ def _packed_times_fake(packed, x):
 def check_all_finite(tensors: Sequence[Tensor]) -> None:
     op = "all_finite"
     dtypes = (*GRAD_DTYPES, torch.float64)
+    expected = f"tensors of dtype {', '.join(map(_short, dtypes))}"
     _require(len(tensors) > 0, op, "at least one tensor", "an empty list")
     for t, tensor in enumerate(tensors):
-        fits = tensor.dtype in dtypes
-        found = f"{_short(tensor.dtype)} at index {t}"
-        _require(fits, op, f"tensors of dtype {', '.join(map(_short, dtypes))}", found)
-        _require(
-            tensor.is_contiguous(),
-            op,
-            "contiguous tensors",
-            f"strides {tuple(tensor.stride())} at index {t}",
-            "call .contiguous() first",
-        )
-        _check_device(op, f"tensors[{t}]", tensor, tensors[0], "the first")
+        _check_listed(op, "tensors", t, tensor, expected, dtypes, tensors[0], "the first")
 
 
 @_fake("all_finite")

@@ -36,14 +36,11 @@ def completion_logprobs(
     if forward_accepts(model, "position_ids"):
         kwargs["position_ids"] = position_ids(attention_mask)
     if forward_accepts(model, "logits_to_keep"):
-        kwargs["logits_to_keep"] = (
-            length + 1
-        )  # the token at column t is predicted at t-1; the last column predicts nothing
+        kwargs["logits_to_keep"] = length + 1  # the token at column t is predicted at t-1
     if forward_accepts(model, "use_cache"):
         kwargs["use_cache"] = False
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, **kwargs).logits[
-        :, -(length + 1) :
-    ]  # [B, L+1, V]
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, **kwargs).logits
+    logits = logits[:, -(length + 1) :]  # [B, L+1, V]
     if banned:
         # In place: a copy would be the largest tensor of the step, and nothing needs these numbers again.
         logits = logits.index_fill_(-1, torch.tensor(banned, device=logits.device), -torch.inf)

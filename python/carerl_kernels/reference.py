@@ -74,19 +74,26 @@ def _coefficients(grads, offsets, bases, scales, per_tensor) -> Tensor:
     return _gather([part[0] for part in parts], per_tensor)
 
 
+# An op over one gradient or a batch is that over a list, without offsets.
+
+
 def project(grads, bases, scales=None, out_dtype=torch.float32):
-    _ops.check_project(grads, bases, scales, out_dtype)
-    coeffs = _coefficients(grads, (), bases, scales, False)
-    return coeffs.to(out_dtype).view(grads.shape[:-1] + bases.shape[:2])
+    return project_list(grads, bases, (), scales, out_dtype)
 
 
 def project_list(grads, bases, offsets, scales=None, out_dtype=torch.float32, per_tensor=False):
-    _ops.check_project_list(grads, bases, offsets, scales, out_dtype)
+    _ops.check_project(grads, bases, scales, out_dtype, offsets)
     coeffs = _coefficients(grads, offsets, bases, scales, per_tensor)
-    return coeffs.to(out_dtype).view(coeffs.shape[:-1] + bases.shape[:2])
+    lead = grads.shape[:-1] if isinstance(grads, Tensor) else coeffs.shape[:-1]
+    return coeffs.to(out_dtype).view(lead + bases.shape[:2])
 
 
-def _gram(grads, offsets, bases, scales, per_tensor) -> Tensor:
+def gram(bases, grads, scales=None):
+    return gram_list(bases, grads, (), scales)
+
+
+def gram_list(bases, grads, offsets, scales=None, per_tensor=False):
+    _ops.check_gram(bases, grads, scales, offsets)
     rows = _Rows(bases, scales)
     parts = []
     for grad, offset in _segments(grads, offsets):
@@ -97,16 +104,6 @@ def _gram(grads, offsets, bases, scales, per_tensor) -> Tensor:
             total += stack @ stack.mT
         parts.append(total)
     return parts[0] if isinstance(grads, Tensor) else _gather(parts, per_tensor)
-
-
-def gram(bases, grads, scales=None):
-    _ops.check_gram(bases, grads, scales)
-    return _gram(grads, (), bases, scales, False)
-
-
-def gram_list(bases, grads, offsets, scales=None, per_tensor=False):
-    _ops.check_gram_list(bases, grads, offsets, scales)
-    return _gram(grads, offsets, bases, scales, per_tensor)
 
 
 def _edit_chunk(chunk: Tensor, basis: Tensor, mix: Tensor, scale: Tensor) -> Tensor:
@@ -128,12 +125,11 @@ def _edit(grads, offsets, bases, mix, scale, scales) -> None:
 
 
 def edit_(grads, bases, mix, scale, scales=None):
-    _ops.check_edit("edit_", grads, bases, mix, scale, scales)
-    _edit(grads, (), bases, mix, scale, scales)
+    edit_list(grads, bases, (), mix, scale, scales)
 
 
 def edit_list(grads, bases, offsets, mix, scale, scales=None, per_tensor=False):
-    _ops.check_edit_list("edit_", grads, bases, offsets, mix, scale, scales, per_tensor)
+    _ops.check_edit("edit_", grads, bases, mix, scale, scales, offsets, per_tensor)
     _edit(grads, offsets, bases, mix, scale, scales)
 
 
@@ -173,24 +169,24 @@ def _rotate_chunk(basis: Tensor, chunk: Tensor, q: Tensor, start: int, seed: int
     basis.copy_(torch.where(finite, _store(rows, basis.dtype, start, seed), basis))
 
 
-def _rotate(grads, offsets, bases, q, seed) -> None:
+def rotate_(bases, grads, q, seed=0):
+    rotate_list(bases, grads, (), q, seed=seed)
+
+
+def rotate_list(bases, grads, offsets, q, per_tensor=False, seed=0):
+    _ops.check_rotate(bases, grads, q, offsets, per_tensor)
     for t, (grad, offset) in enumerate(_segments(grads, offsets)):
         core = q[t] if q.dim() == 3 else q
         for chunk, start, stop in _chunks(grad, offset):
             _rotate_chunk(bases[:, start:stop], chunk, core, start, seed)
 
 
-def rotate_(bases, grads, q, seed=0):
-    _ops.check_rotate(bases, grads, q)
-    _rotate(grads, (), bases, q, seed)
+def edit_rotate_(grads, bases, mix, scale, domain, q, seed=0):
+    edit_rotate_list(grads, bases, (), mix, scale, domain, q, seed=seed)
 
 
-def rotate_list(bases, grads, offsets, q, per_tensor=False, seed=0):
-    _ops.check_rotate_list(bases, grads, offsets, q, per_tensor)
-    _rotate(grads, offsets, bases, q, seed)
-
-
-def _edit_rotate(grads, offsets, bases, mix, scale, domain, q, seed) -> None:
+def edit_rotate_list(grads, bases, offsets, mix, scale, domain, q, per_tensor=False, seed=0):
+    _ops.check_edit_rotate(grads, bases, mix, scale, domain, q, offsets, per_tensor)
     rows = _Rows(bases, None)
     for t, (grad, offset) in enumerate(_segments(grads, offsets)):
         at = slice(None) if isinstance(grads, Tensor) or mix.shape[0] == 1 else slice(t, t + 1)
@@ -201,36 +197,19 @@ def _edit_rotate(grads, offsets, bases, mix, scale, domain, q, seed) -> None:
             chunk.copy_(edited)
 
 
-def edit_rotate_(grads, bases, mix, scale, domain, q, seed=0):
-    _ops.check_edit_rotate(grads, bases, mix, scale, domain, q)
-    _edit_rotate(grads, (), bases, mix, scale, domain, q, seed)
-
-
-def edit_rotate_list(grads, bases, offsets, mix, scale, domain, q, per_tensor=False, seed=0):
-    _ops.check_edit_rotate_list(grads, bases, offsets, mix, scale, domain, q, per_tensor)
-    _edit_rotate(grads, offsets, bases, mix, scale, domain, q, seed)
-
-
-def _dacsp(
-    grads, offsets, bases, weights: tuple[Tensor | float, Tensor | float, Tensor | float], root, scales, per_tensor
-) -> tuple[Tensor, Tensor]:
-    coeffs = _coefficients(grads, offsets, bases, scales, per_tensor)
-    classes, mix = dacsp_core(coeffs, *weights, root=root)
-    mix32 = torch.atleast_2d(mix.float())
-    _edit(grads, offsets, bases, mix32, mix32.new_ones(mix32.shape[0]), scales)
-    batch = grads.shape[:-1] if isinstance(grads, Tensor) else coeffs.shape[:-1]
-    shape = tuple(batch) + tuple(bases.shape[:2])
-    return coeffs.float().view(shape), classes.view(shape)
-
-
 def dacsp_(grads, bases, aligned, conflict, threshold, root=None, scales=None):
-    _ops.check_dacsp(grads, bases, aligned, conflict, threshold, root, scales)
-    return _dacsp(grads, (), bases, (aligned, conflict, threshold), root, scales, False)
+    return dacsp_list(grads, bases, (), aligned, conflict, threshold, root, scales)
 
 
 def dacsp_list(grads, bases, offsets, aligned, conflict, threshold, root=None, scales=None, per_tensor=False):
-    _ops.check_dacsp_list(grads, bases, offsets, aligned, conflict, threshold, root, scales, per_tensor)
-    return _dacsp(grads, offsets, bases, (aligned, conflict, threshold), root, scales, per_tensor)
+    _ops.check_dacsp(grads, bases, aligned, conflict, threshold, root, scales, offsets, per_tensor)
+    coeffs = _coefficients(grads, offsets, bases, scales, per_tensor)
+    classes, mix = dacsp_core(coeffs, aligned, conflict, threshold, root)
+    mix32 = torch.atleast_2d(mix.float())
+    _edit(grads, offsets, bases, mix32, mix32.new_ones(mix32.shape[0]), scales)
+    lead = grads.shape[:-1] if isinstance(grads, Tensor) else coeffs.shape[:-1]
+    shape = tuple(lead) + tuple(bases.shape[:2])
+    return coeffs.float().view(shape), classes.view(shape)
 
 
 def pca_update_(bases, singular_values, grads, decay=1.0, seed=0):
@@ -243,7 +222,7 @@ def pca_update_(bases, singular_values, grads, decay=1.0, seed=0):
 
 
 def pca_update_list(bases, singular_values, grads, offsets, decay=1.0, per_tensor=False, seed=0):
-    _ops.check_pca_update_list(bases, singular_values, grads, offsets, decay, per_tensor)
+    _ops.check_pca_update(bases, singular_values, grads, decay, offsets, per_tensor)
     measured = torch.ops.carerl.gram.list(bases, grads, offsets, None, per_tensor)
     q, values, discarded = pca_core(measured, singular_values, decay)
     torch.ops.carerl.rotate_.list(bases, grads, offsets, q.float(), per_tensor, seed)

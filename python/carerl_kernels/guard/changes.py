@@ -74,6 +74,7 @@ class Confined:
     """What was done to a change.
 
     Attributes:
+        domains: by name. Domains overlap: their shares do not add up.
         remained: The share of its energy that is left.
         corrected: Tensors that were changed.
         kept: The number of tensors that are bitwise what they were.

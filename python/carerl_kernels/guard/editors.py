@@ -138,10 +138,10 @@ EDITORS: dict[str, Callable[[nn.Module, int], Editor]] = {
 """Editors that a trainer's settings can name; each is made of the model and a seed."""
 
 
-def torchjd_editor(weighting: Callable[[Any], Tensor], shards: Shards | None = None) -> GramEditor:
+def torchjd_editor(weighting: Callable[[Any], Tensor]) -> GramEditor:
     """Any of TorchJD's Gramian weightings (`torchjd.aggregation.UPGradWeighting()` and others; pip install
     'carerl-kernels[editors]'): they see the inner products only, so nothing is flattened or gathered."""
-    return GramEditor(lambda gram: weighting(gram).double(), shards=shards)
+    return GramEditor(lambda gram: weighting(gram).double())
 
 
 class GPM(Editor):

@@ -16,8 +16,7 @@ from ..linalg import RCOND, loewdin_root
 
 
 class Span:
-    """R of some coefficient rows; the identity, unless a subclass knows better.
-    """
+    """R of some coefficient rows; the identity, unless a subclass knows better."""
 
     def __init__(self, rows: slice):
         self.rows = rows

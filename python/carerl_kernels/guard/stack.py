@@ -334,12 +334,12 @@ class RowStack(Stack[Layout, DomainBasis]):
         threshold = torch.as_tensor(floor, dtype=torch.float32, device=self.device).expand(K).contiguous()
         weights = (params.aligned.float(), params.conflict.float(), threshold)
         c = torch.zeros(T, K, dtype=torch.float64, device=self.device)
-        for call in self.layout.calls:
+        for call, some, offsets in self.layout.over(grads):
             rows = call.index(self.device)
             found, _ = torch.ops.carerl.dacsp_.list_tensor(
-                [grads[i] for i in call.indices],
+                some,
                 self.bases,
-                [self.layout.offsets[i] for i in call.indices],
+                offsets,
                 *weights,
                 root[rows] if call.per_tensor else root[call.rows[0]],
                 self.scales,

@@ -78,9 +78,8 @@ class DomainLosses:
             synchronise(True)
         ids = inputs["domain_ids"]
         counts = torch.bincount(ids, minlength=len(trainer.domain_names))
-        most = (
-            trainer.accelerator.gather(counts).view(-1, len(counts)).amax(0).tolist()
-        )  # rows per domain in any process
+        # rows per domain in any process
+        most = trainer.accelerator.gather(counts).view(-1, len(counts)).amax(0).tolist()
         todo = {domain for domain, count in enumerate(most) if count}
         if self.by_guard:
             self._share_what_is_known(model)

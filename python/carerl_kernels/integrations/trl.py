@@ -226,14 +226,10 @@ class CareMixin(_Trainer):
         return self._metrics["train" if self.model.training else "eval"]
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
-        rewards = super()._calculate_rewards(
-            inputs, prompts, completions, completion_ids_list
-        )  # [B, functions], all processes
-        self._rewards = rewards
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._rewards = rewards  # [B, functions], all processes
         if self.domain_names:
-            lengths = torch.tensor(
-                [len(ids) for ids in completion_ids_list], device=rewards.device, dtype=torch.float32
-            )
+            lengths = rewards.new_tensor([len(ids) for ids in completion_ids_list], dtype=torch.float32)
             self._log_rewards(rewards, self.accelerator.gather(lengths))
         return rewards
 

@@ -94,9 +94,8 @@ def guarded(
             self._batch = data
             if self._recorder is not None:
                 shown = {key: data[key] for key in ("input_ids", "attention_mask") if key in data}
-                if len(shown) == 2 and not any(
-                    t.is_nested for t in shown.values()
-                ):  # packed ones are heard at the model's call
+                # packed ones are heard at the model's call
+                if len(shown) == 2 and not any(t.is_nested for t in shown.values()):
                     self._recorder.discard()  # of a step that verl did not take
                     self._recorder.see(shown)
             outputs = super().train_batch(data, loss_function)

@@ -157,7 +157,7 @@ def encode(tokenizer: Any, prompt: str | Sequence[dict[str, Any]]) -> list[int]:
     return tokenizer(prompt)["input_ids"]
 
 
-def shown_rows(rows: Iterable[Any], tokenizer: Any, max_length: int | None = None) -> Iterator[Any]:
+def shown_rows(rows: Iterable[Any], tokenizer: Any) -> Iterator[Any]:
     """Rows of a data set as :func:`prepared` takes them: a prompt (text or messages) with the completion after it where there is
     one, messages, or a text; what is already a batch stays as it is.
 
@@ -173,4 +173,4 @@ def shown_rows(rows: Iterable[Any], tokenizer: Any, max_length: int | None = Non
         ids = encode(tokenizer, row["prompt"] if "prompt" in row else row.get("messages", row.get("text")))
         answer = next((row[key] for key in ("completion", "answer") if isinstance(row.get(key), str)), "")
         ids = ids + (tokenizer(answer, add_special_tokens=False)["input_ids"] if answer else [])
-        yield {"input_ids": ids[:max_length]}
+        yield {"input_ids": ids}

@@ -146,9 +146,8 @@ class Layout:
     def unpack(self, rows: Tensor) -> dict[str, Tensor]:
         """Rows `[k, N]` as one tensor `[k, *shape]` per parameter, for checkpoints; DTensors where parameters are."""
         out = {}
-        for index, (name, piece, (here, _)) in enumerate(
-            zip(self.names, self.shards.pieces, self.file_columns, strict=True)
-        ):
+        places = zip(self.names, self.shards.pieces, self.file_columns, strict=True)
+        for index, (name, piece, (here, _)) in enumerate(places):
             part = rows[:, here].clone()
             if not self.shards.sharded or self.shards.mesh is not None:
                 part = part.view(rows.shape[0], *piece.local_shape)
@@ -165,6 +164,11 @@ class Layout:
         """Elements of a row of a file."""
         return sum(_padded(piece.numel) for piece in self.shards.pieces)
 
+    def over(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Call, list[Tensor], list[int]]]:
+        """Every call, with its tensors and their offsets."""
+        for call in self.calls:
+            yield call, [tensors[i] for i in call.indices], [self.offsets[i] for i in call.indices]
+
     def gather(
         self,
         tensors: Sequence[Tensor],
@@ -173,8 +177,8 @@ class Layout:
     ) -> Tensor:
         """Runs a coefficient op over all calls: float64 `[T, *trailing]`; pooled calls, and processes, add up."""
         out = torch.zeros(self.T, *trailing, dtype=torch.float64, device=tensors[0].device)
-        for call in self.calls:
-            part = op([tensors[i] for i in call.indices], [self.offsets[i] for i in call.indices], call.per_tensor)
+        for call, some, offsets in self.over(tensors):
+            part = op(some, offsets, call.per_tensor)
             out[call.index(out.device)] += part.view(-1, *trailing).to(out.device)
         return self.shards.sum_(out)
 
@@ -200,11 +204,11 @@ class Layout:
     ) -> None:
         """`tensor <- scale*(tensor + mix U)` in place; mix `[T, D*k]`, scale `[T]`."""
         mix, scale = mix.float(), scale.float()
-        for call in self.calls:
+        for call, some, offsets in self.over(tensors):
             torch.ops.carerl.edit_.list(
-                [tensors[i] for i in call.indices],
+                some,
                 bases,
-                [self.offsets[i] for i in call.indices],
+                offsets,
                 mix[call.index(mix.device)],
                 scale[call.index(scale.device)],
                 scales,
@@ -214,11 +218,11 @@ class Layout:
     def edit_rotate_(self, tensors: Sequence[Tensor], bases: Tensor, mix: Tensor, domain: int, q: Tensor) -> None:
         """`tensor <- tensor + mix U` and `U_domain <- q [U_domain; tensor]` of the tensor as it was, in one pass."""
         mix, q = mix.float(), q.float()
-        for call in self.calls:
+        for call, some, offsets in self.over(tensors):
             torch.ops.carerl.edit_rotate_.list(
-                [tensors[i] for i in call.indices],
+                some,
                 bases,
-                [self.offsets[i] for i in call.indices],
+                offsets,
                 mix[call.index(mix.device)],
                 mix.new_ones(len(call.rows)),
                 domain,
@@ -230,16 +234,10 @@ class Layout:
     def rotate_(self, bases: Tensor, tensors: Sequence[Tensor], q: Tensor) -> None:
         """`U <- q [U; g]` in place on one domain's rows `[k, N]`; q `[T, k', k+1]`."""
         q = q.float()
-        for call in self.calls:
+        for call, some, offsets in self.over(tensors):
             part = q[call.index(q.device)] if call.per_tensor else q[call.rows[0]]
-            torch.ops.carerl.rotate_.list(
-                bases,
-                [tensors[i] for i in call.indices],
-                [self.offsets[i] for i in call.indices],
-                part.contiguous(),
-                call.per_tensor,
-                0,  # no random rounding: rows are float32
-            )
+            seed = 0  # no random rounding: rows are float32
+            torch.ops.carerl.rotate_.list(bases, some, offsets, part.contiguous(), call.per_tensor, seed)
 
 
 def checked(named: Iterable[tuple[str, Tensor]], k: int, group: Any) -> tuple[list[tuple[str, Tensor]], Shards]:

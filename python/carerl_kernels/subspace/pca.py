@@ -35,13 +35,7 @@ class StreamingPCA:
         discarded: `[T]`, the part of it that the rows do not hold.
     """
 
-    def __init__(
-        self,
-        layout: Layout,
-        k: int,
-        oversample: int = 4,
-        device: torch.device | str = "cpu",
-    ):
+    def __init__(self, layout: Layout, k: int, oversample: int = 4, device: torch.device | str = "cpu"):
         self.layout, self.k, self.width = layout, k, k + oversample
         self.rows = torch.zeros(self.width, layout.size, device=device)
         self.singular_values = torch.zeros(layout.T, self.width, dtype=torch.float64, device=device)
@@ -51,15 +45,15 @@ class StreamingPCA:
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def update(self, grads: Sequence[Tensor], decay: float = 1.0) -> None:
+    def update(self, grads: Sequence[Tensor]) -> None:
         """Takes in one gradient (a tensor per parameter of the layout). No N-sized temporary, no host synchronisation.
 
         A gradient that is not finite changes nothing but `skipped`.
         """
-        q = self.decide(self.layout.gram(self.rows, grads), decay)
+        q = self.decide(self.layout.gram(self.rows, grads))
         self.layout.rotate_(self.rows, grads, q)
 
-    def decide(self, measured: Tensor, decay: float = 1.0) -> Tensor:
+    def decide(self, measured: Tensor) -> Tensor:
         """The rotation of one update, and its numbers counted; the rows are the caller's to rotate.
 
         Args:
@@ -68,7 +62,7 @@ class StreamingPCA:
         Returns:
             q `[T, W - 1, W]`: new rows are `q [rows; g]`.
         """
-        q, values, discarded = pca_core(measured, self.singular_values, decay)
+        q, values, discarded = pca_core(measured, self.singular_values, 1.0)
         finite = discarded.isfinite().all()
         self.singular_values.copy_(values)
         self.energy += torch.where(finite, measured[..., -1, -1], 0.0)

@@ -31,7 +31,7 @@ class Plan:
 
     Attributes:
         kind, k, domains, world_size, dtype: what was planned; k is the rank of factored kinds.
-        covered: The number of them under directions.
+        covered: The number of parameters under directions.
         directions: Bytes of all domains' directions.
         cores: Bytes of overlaps and of the frames of every set of domains that
             acts (one per domain left out, and all).

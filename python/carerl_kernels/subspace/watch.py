@@ -65,7 +65,6 @@ class Watch(TorchDispatchMode):
         self._weights: dict[int, list[Weight]] = {}  # by storage
         self._storages: dict[int, Any] = {}  # keeps them, so that no other gets the number
         self._derived = WeakTensorKeyDictionary()  # tensor: its terms
-        self._rules: dict[str, Callable[..., Any]] = {}
         self._learn()
 
     def _learn(self) -> None:
@@ -111,24 +110,25 @@ class Watch(TorchDispatchMode):
         known = [(t, terms) for t in _tensors(args, kwargs) if (terms := self.terms(t))]
         derive = self._meet_all(name, args, kwargs) if known else None
         out = func(*args, **kwargs)
-        if known:
-            if derive is not None:
-                self._derived[out] = derive(out)
-            else:
-                self._follow(func, name, args, kwargs, out, known)
+        if derive is not None:
+            if found := derive(out):
+                self._derived[out] = found
+        elif known:
+            self._follow(func, name, args, kwargs, out, known)
         self.rows.follow(name, args, out)
         return out
 
     # --------------------------------------------------------------------------------------------------------- products
 
     def _meet_all(self, name: str, args: Any, kwargs: Any) -> Callable[[Tensor], tuple[Term, ...]] | None:
-        """Handles products: feeds the accumulator, or says what the result of a product of two weights consists of."""
+        """Handles products: feeds the accumulator, and says what the result consists of (something where two weights meet). None:
+        no product."""
         if name in ("mm", "bmm", "mv", "_scaled_mm", "_scaled_mm_v2", "_int_mm"):
             return self._product(*args[:2])
         if name in ("addmm", "baddbmm", "addbmm", "addmv", "_addmm_activation"):
             derive = self._product(*args[1:3])
             added = self.terms(args[0])
-            if derive is None or name in ("addmv", "_addmm_activation", "addbmm"):
+            if derive is _no_terms or name in ("addmv", "_addmm_activation", "addbmm"):
                 return derive
             return lambda out: (*derive(out), *broadcast(added, out))
         if name in ("linear", "mkldnn_linear"):
@@ -141,11 +141,12 @@ class Watch(TorchDispatchMode):
             return self._product(args[0], args[1], offs)
         if name in ("embedding", "_embedding_bag", "_embedding_bag_forward_only"):
             self._look_up(args[0], args[1], self.rows.of(args[1], args[1].dim()))
+            return _no_terms
         return None
 
     def _product(
         self, a: Tensor, b: Tensor, offs: Tensor | None = None, of_b: tuple[Term, ...] | None = None
-    ) -> Callable[[Tensor], tuple[Term, ...]] | None:
+    ) -> Callable[[Tensor], tuple[Term, ...]]:
         of_a, of_b = self.terms(a), self.terms(b) if of_b is None else of_b
         if b.dim() == 1:
             b, of_b = b.unsqueeze(1), tuple(viewed(term, lambda v: v.unsqueeze(1)) for term in of_b)
@@ -161,7 +162,7 @@ class Watch(TorchDispatchMode):
             keep = self.rows.of_columns(b)
             for term in of_a:
                 self._meet(term, b.mT, keep, -1, -2, offs)
-        return None
+        return _no_terms
 
     def _meet(self, term: Term, x: Tensor, keep: Tensor | None, c: int, o: int, offs: Tensor | None = None) -> None:
         """A term is multiplied with input vectors.
@@ -281,13 +282,10 @@ class Watch(TorchDispatchMode):
             self._derived[out] = tuple(t for _, terms in known for t in broadcast(terms, out))
         elif name in ("index", "index_select") and self._gather(name, args, out):
             pass
-        elif what not in _PRODUCTS and "grouped_mm" not in name and name not in _SILENT:
-            self._use_other(known, name)
-
-    def _use_other(self, known: list[tuple[Tensor, tuple[Term, ...]]], name: str) -> None:
-        for _, terms in known:
-            for term in terms:
-                self._used(term, name)
+        elif name not in _SILENT:
+            for _, terms in known:
+                for term in terms:
+                    self._used(term, name)
 
     def _view(self, func: Any, args: Any, kwargs: Any, out: Any, terms: tuple[Term, ...]) -> None:
         outs = list(out) if isinstance(out, tuple | list) else [out]
@@ -325,10 +323,8 @@ class Watch(TorchDispatchMode):
         return True
 
 
-_PRODUCTS = {
-    *("mm", "bmm", "mv", "_scaled_mm", "_scaled_mm_v2", "_int_mm", "addmm", "baddbmm", "addbmm", "addmv", "dot"),
-    *("_addmm_activation", "linear", "mkldnn_linear", "embedding", "_embedding_bag", "_embedding_bag_forward_only"),
-}
+def _no_terms(out: Any) -> tuple[Term, ...]:
+    return ()
 
 
 def _plain(tensor: Tensor) -> bool:

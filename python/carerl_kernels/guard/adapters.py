@@ -7,18 +7,16 @@ inputs whatever B is. So A is confined around zero, and B stays what it is.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..subspace.correspond import Correspondence, Unit
-from ..subspace.factored import FactoredBasis
 from ..subspace.portions import Portion
 from ..subspace.weights import Weights, copied
-from .changes import Confined, DomainShare, Matrix, compared, confined
+from .changes import Confinement, Matrix
 
 _PREFIX = "base_model.model."
 _PAIRS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
@@ -26,46 +24,33 @@ _STARTS = ("pissa", "olora", "loftq", "corda", "lora_ga")
 """Initialisations that change the base weights: the adapter alone is not what was added to them."""
 
 
-def confine_adapter(
-    there: Correspondence,
-    adapter: Weights,
-    bases: Sequence[FactoredBasis],
-    out: Path | str,
-    bound: float,
-    room: float,
-    device: torch.device,
-) -> Confined:
+def confine_adapter(there: Correspondence, adapter: Weights, by: Confinement) -> None:
     """Writes the adapter with every A off the protected inputs of its base layer. Whole tensors that were trained beside it
     (`modules_to_save`) are confined as those of a model.
 
     Args:
         there: What the tensors of the base model are called, and where directions lie in them.
         adapter: directory that PEFT saved.
-        bases, out, bound, room, device: see :func:`~carerl_kernels.guard.checkpoints.confine`.
 
     Raises:
         ValueError: an adapter of another form than W + B A, named with the setting or the tensor.
     """
     config = adapter.config
     _check(adapter, config)
-    result = Confined(str(out), domains={basis.info.domain: DomainShare() for basis in bases})
-    with copied(adapter, out) as (copy, result.left_out):
+    result = by.result
+    with copied(adapter, by.out) as (copy, result.left_out):
         for key in adapter.entries:
             if any(key.endswith(b) for b in _PAIRS.values()):
                 continue
             portion = Portion(key, adapter.entries[key], None)
-            matrix = _factor(there, adapter, portion, config, result, device) or _whole(
-                there, adapter, portion, result, device
-            )
+            matrix = _factor(there, adapter, portion, config, by) or _whole(there, adapter, portion, by)
             if matrix is None:
                 continue
-            (new,) = confined([matrix], bases, bound if matrix.gain is None else 0.0, room, portion.entry.dtype, result)
+            (new,) = by.confined([matrix], portion.entry.dtype)
             if not torch.equal(new, matrix.end):
                 portion.write(copy, new)
                 result.corrected.append(key)
         result.kept = len(adapter.entries) - len(result.corrected)
-    result.shares()
-    return result
 
 
 def _check(adapter: Weights, config: Mapping[str, Any]) -> None:
@@ -88,8 +73,7 @@ def _factor(
     adapter: Weights,
     portion: Portion,
     config: Mapping[str, Any],
-    result: Confined,
-    device: torch.device,
+    by: Confinement,
 ) -> Matrix | None:
     """A of an adapter, to be confined around zero; None where the key is no A."""
     end = next((end for end in _PAIRS if portion.key.endswith(end)), None)
@@ -98,7 +82,7 @@ def _factor(
     layer, other = portion.key.removeprefix(_PREFIX).removesuffix(end), portion.key.removesuffix(end) + _PAIRS[end]
     if other not in adapter.entries:
         raise ValueError(f"{adapter.path}: expected {other} beside {portion.key}, found none")
-    a, b = (t.reshape(len(t), -1).to(device, torch.float32) for t in map(adapter.read, (portion.key, other)))
+    a, b = (t.reshape(len(t), -1).to(by.device, torch.float32) for t in map(adapter.read, (portion.key, other)))
     for name, values in ((portion.key, a), (other, b)):
         if not bool(values.isfinite().all()):
             raise ValueError(f"{adapter.path}: expected finite numbers in {name}, found NaN or infinity")
@@ -117,16 +101,14 @@ def _factor(
     gain = b.double().mT @ b.double() * _scale(config, layer, a.shape[0]) ** 2
     matrix = Matrix(unit, slice(None), torch.zeros_like(a), a, gain)
     energy = matrix.energy(a)
-    result.norm += energy
+    by.result.norm += energy
     if unit is None and energy:
-        result.free += energy
-        result.uncovered.append(portion.key)
+        by.result.free += energy
+        by.result.uncovered.append(portion.key)
     return matrix
 
 
-def _whole(
-    there: Correspondence, adapter: Weights, portion: Portion, result: Confined, device: torch.device
-) -> Matrix | None:
+def _whole(there: Correspondence, adapter: Weights, portion: Portion, by: Confinement) -> Matrix | None:
     """A tensor of the model itself that was trained with the adapter; None where it did not move."""
     name = there.key_of(portion.key.removeprefix(_PREFIX).replace(".base_layer.", "."))
     if name is None or there.weights.entries[name].shape != portion.entry.shape:
@@ -137,7 +119,7 @@ def _whole(
     units = there.units.get(name, ())
     found = Portion(portion.key, portion.entry, units[0] if len(units) == 1 and units[0].at is None else None)
     start = there.weights.read(name).reshape(found.shape)
-    return compared(found, start, found.read(adapter), result, device)
+    return by.compared(found, start, found.read(adapter))
 
 
 def _scale(config: Mapping[str, Any], layer: str, r: int) -> float:

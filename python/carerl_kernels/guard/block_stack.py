@@ -37,27 +37,24 @@ class BlockStack(FactoredStack):
         torch.ops.carerl.block_edit_(self.layout.local(group, tensors), left, mixes, right)
 
     def _gram_times(self, number: int, x: Tensor, matrices: slice) -> Tensor:
-        left, right = self._left_grams[number], self._right_grams[number]
-        assert left is not None and right is not None
-        left, right = left[matrices], right[matrices]
-        D, r = len(self), self.layout.k
-        X = x.reshape(-1, D, r, r)
-        half = torch.einsum("gdiek,gekl->gdiel", left.unflatten(2, (D, r)).unflatten(1, (D, r)), X)
-        out = torch.einsum("gdiel,gdjel->gdij", half, right.unflatten(2, (D, r)).unflatten(1, (D, r)))
-        return out.reshape(x.shape)
+        left, right = (gram[matrices] for gram in self._by_domain(number))
+        half = torch.einsum("gdiek,gekl->gdiel", left, x.reshape(-1, len(self), self.layout.k, self.layout.k))
+        return torch.einsum("gdiel,gdjel->gdij", half, right).reshape(x.shape)
+
+    def _by_domain(self, number: int) -> list[Tensor]:
+        """Overlaps of the left and of the right factors of a group, `[G, D, r, D, r]` each."""
+        grams = [gram for gram in (self._left_grams[number], self._right_grams[number]) if gram is not None]
+        return [gram.unflatten(2, (-1, self.layout.k)).unflatten(1, (-1, self.layout.k)) for gram in grams]
 
     def _frame(self, own: str | None) -> Frame:
         active = self.active(own)
         domains = [i for i, name in enumerate(self.names) if name != own]
-        D, r, width = len(domains), self.layout.k, self.layout.width
+        D, width = len(domains), self.layout.width
         far = torch.zeros(self.layout.T, self.rows, dtype=torch.float64, device=self.device)
         spans: list[Span] = []
         columns = active.nonzero().squeeze(1)
         for number, group in enumerate(self.layout.groups):
-            left, right = self._left_grams[number], self._right_grams[number]
-            assert left is not None and right is not None
-            GL = left.unflatten(2, (-1, r)).unflatten(1, (-1, r))[:, domains][:, :, :, domains]
-            GR = right.unflatten(2, (-1, r)).unflatten(1, (-1, r))[:, domains][:, :, :, domains]
+            GL, GR = (gram[:, domains][:, :, :, domains] for gram in self._by_domain(number))
             if D <= 1:  # orthonormal factors: S is the identity
                 far[group.rows, columns] = 1.0
                 spans.append(Span(group.rows))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,9 +35,8 @@ class Matrix:
     """A matrix of two checkpoints, `[m, n]` float32.
 
     Attributes:
-        unit: The unit of its directions, None where it has none.
-        across: The rows of a right-sided matrix, or the columns of a left-sided one, among
-            those of the unit.
+        unit: of its directions, None where it has none.
+        across: rows of a right-sided matrix, or columns of a left-sided one, among those of the unit.
         gain: `[m, m]` float64 where a matrix of LoRA's stands for a larger one, with |G X|^2 = <X, gain X>.
     """
 
@@ -79,8 +79,7 @@ class Confined:
         corrected: Tensors that were changed.
         kept: The number of tensors that are bitwise what they were.
         uncovered: Tensors of two or more dimensions that moved without directions.
-        free: Share of the change's energy in them and
-            in vectors.
+        free: Share of the change's energy in them and in vectors.
         left_out: files that were not copied, because they may hold weights of another format.
         warnings: sentences.
     """
@@ -108,105 +107,95 @@ class Confined:
         self.remained, self.free, self.norm = self.remained / whole, self.free / whole, self.norm**0.5
 
 
-def compared(
-    portion: Portion, start: Tensor, end: Tensor, result: Confined, device: torch.device, whose: str = "END"
-) -> Matrix | None:
-    """A matrix of two checkpoints, counted as part of the change; None where they are the same.
+@dataclass
+class Confinement:
+    """Confines changes of matrices, and counts what they are made of.
 
-    Raises:
-        ValueError: numbers that are not finite.
+    Attributes:
+        bases: those that act.
+        bound, room, device: see :func:`~carerl_kernels.guard.checkpoints.confine`.
+        out: what the result is called.
+        result: gathers energies of the changes, along every domain's directions, and of what remains.
     """
-    for what, values in (("START", start), (whose, end)):
-        if values.dtype not in DTYPES.values():
-            raise ValueError(
-                f"{what}: expected {portion.key} in float32, bfloat16 or float16, found {values.dtype}; save the model "
-                "unquantised"
-            )
-    if torch.equal(start, end):
-        return None
-    start, end = start.to(device, torch.float32), end.to(device, torch.float32)
-    for what, values in (("START", start), (whose, end)):
-        if not bool(values.isfinite().all()):
-            raise ValueError(
-                f"{what}: expected finite numbers in {portion.key}, found NaN or infinity; take an earlier checkpoint"
-            )
-    matrix = Matrix(portion.unit, portion.columns if portion.left else portion.rows, start, end)
-    energy = matrix.energy(end - start)
-    result.norm += energy
-    if portion.unit is None:
-        result.free += energy
-        if len(portion.entry.shape) > 1 and portion.key not in result.uncovered[-1:]:
-            result.uncovered.append(portion.key)
-    return matrix
 
+    bases: Sequence[FactoredBasis]
+    bound: float
+    room: float
+    device: torch.device
+    out: Path | str = ""
 
-def confined(
-    matrices: Sequence[Matrix],
-    bases: Sequence[FactoredBasis],
-    bound: float,
-    room: float,
-    dtype: torch.dtype | None,
-    result: Confined,
-) -> list[Tensor]:
-    """The matrices' ends inside the box around their starts, float32 numbers that this dtype can store.
+    def __post_init__(self) -> None:
+        self.result = Confined(str(self.out), domains={basis.info.domain: DomainShare() for basis in self.bases})
 
-    Args:
-        bound, room: See :func:`confine`.
-        dtype: The dtype of the file; float32 where nothing is stored yet.
-        result: gathers energies along every domain's directions, and of what remains.
-    """
-    new = [matrix.end for matrix in matrices]
-    covered = [i for i, matrix in enumerate(matrices) if matrix.unit is not None]
-    if covered and bases:
-        inside = _confined([matrices[i] for i in covered], bases, bound, room, dtype, result)
-        for i, values in zip(covered, inside, strict=True):
-            new[i] = values
-    result.remained += sum(matrix.energy(t - matrix.start) for matrix, t in zip(matrices, new, strict=True))
-    return new
+    def compared(self, portion: Portion, start: Tensor, end: Tensor, whose: str = "END") -> Matrix | None:
+        """A matrix of two checkpoints, counted as part of the change; None where they are the same.
 
+        Raises:
+            ValueError: numbers that are not finite.
+        """
+        for what, values in (("START", start), (whose, end)):
+            if values.dtype not in DTYPES.values():
+                raise ValueError(
+                    f"{what}: expected {portion.key} in float32, bfloat16 or float16, found {values.dtype}; save the model "
+                    "unquantised"
+                )
+        if torch.equal(start, end):
+            return None
+        start, end = start.to(self.device, torch.float32), end.to(self.device, torch.float32)
+        for what, values in (("START", start), (whose, end)):
+            if not bool(values.isfinite().all()):
+                raise ValueError(
+                    f"{what}: expected finite numbers in {portion.key}, found NaN or infinity; take an earlier checkpoint"
+                )
+        matrix = Matrix(portion.unit, portion.columns if portion.left else portion.rows, start, end)
+        energy, result = matrix.energy(end - start), self.result
+        result.norm += energy
+        if portion.unit is None:
+            result.free += energy
+            if len(portion.entry.shape) > 1 and portion.key not in result.uncovered[-1:]:
+                result.uncovered.append(portion.key)
+        return matrix
 
-def storable(
-    matrices: Sequence[Matrix], bases: Sequence[FactoredBasis], room: float, dtype: torch.dtype | None
-) -> list[Tensor]:
-    """Sums, whose start and end are the same, rounded so that little of them is lost along any domain's directions."""
-    if dtype not in (torch.bfloat16, torch.float16):
-        return [matrix.end for matrix in matrices]
-    unseen = Confined("", domains={basis.info.domain: DomainShare() for basis in bases})
-    return confined(matrices, bases, 0.0, room, dtype, unseen)
+    def confined(self, matrices: Sequence[Matrix], dtype: torch.dtype | None) -> list[Tensor]:
+        """The matrices' ends inside the box around their starts, float32 numbers that this dtype can store: that of the file,
+        or float32 where nothing is stored yet. What stands for a larger matrix is held at its start, whatever the bound."""
+        new = [matrix.end for matrix in matrices]
+        covered = [i for i, matrix in enumerate(matrices) if matrix.unit is not None]
+        if covered and self.bases:
+            inside = self._confined([matrices[i] for i in covered], dtype or torch.float32)
+            for i, values in zip(covered, inside, strict=True):
+                new[i] = values
+        self.result.remained += sum(matrix.energy(t - matrix.start) for matrix, t in zip(matrices, new, strict=True))
+        return new
 
-
-def _confined(
-    matrices: Sequence[Matrix],
-    bases: Sequence[FactoredBasis],
-    bound: float,
-    room: float,
-    dtype: torch.dtype | None,
-    result: Confined,
-) -> list[Tensor]:
-    device, k = matrices[0].end.device, max(basis.info.k for basis in bases)
-    ends = [matrix.end for matrix in matrices]
-    names = [str(number) for number in range(len(matrices))]
-    sides = {name: matrix.side for name, matrix in zip(names, matrices, strict=True)}
-    stack = InputStack(MatrixLayout.of(zip(names, ends, strict=True), "input", k, None, sides), device, room)
-    for basis in bases:
-        stack.put(_part_of(basis, matrices, k), ends)
-    bounds = rule_params(stack, Settings(bound=bound)) if bound else None
-    anchor = stack.measure([matrix.start for matrix in matrices])
-    new = _storable(stack, matrices, anchor, bounds, dtype or torch.float32)
-    # Of differences, not differences of what is measured: a small displacement would be lost in the rounding of large weights.
-    before, after = (
-        stack.measure([matrix.start - t for matrix, t in zip(matrices, there, strict=True)]) for there in (ends, new)
-    )
-    for group in stack.layout.groups:
-        for _, name, rows in stack.layout.matrices(group):
-            matrix = matrices[int(name)]
-            for domain in stack.names:
-                share, columns = result.domains[domain], stack.columns(domain)
-                a, b = before[rows, columns], after[rows, columns]
-                share.before += matrix.energy(a)
-                share.after += matrix.energy(b)
-                share.norm += matrix.energy(a - b)
-    return new
+    def _confined(self, matrices: Sequence[Matrix], dtype: torch.dtype) -> list[Tensor]:
+        k, bound = max(basis.info.k for basis in self.bases), 0.0 if matrices[0].gain is not None else self.bound
+        ends = [matrix.end for matrix in matrices]
+        names = [str(number) for number in range(len(matrices))]
+        sides = {name: matrix.side for name, matrix in zip(names, matrices, strict=True)}
+        stack = InputStack(
+            MatrixLayout.of(zip(names, ends, strict=True), "input", k, None, sides), self.device, self.room
+        )
+        for basis in self.bases:
+            stack.put(_part_of(basis, matrices, k), ends)
+        bounds = rule_params(stack, Settings(bound=bound)) if bound else None
+        anchor = stack.measure([matrix.start for matrix in matrices])
+        new = _storable(stack, matrices, anchor, bounds, dtype)
+        # Of differences, not differences of what is measured: rounding of large weights would hide a small displacement.
+        before, after = (
+            stack.measure([matrix.start - t for matrix, t in zip(matrices, there, strict=True)])
+            for there in (ends, new)
+        )
+        for group in stack.layout.groups:
+            for _, name, rows in stack.layout.matrices(group):
+                matrix = matrices[int(name)]
+                for domain in stack.names:
+                    share, columns = self.result.domains[domain], stack.columns(domain)
+                    a, b = before[rows, columns], after[rows, columns]
+                    share.before += matrix.energy(a)
+                    share.after += matrix.energy(b)
+                    share.norm += matrix.energy(a - b)
+        return new
 
 
 def _storable(

@@ -21,7 +21,7 @@ from ..subspace.fingerprint import hash_parameters
 from ..subspace.portions import Portion, portions
 from ..subspace.weights import Copy, Weights, check_same, copied
 from .adapters import confine_adapter
-from .changes import Confined, DomainShare, Matrix, compared, confined, storable
+from .changes import Confined, Confinement, Matrix
 from .settings import Settings
 
 
@@ -57,49 +57,38 @@ def confine(
     if first.is_adapter:
         raise ValueError(f"{first.path}: expected the model that the adapter was trained on as start, found an adapter")
     there = Correspondence(first, bases, None if last.is_adapter else last)
-    if last.is_adapter:
-        result = confine_adapter(there, last, bases, out, bound, room, torch.device(device))
-    else:
-        result = _confine(there, last, bases, out, bound, room, torch.device(device))
+    by = Confinement(bases, bound, room, torch.device(device), out)
+    (confine_adapter if last.is_adapter else _confine)(there, last, by)
+    result = by.result
+    result.shares()
     result.warnings += warnings_of(first, there, bases)
     result.seconds = time.perf_counter() - began
     return result
 
 
-def _confine(
-    there: Correspondence,
-    last: Weights,
-    bases: Sequence[FactoredBasis],
-    out: Path | str,
-    bound: float,
-    room: float,
-    device: torch.device,
-) -> Confined:
-    first = there.weights
+def _confine(there: Correspondence, last: Weights, by: Confinement) -> None:
+    first, result = there.weights, by.result
     check_same(first, last, there.same)
-    here = Correspondence(last, bases, first)
-    result = Confined(str(out), domains={basis.info.domain: DomainShare() for basis in bases})
+    here = Correspondence(last, by.bases, first)
 
     def change_of(portion: Portion) -> Matrix | None:
         before = portion.read(first, _key_in(first, portion.key, here))
-        return compared(portion, before, portion.read(last), result, device)
+        return by.compared(portion, before, portion.read(last))
 
     def correct(group: Sequence[Portion], copy: Copy) -> None:  # a function, so that nothing outlives its group
         moved = [(portion, matrix) for portion in group if (matrix := change_of(portion))]
         matrices = [matrix for _, matrix in moved]
-        inside = confined(matrices, bases, bound, room, group[0].entry.dtype, result)
+        inside = by.confined(matrices, group[0].entry.dtype)
         for (portion, matrix), new in zip(moved, inside, strict=True):
             if not torch.equal(new, matrix.end):
                 portion.write(copy, new)
                 if portion.key not in result.corrected[-1:]:
                     result.corrected.append(portion.key)
 
-    with copied(last, out) as (copy, result.left_out):
+    with copied(last, by.out) as (copy, result.left_out):
         for group in portions(last, here.units):
             correct(group, copy)
         result.kept = len(last.entries) - len(result.corrected)
-    result.shares()
-    return result
 
 
 @dataclass
@@ -163,12 +152,11 @@ def merge(
     here, where = Correspondence(first, bases), torch.device(device)
     for last in lasts.values():
         check_same(first, last, here.same)
-    others = {name: [basis for basis in bases if basis.info.domain != name] for name in lasts}
     parts = {
-        name: Confined(str(last.path), domains={b.info.domain: DomainShare() for b in others[name]})
+        name: Confinement([b for b in bases if b.info.domain != name], 0.0, room, where, last.path)
         for name, last in lasts.items()
     }
-    result = Merged(str(out), parts)
+    result = Merged(str(out), {name: part.result for name, part in parts.items()})
 
     def add(group: Sequence[Portion], copy: Copy) -> None:
         starts = [portion.read(first) for portion in group]
@@ -176,22 +164,30 @@ def merge(
         for name, last in lasts.items():
             ends = (portion.read(last, _key_in(last, portion.key, here)) for portion in group)
             found = [
-                compared(portion, before, end, parts[name], where, name)
+                parts[name].compared(portion, before, end, name)
                 for portion, before, end in zip(group, starts, ends, strict=True)
             ]
             moved = {i: matrix for i, matrix in enumerate(found) if matrix}
-            inside = confined(list(moved.values()), others[name], 0.0, room, torch.float32, parts[name])
+            inside = parts[name].confined(list(moved.values()), torch.float32)
             for (i, matrix), new in zip(moved.items(), inside, strict=True):
                 total = sums[i].end if i in sums else matrix.start
                 total = torch.add(total, new - matrix.start, alpha=scale)
                 sums[i] = replace(matrix, start=total, end=total)
-        for i, total in zip(sums, storable(list(sums.values()), bases, room, group[0].entry.dtype), strict=True):
+        totals, dtype = list(sums.values()), group[0].entry.dtype
+        if dtype in (
+            torch.bfloat16,
+            torch.float16,
+        ):  # rounded so that little of them is lost along any domain's directions
+            stored = Confinement(bases, 0.0, room, where).confined(totals, dtype)
+        else:
+            stored = [matrix.end for matrix in totals]
+        for i, total in zip(sums, stored, strict=True):
             group[i].write(copy, total)
 
     with copied(first, out) as (copy, result.left_out):
         for group in portions(first, here.units):
             add(group, copy)
-    for part in parts.values():
+    for part in result.experts.values():
         part.shares()
     result.warnings = warnings_of(first, here, bases)
     result.seconds = time.perf_counter() - began

@@ -79,23 +79,20 @@ def has_kernel(op: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{_ops.NAMESPACE}::{op}", key)
 
 
-def _load_native(name: str, key: str, missing: Backend) -> Backend:
+def _load_native(name: str, reason: str, remedy: str) -> Backend:
     library = find_library(f"libcarerl_{name}.so")
     if library is None:
-        return missing
+        return Backend(name, (), reason, remedy)
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
         return Backend(name, (), f"{library.name} does not load into torch {torch.__version__}: {error}", REINSTALL)
-    return Backend(name, tuple(op for op in _ops.SCHEMAS if has_kernel(op, key)))
+    return Backend(name, tuple(op for op in _ops.SCHEMAS if has_kernel(op, name.upper())))
 
 
 def _load_cpu() -> Backend:
-    backend = _load_native(
-        "cpu",
-        "CPU",
-        Backend("cpu", (), "installed without native kernels (CARERL_SKIP_NATIVE=1, or no compiler)", REINSTALL),
-    )
+    missing = "installed without native kernels (CARERL_SKIP_NATIVE=1, or no compiler)"
+    backend = _load_native("cpu", missing, REINSTALL)
     chosen = backend.available and os.environ.get("CARERL_CPU_ISA")
     if chosen and importlib.util.find_spec("._host", __package__) is not None:  # a wheel for every Python has none
         # Here, where it can be said, rather than in the first call.
@@ -104,13 +101,8 @@ def _load_cpu() -> Backend:
 
 
 def _load_cuda() -> Backend:
-    return _load_native(
-        "cuda",
-        "CUDA",
-        Backend(
-            "cuda", (), "this build has no CUDA library", "build it with CARERL_CUDA=ON where nvcc is (make gpu-build)"
-        ),
-    )
+    remedy = "build it with CARERL_CUDA=ON where nvcc is (make gpu-build)"
+    return _load_native("cuda", "this build has no CUDA library", remedy)
 
 
 def _load_triton() -> Backend:

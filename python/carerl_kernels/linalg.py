@@ -1,7 +1,6 @@
-"""The K x K cores between the two passes: float64, batched over leading dimensions. Nothing waits for the device but torch's
-eigenvalue decomposition, which asks CUDA whether it converged.
+"""The K x K cores between the two passes: float64, batched over leading dimensions, on the device of their input.
 
-Everything here is small (K is at most a few hundred) and runs on the device of its input.
+K is at most a few hundred. Nothing waits for the device but torch's eigenvalue decomposition, which asks CUDA whether it converged.
 """
 
 from __future__ import annotations

@@ -66,6 +66,13 @@ class Inputs:
             handle.remove()
 
 
+def second(moments, label, side):
+    """The sum of `x x^T` over the inputs of a matrix, `[n, n]` float64, where it was kept whole."""
+    if (label, side) not in moments._sums:
+        return moments._counts[label, side].diag()
+    return moments._combined(label, side).values
+
+
 def assert_leading(columns, values, second, r):
     """Columns are as good as the leading eigenvectors: what they hold, what they say they hold, and orthonormal."""
     V, second = columns.double(), second.double()

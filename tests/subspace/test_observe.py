@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from carerl_kernels.subspace.moments import EXACT, Accumulator
-from observe_helpers import SIZES, Inputs, assert_leading, laid_out, look
+from observe_helpers import SIZES, Inputs, assert_leading, laid_out, look, second
 from torch import nn
 from torch.nn import functional as F
 
@@ -129,7 +129,7 @@ def test_fused_experts_slice_by_slice(experts, padded):
                 name = f"model.layers.{number}.mlp.experts.{what}[{e}]"
                 X = torch.cat(rows)
                 seen += 1
-                torch.testing.assert_close(moments.second(name, "right"), X.mT @ X, rtol=1e-4, atol=1e-6)
+                torch.testing.assert_close(second(moments, name, "right"), X.mT @ X, rtol=1e-4, atol=1e-6)
                 assert_leading(basis.right[name], basis.values[name], X.mT @ X, layout.k)
     assert seen + len(moments.idle) == 2 * 2 * 4
 
@@ -158,7 +158,7 @@ def test_adapters_on_experts_that_are_added_to_the_weight_before_use(kind):
     for layer in range(2):
         path = f"model.layers.{layer}.mlp.experts"
         pieces = {
-            what: [found.second(f"{path}.{what}[{e}]", "right") for e in range(4) if found.saw(f"{path}.{what}[{e}]")]
+            what: [second(found, f"{path}.{what}[{e}]", "right") for e in range(4) if found.saw(f"{path}.{what}[{e}]")]
             for what in ("gate_up_proj", "down_proj")
         }
         wrapped = {
@@ -168,7 +168,7 @@ def test_adapters_on_experts_that_are_added_to_the_weight_before_use(kind):
             (a,) = [n for n, p in wrapped.items() if "lora_A" in n and p.shape[1] == inner]
             (b,) = [n for n, p in wrapped.items() if n == a.replace("lora_A", "lora_B")]
             torch.testing.assert_close(
-                moments.second(a, "right"), torch.stack(pieces[what]).sum(0), rtol=1e-3, atol=1e-4
+                second(moments, a, "right"), torch.stack(pieces[what]).sum(0), rtol=1e-3, atol=1e-4
             )
             A = wrapped[a].detach().double()
             expected = torch.zeros(16, 16, dtype=torch.float64)
@@ -176,8 +176,8 @@ def test_adapters_on_experts_that_are_added_to_the_weight_before_use(kind):
                 name = f"{path}.{what}[{e}]"
                 if found.saw(name):
                     part = A[e * 4 : (e + 1) * 4]
-                    expected[e::4, e::4] += part @ found.second(name, "right") @ part.mT
-            torch.testing.assert_close(moments.second(b, "right"), expected, rtol=1e-3, atol=1e-4)
+                    expected[e::4, e::4] += part @ second(found, name, "right") @ part.mT
+            torch.testing.assert_close(second(moments, b, "right"), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_attention_with_its_fast_path():
@@ -188,7 +188,7 @@ def test_attention_with_its_fast_path():
     moments, basis, layout = look(layer, [(x,)])
     assert layout.covered / layout.parameters > 0.9 and layer.training and torch.backends.mha.get_fastpath_enabled()
     X = x.flatten(0, 1).double()
-    torch.testing.assert_close(moments.second("self_attn.in_proj_weight", "right"), X.mT @ X, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(second(moments, "self_attn.in_proj_weight", "right"), X.mT @ X, rtol=1e-5, atol=1e-6)
     weight, bias = layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias
     q, k, v = F.linear(x, weight, bias).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
     attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1).flatten(1).detach()
@@ -252,7 +252,7 @@ def test_weights_used_otherwise_than_by_their_module():
         ("rows", "left"),
     ):
         X = seen[name]
-        torch.testing.assert_close(moments.second(name, side), X.mT @ X, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(second(moments, name, side), X.mT @ X, rtol=1e-5, atol=1e-6)
         assert_leading(getattr(basis, side)[name], basis.values[name], X.mT @ X, layout.k)
 
 
@@ -302,7 +302,7 @@ def test_compiled_models_that_ran_before(backend, regional):
     found, _, layout = look(compiled, batches)
     for group in layout.groups:
         for name in layout.labels(group):
-            torch.testing.assert_close(found.second(name, "right"), expected.second(name, "right"))
+            torch.testing.assert_close(second(found, name, "right"), second(expected, name, "right"))
     compiled(batches[0])  # and goes on as it was
 
 
@@ -319,7 +319,7 @@ def test_the_pass_leaves_nothing_behind():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         moments, _, _ = look(model, [torch.randn(5, 6, generator=torch.Generator().manual_seed(1))])
     x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1)).double()
-    torch.testing.assert_close(moments.second("0.weight", "right"), x.mT @ x, rtol=1e-6, atol=1e-7)  # not in bfloat16
+    torch.testing.assert_close(second(moments, "0.weight", "right"), x.mT @ x, rtol=1e-6, atol=1e-7)  # not in bfloat16
     with pytest.raises(RuntimeError):
         look(model, [torch.zeros(5, 7)])
     assert modes == [m.training for m in model.modules()] and torch.equal(drawn, torch.get_rng_state())
@@ -394,7 +394,7 @@ def test_padding_does_not_count_however_the_mask_comes(make, form, options):
     inner = getattr(model, "model", model)
     X = inner.backbone["embed"](tokens[mask.bool()]).detach().double()
     up = counted.replace("embed", "up")
-    torch.testing.assert_close(moments.second(up, "right"), X.mT @ X, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(second(moments, up, "right"), X.mT @ X, rtol=1e-5, atol=1e-6)
     assert float(moments.energy(counted, "left")) == float(mask.sum())
 
 
@@ -429,9 +429,9 @@ def test_texts_and_rows_of_token_ids_are_put_together():
     ]
     counts = torch.bincount(torch.tensor([i for text in texts for i in tokenizer(text)["input_ids"]]), minlength=12)
     for moments in found:
-        torch.testing.assert_close(moments.second("backbone.embed.weight", "left").diagonal(), counts.double())
+        torch.testing.assert_close(second(moments, "backbone.embed.weight", "left").diagonal(), counts.double())
         torch.testing.assert_close(
-            moments.second("backbone.up.weight", "right"), found[0].second("backbone.up.weight", "right")
+            second(moments, "backbone.up.weight", "right"), second(found[0], "backbone.up.weight", "right")
         )
     with pytest.raises(ValueError, match="expected a tokenizer with batches that are texts"):
         look(Model(), texts)

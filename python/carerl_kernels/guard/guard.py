@@ -21,7 +21,7 @@ from .optimizers import real_optimizer
 from .protection import Protection
 from .report import Report, report_of
 from .rules import Rule
-from .settings import GuardOptions
+from .settings import GuardOptions, Settings
 
 _UNSET: Any = object()
 
@@ -55,7 +55,7 @@ class CapabilityGuard(Protection):
         process_group: Any = None,
         **options: Unpack[GuardOptions],
     ):
-        super().__init__(model, rule, process_group=process_group, **options)
+        super().__init__(model, Settings.of({"rule": rule, **options}), process_group)
         self._following = Following(
             self.parameters, self.memory, self._recording, self._census, self._own, self.seconds
         )

@@ -84,20 +84,17 @@ class Memory:
         stack = self.stack
         stay = [name for name in self.history if name != basis.info.domain]
         acted = {name: stack.present(name) for name in stay}
-        if self.box is not None:
-            anchors = {name: (self.box.anchor[:, stack.columns(name)].clone(), acted[name]) for name in stay}
-            stack.put(basis, parameters)
-            self._renew()
-            self.box.adopt(parameters, anchors)
-            return
-        remembered = self.steps.remembered()
+        remembered = self.steps.remembered() if self.box is None else {"anchor": self.box.anchor}
         kept = {
             name: ({what: rows[:, stack.columns(name)].clone() for what, rows in remembered.items()}, acted[name])
             for name in stay
         }
         stack.put(basis, parameters)
         self._renew()
-        self.steps.adopt(parameters, kept)
+        if self.box is None:
+            self.steps.adopt(parameters, kept)
+        else:
+            self.box.adopt(parameters, {name: (parts["anchor"], acts) for name, (parts, acts) in kept.items()})
 
     def rebase(self, parameters: Sequence[Tensor]) -> None:
         """Counts from the present parameters on."""

@@ -1,11 +1,7 @@
-"""The gradient of a mixed batch: on each domain's part of it the directions of all other domains act.
+"""The gradient of a mixed batch: on each domain's part of it the directions of all others act (docs/math.md, "mixed batches").
 
-With P_d the projector onto the span of all directions but those of domain d, the step's gradient becomes
-`sum_d (I - P_d) g_d`. What is taken out depends on the coefficients `A g_d` alone, so no gradient is ever copied: parts
-accumulate in `p.grad` as always, after each the coefficients of the sum are looked at once, and their growth is what this
-domain has added. At the end one thin product takes the sum of all corrections out.
-
-Where a model consists of linear layers and embeddings, one backward pass over the whole batch does (:class:`RowWatch`).
+Parts accumulate in `p.grad` as always. After each the coefficients of the sum are looked at once, and their growth is what this
+domain has added: no gradient is ever copied.
 """
 
 from __future__ import annotations
@@ -32,9 +28,6 @@ class MixedGradient:
     Args:
         seconds: the guard's, per part; counted up here.
         known: called with every domain's name.
-
-    Raises:
-        ValueError: see :meth:`CapabilityGuard.mixed`.
     """
 
     def __init__(

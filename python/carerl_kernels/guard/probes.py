@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,12 +159,6 @@ class PromptStore:
 
     def __getitem__(self, domain: str) -> list[Any]:
         return list(self._kept.get(domain, []))
-
-    def micro_batches(self, domain: str, size: int) -> Iterator[list[Any]]:
-        """All items of a domain, so many at a time."""
-        items = self[domain]
-        for start in range(0, len(items), size):
-            yield items[start : start + size]
 
     def __len__(self) -> int:
         return sum(map(len, self._kept.values()))

@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, Unpack
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from .memory import Memory
 from .optimizers import Census
 from .recording import Recording
 from .rules import Rule
-from .settings import GuardOptions, Settings
+from .settings import Settings
 from .stack import Stack
 
 
@@ -34,15 +34,9 @@ class Protection:
     """
 
     def __init__(
-        self,
-        model: nn.Module | Iterable[tuple[str, nn.Parameter]],
-        rule: Rule = "bounded",
-        *,
-        process_group: Any = None,
-        **options: Unpack[GuardOptions],
+        self, model: nn.Module | Iterable[tuple[str, nn.Parameter]], settings: Settings, process_group: Any = None
     ):
-        self.settings = Settings.of({"rule": rule, **options})
-        settings = self.settings
+        self.settings = settings
         module = model if isinstance(model, nn.Module) else None
         inner = None if module is None else unwrapped(module)
         if module is None and not isinstance(model, Iterable):

@@ -1,9 +1,7 @@
 """Watching a backward pass row by row: what each domain's rows add to the coefficients of every weight's gradient.
 
-A linear layer's gradient is `dy^T x`. Taking directions out of it from the right is taking them out of its inputs, and
-every row's inputs can be put off the directions of all domains but the row's own: `dy^T (x - x Q N_d Q^T)`, Q the span of all
-directions and N_d the projector onto those of the other domains in it. So one pass over a mixed batch is enough, and the thin
-products `dy^T (x Q N_d)` are all that is added to it, however many domains there are.
+Directions are taken out of a gradient `dy^T x` by taking them out of its inputs, row by row. So one pass over a mixed batch is
+enough, and thin products are all that is added to it (docs/math.md, "mixed batches").
 """
 
 from __future__ import annotations

@@ -42,12 +42,10 @@ class Sum:
     Attributes:
         values: `[n, n]`, or Y = (sum of x x^T) Omega `[n, s]`; float64.
         trace: The trace of the sum, 0-d float64.
-        vectors: how many there were.
     """
 
     values: Tensor
     trace: Tensor
-    vectors: int = 0
 
     @classmethod
     def zeros(cls, n: int, width: int, device: torch.device) -> Sum:
@@ -68,7 +66,6 @@ class Sum:
             self.values += product
             squares = product.diagonal() if n == columns else torch.linalg.vector_norm(part, dim=1).double().square()
             self.trace += squares.sum()
-        self.vectors += rows.shape[0]
 
     def leading(self, r: int) -> tuple[Tensor, Tensor]:
         """Eigenvectors `[n, r']` and eigenvalues `[r']` of the sum, at most r of them, descending; float64."""
@@ -185,19 +182,18 @@ class Accumulator:
     def reduce(self, group: Any) -> None:
         """Sums over the processes of a group; a matrix may have been fed in some of them alone."""
         here: dict[str, Any] = {
-            "sums": {key: (s.values.shape[0], s.vectors) for key, s in self.sums.items()},
+            "sums": {key: s.values.shape[0] for key, s in self.sums.items()},
             "counts": {use: counts.numel() for use, counts in self.counts.items()},
         }
         found: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(found, here, group=group)
         tensors = [s.values for s in self.sums.values()] + list(self.counts.values())
         device = tensors[0].device if tensors else torch.device("cpu")
-        keys = {key: n for part in found for key, (n, _) in part["sums"].items()}
+        keys = {key: n for part in found for key, n in part["sums"].items()}
         for key in sorted(keys, key=lambda k: sorted(k)):
             sum_ = self.sums.setdefault(key, Sum.zeros(keys[key], self.width, device))
             dist.all_reduce(sum_.values, group=group)
             dist.all_reduce(sum_.trace, group=group)
-            sum_.vectors = sum(part["sums"][key][1] for part in found if key in part["sums"])
         sizes = {use: n for part in found for use, n in part["counts"].items()}
         for use in sorted(sizes):
             counts = self.counts.setdefault(use, torch.zeros(sizes[use], dtype=torch.float64, device=device))
@@ -248,12 +244,6 @@ class Moments:
         """The layout with sides as they were seen; itself where it was right. For the first domain: files fix the sides."""
         return layout.with_sides(self.sides, parameters)
 
-    def second(self, label: str, side: Side) -> Tensor:
-        """The sum of `x x^T` over the inputs of a matrix, `[n, n]` float64, where it was kept whole."""
-        if (label, side) not in self._sums:
-            return self._counts[label, side].diag()
-        return self._combined(label, side).values
-
     def energy(self, label: str, side: Side) -> float:
         """Summed squares of all inputs of a matrix."""
         if (label, side) in self._sums:
@@ -266,7 +256,7 @@ class Moments:
             return parts[0][0]
         values = torch.stack([s.values * t for s, t in parts]).sum(0)
         trace = torch.stack([s.trace * t for s, t in parts]).sum()
-        return Sum(values, trace, sum(s.vectors * t for s, t in parts))
+        return Sum(values, trace)
 
     def check_finite(self) -> None:
         """Refuses inputs that are not finite.

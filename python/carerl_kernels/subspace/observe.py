@@ -211,24 +211,17 @@ def _bar(batches: Any, progress: bool, group: Any) -> Iterator[Callable[[], None
     from rich.console import Console
     from rich.progress import Progress
 
-    shown: list[Any] = []
-    began, done = time.monotonic(), 0
-    total = len(batches) if hasattr(batches, "__len__") else None
     quiet = not progress or (group is not None and dist.get_rank(group) > 0)
+    bar, began = Progress(console=Console(stderr=True), transient=True, disable=quiet), time.monotonic()
+    task = bar.add_task("observing", total=len(batches) if hasattr(batches, "__len__") else None)
 
     def step() -> None:
-        nonlocal done
-        done += 1
-        if quiet or (not shown and time.monotonic() - began < SHOWN_AFTER):
-            return
-        if not shown:
-            bar = Progress(console=Console(stderr=True), transient=True)
-            shown[:] = bar, bar.add_task("observing", total=total)
+        bar.advance(task)
+        if time.monotonic() - began >= SHOWN_AFTER:
             bar.start()
-        shown[0].update(shown[1], completed=done)
 
     try:
         yield step
     finally:
-        if shown:
-            shown[0].stop()
+        if bar.live.is_started:
+            bar.stop()

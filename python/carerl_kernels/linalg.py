@@ -1,6 +1,6 @@
 """The K x K cores between the two passes: float64, batched over leading dimensions, on the device of their input.
 
-K is at most a few hundred. Nothing waits for the device but torch's eigenvalue decomposition, which asks CUDA whether it converged.
+K is at most a few hundred. Nothing waits for the device but torch's eigenvalues, which ask CUDA whether they converged.
 """
 
 from __future__ import annotations

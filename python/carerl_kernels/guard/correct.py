@@ -1,5 +1,6 @@
-"""Corrections of single steps, of the update that the optimizer made or of the gradient before it: by the rules that look at every
-step. What is a projection of the parameters ("bounded", "remove") is in :mod:`carerl_kernels.guard.box`.
+"""Corrections of single steps, of the update that the optimizer made or of the gradient before it, by rules that see every one.
+
+What is a projection of the parameters ("bounded", "remove") is in :mod:`carerl_kernels.guard.box`.
 """
 
 from __future__ import annotations

@@ -34,15 +34,11 @@ class TryAgainError(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server answered.
-
-    Attributes:
-        body: Unpacked bytes.
-    """
+    """What a server answered."""
 
     status: int
     headers: Mapping[str, str]
-    body: bytes
+    body: bytes  # unpacked
 
     @property
     def text(self) -> str:

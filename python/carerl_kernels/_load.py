@@ -24,19 +24,12 @@ REINSTALL = "reinstall where a C++17 compiler is available: pip install --force-
 
 @dataclass(frozen=True)
 class Backend:
-    """What became of one backend.
+    """What became of one backend."""
 
-    Attributes:
-        name: one of :data:`NAMES`.
-        ops: the op overloads it serves, named as in `_ops.SCHEMAS`; empty if it is missing.
-        reason: why it is missing; empty if it is there.
-        remedy: what to do about it.
-    """
-
-    name: str
-    ops: tuple[str, ...] = ()
-    reason: str = ""
-    remedy: str = ""
+    name: str  # one of :data:`NAMES`
+    ops: tuple[str, ...] = ()  # the op overloads it serves, named as in `_ops.SCHEMAS`; empty if it is missing
+    reason: str = ""  # why it is missing; empty if it is there
+    remedy: str = ""  # what to do about it
 
     @property
     def available(self) -> bool:

@@ -14,20 +14,14 @@ from .task import Messages
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Token ids with a role.
+    """Token ids with a role."""
 
-    Attributes:
-        pad: Fills ragged batches.
-        eos: Ids that end a completion.
-        banned: Ids the policy never writes; masked out of the distribution in sampling AND loss, since a token that is
-            sampled but carries no gradient would drift freely.
-        vocabulary: Size of the policy's output layer; None: unknown.
-    """
-
-    pad: int
-    eos: tuple[int, ...]
+    pad: int  # fills ragged batches
+    eos: tuple[int, ...]  # ids that end a completion
+    # ids the policy never writes; masked out of the distribution in sampling AND loss, since a token that is sampled but
+    # carries no gradient would drift freely
     banned: tuple[int, ...] = ()
-    vocabulary: int | None = None
+    vocabulary: int | None = None  # size of the policy's output layer; None: unknown
 
 
 def special_tokens(tokenizer: Any, model: Any) -> SpecialTokens:

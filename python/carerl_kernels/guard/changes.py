@@ -32,18 +32,13 @@ NOISE = 1e-6
 
 @dataclass
 class Matrix:
-    """A matrix of two checkpoints, `[m, n]` float32.
+    """A matrix of two checkpoints, `[m, n]` float32."""
 
-    Attributes:
-        unit: of its directions, None where it has none.
-        across: rows of a right-sided matrix, or columns of a left-sided one, among those of the unit.
-        gain: `[m, m]` float64 where a matrix of LoRA's stands for a larger one, with |G X|^2 = <X, gain X>.
-    """
-
-    unit: Unit | None
-    across: slice
+    unit: Unit | None  # of its directions, None where it has none
+    across: slice  # rows of a right-sided matrix, or columns of a left-sided one, among those of the unit
     start: Tensor
     end: Tensor
+    # `[m, m]` float64 where a matrix of LoRA's stands for a larger one, with |G X|^2 = <X, gain X>
     gain: Tensor | None = None
 
     @property
@@ -58,43 +53,29 @@ class Matrix:
 
 @dataclass
 class DomainShare:
-    """How much of a change lies along a domain's directions, as shares of the energy of the whole change.
+    """How much of a change lies along a domain's directions, as shares of the energy of the whole change."""
 
-    Attributes:
-        before, after: The shares of the change's energy along the domain, before and after confining.
-    """
-
-    before: float = 0.0
-    after: float = 0.0
-    norm: float = 0.0
+    before: float = 0.0  # before confining
+    after: float = 0.0  # and after it
+    norm: float = 0.0  # of what was taken out along them
 
 
 @dataclass
 class Confined:
-    """What was done to a change.
-
-    Attributes:
-        domains: by name. Domains overlap: their shares do not add up.
-        remained: The share of its energy that is left.
-        corrected: Tensors that were changed.
-        kept: The number of tensors that are bitwise what they were.
-        uncovered: Tensors of two or more dimensions that moved without directions.
-        free: Share of the change's energy in them and in vectors.
-        left_out: files that were not copied, because they may hold weights of another format.
-        warnings: sentences.
-    """
+    """What was done to a change."""
 
     out: str
     seconds: float = 0.0
     norm: float = 0.0
-    remained: float = 0.0
-    domains: dict[str, DomainShare] = field(default_factory=dict)
-    corrected: list[str] = field(default_factory=list)
-    kept: int = 0
-    uncovered: list[str] = field(default_factory=list)
-    free: float = 0.0
+    remained: float = 0.0  # the share of its energy that is left
+    domains: dict[str, DomainShare] = field(default_factory=dict)  # they overlap: their shares do not add up
+    corrected: list[str] = field(default_factory=list)  # tensors that were changed
+    kept: int = 0  # the number of tensors that are bitwise what they were
+    uncovered: list[str] = field(default_factory=list)  # matrices that moved without directions
+    free: float = 0.0  # share of the change's energy in them and in vectors
+    # files that were not copied, because they may hold weights of another format
     left_out: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)  # sentences
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -109,22 +90,16 @@ class Confined:
 
 @dataclass
 class Confinement:
-    """Confines changes of matrices, and counts what they are made of.
+    """Confines changes of matrices, and counts what they are made of."""
 
-    Attributes:
-        bases: those that act.
-        bound, room, device: see :func:`~carerl_kernels.guard.checkpoints.confine`.
-        out: what the result is called.
-        result: gathers energies of the changes, along every domain's directions, and of what remains.
-    """
-
-    bases: Sequence[FactoredBasis]
-    bound: float
+    bases: Sequence[FactoredBasis]  # those that act
+    bound: float  # this and the next two: see :func:`~carerl_kernels.guard.checkpoints.confine`
     room: float
     device: torch.device
-    out: Path | str = ""
+    out: Path | str = ""  # what the result is called
 
     def __post_init__(self) -> None:
+        # gathers energies of the changes, along every domain's directions, and of what remains
         self.result = Confined(str(self.out), domains={basis.info.domain: DomainShare() for basis in self.bases})
 
     def compared(self, portion: Portion, start: Tensor, end: Tensor, whose: str = "END") -> Matrix | None:

@@ -77,26 +77,17 @@ class Newcomer:
 
 @dataclass
 class Recording:
-    """The recorders of a guard.
+    """The recorders of a guard."""
 
-    Attributes:
-        layout, settings, architecture, data_group: of the guard.
-        module: what the training calls; None where the guard was built from pairs.
-        locals: gives the parameters' local parts.
-        stage: of the stage in progress.
-        newcomers: of domains that appeared on the way.
-        seconds: spent.
-    """
-
-    layout: Layout | MatrixLayout
+    layout: Layout | MatrixLayout  # this and the next three: of the guard
     settings: Settings
     architecture: str
     data_group: Any
-    module: nn.Module | None
-    locals: Callable[[], list[Tensor]]
-    stage: Recorder | None = None
-    newcomers: dict[str, Newcomer] = field(default_factory=dict)
-    seconds: float = 0.0
+    module: nn.Module | None  # what the training calls; None where the guard was built from pairs
+    locals: Callable[[], list[Tensor]]  # gives the parameters' local parts
+    stage: Recorder | None = None  # of the stage in progress
+    newcomers: dict[str, Newcomer] = field(default_factory=dict)  # of domains that appeared on the way
+    seconds: float = 0.0  # spent recording
 
     @property
     def sees(self) -> str:

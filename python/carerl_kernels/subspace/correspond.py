@@ -22,18 +22,12 @@ from .weights import Weights
 
 @dataclass(frozen=True)
 class Unit:
-    """A matrix in a tensor of a file, and where a basis has its directions.
+    """A matrix in a tensor of a file, and where a basis has its directions."""
 
-    Attributes:
-        label: The label of the matrix in the basis: a parameter's name, or `name[e]` of a slice.
-        at: which slice of a stack of matrices in the file it is; None where it is all of the tensor.
-        rows: The rows of the labelled matrix that stand here, in this order; None: all.
-    """
-
-    label: str
+    label: str  # of the matrix in the basis: a parameter's name, or `name[e]` of a slice
     side: Side
-    at: int | None = None
-    rows: Tensor | None = None
+    at: int | None = None  # which slice of a stack of matrices in the file it is; None where it is all of the tensor
+    rows: Tensor | None = None  # the rows of the labelled matrix that stand here, in this order; None: all
 
 
 class Correspondence:

@@ -25,24 +25,16 @@ Side = Literal["both", "right", "left"]
 
 @dataclass(frozen=True)
 class Group:
-    """Matrices of equal shape, handled together.
+    """Matrices of equal shape, handled together."""
 
-    Attributes:
-        m, whole, n: rows that live here, rows of the whole matrix, columns.
-        first, each: the first coefficient row of all, and how many every matrix has.
-        indices: of the parameters, one for each matrix: a stack of matrices has its index several times.
-        side: which factors a direction has: "both" (u v^T), "right" (any column times v^T), "left" (u times any row).
-        slices: which slice of its parameter each matrix is; None where it is the whole of it.
-    """
-
-    indices: tuple[int, ...]
-    m: int
-    whole: int
-    n: int
-    side: Side
-    first: int
-    each: int
-    slices: tuple[int | None, ...]
+    indices: tuple[int, ...]  # of the parameters, one for each matrix: a stack of matrices has its index several times
+    m: int  # rows that live here
+    whole: int  # rows of the whole matrix
+    n: int  # columns
+    side: Side  # the factors of a direction: "both" (u v^T), "right" (any column times v^T), "left" (u times any row)
+    first: int  # coefficient row of all
+    each: int  # coefficient rows per matrix
+    slices: tuple[int | None, ...]  # which slice of its parameter each matrix is; None where it is the whole of it
 
     @property
     def rows(self) -> slice:

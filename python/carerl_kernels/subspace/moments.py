@@ -38,14 +38,10 @@ class Sum:
     """Sum of `x x^T` over input vectors: whole, or its product with a fixed random matrix and its trace.
 
     Both are linear in the sum: batches and processes add up, in any order.
-
-    Attributes:
-        values: `[n, n]`, or Y = (sum of x x^T) Omega `[n, s]`; float64.
-        trace: The trace of the sum, 0-d float64.
     """
 
-    values: Tensor
-    trace: Tensor
+    values: Tensor  # `[n, n]`, or Y = (sum of x x^T) Omega `[n, s]`; float64
+    trace: Tensor  # the trace of the sum, 0-d float64
 
     @classmethod
     def zeros(cls, n: int, width: int, device: torch.device) -> Sum:

@@ -27,43 +27,26 @@ STATE = 5  # float64 per coefficient of rows and blocks: q_prev, q_start, the ru
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes are per process; counts are per optimizer step.
+    """Bytes are per process; counts are per optimizer step."""
 
-    Attributes:
-        kind, k, domains, world_size, dtype: what was planned; k is the rank of factored kinds.
-        covered: The number of parameters under directions.
-        directions: Bytes of all domains' directions.
-        cores: Bytes of overlaps and of the frames of every set of domains that
-            acts (one per domain left out, and all).
-        state: bytes of the rule's memory, the baselines and, of input bases, what was recorded.
-        recording: bytes more while a stage is recorded.
-        disk: Bytes of one domain's file (float32).
-        start: Bytes of a process's temporary copy of the parameters in a stage.
-        read: Bytes of parameters and directions moved by one acting step.
-        flops: Multiplications and additions of an acting step.
-        communicated: Numbers summed over processes by one acting step.
-        recorded: Numbers summed over processes by recording one gradient.
-        seconds: The duration of an acting step, memory traffic and arithmetic one after the other.
-    """
-
-    kind: Kind
-    k: int
+    kind: Kind  # this and the next four: what was planned
+    k: int  # or the rank of factored kinds
     domains: int
     world_size: int
     dtype: str
     parameters: int
-    covered: int
-    directions: int
-    cores: int
-    state: int
-    recording: int
-    disk: int
-    start: int
-    read: int
-    flops: int
-    communicated: int
-    recorded: int
-    seconds: float
+    covered: int  # the number of parameters under directions
+    directions: int  # bytes of all domains' directions
+    cores: int  # bytes of overlaps, and of the frames of every set of domains that acts (all, and all but one)
+    state: int  # bytes of the rule's memory, the baselines and, of input bases, what was recorded
+    recording: int  # bytes more while a stage is recorded
+    disk: int  # bytes of one domain's file (float32)
+    start: int  # bytes of a process's temporary copy of the parameters in a stage
+    read: int  # bytes of parameters and directions moved by one acting step
+    flops: int  # multiplications and additions of an acting step
+    communicated: int  # numbers summed over processes by one acting step
+    recorded: int  # numbers summed over processes by recording one gradient
+    seconds: float  # the duration of an acting step, memory traffic and arithmetic one after the other
 
     @property
     def total(self) -> int:

@@ -20,17 +20,12 @@ GROUP = 64 << 20
 
 @dataclass(frozen=True)
 class Portion:
-    """A part of a tensor that is handled at once: a matrix `[m, n]`, or some rows or columns of one.
-
-    Attributes:
-        unit: Where its directions are; None where it has none.
-        at: The number of the slice of a stack of matrices.
-    """
+    """A part of a tensor that is handled at once: a matrix `[m, n]`, or some rows or columns of one."""
 
     key: str
     entry: Entry
-    unit: Unit | None
-    at: int | None = None
+    unit: Unit | None  # where its directions are; None where it has none
+    at: int | None = None  # the number of the slice of a stack of matrices
     rows: slice = field(default_factory=lambda: slice(None))
     columns: slice = field(default_factory=lambda: slice(None))
 

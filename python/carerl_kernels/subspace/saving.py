@@ -32,20 +32,13 @@ _DTYPE_NAMES = {
 
 @dataclass(frozen=True)
 class Part:
-    """What this process holds of one tensor of a file.
+    """What this process holds of one tensor of a file."""
 
-    Attributes:
-        shape, dtype: of the whole tensor.
-        dim: along which it is split, 0 or 1.
-        pieces: tensors, and where they belong along it.
-        replicated: every process holds all of it.
-    """
-
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of the whole tensor
     dtype: torch.dtype
-    dim: int
-    pieces: Sequence[tuple[Tensor, slice]]
-    replicated: bool = False
+    dim: int  # along which it is split, 0 or 1
+    pieces: Sequence[tuple[Tensor, slice]]  # tensors, and where they belong along it
+    replicated: bool = False  # every process holds all of it
 
     @classmethod
     def whole(cls, tensor: Tensor) -> Part:

@@ -14,16 +14,11 @@ from .moments import Use
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter as it lies in memory.
+    """A parameter as it lies in memory."""
 
-    Attributes:
-        name: The name of the parameter; None where it is not covered, and only matters as what adapters are added to.
-        offset, shape, stride: The offset, shape and stride of its elements in their storage: `[m, n]`, or a stack `[E, m, n]`.
-    """
-
-    name: str | None
-    offset: int
-    shape: tuple[int, ...]
+    name: str | None  # None where it is not covered, and only matters as what adapters are added to
+    offset: int  # of its elements in their storage, and so are the strides
+    shape: tuple[int, ...]  # `[m, n]`, or a stack `[E, m, n]`
     stride: tuple[int, ...]
     dtype: torch.dtype
 
@@ -35,32 +30,23 @@ class Weight:
 
 @dataclass(frozen=True)
 class Leaf:
-    """Elements of a weight, or a copy of them.
-
-    Attributes:
-        view: a tensor of this shape whose offset and strides say where in the weight its elements are (itself, or on meta).
-        pick: `[S]` which slice of a stack each of S matrices is, where they were gathered; else None.
-    """
+    """Elements of a weight, or a copy of them."""
 
     weight: Weight
+    # a tensor of this shape whose offset and strides say where in the weight its elements are (itself, or on meta)
     view: Tensor
-    pick: Tensor | None = None
+    pick: Tensor | None = None  # `[S]` which slice of a stack each of S matrices is, where they were gathered
 
 
 @dataclass(frozen=True)
 class Product:
-    """A product of two weights `[.., o, r] @ [.., r, i]`, as adapters are that are added to a weight before it is used.
-
-    Attributes:
-        left, right: the factors.
-        view: where in the product, as if it lay contiguously, the elements of a tensor are.
-    """
+    """A product of two weights `[.., o, r] @ [.., r, i]`, as adapters are that are added to a weight before it is used."""
 
     left: Tensor
     right: Tensor
     left_terms: tuple[Term, ...]
     right_terms: tuple[Term, ...]
-    view: Tensor
+    view: Tensor  # where in the product, as if it lay contiguously, the elements of a tensor are
 
 
 Term = Leaf | Product

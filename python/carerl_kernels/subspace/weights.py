@@ -43,16 +43,11 @@ _OTHER_WEIGHTS = (
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a file.
-
-    Attributes:
-        dtype: The dtype; None where it is no floating-point number of 16, 32 or 64 bits.
-        kind: The dtype's name in the file.
-    """
+    """A tensor of a file."""
 
     file: Path
-    dtype: torch.dtype | None
-    kind: str
+    dtype: torch.dtype | None  # None where it is no floating-point number of 16, 32 or 64 bits
+    kind: str  # the dtype's name in the file
     shape: tuple[int, ...]
     offset: int
 

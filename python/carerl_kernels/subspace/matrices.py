@@ -207,17 +207,22 @@ class MatrixLayout:
     def local(
         self, group: Group, tensors: Sequence[Tensor] | Callable[[int], Tensor], at: slice = slice(None)
     ) -> list[Tensor]:
-        """Matrices `[m, n]` of the group, all or those at these positions: views of the tensors.
+        """Matrices `[m, n]` of the group, all or those at these positions: views of the tensors; see :meth:`each`."""
+        return list(self.each(group, tensors, at))
+
+    def each(
+        self, group: Group, tensors: Sequence[Tensor] | Callable[[int], Tensor], at: slice = slice(None)
+    ) -> Iterator[Tensor]:
+        """The same one at a time.
 
         Args:
             tensors: of all parameters, or a function that gives one; asked once where slices of one follow each other.
         """
-        out, last = [], (-1, torch.empty(0))
+        last = (-1, torch.empty(0))
         for i, e in zip(group.indices[at], group.slices[at], strict=True):
             if last[0] != i:
                 last = i, tensors(i) if callable(tensors) else tensors[i]
-            out.append((last[1] if e is None else last[1][e]).view(group.m, group.n))
-        return out
+            yield (last[1] if e is None else last[1][e]).view(group.m, group.n)
 
     def unpack(self, rows: Tensor) -> Any:
         """Numbers per coefficient row `[T, ...]` for checkpoints: where rows are spread over processes, by parameter."""

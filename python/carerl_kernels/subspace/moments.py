@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -324,9 +325,10 @@ class Moments:
         pad = torch.nn.functional.pad
         for group in layout.groups:
             size = group.n if group.side == "right" else group.whole
-            labels = layout.labels(group)
-            deltas = _deltas(layout, group, start, parameters)
-            for position, name in enumerate(labels):
+            deltas: Iterator[Tensor | None] = repeat(None)
+            if start is not None:
+                deltas = layout.each(group, lambda i: start.delta(i, parameters[i]))
+            for (position, name, _), delta in zip(layout.matrices(group), deltas, strict=False):
                 index, device = group.indices[position], parameters[group.indices[position]].device
                 found = self.directions(name, group.side, layout.k, energy)
                 columns, singular = found if found is not None else (torch.zeros(size, 0), torch.zeros(0).double())
@@ -336,12 +338,12 @@ class Moments:
                 total += self.energy(name, group.side)
                 if group.side == "right":
                     right[name] = columns
-                    moved[name] = deltas(position, columns, times)
+                    moved[name] = _along(delta, group, columns)
                     moved_energy += moved[name].square().sum()
                 else:
                     own = layout.shards.pieces[index].rows if group.slices[position] is None else slice(None)
                     left[name] = columns[own]
-                    moved[name] = deltas(position, left[name], times_transposed)
+                    moved[name] = _along(delta, group, left[name])
                     layout.shards.sum_(moved[name])
                     if layout.shards.rank == 0:
                         moved_energy += moved[name].square().sum()
@@ -374,24 +376,10 @@ class Moments:
             )
 
 
-def _deltas(
-    layout: MatrixLayout, group: Group, start: StageStart | None, parameters: Sequence[Tensor]
-) -> Callable[..., Tensor]:
-    """Products of the stage's change of a group's matrices, by position, with columns; zeros without a stage."""
-    last: list[Any] = [None, None]
-
-    def change(index: int) -> Tensor:
-        if last[0] != index:
-            assert start is not None
-            last[:] = index, start.delta(index, parameters[index])
-        return last[1]
-
-    def product(position: int, columns: Tensor, times_: Callable[..., Tensor]) -> Tensor:
-        if start is None:
-            rows = group.m if times_ is times else group.n
-            return torch.zeros(rows, layout.k, dtype=torch.float64, device=columns.device)
-        matrix = layout.local(group, change, slice(position, position + 1))
-        with full_precision(columns.device):
-            return times_(matrix, columns.unsqueeze(0))[0].double()
-
-    return product
+def _along(delta: Tensor | None, group: Group, columns: Tensor) -> Tensor:
+    """Coefficients of the stage's change of a matrix along columns, a row each per output; zeros without a stage."""
+    if delta is None:
+        rows = group.m if group.side == "right" else group.n
+        return torch.zeros(rows, columns.shape[1], dtype=torch.float64, device=columns.device)
+    with full_precision(columns.device):
+        return (times if group.side == "right" else times_transposed)([delta], columns.unsqueeze(0))[0].double()

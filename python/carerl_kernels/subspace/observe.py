@@ -117,18 +117,15 @@ def _settle(
     rest = [name for name in missing if name not in set(idle)]
     unused = {name: sorted(other[name]) for name in dict.fromkeys(unlabel(n)[0] for n in rest) if name in other}
     free = [name for name in rest if unlabel(name)[0] not in unused]
+    unseen_names = some(list(dict.fromkeys(unlabel(name)[0] for name in free)))
     moments.idle, moments.uncoverable, moments.free = tuple(idle), {n: tuple(o) for n, o in unused.items()}, tuple(free)
     if free and unseen == "error":
         raise ValueError(
-            f"expected inputs of every covered weight, found none of {some(list(dict.fromkeys(unlabel(n)[0] for n in free)))}; "
-            "show batches that use them, pass run= where the model is called otherwise, freeze them (requires_grad_(False)), or "
-            "leave them unprotected with unseen='free'"
+            f"expected inputs of every covered weight, found none of {unseen_names}; show batches that use them, pass run= where "
+            "the model is called otherwise, freeze them (requires_grad_(False)), or leave them unprotected with unseen='free'"
         )
     if free:
-        warnings.warn(
-            f"nothing was seen of {some(list(dict.fromkeys(unlabel(n)[0] for n in free)))}: nothing protects them",
-            stacklevel=4,
-        )
+        warnings.warn(f"nothing was seen of {unseen_names}: nothing protects them", stacklevel=4)
     if unused:
         how = "; ".join(f"{name} ({', '.join(ops)})" for name, ops in list(unused.items())[:3])
         more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""

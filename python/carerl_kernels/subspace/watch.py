@@ -226,18 +226,14 @@ class Watch(TorchDispatchMode):
         size, first = (inner, rest % inner) if along else (rows, rest // inner)
         if term.view.shape[c] != size:
             x = torch.nn.functional.pad(x, (first, size - first - term.view.shape[c]))
-        if along:
-            for t in rights:
-                self._meet_matrix(t, x, keep, -1, -2, picked(t, e))
-            x = x.to(right.dtype) @ right.mT
-            for t in lefts:
-                self._meet_matrix(t, x, keep, -1, -2, picked(t, e))
-        else:
-            for t in lefts:
-                self._meet_matrix(t, x, keep, -2, -1, picked(t, e))
-            x = x.to(left.dtype) @ left
-            for t in rights:
-                self._meet_matrix(t, x, keep, -2, -1, picked(t, e))
+        first_met, then_met, factor, dims = (
+            (rights, lefts, right.mT, (-1, -2)) if along else (lefts, rights, left, (-2, -1))
+        )
+        for t in first_met:
+            self._meet_matrix(t, x, keep, *dims, picked(t, e))
+        x = x.to(factor.dtype) @ factor
+        for t in then_met:
+            self._meet_matrix(t, x, keep, *dims, picked(t, e))
         return None
 
     def _look_up(self, weight: Tensor, positions: Tensor, keep: Tensor | None) -> None:

@@ -103,7 +103,7 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def _fake_of_batch(name: str, at: int = 2) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The fake of a list serves one gradient or a batch, too, which have no offsets where those of a list stand."""
+    """A list's fake serves one gradient or a batch, too: `at` is where the offsets stand that these do not have."""
 
     def register(of_list: Callable[..., Any]) -> Callable[..., Any]:
         _fake(name)(lambda *args, **kwargs: of_list(*args[:at], (), *args[at:], **kwargs))
@@ -309,13 +309,15 @@ def _gram_fake(bases, grads, offsets, scales=None, per_tensor=False):
     return bases.new_empty((*_groups(grads, per_tensor), rows + batch, rows + batch), dtype=torch.float64)
 
 
-def check_edit(op, grads, bases, mix, scale, scales, offsets=(), per_tensor=False) -> None:
+def check_edit(op, grads, bases, mix, scale, scales, offsets=(), per_tensor=False) -> int:
+    """Returns B, as :func:`_check_grads` does."""
     rows = _check_bases(op, bases, scales)
     batch = _check_grads(op, grads, bases, offsets)
     _check_written(op, grads)
     (groups,) = _groups(grads, per_tensor) or (batch,)
     _check_small(op, "mix", mix, (groups, rows), bases, _F32)
     _check_small(op, "scale", scale, (groups,), bases, _F32)
+    return batch
 
 
 @_fake("edit_.list")
@@ -359,15 +361,9 @@ def _rotate_fake(bases, grads, offsets, q, per_tensor=False, seed=0):
 def check_edit_rotate(grads, bases, mix, scale, domain, q, offsets=(), per_tensor=False) -> None:
     op = "edit_rotate_"
     _check_rotatable(op, bases, (3,))
-    check_edit(op, grads, bases, mix, scale, None, offsets, per_tensor)
+    batch = check_edit(op, grads, bases, mix, scale, None, offsets, per_tensor)
     _require(0 <= domain < bases.shape[0], op, f"domain in 0..{bases.shape[0] - 1}", domain)
-    _check_q(
-        op,
-        q,
-        bases,
-        grads.shape[0] if isinstance(grads, Tensor) and grads.dim() == 2 else 1,
-        _groups(grads, per_tensor),
-    )
+    _check_q(op, q, bases, batch, _groups(grads, per_tensor))
 
 
 @_fake("edit_rotate_.list")

@@ -93,15 +93,10 @@ def _confine(there: Correspondence, last: Weights, by: Confinement) -> None:
 
 @dataclass
 class Merged:
-    """What was summed.
-
-    Attributes:
-        out, seconds, left_out, warnings: See :class:`Confined`.
-        experts: What was done to the change of each.
-    """
+    """What was summed; see :class:`Confined`, too."""
 
     out: str
-    experts: dict[str, Confined]
+    experts: dict[str, Confined]  # what was done to the change of each
     seconds: float = 0.0
     left_out: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)

@@ -21,15 +21,7 @@ from .statistics import Statistics, energies, squared_distance, squared_norm
 
 
 class StepCorrection:
-    """A rule's memory, and the edit of one step.
-
-    Args:
-        stack: directions of all domains.
-
-    Attributes:
-        params, state: the numbers and the memory of the rule, see there.
-        q_prev, q_start: coefficients `[T, K]` of the parameters after the last step and when the stage began.
-    """
+    """A rule's memory, and the edit of one step."""
 
     def __init__(self, stack: Stack[Any, Any], settings: Settings, probes: Probes, statistics: Statistics):
         self.stack, self.settings, self.probes, self.statistics = stack, settings, probes, statistics
@@ -37,6 +29,7 @@ class StepCorrection:
         self.params = rule_params(stack, settings)
         self.state = fresh_state(settings.rule, stack.layout.T, rows, device)
         size = rows if settings.apply_to == "update" else 0
+        # coefficients `[T, K]` of the parameters after the last step, and when the stage began
         self.q_prev = torch.zeros(stack.layout.T, size, dtype=torch.float64, device=device)
         self.q_start = self.q_prev.clone()
         # where a step's coefficients and its correction go: memory that is there already costs no page faults
@@ -209,11 +202,8 @@ class StepCorrection:
 
 class LiteralRecording:
     """The literal rule while a stage is recorded: rows that act and rows that are being recorded in one tensor, so that `gram`
-    and `edit_rotate_` serve both. Two passes over them, where a correction and a recording by themselves take four.
-
-    Args:
-        stack: float32 rows, at least one domain.
-        recorder: of the stage; from now on its rows live here.
+    and `edit_rotate_` serve both. Two passes over them, where a correction and a recording by themselves take four. Rows are
+    float32, and from now on the recorder's live here.
     """
 
     def __init__(self, stack: RowStack, recorder: StageRecorder):

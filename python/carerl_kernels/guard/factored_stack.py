@@ -19,17 +19,12 @@ UNORIENTED = 1e-3
 
 
 class FactoredStack(Stack[MatrixLayout, FactoredBasis]):
-    """What block and input bases share. Factors are float32, orthonormal per domain and matrix, columns domain after domain.
-
-    Attributes:
-        left: The left factors of each group, `[G, m, D*r]` or None.
-        right: The right factors of each group, `[G, n, D*r]` or None.
-    """
+    """What block and input bases share. Factors are float32, orthonormal per domain and matrix, columns domain after domain."""
 
     def __init__(self, layout: MatrixLayout, device: torch.device):
         super().__init__(layout, device)
-        self.left: list[Tensor | None] = [None] * len(layout.groups)
-        self.right: list[Tensor | None] = [None] * len(layout.groups)
+        self.left: list[Tensor | None] = [None] * len(layout.groups)  # of each group, `[G, m, D*r]`
+        self.right: list[Tensor | None] = [None] * len(layout.groups)  # `[G, n, D*r]`
         # float32, gradient convention; empty for a domain without a stage
         self._moved: dict[str, dict[str, Tensor]] = {}
         self._oriented: tuple[Tensor, Tensor] | None = None

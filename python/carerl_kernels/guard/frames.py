@@ -46,7 +46,6 @@ class DenseSpan(Span):
         self.reach = reach(self.root, overlap).repeat_interleave(each, dim=0)
 
     def apply(self, coeffs: Tensor) -> Tensor:
-        """See :class:`Span`."""
         if not coeffs.numel():
             return coeffs
         # [G, ..., each, A]: a map is read once for all rows and all leading dimensions.
@@ -79,7 +78,6 @@ class PackedSpan(DenseSpan):
         self.root = self.root[:, row, column].float()
 
     def apply(self, coeffs: Tensor) -> Tensor:
-        """See :class:`Span`; one coefficient row to each overlap."""
         flat = coeffs.reshape(-1, *coeffs.shape[-2:]).contiguous()
         return torch.ops.carerl.packed_times(self.root, flat).view(coeffs.shape)
 

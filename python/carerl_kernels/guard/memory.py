@@ -25,22 +25,15 @@ VERSION = 2
 
 
 class Memory:
-    """Directions, and what corrects steps along them: a box, or a rule that looks at every step.
+    """Directions, and what corrects steps along them: a box, or a rule that looks at every step."""
 
-    Attributes:
-        stack: Directions of all domains.
-        box: What corrects steps by a rule that is a projection, else None.
-        steps: What corrects steps by the other rules.
-        steps_here: optimizer steps since displacements were last counted from zero.
-    """
-
-    box: Box | None
-    steps: StepCorrection
+    box: Box | None  # where the rule is a projection
+    steps: StepCorrection  # where it is not
 
     def __init__(self, layout: Any, settings: Settings, device: torch.device):
         self.settings, self.device = settings, device
         self.statistics, self.probes = Statistics(), Probes(settings.probe_every, settings.probe_adaptive)
-        self.steps_here = 0
+        self.steps_here = 0  # since displacements were last counted from zero
         self._moved: dict[str, float | None] = {}  # what the last stage moved along every domain's directions
         self.adapt(layout)
 

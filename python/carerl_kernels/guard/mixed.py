@@ -23,12 +23,7 @@ from .statistics import energies, squared_norm
 
 
 class MixedGradient:
-    """One step's gradient, told domain by domain; see :meth:`CapabilityGuard.mixed`.
-
-    Args:
-        seconds: the guard's, per part; counted up here.
-        known: called with every domain's name.
-    """
+    """One step's gradient, told domain by domain; see :meth:`CapabilityGuard.mixed`. `known` is called with every name."""
 
     def __init__(
         self,

@@ -85,12 +85,8 @@ def second_weights(
 def refuse_copies(
     optimizers: Iterable[torch.optim.Optimizer], parameters: Sequence[nn.Parameter], supported: bool
 ) -> None:
-    """Looks at the state of the largest parameter after its first step for a copy of the weights.
-
-    Args:
-        optimizers: attached ones.
-        parameters: guarded ones.
-        supported: whether "z" of schedule-free optimizers is taken care of.
+    """Looks at the state of the largest parameter after its first step for a copy of the weights, other than a "z" of
+    schedule-free optimizers where that is supported.
 
     Raises:
         RuntimeError: names the optimizer and the state, and what to do.

@@ -61,12 +61,10 @@ class Protection:
 
     @property
     def rule(self) -> Rule:
-        """See the class."""
         return self.settings.rule
 
     @property
     def apply_to(self) -> str:
-        """See the class."""
         return self.settings.apply_to
 
     @property

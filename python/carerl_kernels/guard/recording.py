@@ -29,12 +29,7 @@ class Newcomer:
     far explain *before* seeing it.
 
     In-sample capture says nothing while there are fewer gradients than directions; this is out of sample. The mean less two
-    standard errors has to lie above the noise floor.
-
-    Args:
-        recorder: of the domain.
-        stack: empty, to hold the directions found so far.
-        check_every: own steps between looks at the directions.
+    standard errors has to lie above the noise floor. `stack` is empty at first; `check_every` own steps lie between looks.
     """
 
     def __init__(self, recorder: Recorder, stack: Stack[Any, Any], check_every: int):
@@ -52,7 +47,9 @@ class Newcomer:
         if self.steps % self.check_every:
             return None
         basis = self.recorder.finish(parameters)
-        self.acting = self.acting or self.above_floor()
+        known = self.explained()
+        if known is not None and known[0] - 2 * known[1] > noise_floor(self.stack.chance(self.recorder.domain)):
+            self.acting = True
         self._shares = self._shares[-LEAST * 4 :]
         self.stack.put(basis, parameters)
         return basis if self.acting else None
@@ -63,11 +60,6 @@ class Newcomer:
             return None
         shares = torch.stack(self._shares)
         return float(shares.mean()), float(shares.std() / len(shares) ** 0.5)
-
-    def above_floor(self) -> bool:
-        """Whether the directions explain more than noise does."""
-        known = self.explained()
-        return known is not None and known[0] - 2 * known[1] > noise_floor(self.stack.chance(self.recorder.domain))
 
     def as_dict(self) -> dict[str, Any]:
         """For the report."""

@@ -74,11 +74,7 @@ class Report(TypedDict, total=False):
 def report_of(
     memory: Memory, census: Census, recording: Recording, parameters: Sequence[Tensor], seen: Iterable[str]
 ) -> Report:
-    """The report of a guard, but for its seconds and what its last step communicated.
-
-    Args:
-        seen: Names of all domains that the guard has heard of.
-    """
+    """The report of a guard that has heard of the `seen` domains, but for its seconds and what its last step communicated."""
     settings, layout, statistics, box = memory.settings, memory.layout, memory.statistics, memory.box
     history = memory.history
     return {

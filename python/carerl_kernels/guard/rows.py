@@ -26,20 +26,17 @@ class RowWatch:
     """Hooks on linear layers and embeddings that gather, for input bases, what :class:`MixedGradient` needs.
 
     Args:
-        stack: directions.
         places: modules, each with the place of its weight.
-
-    Attributes:
-        out: sums over all rows of what `stack.along` says of each domain's part of the gradient.
-        check: What one random combination of the directions sees of the gradient, per group `[G, rows of each]`.
-        untold: a module was fed something else than one row for each of the batch.
+        dtype: of the gradients.
     """
 
     def __init__(self, stack: InputStack, places: list[tuple[nn.Module, Place]], dtype: torch.dtype):
         self._stack, self._places = stack, places
-        self.out, self.untold = stack.nothing_seen(), False
+        self.out = stack.nothing_seen()  # sums over all rows of what `stack.along` says of each domain's part
+        self.untold = False  # a module was fed something else than one row for each of the batch
         draw = torch.Generator(stack.device).manual_seed(0)
         self._probes = [torch.randn(p.shape[-1], generator=draw, device=stack.device) for p in self.out]
+        # what one random combination of the directions sees of the gradient, per group `[G, rows of each]`
         self.check = [torch.zeros(part.shape[:2], device=stack.device) for part in self.out]
         self._tolerance = 1e-3 if dtype == torch.float32 else 5e-2
         self._slices: list[tuple[slice | Tensor, list[Tensor]]] = []  # rows of a domain, and projectors of each group

@@ -42,17 +42,13 @@ class Stack(ABC, Generic[L, B]):
     """What the guard asks of the directions A of every domain, whatever they look like: one interface for all bases.
 
     Coefficients are `[T, K]` float64: T rows of the layout, K = D * width columns, domain after domain. S = A A^T.
-
-    Attributes:
-        names: Domains with history, oldest first.
-        infos: What is known about their bases.
     """
 
     def __init__(self, layout: L, device: torch.device):
         self.layout: L = layout
         self.device = device
-        self.names: list[str] = []
-        self.infos: dict[str, BasisInfo] = {}
+        self.names: list[str] = []  # domains with history, oldest first
+        self.infos: dict[str, BasisInfo] = {}  # of their bases
         self._frames: dict[str | None, Frame] = {}
 
     def __len__(self) -> int:

@@ -32,15 +32,11 @@ def squared_norm(stack: Stack[Any, Any], tensors: Sequence[Tensor]) -> Tensor:
 
 
 class Statistics:
-    """Energies of raw updates along each domain's rows, and of the corrections.
-
-    Attributes:
-        steps, dropped: optimizer steps taken, and dropped for a non-finite gradient.
-    """
+    """Energies of raw updates along each domain's rows, and of the corrections."""
 
     def __init__(self) -> None:
-        self.steps = 0
-        self.dropped = 0
+        self.steps = 0  # optimizer steps taken
+        self.dropped = 0  # for a non-finite gradient
         self._energies: dict[str, Tensor] = {}  # domain -> [aligned, conflicting, total while it was history]
         self._touched: Tensor | None = None  # [energy of corrections, total energy]
 

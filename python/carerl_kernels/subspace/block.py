@@ -10,11 +10,9 @@ from torch import Tensor
 
 from ..thin import full_precision, times, times_transposed
 from .factored import FactoredBasis, orthonormal
-from .fingerprint import hash_parameters
 from .matrices import MatrixLayout
 from .recorder import Recorder
 from .shards import Shards
-from .store import BasisInfo
 
 OVERSAMPLE = 8
 ROUNDS = 12
@@ -47,15 +45,8 @@ class BlockRecorder(Recorder):
                 for name, *factors in zip(names, U, S, V, coefficients, strict=True):
                     left[name], values[name], right[name], moved[name] = factors
         captured = sum(float(c.square().sum()) for c in moved.values())
-        info = BasisInfo.of(
-            layout,
-            self.domain,
-            architecture=self.architecture,
-            start_hash=self.start.hash,
-            end_hash=hash_parameters(parameters, layout.shards),
-            steps=self.steps,
-            displacement_capture=captured / max(self.start.energy(parameters), 1e-300),
-        )
+        held = captured / max(self.start.energy(parameters), 1e-300)
+        info = self.info(parameters, steps=self.steps, displacement_capture=held)
         return FactoredBasis(info, left, right, values, moved, layout if layout.shards.sharded else None)
 
 

@@ -38,11 +38,6 @@ class Correspondence:
         bases: input bases of one model.
         like: others of the same model, for its configuration where `weights` have none.
 
-    Attributes:
-        units: For every tensor name the matrices in it that have directions.
-        same: names of tied tensors, each with the other one's.
-        names: For every name in the model the tensor of the files.
-
     Raises:
         BasisError: another kind of basis, or another model; the first difference is named.
     """
@@ -58,11 +53,13 @@ class Correspondence:
         wanted = owners | set(ties)
         cut, add = _prefix(weights.entries, wanted)
         keys = {key: add + key.removeprefix(cut) for key in weights.entries if key.startswith(cut)}
-        self.names = {name: key for key, name in keys.items()}
+        self.names = {name: key for key, name in keys.items()}  # by name in the model the tensor of the files
         self._ties = ties
+        # names of tied tensors, each with the other one's
         self.same = {cut + a.removeprefix(add): cut + b.removeprefix(add) for a, b in ties.items()}
         plain = set(self.names) | {ties[name] for name in self.names if name in ties}
         self._pieces = _converted(model, owners - plain)
+        # by tensor the matrices in it that have directions
         self.units = {key: units for key, name in keys.items() if (units := self._units_of(key, name))}
         self._check()
 

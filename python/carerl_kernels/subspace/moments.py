@@ -117,13 +117,10 @@ class Accumulator:
     """Sums up what matrices are fed with while a pass runs.
 
     Weights that are fed by the same tensors share one sum: sums are kept by the multiset of matrices that met a tensor.
-
-    Args:
-        width: columns of sketches.
     """
 
     def __init__(self, width: int):
-        self.width = width
+        self.width = width  # columns of sketches
         self.sums: dict[frozenset[tuple[Use, int]], Sum] = {}
         self.counts: dict[Use, Tensor] = {}  # [n] float64: how often each element alone was the input (embeddings)
         self._waiting: OrderedDict[tuple[Any, ...], _Waiting] = OrderedDict()
@@ -198,20 +195,15 @@ class Accumulator:
 
 
 class Moments:
-    """What a look at batches found: of every matrix the second moments of its inputs.
-
-    Attributes:
-        batches: shown, over all processes.
-        free: labels of covered matrices of which nothing was seen, allowed by `unseen="free"`: they have no directions.
-        idle: labels of experts that no token was routed to: they have no directions either, and took no part.
-        uncoverable: weights that were used, but in no product with an input, and by which operators.
-    """
+    """What a look at batches found: of every matrix the second moments of its inputs."""
 
     def __init__(self, accumulator: Accumulator, sides: Mapping[str, Side], batches: int):
-        self.batches = batches
-        self.uncoverable: dict[str, tuple[str, ...]] = {}
-        self.free: tuple[str, ...] = ()
-        self.idle: tuple[str, ...] = ()
+        self.batches = batches  # shown, over all processes
+        self.uncoverable: dict[
+            str, tuple[str, ...]
+        ] = {}  # weights used in no product with an input, by which operators
+        self.free: tuple[str, ...] = ()  # labels of matrices of which nothing was seen (unseen="free"): no directions
+        self.idle: tuple[str, ...] = ()  # labels of experts that no token was routed to: no directions either
         self._guessed = dict(sides)
         self._counts = accumulator.counts
         self._sums: dict[Use, list[tuple[Sum, int]]] = {}

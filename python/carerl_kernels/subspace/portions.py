@@ -7,12 +7,11 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from math import prod
 
-import torch
 from torch import Tensor
 
 from .._ops import GRAD_DTYPES
 from .correspond import Unit
-from .weights import Copy, Entry, Weights
+from .weights import Copy, Entry, Weights, flattened
 
 GROUP = 64 << 20
 """Bytes of float32 numbers of one checkpoint at a time; about six times as many are in memory."""
@@ -31,8 +30,7 @@ class Portion:
 
     @property
     def shape(self) -> tuple[int, int]:
-        whole = self.entry.shape if self.at is None else self.entry.shape[1:]
-        m, n = (whole[0], torch.Size(whole[1:]).numel()) if whole else (1, 1)
+        m, n = flattened(self.entry.shape if self.at is None else self.entry.shape[1:])
         return len(range(*self.rows.indices(m))), len(range(*self.columns.indices(n)))
 
     @property

@@ -64,6 +64,12 @@ class Recorder:
         """
         raise NotImplementedError
 
+    def info(self, parameters: Sequence[Tensor], **known: Any) -> BasisInfo:
+        """What is known about the basis of the stage that ends at these parameters."""
+        end = hash_parameters(parameters, self.layout.shards)
+        hashes = {"start_hash": self.start.hash, "end_hash": end}
+        return BasisInfo.of(self.layout, self.domain, architecture=self.architecture, **hashes, **known)
+
     def check_steps(self, seen: int, note: str = "") -> None:
         """Refuses a stage without steps; see :meth:`finish`."""
         if seen == 0:
@@ -125,12 +131,8 @@ class StageRecorder(Recorder):
         for _, row, columns in layout.places():
             directions[:, columns] *= sign[row].unsqueeze(1)
         seen = float(self.pca.energy.sum())
-        info = BasisInfo.of(
-            layout,
-            self.domain,
-            architecture=self.architecture,
-            start_hash=self.start.hash,
-            end_hash=hash_parameters(parameters, layout.shards),
+        info = self.info(
+            parameters,
             steps=int(self.pca.seen),
             skipped=int(self.pca.skipped),
             gradient_capture=float(singular_values.square().sum()) / seen if seen > 0 else 0.0,

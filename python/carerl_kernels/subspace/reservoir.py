@@ -21,9 +21,6 @@ class Reservoir:
     """Keeps `size` of all sequences of accepted steps, every one as likely as any other (algorithm R, Vitter 1985).
 
     What is offered waits until its step is accepted; it is copied only where it was drawn, never kept by reference.
-
-    Args:
-        size: sequences to keep.
     """
 
     def __init__(self, size: int, seed: int):

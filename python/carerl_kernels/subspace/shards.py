@@ -57,10 +57,7 @@ class Shards:
 
     Args:
         group: over which parameters are sharded; None where every process holds all of them.
-        mesh, placements: The mesh and placements of the DTensors, to build others like them; None for plain tensors.
-
-    Attributes:
-        elements, calls: numbers summed over processes so far, and in how many all-reduces.
+        mesh, placements: of the DTensors, to build others like them; None for plain tensors.
     """
 
     def __init__(
@@ -69,7 +66,7 @@ class Shards:
         self.pieces, self.group, self.mesh, self.placements = tuple(pieces), group, mesh, placements
         self.rank = dist.get_rank(group) if group is not None else 0
         self.world = dist.get_world_size(group) if group is not None else 1
-        self.elements = self.calls = 0
+        self.elements = self.calls = 0  # numbers summed over processes so far, and in how many all-reduces
 
     @classmethod
     def of(cls, named: Iterable[tuple[str, Tensor]], group: Any = None) -> Shards:

@@ -44,14 +44,9 @@ class Watch(TorchDispatchMode):
     """Feeds an accumulator with the inputs of covered weights while a model runs.
 
     Args:
-        model: The model whose parameters are looked up anew when one turns up that is not known (FSDP2 gathers them on the way).
-        names: The names of the covered parameters.
+        model: its parameters are looked up anew when one turns up that is not known (FSDP2 gathers them on the way).
+        names: of the covered parameters.
         accumulator: takes what is seen.
-
-    Attributes:
-        rows: which positions of the present batch count.
-        other: For every name the operators that used a weight without multiplying an input by it.
-        untold: labels of matrices with inputs that could not be told from padding; all of them counted.
     """
 
     supports_higher_order_operators = True  # they are let through; what is inside one is not seen
@@ -59,9 +54,11 @@ class Watch(TorchDispatchMode):
     def __init__(self, model: nn.Module, names: Sequence[str], accumulator: Accumulator):
         super().__init__()
         self.model, self.names, self.accumulator = model, frozenset(names), accumulator
-        self.rows = Rows(None)
-        self.other: dict[str, set[str]] = {}
-        self.untold: set[str] = set()
+        self.rows = Rows(None)  # which positions of the present batch count
+        self.other: dict[
+            str, set[str]
+        ] = {}  # by name the operators that used a weight without multiplying an input by it
+        self.untold: set[str] = set()  # labels of matrices whose inputs could not be told from padding; all counted
         self._weights: dict[int, list[Weight]] = {}  # by storage
         self._storages: dict[int, Any] = {}  # keeps them, so that no other gets the number
         self._derived = WeakTensorKeyDictionary()  # tensor: its terms

@@ -62,10 +62,6 @@ class Weights:
     Args:
         path: directory of a transformers model (one file, or several with an index) or of a PEFT adapter; or a file.
 
-    Attributes:
-        files: The files with tensors, in order.
-        entries: For every tensor where it stands, file by file, in the order of their bytes.
-
     Raises:
         FileNotFoundError: there is nothing, or a file of the index is missing.
         ValueError: no safetensors files, or damaged ones.
@@ -79,7 +75,7 @@ class Weights:
         for name, file in wanted.items():
             if name not in found or found[name].file != file:
                 raise ValueError(f"{self.path}: expected {name} in {file.name}, as its index says, found none there")
-        self.entries: dict[str, Entry] = found
+        self.entries: dict[str, Entry] = found  # file by file, in the order of their bytes
         self._open: dict[Path, Any] = {}
 
     def _find(self) -> tuple[list[Path], dict[str, Path]]:
@@ -166,7 +162,7 @@ class Copy:
         """Puts numbers of the tensor's own dtype where :meth:`Weights.read` finds them."""
         entry = self._template.entries[name]
         file, size = self._handle(entry.file), values.element_size()
-        whole, inner = _matrix(entry.shape if at is None else entry.shape[1:])
+        whole, inner = flattened(entry.shape if at is None else entry.shape[1:])
         first, last, _ = rows.indices(whole)
         left, right, _ = columns.indices(inner)
         start = entry.offset + size * ((at or 0) * whole * inner + first * inner + left)
@@ -193,7 +189,7 @@ class Copy:
                 os.fsync(file.fileno())
 
 
-def _matrix(shape: Sequence[int]) -> tuple[int, int]:
+def flattened(shape: Sequence[int]) -> tuple[int, int]:
     """Rows and columns of a tensor, flattened to `[shape[0], rest]`."""
     return (shape[0], prod(shape[1:])) if shape else (1, 1)
 

@@ -32,16 +32,12 @@ class Probes:
     Args:
         every: steps between rounds, to begin with.
         adaptive: whether the interval moves, and noisy domains fall back.
-
-    Attributes:
-        interval: steps between rounds now.
-        agreement: How much the last two rounds of probes agree, per domain.
     """
 
     def __init__(self, every: int, adaptive: bool = False):
         self.every = self.interval = every
         self.adaptive = adaptive
-        self.agreement: dict[str, float] = {}
+        self.agreement: dict[str, float] = {}  # of the last two rounds, per domain
         self.rounds = 0
         self.seconds = 0.0  # backward passes included, unlike those of the guard's report
         self._age: dict[str, int] = {}  # steps since the domain's last round

@@ -34,9 +34,7 @@ class AdvantageBalance(TrainerCallback):
         ValueError: a balance that TRL has no place for.
     """
 
-    def __init__(
-        self, balance: Controller | Literal["gradient"] | None, names: Sequence[str], limit: float = 10.0
-    ) -> None:
+    def __init__(self, balance: Controller | Literal["gradient"] | None, names: Sequence[str]) -> None:
         by_share = isinstance(balance, Controller) and balance.by != "weight"
         if by_share or not (balance in (None, "gradient") or isinstance(balance, Controller)):
             found = "a Controller by share" if by_share else repr(balance)
@@ -51,7 +49,7 @@ class AdvantageBalance(TrainerCallback):
             )
         self.names = list(names)
         self.controller = balance if isinstance(balance, Controller) else None
-        self.norms = EqualNorms(limit) if balance == "gradient" else None
+        self.norms = EqualNorms() if balance == "gradient" else None
         self._recent: list[dict[str, float]] = []
         self._warned = False
 

@@ -45,7 +45,7 @@ class Correspondence:
     def __init__(self, weights: Weights, bases: Sequence[FactoredBasis], like: Weights | None = None):
         self.weights, self._bases = weights, bases
         self._sides = sides_of(bases)
-        self._shapes = {n: s for b in bases for n, s in zip(b.info.names, b.info.shapes, strict=True)}
+        self._shapes = {name: shape for basis in bases for name, shape in basis.info.shape_of.items()}
         model = model_of(weights if weights.config or like is None else like)
         ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
         ties |= {source: target for target, source in ties.items()}
@@ -134,13 +134,8 @@ def sides_of(bases: Sequence[FactoredBasis]) -> dict[str, Side]:
                 "into the model with basis='input'"
             )
         if (info.names, info.shapes) != (first.names, first.shapes):
-            one, other = (
-                dict(zip(first.names, first.shapes, strict=True)),
-                dict(zip(info.names, info.shapes, strict=True)),
-            )
-            name = (
-                next(n for n in [*one, *other] if one.get(n) != other.get(n)) if one != other else "the order of names"
-            )
+            one, other = first.shape_of, info.shape_of
+            name = next((n for n in [*one, *other] if one.get(n) != other.get(n)), "the order of names")
             raise BasisError(
                 f"basis of domain {info.domain!r}: expected the parameters of domain {first.domain!r}, found another {name}; "
                 "record both on one model"

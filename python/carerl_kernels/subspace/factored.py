@@ -142,7 +142,7 @@ class FactoredBasis(StoredBasis, kinds=("block", "input")):
 def _sides(info: BasisInfo, name: str) -> tuple[int, int]:
     """Rows and columns of the matrix with this label; (0, 0) where the model has none."""
     whole, index = unlabel(name)
-    shape = dict(zip(info.names, info.shapes, strict=True)).get(whole, ())
+    shape = info.shape_of.get(whole, ())
     shape = shape if index is None else shape[1:]
     return (shape[0], math.prod(shape[1:])) if shape else (0, 0)
 

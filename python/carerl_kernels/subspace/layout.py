@@ -184,20 +184,17 @@ class Layout:
 
     def project(self, tensors: Sequence[Tensor], bases: Tensor, scales: Tensor | None = None) -> Tensor:
         """Coefficients `[T, D*k]` float64 of tensors laid out like the parameters on bases `[D, k, N]`."""
-
-        def op(part: list[Tensor], offsets: list[int], per_tensor: bool) -> Tensor:
-            return torch.ops.carerl.project.list(part, bases, offsets, scales, torch.float64, per_tensor)
-
-        return self.gather(tensors, op, (bases.shape[0] * bases.shape[1],))
+        op = torch.ops.carerl.project.list
+        return self.gather(
+            tensors,
+            lambda some, offsets, each: op(some, bases, offsets, scales, torch.float64, each),
+            (bases.shape[0] * bases.shape[1],),
+        )
 
     def gram(self, bases: Tensor, tensors: Sequence[Tensor], scales: Tensor | None = None) -> Tensor:
         """Gram matrices `[T, K+1, K+1]` float64 of the rows and the tensors."""
-
-        def op(part: list[Tensor], offsets: list[int], per_tensor: bool) -> Tensor:
-            return torch.ops.carerl.gram.list(bases, part, offsets, scales, per_tensor)
-
-        rows = bases.shape[:-1].numel() + 1
-        return self.gather(tensors, op, (rows, rows))
+        op, rows = torch.ops.carerl.gram.list, bases.shape[:-1].numel() + 1
+        return self.gather(tensors, lambda some, offsets, each: op(bases, some, offsets, scales, each), (rows, rows))
 
     def edit_(
         self, tensors: Sequence[Tensor], bases: Tensor, mix: Tensor, scale: Tensor, scales: Tensor | None = None

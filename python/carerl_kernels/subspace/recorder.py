@@ -88,12 +88,7 @@ class Recorder:
 
 
 class StageRecorder(Recorder):
-    """Collects the directions along which one domain learns during one stage, by streaming gradient PCA.
-
-    Args:
-        domain, layout, parameters, architecture: see :class:`Recorder`.
-        every: take in every n-th gradient.
-    """
+    """Collects the directions along which one domain learns during one stage, by streaming PCA of every n-th gradient."""
 
     layout: Layout
 

@@ -28,8 +28,7 @@ class ReplayRecorder(Recorder):
     call of the model itself, with gradients enabled; calls of steps that were dropped, skipped or another domain's are not kept.
 
     Args:
-        domain, parameters, architecture: see :class:`Recorder`.
-        layout: see there. Unless `fixed`, :meth:`finish` corrects its sides by what it sees.
+        layout: see :class:`Recorder`. Unless `fixed`, :meth:`finish` corrects its sides by what it sees.
         model: what the training calls, wrappers included.
         energy: keep the fewest directions with this share of the inputs' energy, at most r.
         inputs: batches to show, as :func:`observe` takes them; a collection, for it may be gone through several times.

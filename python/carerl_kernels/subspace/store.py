@@ -61,6 +61,11 @@ class BasisInfo:
     gradient_capture: float | None = None
     displacement_capture: float | None = None
 
+    @property
+    def shape_of(self) -> dict[str, tuple[int, ...]]:
+        """Shapes by name."""
+        return dict(zip(self.names, self.shapes, strict=True))
+
     @classmethod
     def of(cls, layout: AnyLayout, domain: str, **known: Any) -> BasisInfo:
         """What is known about a basis over a layout; see the attributes."""
@@ -133,10 +138,7 @@ class StoredBasis(ABC):
         Raises:
             BasisError: names the first difference.
         """
-        here, there = (
-            dict(zip(layout.names, layout.shapes, strict=True)),
-            dict(zip(self.info.names, self.info.shapes, strict=True)),
-        )
+        here, there = dict(zip(layout.names, layout.shapes, strict=True)), self.info.shape_of
         for name in [*there, *here]:
             if here.get(name) != there.get(name):
                 raise BasisError(

@@ -53,8 +53,10 @@ class StepCorrection:
 
     def remembered(self) -> dict[str, Tensor]:
         """Everything that is remembered per coefficient."""
-        update = self.settings.apply_to == "update"
-        return {**self.state, **({"q_prev": self.q_prev, "q_start": self.q_start} if update else {})}
+        out = {name: rows for name, rows in self.state.items() if rows.shape[1]}
+        if self.settings.apply_to == "update":
+            out |= {"q_prev": self.q_prev, "q_start": self.q_start}
+        return out
 
     def adopt(self, parameters: Sequence[Tensor], kept: Mapping[str, tuple[Mapping[str, Tensor], Tensor]]) -> None:
         """On a changed stack: what was remembered of domains that stay goes on; the rest begins here.

@@ -187,8 +187,8 @@ def line_chart(
     legend = [(n.name, n.colour % COLOURS, DASHES[n.colour % COLOURS]) for n in drawn] if len(drawn) > 1 else []
     steps = sorted({x for n in drawn for x, _ in n.points})
     values = [dict(n.points) for n in drawn]
-    shown = steps[:: math.ceil(len(steps) / ROWS)]
-    rows = [[f"{x:g}", *(f"{v[x]:.4g}" if x in v else "" for v in values)] for x in shown]
+    few = steps[:: math.ceil(len(steps) / ROWS)]
+    rows = [[f"{x:g}", *(f"{v[x]:.4g}" if x in v else "" for v in values)] for x in few]
     return Chart(title, Markup(svg), caption, legend, ["step", *(n.name for n in drawn)], rows)
 
 

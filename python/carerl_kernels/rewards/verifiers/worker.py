@@ -19,7 +19,7 @@ from typing import Any
 
 from ..log import LOGGER
 from ._launch import START_PATIENCE, Launched
-from ._usage import tree_cpu
+from ._usage import Usage
 from .sandbox import Sandbox, SandboxError, SandboxLimits
 
 MAX_REPLY = 1 << 20
@@ -98,9 +98,10 @@ class Worker:
         if self._send(job):
             found = self._line(timeout / 2)
             if found is None:
-                before = tree_cpu(pid)
+                usage = Usage(None)
+                before = usage.of_tree(str(pid))
                 found = self._line(timeout / 2)
-                idle = found is None and tree_cpu(pid) - before < _BUSY
+                idle = found is None and usage.of_tree(str(pid)) - before < _BUSY
             line = found or b""
         answer = _parsed(line)
         if answer is None:

@@ -298,10 +298,8 @@ class DriftMonitor:
         with self._gradient_keeper().around(name, training):
             entered = time.perf_counter()
             yield
-            left = time.perf_counter()
-        self._clock.spend("gradients", entered - started + time.perf_counter() - left)
-        if not training:
-            self._clock.spend("gradients", left - entered)
+            inside = time.perf_counter() - entered if training else 0.0  # that pass is the run's own
+        self._clock.spend("gradients", time.perf_counter() - started - inside)
 
     def domains_due(self, evaluation: bool = False) -> bool:
         """Whether the gradients of a mixed batch's domains shall be shown before the next optimizer step.
@@ -320,8 +318,7 @@ class DriftMonitor:
         :meth:`step` says what share of the step each domain has, of the gradients and, for Adam's kind, of the normalised step.
 
         Args:
-            name: The name of the domain.
-            optimizer: The optimizer whose step follows.
+            optimizer: The one whose step follows.
 
         Raises:
             ValueError: the monitor was built without a model.

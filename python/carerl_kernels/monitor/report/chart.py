@@ -24,8 +24,6 @@ class Line:
     """One line.
 
     Attributes:
-        name: The name for legend and screen readers.
-        points: (x, y).
         colour: number of the page's colour and of the dash pattern.
         marks: draw the points.
         band: (x, low, high), shaded.
@@ -43,8 +41,6 @@ class Chart:
     """A chart with what stands around it.
 
     Attributes:
-        title, caption: plain text.
-        svg: the drawing.
         legend: (name, colour, dashes) of each line that needs one.
         rows, head: the numbers as a table; empty where there is none.
     """
@@ -62,10 +58,8 @@ class Matrix:
     """Numbers in rows and columns, shown as a table with coloured cells.
 
     Attributes:
-        title, caption: The table's title and caption, plain text.
         corner: What rows and columns are.
-        columns, rows: The names of columns and rows.
-        cells: The values of every row, None where nothing was measured.
+        columns, rows: The names of columns; of rows also the values, None where nothing was measured.
         full: The magnitude that gets the full colour.
         style: The Python format of a cell.
         bad_above: numbers above 0 get the colour of harm, as losses do, instead of those below.
@@ -107,7 +101,6 @@ def line_chart(
     """Draws lines over steps.
 
     Args:
-        title, caption: The title and caption of the figure.
         lines: what to draw; at least one with points.
         y_label: What the y axis shows; the x axis shows steps.
         stages: (name, first, last) shown along the top.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,11 +59,7 @@ class Page:
 
 
 def write_report(run: Path | str, target: Path | str | None = None) -> tuple[Path, Page]:
-    """Writes a run's report.
-
-    Args:
-        run: its directory.
-        target: HTML file; default report.html in the directory.
+    """Writes the report of a run's directory, into report.html there unless a target is given.
 
     Returns:
         Where the page is, and what it says.
@@ -152,16 +149,12 @@ def _verdict(record: RunRecord, name: str) -> tuple[str, str]:
     own = [a for a in record.alerts if a["domain"] == name]
     drops, alphas = record.series("monitor", "drop"), record.series("monitor", "alpha")
     drop, alpha = drops[-1][1] if drops else 0.0, alphas[-1][1] if alphas else 0.0
-    if own and not tested:
-        a = own[-1]
-        return "fell", f"{record.difference(a['drop'])} below its baseline at step {a['step']}, {_p(a['p'])}"
     if own:
-        end = tested[-1]["score"]
+        end = tested[-1]["score"] if tested else -math.inf
         below = [a for a in own if a["baseline"] - end >= drop and a["baseline"] > end]
+        a = (below or own)[-1]
         if below or tested[-1]["fallen"]:
-            a = (below or own)[-1]
             return "fell", f"{record.difference(a['drop'])} below its baseline at step {a['step']}, {_p(a['p'])}"
-        a = own[-1]
         side = f"{record.difference(abs(a['baseline'] - end))} {'below' if end < a['baseline'] else 'above'}"
         return "recovered", f"fell at step {a['step']}; {side} that baseline at the end"
     if not tested:

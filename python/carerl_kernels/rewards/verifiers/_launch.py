@@ -10,6 +10,7 @@ import selectors
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -213,6 +214,11 @@ def talk(launched: Launched, stdin: bytes, seconds: float, limit: int) -> tuple[
                 break
     out, err = (bytes(written[:limit]) for written in streams.values())
     return full, out, err
+
+
+def own_interpreter() -> str:
+    """The one that runs this, outside of its virtual environment."""
+    return getattr(sys, "_base_executable", None) or sys.executable
 
 
 _ASK = """

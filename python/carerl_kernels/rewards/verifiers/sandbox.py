@@ -23,7 +23,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..log import LOGGER
-from ._launch import START_PATIENCE, Bounds, Launched, SandboxError, Turns, interpreter, talk
+from ._launch import START_PATIENCE, Bounds, Launched, SandboxError, Turns, interpreter, own_interpreter, talk
 
 __all__ = ["Outcome", "Sandbox", "SandboxError", "SandboxLimits", "why_not_isolated"]
 
@@ -124,7 +124,7 @@ class Sandbox:
     ) -> None:
         self.limits = limits or SandboxLimits()
         self.packages = tuple(str(Path(p).resolve()) for p in packages)
-        self.python = python or getattr(sys, "_base_executable", None) or sys.executable
+        self.python = python or own_interpreter()
         problem = None if isolation == "none" else why_not_isolated(self.python)
         if isolation == "namespaces" and problem is not None:
             raise SandboxError(f"namespaces cannot be had here: {problem}")

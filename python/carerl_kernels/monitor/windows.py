@@ -113,6 +113,8 @@ class Windows:
         """Goes on from :meth:`state_dict`; where the snapshot is gone, a window begins anew, and a warning says so."""
         self._looks, self._needed = state["looks"], list(state["needed"])
         self._start, self._acting = None, list(state["acting"])
+        if not state["losses"]:  # saved before the first window
+            return
         path = None if state["since"] is None else self._path(state["since"])
         if path is None or not path.is_file():
             where = "snapshots are in memory" if path is None else f"{path} is gone"

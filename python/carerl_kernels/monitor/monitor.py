@@ -342,13 +342,9 @@ class DriftMonitor:
         return self._keeper
 
     def cost(self) -> dict[str, Any]:
-        """Seconds per part, wall-clock seconds since the first step, and the share of monitoring in them."""
+        """Seconds per part (evaluate, gradients, test, split, guard, sinks), wall-clock seconds since the first step, and the share
+        of monitoring in them."""
         return self._clock.cost()
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Seconds spent per part: evaluate, gradients, test, split, guard, sinks."""
-        return self._clock.seconds
 
     # --------------------------------------------------------------------------------------------------------------- state
 

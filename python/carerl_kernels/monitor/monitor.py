@@ -342,8 +342,8 @@ class DriftMonitor:
         return self._keeper
 
     def cost(self) -> dict[str, Any]:
-        """Seconds per part (evaluate, gradients, test, split, guard, sinks), wall-clock seconds since the first step, and the share
-        of monitoring in them."""
+        """Seconds per part (evaluate, gradients, test, split, guard, sinks), wall-clock seconds since the first step, and the
+        share of monitoring in them."""
         return self._clock.cost()
 
     # --------------------------------------------------------------------------------------------------------------- state

@@ -141,10 +141,8 @@ def _answer(row: Mapping[str, Any]) -> str | None:
 @dataclass(frozen=True)
 class Report:
     """Attributes:
-    rows: The number of rows in the output.
     asked: Scored in this run, the others were known.
     excluded: Rows without a reward, by reason.
-    mean: The mean of the rewards; NaN without any.
     """
 
     rows: int

@@ -61,7 +61,6 @@ class Matrix:
         corner: What rows and columns are.
         columns, rows: The names of columns; of rows also the values, None where nothing was measured.
         full: The magnitude that gets the full colour.
-        style: The Python format of a cell.
         bad_above: numbers above 0 get the colour of harm, as losses do, instead of those below.
     """
 

@@ -17,8 +17,6 @@ class Damage:
     """What the windows of one acting domain or stage did to one domain's loss, on average.
 
     Attributes:
-        acting: The domain whose steps these are.
-        domain: The domain whose held-out loss this is.
         odd, even: conflict and curvature, means per window in nats per token; above 0 the loss rose.
         windows, last: how many there were, and the step at which the last one ended.
     """

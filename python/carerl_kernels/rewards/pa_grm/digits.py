@@ -24,8 +24,7 @@ def expected_levels(
     """For every `"score": d` in a JSON text, in order, the mean level under the model's own probabilities.
 
     Args:
-        text: The reply.
-        tokens: Its tokens with alternatives.
+        tokens: Those of the reply, with alternatives.
         scale: Levels are 0..scale.
         start, end: Where in the text the JSON is; the whole text by default.
 

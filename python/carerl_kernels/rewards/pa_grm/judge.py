@@ -58,7 +58,6 @@ class Verdict:
         findings: In the protocol's order.
         violated: Keys of disqualifiers.
         scale: Highest level.
-        model: The judge.
         protocol: Digest of the protocol.
     """
 

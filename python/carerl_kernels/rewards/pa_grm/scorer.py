@@ -46,11 +46,8 @@ class Score:
         reward: The reward in [0, 1]; None: could not be judged, to be left out of every statistic.
         reason: Why it is None, or 0 without a judge.
         value: The judge's number on the protocol's scale, in [0, 1].
-        factor: The factor of the length and repetition controls.
         signs: Attempts to steer the judge that were found.
         again: A second, independent verdict's number (criteria in reverse order), for the share that is judged twice.
-        verdict: The trace.
-        protocol: The protocol by which it was judged.
     """
 
     reward: float | None

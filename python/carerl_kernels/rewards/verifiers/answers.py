@@ -50,7 +50,6 @@ class Answer:
     """What a completion gives as its answer.
 
     Attributes:
-        text: The text as it is written.
         kind: "whole": the answer and nothing else (boxed, tagged). "clause": what follows "the answer is" and the like, in
             which the answer comes first. "end": the end of a text that announces nothing.
     """

@@ -17,7 +17,7 @@ import torch
 import trl
 from carerl_kernels import CapabilityGuard, DomainBasis
 from carerl_kernels.integrations.verl import guarded, install
-from carerl_kernels.tasks.characters import character_tokenizer, code_examples, math_examples, tiny_model
+from carerl_kernels.tasks.characters import GENERATORS, character_tokenizer, tiny_model
 
 os.environ["VERL_PLATFORM"] = "cpu"
 for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
@@ -102,7 +102,7 @@ def main() -> None:
     path = folder / "math.safetensors"
 
     recording = build(install(lambda model: CapabilityGuard(model, k=4), stage="math", path=path), folder)
-    train(recording, math_examples())
+    train(recording, GENERATORS["math"]())
     recording.save_checkpoint(str(folder / "checkpoint"))
     print(f"{type(recording).__name__}: {DomainBasis.load(path).info.steps} steps recorded")
 
@@ -110,12 +110,12 @@ def main() -> None:
         return CapabilityGuard.load(path, model=model, rule="remove")
 
     behind = build(guarded(plain, load, domain=lambda batch: "code"), folder)
-    metrics = train(behind, code_examples())
+    metrics = train(behind, GENERATORS["code"]())
     by_hand = build(plain, folder)
     guard = load(by_hand.module)
     guard.attach(by_hand.optimizer)
     with guard.domain("code"):
-        train(by_hand, code_examples())
+        train(by_hand, GENERATORS["code"]())
     pairs = zip(behind.module.parameters(), by_hand.module.parameters(), strict=True)
     print(f"largest difference: {max(float((a - b).full_tensor().abs().max()) for a, b in pairs)}")
     print({name: value for name, value in metrics.items() if name.startswith(("guard/math", "grad_norm"))})

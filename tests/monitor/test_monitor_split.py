@@ -212,6 +212,13 @@ def test_a_lost_snapshot_is_told_and_a_window_begins_anew(tmp_path, caplog):
         assert other.look(2, losses)["since"] == 1
 
 
+def test_a_state_from_before_the_first_window_has_lost_nothing(tmp_path, caplog):
+    model = make_model()
+    state = Windows(model, 1, tmp_path / "snapshots").state_dict()
+    Windows(model, 1, tmp_path / "snapshots").load_state_dict(json.loads(json.dumps(state)))
+    assert not caplog.records
+
+
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="split_every needs model="):
         DriftMonitor(["a"], split_every=1)

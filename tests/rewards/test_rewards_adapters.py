@@ -83,11 +83,11 @@ def test_trl_calls_it(tmp_path):
     """GRPOTrainer with a real, tiny model: rewards reach its log, None is left out."""
     trl = pytest.importorskip("trl", reason="trl is not installed: pip install 'carerl-kernels[trl]'")
     datasets = pytest.importorskip("datasets")
-    from carerl_kernels.tasks.characters import character_tokenizer, code_examples, tiny_model
+    from carerl_kernels.tasks.characters import GENERATORS, character_tokenizer, tiny_model
 
     tokenizer = character_tokenizer()
     tokenizer.padding_side = "left"
-    rows = code_examples()[:4]
+    rows = GENERATORS["code"]()[:4]
     data = datasets.Dataset.from_list([{"prompt": e.prompt, "answer": e.answer} for e in rows])
     seen = []
 
@@ -223,11 +223,11 @@ def test_trl_groups_survive_what_belongs_to_single_samples():
 def test_trl_trains_on_a_composition(tmp_path, normalize):
     trl = pytest.importorskip("trl", reason="trl is not installed: pip install 'carerl-kernels[trl]'")
     datasets = pytest.importorskip("datasets")
-    from carerl_kernels.tasks.characters import character_tokenizer, math_examples, tiny_model
+    from carerl_kernels.tasks.characters import GENERATORS, character_tokenizer, tiny_model
 
     tokenizer = character_tokenizer()
     tokenizer.padding_side = "left"
-    rows = [{"prompt": e.prompt, "answer": e.answer} for e in math_examples()[:8]]
+    rows = [{"prompt": e.prompt, "answer": e.answer} for e in GENERATORS["math"]()[:8]]
     config = trl.GRPOConfig(
         output_dir=str(tmp_path),
         per_device_train_batch_size=8,

@@ -190,13 +190,11 @@ def test_under_mixed_trouble_nothing_is_lost_and_the_order_is_kept(server):
         Item(PROMPT if i % 2 else "Describe rain.", f"{GOOD} Rain number {i} because of it." * (1 + i % 3))
         for i in range(60)
     ]
-    seen = []
-    got = run_sync(s.score_all(items, progress=lambda done, total, score: seen.append((done, total))))
+    got = run_sync(s.score_all(items))
     server.script = None
     with ScriptedJudge() as clean:
         expected = run_sync(scorer(clean).score_all(items))
     assert [g.reward for g in got] == [e.reward for e in expected] and None not in [g.reward for g in got]
-    assert seen == [(i, 60) for i in range(1, 61)]
     assert len({g.reward for g in got}) > 1
 
 

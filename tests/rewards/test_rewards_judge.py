@@ -10,6 +10,7 @@ import re
 import sqlite3
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 from carerl_kernels._json import last_object
@@ -41,7 +42,7 @@ from carerl_kernels.rewards.prompts import completion_text, prompt_text
 from hypothesis import given
 from hypothesis import strategies as st
 from places import DOCS, EXAMPLES
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 ANCHORS = ["none", "some", "all"]
 PROTOCOL = Protocol(
@@ -211,7 +212,7 @@ def test_the_value_is_the_weighted_mean_over_the_scale():
 
 def test_a_verdict_survives_json():
     got = ask(verdict(1, 2))
-    assert Verdict.from_dict(json.loads(json.dumps(got.as_dict()))) == got
+    assert TypeAdapter(Verdict).validate_python(json.loads(json.dumps(asdict(got)))) == got
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ from carerl_kernels.grpo import (
 )
 
 pytest.importorskip("transformers")
-from carerl_kernels.tasks.characters import character_tokenizer, code_examples, tiny_model
+from carerl_kernels.tasks.characters import GENERATORS, character_tokenizer, tiny_model
 
-EXAMPLES = code_examples()
+EXAMPLES = GENERATORS["code"]()
 
 
 def domain(reward, **changes):

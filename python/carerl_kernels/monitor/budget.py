@@ -39,7 +39,6 @@ class StepBudget:
         """Around the backward pass of one domain's part of the loss; what `p.grad` held is put back.
 
         Args:
-            name: The name of the domain.
             optimizer: The optimizer whose step follows; None: gradients are compared as they are.
         """
         self._optimizer = optimizer

@@ -27,16 +27,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Cause:
-    """A cause.
-
-    Attributes:
-        name: "step budget", "curvature", "conflict", "judge's noise", "dead groups", "learning rate", "overfit",
-            "unprotected stage".
-        strength: 0 to 1, how strongly the figures speak for it.
-        domains: who suffers.
-        remedy: what to try first.
-        evidence: figures.
-    """
+    """A cause: its strength is how strongly the figures speak for it, from 0 to 1; who suffers, and what to try first."""
 
     name: str
     strength: float
@@ -50,7 +41,6 @@ class Loss:
     """A domain that fell, or that never rose.
 
     Attributes:
-        domain: which.
         best, at: highest score, and its step.
         score, step: score furthest below the best before it, and its step; of a domain that never rose the last one.
         end: score of the last evaluation.
@@ -102,20 +92,12 @@ def step_budget(record: RunRecord, lost: Sequence[Loss]) -> Iterator[Cause]:
             else "halve the learning rate, equal shares of prompts, or balance='controller'"
         )
         count = len([n for n in record.domains if record.series("step_share", n)])
-        yield Cause(
-            "step budget",
-            min(1.0, 0.6 + 0.4 * (domination - DOMINATES) / max(count - DOMINATES, 0.5)),
-            [r[0].domain for r in rows],
-            remedy,
-            [
-                _fall(record, loss),
-                Figure(
-                    f"{loudest} had {share:.0%} of the step budget meanwhile, with {prompts:.0%} of the completions "
-                    f"(domination {domination:.2f}), most at step {highest}",
-                    highest,
-                ),
-            ],
+        strength = min(1.0, 0.6 + 0.4 * (domination - DOMINATES) / max(count - DOMINATES, 0.5))
+        told = (
+            f"{loudest} had {share:.0%} of the step budget meanwhile, with {prompts:.0%} of the completions "
+            f"(domination {domination:.2f}), most at step {highest}"
         )
+        yield _cause("step budget", strength, record, [r[0] for r in rows], loss, remedy, told, highest)
 
 
 def curvature_or_conflict(record: RunRecord, lost: Sequence[Loss]) -> Iterator[Cause]:
@@ -144,20 +126,12 @@ def curvature_or_conflict(record: RunRecord, lost: Sequence[Loss]) -> Iterator[C
         if rows:
             loss, worst = max(rows, key=lambda r: r[1].total)
             ratio = getattr(worst, part) / (abs(worst.odd) + abs(worst.even))
-            yield Cause(
-                name,
-                0.45 + 0.35 * ratio,
-                [r[0].domain for r in rows],
-                remedy,
-                [
-                    _fall(record, loss),
-                    Figure(
-                        f"steps of {worst.acting} raised its loss by {worst.total:.3g} nats a token a window: odd "
-                        f"{worst.odd:+.3g}, even {worst.even:+.3g} (mean of {worst.windows}, the last until step {worst.last})",
-                        worst.last,
-                    ),
-                ],
+            told = (
+                f"steps of {worst.acting} raised its loss by {worst.total:.3g} nats a token a window: odd "
+                f"{worst.odd:+.3g}, even {worst.even:+.3g} (mean of {worst.windows}, the last until step {worst.last})"
             )
+            own = [r[0] for r in rows]
+            yield _cause(name, 0.45 + 0.35 * ratio, record, own, loss, remedy, told, worst.last)
 
 
 def judge_noise(record: RunRecord, lost: Sequence[Loss]) -> Iterator[Cause]:
@@ -181,20 +155,14 @@ def judge_noise(record: RunRecord, lost: Sequence[Loss]) -> Iterator[Cause]:
         expected, seen = p**size + (1 - p) ** size if isinstance(size, int) else 0.0, _mean(late["agreed"])
         if expected >= 0.15 and seen < expected / 3:
             evidence.append(
-                Figure(
-                    f"{name}: {seen:.0%} of the prompts agree from step {begin + 1} on; right and wrong alone would make "
-                    f"{expected:.0%} of them agree at its accuracy of {p:.2f} with {size} completions",
-                    last,
-                )
+                f"{name}: {seen:.0%} of the prompts agree from step {begin + 1} on; right and wrong alone would make "
+                f"{expected:.0%} of them agree at its accuracy of {p:.2f} with {size} completions"
             )
         most, variance = p * (1 - p), _mean(late["variance"])
         if abs(_mean(late["rewards"]) - p) < 0.15 and variance > 1.4 * most + 0.02:  # on the scale of the score
             evidence.append(
-                Figure(
-                    f"{name}: reward variance within prompts {variance:.3g} from step {begin + 1} on; right and wrong alone "
-                    f"have {most:.3g} at most at its accuracy of {p:.2f}",
-                    last,
-                )
+                f"{name}: reward variance within prompts {variance:.3g} from step {begin + 1} on; right and wrong alone "
+                f"have {most:.3g} at most at its accuracy of {p:.2f}"
             )
         if evidence:
             shares = [(x, y) for x, y in record.series("step_share", name) if x > begin]
@@ -204,7 +172,7 @@ def judge_noise(record: RunRecord, lost: Sequence[Loss]) -> Iterator[Cause]:
                 [loss.domain for loss in lost],
                 f"make {name}'s rewards say less by chance: several judgements or a rank per group, a verifier where there is "
                 "one, larger groups; meanwhile a smaller share or weight of it, and half the learning rate",
-                evidence,
+                [Figure(told, last) for told in evidence],
             )
 
 
@@ -220,18 +188,9 @@ def dead_groups(record: RunRecord, lost: Sequence[Loss]) -> Iterator[Cause]:
         reward = record.series("rewards", loss.domain)
         low = bool(reward) and reward[-1][1] < 0.5
         kind = "easier prompts, or a graded reward" if low else "harder prompts"
-        yield Cause(
-            "dead groups",
-            0.35 + 0.5 * share,
-            [r[0].domain for r in rows],
-            f"balance='shares' (fresh prompts for groups that agree), {kind}, or larger groups",
-            [
-                _fall(record, loss),
-                Figure(
-                    f"{share:.0%} of {loss.domain}'s prompts earn the same whatever is written, until step {step}", step
-                ),
-            ],
-        )
+        remedy = f"balance='shares' (fresh prompts for groups that agree), {kind}, or larger groups"
+        told = f"{share:.0%} of {loss.domain}'s prompts earn the same whatever is written, until step {step}"
+        yield _cause("dead groups", 0.35 + 0.5 * share, record, [r[0] for r in rows], loss, remedy, told, step)
 
 
 def learning_rate(record: RunRecord, lost: Sequence[Loss]) -> Iterator[Cause]:
@@ -282,16 +241,9 @@ def overfit(record: RunRecord, lost: Sequence[Loss]) -> Iterator[Cause]:
             rows.append((loss, before, after, points[-1][0]))
     if rows:
         loss, before, after, step = max(rows, key=lambda r: r[2] - r[1])
-        yield Cause(
-            "overfit",
-            0.9,
-            [r[0].domain for r in rows],
-            "more and other prompts, fewer steps, a KL term (kl_beta); no guard helps against a domain's own steps",
-            [
-                _fall(record, loss),
-                Figure(f"its reward in training rose from {before:.3g} to {after:.3g} meanwhile", step),
-            ],
-        )
+        remedy = "more and other prompts, fewer steps, a KL term (kl_beta); no guard helps against a domain's own steps"
+        told = f"its reward in training rose from {before:.3g} to {after:.3g} meanwhile"
+        yield _cause("overfit", 0.9, record, [r[0] for r in rows], loss, remedy, told, step)
 
 
 def unprotected_stage(record: RunRecord, lost: Sequence[Loss]) -> Iterator[Cause]:
@@ -309,8 +261,8 @@ def unprotected_stage(record: RunRecord, lost: Sequence[Loss]) -> Iterator[Cause
             if guarded
             else "guard it: record its stage or guard.protect(name, prompts) before; or train both in one batch"
         )
-        figures = [_fall(record, loss), Figure(f"stage {stage} does not train {loss.domain}", loss.step)]
-        yield Cause("unprotected stage", 0.5, [r[0].domain for r in rows], remedy, figures)
+        told = f"stage {stage} does not train {loss.domain}"
+        yield _cause("unprotected stage", 0.5, record, [r[0] for r in rows], loss, remedy, told, loss.step)
 
 
 RULES: tuple[Callable[[RunRecord, Sequence[Loss]], Iterator[Cause]], ...] = (
@@ -326,6 +278,20 @@ RULES: tuple[Callable[[RunRecord, Sequence[Loss]], Iterator[Cause]], ...] = (
 
 def _trained_meanwhile(record: RunRecord, loss: Loss) -> bool:
     return bool(_during(record.series("batch_share", loss.domain), loss))
+
+
+def _cause(
+    name: str,
+    strength: float,
+    record: RunRecord,
+    lost: Sequence[Loss],
+    worst: Loss,
+    remedy: str,
+    told: str,
+    step: int,
+) -> Cause:
+    """A cause of these losses, with the figures of the worst."""
+    return Cause(name, strength, [loss.domain for loss in lost], remedy, [_fall(record, worst), Figure(told, step)])
 
 
 def _fall(record: RunRecord, loss: Loss) -> Figure:

@@ -9,11 +9,7 @@ from typing import Any
 
 
 class Clock:
-    """Counts the seconds of a monitor's parts; its state goes on in a resumed run.
-
-    Attributes:
-        seconds: Seconds spent per part.
-    """
+    """Counts the seconds of a monitor's parts; its state goes on in a resumed run."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -52,11 +48,9 @@ class Clock:
         return {"other": max(0.0, wall - own), "monitor": own}
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain Python values."""
         found = self.cost()
         return {"seconds": found["seconds"], "wall": found["wall"]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from :meth:`state_dict`."""
         self.seconds, self._wall_before = dict(state["seconds"]), state["wall"]
         self._spent_before = sum(self.seconds.values())  # told in lines of the run before

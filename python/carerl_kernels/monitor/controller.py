@@ -24,6 +24,7 @@ from typing import Any, Literal, get_args
 _log = logging.getLogger(__name__)
 
 By = Literal["share", "weight"]
+_SETTINGS = ("by", "limit", "gain", "raise_at", "release_at", "rise", "fall", "hold", "errors")
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,7 @@ class Decision:
     Attributes:
         domain, step: whose, and the evaluation that it rests on.
         before, after: factors.
-        drop: How far the score lies below the baseline, in units of the score range.
-        error: The standard error of the drop.
+        drop, error: How far the score lies below the baseline, in units of the score range, and its standard error.
     """
 
     domain: str
@@ -80,12 +80,9 @@ class Controller:
         hold: float = 1.4,
         errors: float = 2.0,
     ) -> None:
+        distinct = len(domains) > 1 and len(set(domains)) == len(domains) and not isinstance(domains, str)
         for name, ok, found in (
-            (
-                "domains",
-                len(domains) > 1 and len(set(domains)) == len(domains) and not isinstance(domains, str),
-                domains,
-            ),
+            ("domains", distinct, domains),
             ("by", by in get_args(By), by),
             ("limit", 1 < limit < math.inf, limit),
             ("gain", gain > 0, gain),
@@ -107,8 +104,7 @@ class Controller:
     @property
     def settings(self) -> dict[str, Any]:
         """What decides its numbers, as JSON gives it back."""
-        names = ("by", "limit", "gain", "raise_at", "release_at", "rise", "fall", "hold", "errors")
-        return {"domains": list(self.domains), **{name: getattr(self, name) for name in names}}
+        return {"domains": list(self.domains), **{name: getattr(self, name) for name in _SETTINGS}}
 
     def weights(self, names: Sequence[str]) -> dict[str, float]:
         """Factors of these domains divided by their mean, so that raising one lowers the others."""
@@ -120,7 +116,6 @@ class Controller:
         """One evaluation.
 
         Args:
-            step: The step of the run.
             found: per domain what the monitor says of it: "drop" and "error". Domains without a drop, which were not compared
                 with anything yet, keep their factor.
             span: size of the score range.
@@ -156,7 +151,6 @@ class Controller:
         return {"by": self.by, "factor": dict(self.factors), "decisions": [asdict(d) for d in decisions]}
 
     def state_dict(self) -> dict[str, Any]:
-        """What is needed to go on exactly. Plain Python values."""
         return {"settings": self.settings, "factors": dict(self.factors), "acting": dict(self._acting)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

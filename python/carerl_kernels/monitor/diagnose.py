@@ -36,10 +36,9 @@ class Diagnosis:
 
 
 def diagnose(run: Path | str, limit: int = 3) -> Diagnosis:
-    """Reads a run's directory.
+    """Reads a run's directory, with the metrics.jsonl of the trainer, or of a `JsonLines` sink as far as its lines go.
 
     Args:
-        run: The directory of a run with the metrics.jsonl of the trainer, or of a `JsonLines` sink as far as its lines go.
         limit: causes named at most.
 
     Raises:

@@ -43,8 +43,9 @@ class Alert:
     span: float = 1.0
 
     def __str__(self) -> str:
+        points = f"{100 * self.drop:.1f} ± {100 * self.error:.1f} points"
         return (
-            f"{self.domain} fell by {_difference(self.drop, self.error, self.span)} "
+            f"{self.domain} fell by {points if self.span == 1 else f'{self.drop:.3g} ± {self.error:.2g}'} "
             f"({self.baseline:.3f} -> {self.score:.3f}, {self.n} examples) at step {self.step}; "
             f"p = {self.p:.2g}, chance of any false alarm in this run at most {self.alpha:.0%}"
         )
@@ -54,7 +55,6 @@ class WatchedDomain:
     """Scores of one domain over a run, compared with its baseline.
 
     Args:
-        name: The name of the domain.
         test: gathers the evidence.
         domains: how many are tested: evidence of one has to be that much stronger.
         score_range: smallest and largest possible score.
@@ -186,7 +186,6 @@ class WatchedDomain:
         self.p, self.alerted = 1.0, False
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain Python values."""
         return {
             "test": self.test.state_dict(),
             "baselines": [plain(b) for b in self.baselines],
@@ -208,11 +207,8 @@ def plain(values: Numbers) -> list[float | None]:
 
 
 def read_baseline(source: Any, domains: Sequence[str]) -> dict[str, Given]:
-    """What was given as a baseline, per domain.
-
-    Args:
-        source: scores per domain, or a file or files written by `DriftMonitor.save_scores`; those of other domains are left out.
-        domains: names that there are.
+    """What was given as a baseline, per domain: scores, or those in a file or files written by `DriftMonitor.save_scores`, of
+    which those of other domains are left out.
 
     Raises:
         ValueError: a file that is none, or unknown domains.
@@ -239,12 +235,6 @@ def is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real)
 
 
-def _difference(drop: float, error: float, span: float) -> str:
-    if span == 1:
-        return f"{100 * drop:.1f} ± {100 * error:.1f} points"
-    return f"{drop:.3g} ± {error:.2g}"
-
-
 def judge(
     watched: Mapping[str, WatchedDomain],
     scores: Mapping[str, Any],
@@ -257,12 +247,9 @@ def judge(
     """Takes in an evaluation: what is known of every domain now, and alerts of those that have fallen for the first time.
 
     Args:
-        watched: All domains, by name.
-        scores: Their scores, as the monitor's `evaluate` gives them.
-        step: Step of the evaluation.
+        scores: As the monitor's `evaluate` gives them.
         tested: Whether this evaluation counts as evidence.
-        alpha, drop: See the monitor.
-        span: Size of the range of scores.
+        alpha, drop, span: See the monitor; the last is the size of the range of scores.
 
     Raises:
         ValueError: Scores of an unknown domain, of another length, or out of range.

@@ -26,7 +26,7 @@ def gradient_gram(gradients: Sequence[Sequence[Tensor]], shards: Shards | None =
 
     Args:
         gradients: D times one tensor per parameter (of sharded parameters the local parts), of equal sizes.
-        shards: The shards of sharded parameters; sums over their processes.
+        shards: Of sharded parameters; sums over their processes.
         chunk: elements per gradient in the buffer: 4 D chunk bytes.
 
     Returns:
@@ -74,9 +74,6 @@ class GradientKeeper:
     """A gradient per name, kept from backward until they are compared.
 
     Costs while kept: N numbers per name (in the gradients' dtype) beside the optimizer's own; comparing reads each once.
-
-    Args:
-        model: The model whose trainable parameters the gradients belong to.
     """
 
     def __init__(self, model: nn.Module | Iterable[tuple[str, nn.Parameter]]) -> None:
@@ -94,7 +91,6 @@ class GradientKeeper:
         """Keeps what backward passes inside add to `p.grad`; several blocks of one name before the comparison add up.
 
         Args:
-            name: under which it is kept.
             training: afterwards `p.grad` holds what it held before plus the new gradient; else what it held before. With one
                 backward pass per block the sum is bitwise that without this. Those of several in one block are summed first
                 and then added to what was there: another order, which may round differently.

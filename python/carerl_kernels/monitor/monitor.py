@@ -298,10 +298,8 @@ class DriftMonitor:
         with self._gradient_keeper().around(name, training):
             entered = time.perf_counter()
             yield
-            left = time.perf_counter()
-        self._clock.spend("gradients", entered - started + time.perf_counter() - left)
-        if not training:
-            self._clock.spend("gradients", left - entered)
+            inside = time.perf_counter() - entered if training else 0.0  # that pass is the run's own
+        self._clock.spend("gradients", time.perf_counter() - started - inside)
 
     def domains_due(self, evaluation: bool = False) -> bool:
         """Whether the gradients of a mixed batch's domains shall be shown before the next optimizer step.
@@ -320,8 +318,7 @@ class DriftMonitor:
         :meth:`step` says what share of the step each domain has, of the gradients and, for Adam's kind, of the normalised step.
 
         Args:
-            name: The name of the domain.
-            optimizer: The optimizer whose step follows.
+            optimizer: The one whose step follows.
 
         Raises:
             ValueError: the monitor was built without a model.
@@ -345,13 +342,9 @@ class DriftMonitor:
         return self._keeper
 
     def cost(self) -> dict[str, Any]:
-        """Seconds per part, wall-clock seconds since the first step, and the share of monitoring in them."""
+        """Seconds per part (evaluate, gradients, test, split, guard, sinks), wall-clock seconds since the first step, and the
+        share of monitoring in them."""
         return self._clock.cost()
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Seconds spent per part: evaluate, gradients, test, split, guard, sinks."""
-        return self._clock.seconds
 
     # --------------------------------------------------------------------------------------------------------------- state
 

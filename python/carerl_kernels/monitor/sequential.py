@@ -46,14 +46,12 @@ def log_capital(differences: Numbers, tolerance: float = 0.0) -> Numbers:
 
     Args:
         differences: `[..., n]` in [-1, 1]; NaN: no bet on this one.
-        tolerance: The tolerance of the claim.
 
     Returns:
         `[bets, ...]`.
     """
-    gains = np.nan_to_num(
-        (differences - tolerance) / (1 + tolerance)
-    )  # in [-1, 1], mean at most 0 while the claim holds
+    # in [-1, 1], mean at most 0 while the claim holds
+    gains = np.nan_to_num((differences - tolerance) / (1 + tolerance))
     gains = np.concatenate([gains, np.zeros((*gains.shape[:-1], -gains.shape[-1] % 16))], axis=-1)
     gains = gains.reshape(*gains.shape[:-1], 16, -1)
     bets = BETS.reshape(-1, *[1] * (gains.ndim - 1))
@@ -130,18 +128,11 @@ class DropTest:
         self._logs = np.array([-np.inf if v is None else v for v in state["logs"]])
 
 
-def log_threshold(alpha: float, domains: int) -> float:
-    """Log evidence from which on a domain counts as fallen, so that P(any false alarm) <= alpha over all domains."""
-    return math.log(domains / alpha)
-
-
 def smallest_drop(n: int, deviation: float, *, alpha: float = 0.05, domains: int = 1, planned: int = 100) -> float:
     """About the smallest drop that one evaluation of n fixed examples can establish.
 
     The capital grows by about n drop^2 / (2 deviation^2) nats (deviation: standard deviation of the paired differences) and has
     to reach log(D / alpha) - log(weight of a look).
     """
-    need = (
-        log_threshold(alpha, domains) - math.log(look_weight(1, planned)) + 1.0
-    )  # about a nat for not knowing the bet
+    need = math.log(domains / alpha) - math.log(look_weight(1, planned)) + 1.0  # about a nat for not knowing the bet
     return deviation * math.sqrt(2 * need / n)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Sink(Protocol):
-    """Takes what a monitor says. Give sinks to one process only (rank 0)."""
+    """Takes what a monitor says; what a subclass leaves out is nothing to do for it. Give sinks to one process only (rank 0)."""
 
     def begin(self) -> None:
         """A new run begins: not called where `resume` is.
@@ -27,21 +27,24 @@ class Sink(Protocol):
         Raises:
             FileExistsError: another run is there, which the new one would make unreadable.
         """
+        return
 
     def log(self, step: int, line: Mapping[str, Any]) -> None:
         """One step: metrics as they were given (tensors of one number as that number), "eval" and "monitor" added."""
 
     def alert(self, alert: Alert) -> None:
-        """A domain fell."""
+        """A domain fell; its alert is in the step's line, too."""
+        return
 
     def resume(self, step: int) -> None:
         """The run goes on after this step: whatever was logged later is void."""
+        return
 
     def close(self) -> None:
         """Nothing more will come."""
 
 
-class JsonLines:
+class JsonLines(Sink):
     """One JSON object per step, in the format of the trainer's metrics.jsonl: `carerl report` reads its directory.
 
     Args:
@@ -64,9 +67,6 @@ class JsonLines:
         with open(self.path, "a") as file:
             file.write(json_line({"step": step, **line}))
 
-    def alert(self, alert: Alert) -> None:
-        """Alerts are in their step's line."""
-
     def resume(self, step: int) -> None:
         kept = []
         for text in self.path.read_text().splitlines() if self.path.exists() else []:
@@ -78,12 +78,9 @@ class JsonLines:
             kept.append(text + "\n")
         write_bytes_atomically(self.path, "".join(kept).encode())
 
-    def close(self) -> None:
-        pass
 
-
-class TensorBoard:
-    """Scalars and alerts (as text) for TensorBoard.
+class TensorBoard(Sink):
+    """Scalars and alerts (as text) for TensorBoard, which tells runs in one directory apart by their event files.
 
     Args:
         directory: event files go there.
@@ -102,9 +99,6 @@ class TensorBoard:
 
         self._writer: Any = SummaryWriter(self.directory, purge_step=purge_step)
 
-    def begin(self) -> None:
-        """Runs in one directory are told apart by their event files; nothing to do."""
-
     def log(self, step: int, line: Mapping[str, Any]) -> None:
         for name, value in scalars(line).items():
             self._writer.add_scalar(name, value, step)
@@ -121,13 +115,13 @@ class TensorBoard:
         self._writer.close()
 
 
-class WandB:
+class WandB(Sink):
     """Weights & Biases. Goes on in the run that is active, else starts one.
 
     A resumed run of theirs (`id=...`, `resume="must"`) ignores steps that it has seen already: nothing is logged twice.
 
     Args:
-        settings: The settings for `wandb.init`: project, name, mode="offline", ...
+        settings: Those of `wandb.init`: project, name, mode="offline", ...
 
     Raises:
         ImportError: wandb is missing.
@@ -138,29 +132,23 @@ class WandB:
         self._own = self._wandb.run is None
         self.run: Any = self._wandb.init(**settings) if self._own else self._wandb.run
 
-    def begin(self) -> None:
-        """Their run is new already; nothing to do."""
-
     def log(self, step: int, line: Mapping[str, Any]) -> None:
         self.run.log(scalars(line), step=step)
 
     def alert(self, alert: Alert) -> None:
         self.run.alert(title=f"{alert.domain} fell", text=str(alert))
 
-    def resume(self, step: int) -> None:
-        """Their server keeps the first value of a step; nothing to do."""
-
     def close(self) -> None:
         if self._own:
             self.run.finish()
 
 
-class Trackio:
-    """trackio, local first and without an account.
+class Trackio(Sink):
+    """trackio, local first and without an account. Nothing can be taken back there: steps that are run again appear twice.
 
     Args:
         project: their name of a group of runs.
-        settings: The settings for `trackio.init`: name, space_id, ...
+        settings: Those of `trackio.init`: name, space_id, ...
 
     Raises:
         ImportError: trackio is missing.
@@ -170,17 +158,11 @@ class Trackio:
         self._trackio = _require("trackio", "trackio")
         self.run: Any = self._trackio.init(project=project, **settings)
 
-    def begin(self) -> None:
-        """Their run is new already; nothing to do."""
-
     def log(self, step: int, line: Mapping[str, Any]) -> None:
         self.run.log(scalars(line), step=step)
 
     def alert(self, alert: Alert) -> None:
         self.run.alert(title=f"{alert.domain} fell", text=str(alert), level=self._trackio.AlertLevel.WARN)
-
-    def resume(self, step: int) -> None:
-        """Nothing can be taken back there; steps that are run again appear twice."""
 
     def close(self) -> None:
         self.run.finish()

@@ -136,9 +136,7 @@ def split_since(start: KeptWeights, now: KeptWeights, losses: Losses, at_start: 
     Two evaluations of the losses: here, and at the mirrored point.
 
     Args:
-        start, now: kept weights.
-        losses: see :data:`Losses`.
-        at_start: what it gave at `start`.
+        at_start: what `losses` gave at `start`.
     """
     plus = dict(losses())
     with _restored(now):
@@ -155,9 +153,7 @@ def split_along(
     Args:
         now: the weights in the model.
         offset: a tensor per parameter (of sharded ones the local parts), not zero.
-        length: Euclidean.
-        losses: see :data:`Losses`.
-        here: what it gave at `now`.
+        here: what `losses` gave at `now`.
     """
     with _restored(now):
         norm = now.go(offset, 0.0)  # of the offset; the weights do not move

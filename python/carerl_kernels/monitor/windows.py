@@ -60,8 +60,6 @@ class Windows:
         """An evaluation: begins the first window, or ends one where it is due; the weights are as before afterwards.
 
         Args:
-            step: The step of the run.
-            losses: see :data:`Losses`.
             directions, shares: per domain of a mixed batch, what its gradient makes of a step, and its share of the step.
 
         Returns:
@@ -79,12 +77,14 @@ class Windows:
         found = split_since(self._start, now, losses, self.at_start)
         record: dict[str, Any] = {"since": self._since, "acting": ", ".join(self._acting), **_plain(found)}
         if directions and found.norm > 0:
-            record["by"] = {}
-            for name, direction in directions.items():
-                length = found.norm * math.sqrt((shares or {}).get(name, 0.0))
-                if length > 0:
-                    record["by"][name] = _plain(split_along(now, direction, length, losses, found.after))
-        self._drop(self._start, self._since)
+            lengths = {name: found.norm * math.sqrt((shares or {}).get(name, 0.0)) for name in directions}
+            record["by"] = {
+                name: _plain(split_along(now, directions[name], length, losses, found.after))
+                for name, length in lengths.items()
+                if length > 0
+            }
+        if self._since not in self._needed:
+            self._start.drop()
         self._begin(now, step, found.after)
         return record
 
@@ -93,10 +93,6 @@ class Windows:
 
     def _path(self, step: int) -> Path | None:
         return None if self.folder is None else self.folder / f"step-{step:08d}.safetensors"
-
-    def _drop(self, kept: KeptWeights, step: int) -> None:
-        if step not in self._needed:
-            kept.drop()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain Python values; the snapshot is its file. Those of the last `keep` states stay."""
@@ -117,6 +113,8 @@ class Windows:
         """Goes on from :meth:`state_dict`; where the snapshot is gone, a window begins anew, and a warning says so."""
         self._looks, self._needed = state["looks"], list(state["needed"])
         self._start, self._acting = None, list(state["acting"])
+        if not state["losses"]:  # saved before the first window
+            return
         path = None if state["since"] is None else self._path(state["since"])
         if path is None or not path.is_file():
             where = "snapshots are in memory" if path is None else f"{path} is gone"

@@ -1,11 +1,8 @@
 """One reward, many trainers: any reward of this package as a reward function of TRL, verl, OpenRLHF, slime and verifiers.
 
-A reward here is `f(example, completion) -> float | None` or has `score_batch(examples, completions)`: a `Scorer`, a verifier, a
-`Composition`. None means "could not be judged". TRL leaves such completions out; the other trainers have no word for it, so
-their adapters want to be told what to return (`excluded=`) and raise otherwise: a made-up number would be a quiet lie.
-
-Rewards that compare the completions of a prompt (`compares`) need them in one call. Where a trainer hands them over one by one,
-each would be compared with itself alone and earn 0 for ever; that is refused, with what to set in the trainer.
+None means "could not be judged". TRL leaves such completions out; the other trainers have no word for it, so their adapters want
+to be told what to return (`excluded=`) and raise otherwise: a made-up number would be a quiet lie. A reward that compares the
+completions of a prompt (`compares`) is refused where a trainer hands them over one by one: each would earn 0 for ever.
 
 Every adapter takes `strip_reasoning`: what is judged is then the answer after a reasoning trace (`<think>...</think>`), and an
 empty answer where the trace never ends. "opened": the prompt's template ends with the opening tag.
@@ -25,13 +22,8 @@ from .reasoning import StripReasoning, strip_special_tokens
 # ----------------------------------------------------------------------------------------------------------------- TRL
 
 
-TRLS_OWN = (
-    "completion_ids",
-    "environments",
-    "trainer_state",
-    "log_extra",
-    "log_metric",
-)  # beside the data set's columns
+# Beside the data set's columns.
+TRLS_OWN = ("completion_ids", "environments", "trainer_state", "log_extra", "log_metric")
 
 
 def trl_reward(
@@ -124,29 +116,28 @@ def verl_compute_score(
         ground_truth: Any = None,
         extra_info: Mapping[str, Any] | None = None,
         *,
-        data_sources: Sequence[str] | None = None,
+        data_sources: Sequence[str | None] | None = None,
         solution_strs: Sequence[str] | None = None,
         ground_truths: Sequence[Any] | None = None,
         extra_infos: Sequence[Mapping[str, Any] | None] | None = None,
         **_: Any,
     ) -> dict[str, float] | list[float]:
+        single = data_sources is None or solution_strs is None
         if data_sources is None or solution_strs is None:
-            only = example(data_source, ground_truth, extra_info)
-            value = judged(of_source(str(data_source)), [only], [str(solution_str)], "verl", strip_reasoning)[0]
-            return {"score": as_number(value, excluded, "verl"), "judged": float(value is not None)}
-        size = len(solution_strs)
-        truths = [None] * size if ground_truths is None else ground_truths
-        infos = [None] * size if extra_infos is None else extra_infos
-        examples = [example(*row) for row in zip(data_sources, truths, infos, strict=True)]
-        sources = [str(source) for source in data_sources]
-        numbers = [0.0] * size
+            data_sources, solution_strs = [data_source], [str(solution_str)]
+            ground_truths, extra_infos = [ground_truth], [extra_info]
+        texts, sources = list(solution_strs), [str(source) for source in data_sources]
+        truths = [None] * len(texts) if ground_truths is None else ground_truths
+        infos = [None] * len(texts) if extra_infos is None else extra_infos
+        examples = [example(*row) for row in zip(sources, truths, infos, strict=True)]
+        values: list[float | None] = [None] * len(texts)
         for source in dict.fromkeys(sources):
-            rows = [i for i in range(size) if sources[i] == source]
-            texts = [solution_strs[i] for i in rows]
-            values = judged(of_source(source), [examples[i] for i in rows], texts, "verl", strip_reasoning)
-            for i, value in zip(rows, values, strict=True):
-                numbers[i] = as_number(value, excluded, "verl")
-        return numbers
+            rows = [i for i, of in enumerate(sources) if of == source]
+            own = [examples[i] for i in rows], [texts[i] for i in rows]
+            for i, value in zip(rows, judged(of_source(source), *own, "verl", strip_reasoning), strict=True):
+                values[i] = value
+        numbers = [as_number(value, excluded, "verl") for value in values]
+        return {"score": numbers[0], "judged": float(values[0] is not None)} if single else numbers
 
     return compute_score
 
@@ -170,31 +161,25 @@ def openrlhf_reward_func(
     def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any], **_: Any) -> dict[str, Any]:
         import torch
 
-        values = _from_queries(reward, queries, prompts, labels, strip_reasoning)
+        labels = plain(labels)
+        known = list(labels) if labels else [None] * len(queries)
+        if not len(queries) == len(prompts) == len(known):
+            raise ValueError(
+                f"expected as many queries, prompts and labels, found {len(queries)}, {len(prompts)}, {len(known)}"
+            )
+        # a tokenizer's round trip may change the prompt's text at its edges; then there is no telling where it ends
+        for query, prompt in zip(queries, prompts, strict=True):
+            if not query.startswith(prompt):
+                raise ValueError(f"expected a query to start with its prompt, found {query[:80]!r} for {prompt[:80]!r}")
+        example = Examples()
+        examples = [example(p, label, {"label": label}) for p, label in zip(prompts, known, strict=True)]
+        responses = [strip_special_tokens(q[len(p) :]) for q, p in zip(queries, prompts, strict=True)]
+        values = judged(reward, examples, responses, "OpenRLHF", strip_reasoning)
         numbers = torch.tensor([as_number(v, excluded, "OpenRLHF") for v in values], dtype=torch.float32)
-        judged = torch.tensor([float(v is not None) for v in values])
-        return {"rewards": numbers, "scores": numbers.clamp(0, 1), "extra_logs": {"judged": judged}}
+        there = torch.tensor([float(v is not None) for v in values])
+        return {"rewards": numbers, "scores": numbers.clamp(0, 1), "extra_logs": {"judged": there}}
 
     return reward_func
-
-
-def _from_queries(
-    reward: Reward, queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any] | None, strip: StripReasoning
-) -> list[float | None]:
-    labels = plain(labels)
-    known = list(labels) if labels else [None] * len(queries)
-    if not len(queries) == len(prompts) == len(known):
-        raise ValueError(
-            f"expected as many queries, prompts and labels, found {len(queries)}, {len(prompts)}, {len(known)}"
-        )
-    example = Examples()
-    examples = [example(p, label, {"label": label}) for p, label in zip(prompts, known, strict=True)]
-    # a tokenizer's round trip may change the prompt's text at its edges; then there is no telling where it ends
-    for query, prompt in zip(queries, prompts, strict=True):
-        if not query.startswith(prompt):
-            raise ValueError(f"expected a query to start with its prompt, found {query[:80]!r} for {prompt[:80]!r}")
-    responses = [strip_special_tokens(q[len(p) :]) for q, p in zip(queries, prompts, strict=True)]
-    return judged(reward, examples, responses, "OpenRLHF", strip)
 
 
 # --------------------------------------------------------------------------------------------------------------- slime
@@ -248,7 +233,7 @@ def verifiers_reward(
     async def single(
         prompt: Prompt, completion: Prompt, answer: Any = None, info: Mapping[str, Any] | None = None, **_: Any
     ) -> float:
-        return (await judge([prompt], [completion], [answer], [info]))[0]
+        return (await group([prompt], [completion], [answer], [info]))[0]
 
     async def group(
         prompts: Sequence[Prompt] | None = None,
@@ -259,14 +244,7 @@ def verifiers_reward(
     ) -> list[float]:
         if prompts is None or completions is None:  # called as for a single one
             prompts, completions = [given.get("prompt", "?")], [given.get("completion", "")]
-        return await judge(prompts, completions, answers or [None] * len(prompts), infos or [None] * len(prompts))
-
-    async def judge(
-        prompts: Sequence[Prompt],
-        completions: Sequence[Prompt],
-        answers: Sequence[Any],
-        infos: Sequence[Mapping[str, Any] | None],
-    ) -> list[float]:
+        answers, infos = answers or [None] * len(prompts), infos or [None] * len(prompts)
         example = Examples()
         examples = [example(p, a, dict(i or {})) for p, a, i in zip(prompts, answers, infos, strict=True)]
         texts = [completion_text(c) for c in completions]

@@ -29,12 +29,10 @@ class Component:
     Args:
         name: The name in reports and in other components' gates.
         reward: A verifier, a scorer, anything a `Domain` takes.
-        weight: The weight of the normalised values.
         normalize: "group": by mean and standard deviation of the prompt's group. "rank": place in the group. "running": by
             the component's own running mean and standard deviation. "none": as it is.
         gate: Name of the component whose raw value must be at least `gate_at`, or this one is 0 and stays out of its
             own statistics: help that did not lead to success earns nothing, and success is compared with success.
-        gate_at: Threshold.
     """
 
     name: str
@@ -96,26 +94,23 @@ class Composition:
         self.last: Composed | None = None
         self.__name__ = "composition"
 
-    def compose(self, values: Mapping[str, Tensor], groups: Tensor, judged: Tensor, *, learn: bool = True) -> Composed:
-        """The sum of given component values.
+    def compose(self, values: Mapping[str, Tensor], groups: Tensor, judged: Tensor) -> Composed:
+        """The sum of given component values, which running statistics take in.
 
         Args:
             values: Per component [B]; whatever stands where `judged` is False.
             groups: [B] integers.
             judged: [B] bool.
-            learn: Whether running statistics take the values in.
         """
         parts = {}
         for c in self.components:
-            v = values[c.name].double()
-            counts = judged if c.gate is None else judged & (values[c.gate] >= c.gate_at)
+            v, counts = values[c.name].double(), _counts(c, values, judged)
             if c.normalize == "group":
                 part = standardized(v, groups, counts)
             elif c.normalize == "rank":
                 part = rank_in_group(v, groups, counts)
             elif c.normalize == "running":
-                if learn:
-                    c.running.update(v[counts])
+                c.running.update(v[counts])
                 part = c.running.normalize(v)
             else:
                 part = v
@@ -141,8 +136,8 @@ class Composition:
         weight = sum(abs(c.weight) for c in self.components) or 1.0
         total = torch.zeros(len(completions), dtype=torch.float64)
         for c in self.components:
-            open_ = judged if c.gate is None else judged & (values[c.gate] >= c.gate_at)
-            total += c.weight * values[c.name].where(open_, total.new_zeros(())) / weight
+            counts = _counts(c, values, judged)
+            total += c.weight * values[c.name].where(counts, total.new_zeros(())) / weight
         return [t if known else None for t, known in zip(total.tolist(), judged.tolist(), strict=True)]
 
     def _values(self, examples: Sequence[Example], completions: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
@@ -168,15 +163,19 @@ class Composition:
             c.running.load_state_dict(state[c.name])
 
 
+def _counts(component: Component, values: Mapping[str, Tensor], judged: Tensor) -> Tensor:
+    """[B] bool: judged, and let through by the component's gate."""
+    return judged if component.gate is None else judged & (values[component.gate] >= component.gate_at)
+
+
 # ------------------------------------------------------------------------------------------------------- who dominates
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one domain, or one component, contributes.
+    """What one domain contributes.
 
     Attributes:
-        name: The name of the domain or component.
         samples: Share of the completions.
         energy: Share of the gradient's drive (see `domination`).
         ratio: energy / samples; 1 is proportionate.

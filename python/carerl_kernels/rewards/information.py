@@ -2,9 +2,8 @@
 
 For agents that read a long text in chunks and keep a memory, the final success says little about which memory was good. In the
 spirit of InfoMem (arXiv:2606.03329; its formula is not public to us, this is a reconstruction), a memory m that the policy wrote
-earns r = (log p(y | m, q) - log p(y | q)) / |y|: nats per token that it adds to the right answer y of question q. Conditioning on
-the answer rather than the question rewards what helps, not what merely sounds related. It shall be normalised by itself and
-counted on successful trajectories only, which a gated component does:
+earns r = (log p(y | m, q) - log p(y | q)) / |y|: nats per token that it adds to the right answer y of question q. It shall be
+normalised by itself and counted on successful trajectories only, which a gated component does:
 
     Composition([Component("success", success), Component("memory", InformationGain(model, tokenizer), gate="success")])
 """
@@ -40,7 +39,6 @@ class InformationGain:
 
     Args:
         model: Causal LM that reads memory and question: a frozen reference, or the policy itself.
-        tokenizer: Its tokenizer.
         prompt: Builds the prompt with (or, for None, without) a memory.
         batch_size: Sequences at once.
         max_gain: Gains are clipped to +-max_gain: one impossible token must not outweigh everything.

@@ -55,7 +55,6 @@ def strip_reasoning(text: str, mode: StripReasoning = True) -> str | None:
     answer. Takes time linear in the text.
 
     Args:
-        text: A completion.
         mode: True: as said. False: `text` as it is. "opened": the prompt's template ends with an opening tag, so that a
             text without a closing one is an unfinished trace.
     """

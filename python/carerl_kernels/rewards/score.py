@@ -40,14 +40,16 @@ class RowScorer(Protocol):
 
     def stream(self, rows: Sequence[Mapping[str, Any]]) -> AsyncIterator[tuple[int, dict[str, Any]]]: ...
 
-    def summary(self) -> list[str]: ...
+    def summary(self) -> list[str]:
+        """What is told at the end."""
+        ...
 
 
 class JudgeRows:
     """Rows scored by a language model.
 
     Args:
-        scorer: The scorer whose `calibration` is not "group", which needs all rollouts of a prompt at once.
+        scorer: One whose `calibration` is not "group", which needs all rollouts of a prompt at once.
         trace: Whether results carry protocol and verdict.
     """
 
@@ -91,14 +93,7 @@ class JudgeRows:
 
 
 class VerifierRows:
-    """Rows scored by a verifier, several at once in threads.
-
-    Args:
-        name: The name of the verifier.
-        reward: Itself, with the same `strip_reasoning`.
-        threads: At once.
-        strip_reasoning: What the verifier does with reasoning traces; kept with the scores.
-    """
+    """Rows scored by a verifier, several at once in threads; the scores keep what it does with reasoning traces."""
 
     def __init__(
         self,
@@ -108,8 +103,7 @@ class VerifierRows:
         strip_reasoning: StripReasoning = True,
     ) -> None:
         self.settings: dict[str, Any] = {"verifier": name, "strip_reasoning": strip_reasoning}
-        self.name, self.reward = name, reward
-        self._threads = threads
+        self.name, self.reward, self._threads = name, reward, threads
 
     def check(self, row: Mapping[str, Any]) -> None:
         """As the verifier's own `check`, if it has one."""
@@ -147,10 +141,8 @@ def _answer(row: Mapping[str, Any]) -> str | None:
 @dataclass(frozen=True)
 class Report:
     """Attributes:
-    rows: The number of rows in the output.
     asked: Scored in this run, the others were known.
     excluded: Rows without a reward, by reason.
-    mean: The mean of the rewards; NaN without any.
     """
 
     rows: int

@@ -23,7 +23,9 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,66 +44,19 @@ PROBE_EXAMPLES = 32
 PAD, EOS = "<pad>", "<eos>"
 
 
-def code_examples() -> list[Example]:
-    """All ordered triples of different letters under both instructions."""
-    return [
-        Example(f"c{op}{''.join(word)}>", "".join(sorted(word, reverse=op == "v")))
-        for word in itertools.permutations(LETTERS, 3)
-        for op in "^v"
-    ]
+def _asked(kind: str, symbols: str, answers: Mapping[str, Callable[[str], str]]) -> list[Example]:
+    """All ordered triples of different symbols under every instruction."""
+    words = ["".join(word) for word in itertools.permutations(symbols, 3)]
+    return [Example(f"{kind}{op}{word}>", answer(word)) for word in words for op, answer in answers.items()]
 
 
-def chat_examples() -> list[Example]:
+def _chat() -> list[Example]:
     """All counts, letters, marks and distractors."""
-    return [
-        Example(f"s{n}{letter}{mark}{noise}>", letter * n + mark)
-        for n in (1, 2, 3)
-        for letter in LETTERS
-        for mark in MARKS
-        for noise in LETTERS
-    ]
+    asked = itertools.product((1, 2, 3), LETTERS, MARKS, LETTERS)
+    return [Example(f"s{n}{letter}{mark}{noise}>", letter * n + mark) for n, letter, mark, noise in asked]
 
 
-def math_examples() -> list[Example]:
-    """All ordered triples of different digits under both instructions."""
-    return [
-        Example(f"m{op}{''.join(digits)}>", max(digits) if op == "^" else min(digits))
-        for digits in itertools.permutations(DIGITS, 3)
-        for op in "^v"
-    ]
-
-
-def shift_examples() -> list[Example]:
-    """All ordered triples of different letters under both instructions."""
-    return [
-        Example(f"t{op}{''.join(word)}>", "".join(LETTERS[(LETTERS.index(x) + by) % len(LETTERS)] for x in word))
-        for word in itertools.permutations(LETTERS, 3)
-        for op, by in (("^", 1), ("v", -1))
-    ]
-
-
-def turn_examples() -> list[Example]:
-    """All ordered triples of different letters under both instructions."""
-    words = ["".join(w) for w in itertools.permutations(LETTERS, 3)]
-    return [Example(f"r{op}{w}>", w[::-1] if op == "^" else w[1:] + w[0]) for w in words for op in "^v"]
-
-
-def pick_examples() -> list[Example]:
-    """All ordered triples of different letters at every position."""
-    words = ["".join(w) for w in itertools.permutations(LETTERS, 3)]
-    return [Example(f"p{n}{w}>", w[n - 1]) for w in words for n in (1, 2, 3)]
-
-
-def flip_examples() -> list[Example]:
-    """All ordered triples of different digits under both instructions."""
-    return [
-        Example(f"f{op}{''.join(d)}>", "".join(str(9 - int(x) if op == "^" else (int(x) + 1) % 10) for x in d))
-        for d in itertools.permutations(DIGITS, 3)
-        for op in "^v"
-    ]
-
-
-def count_examples() -> list[Example]:
+def _count() -> list[Example]:
     """All pairs of a letter to count and another, and all words of both that hold the other."""
     return [
         Example(f"n{letter}{''.join(word)}>", str(word.count(letter)))
@@ -111,38 +66,40 @@ def count_examples() -> list[Example]:
     ]
 
 
-def merge_examples() -> list[Example]:
+def _merge() -> list[Example]:
     """All ordered pairs of different letters and of different digits."""
-    return [
-        Example(f"z{a}{b}{x}{y}>", f"{a}{x}{b}{y}")
-        for a, b in itertools.permutations(LETTERS, 2)
-        for x, y in itertools.permutations(DIGITS, 2)
-    ]
+    pairs = itertools.product(itertools.permutations(LETTERS, 2), itertools.permutations(DIGITS, 2))
+    return [Example(f"z{a}{b}{x}{y}>", f"{a}{x}{b}{y}") for (a, b), (x, y) in pairs]
 
 
+def _next(word: str, by: int) -> str:
+    return "".join(LETTERS[(LETTERS.index(x) + by) % len(LETTERS)] for x in word)
+
+
+_SORT = {"^": lambda w: "".join(sorted(w)), "v": lambda w: "".join(sorted(w, reverse=True))}
+_SHIFT = {"^": lambda w: _next(w, 1), "v": lambda w: _next(w, -1)}
+_TURN = {"^": lambda w: w[::-1], "v": lambda w: w[1:] + w[0]}
+_PICK = {"1": lambda w: w[0], "2": lambda w: w[1], "3": lambda w: w[2]}
+_FLIP = {"^": lambda w: "".join(str(9 - int(x)) for x in w), "v": lambda w: "".join(str((int(x) + 1) % 10) for x in w)}
 GENERATORS: dict[str, Callable[[], list[Example]]] = {
-    "code": code_examples,
-    "chat": chat_examples,
-    "math": math_examples,
-    "shift": shift_examples,
-    "turn": turn_examples,
-    "pick": pick_examples,
-    "flip": flip_examples,
-    "count": count_examples,
-    "merge": merge_examples,
+    "code": partial(_asked, "c", LETTERS, _SORT),
+    "chat": _chat,
+    "math": partial(_asked, "m", DIGITS, {"^": max, "v": min}),
+    "shift": partial(_asked, "t", LETTERS, _SHIFT),
+    "turn": partial(_asked, "r", LETTERS, _TURN),
+    "pick": partial(_asked, "p", LETTERS, _PICK),
+    "flip": partial(_asked, "f", DIGITS, _FLIP),
+    "count": _count,
+    "merge": _merge,
 }
+"""All examples of a task, by its name."""
 MORE = {"shift": "t", "turn": "r", "pick": "p", "flip": "f", "count": "n", "merge": "z"}
 """Domains beyond the demonstration's, and the letter that begins their prompts ("f" is a letter of the tasks already)."""
 
 
 def demo_domains(seed: int, names: Sequence[str] = DOMAINS) -> list[Domain]:
-    """Domains; which examples are held out for evaluation depends on the seed.
-
-    Args:
-        seed: Splits each domain's examples into 128 for evaluation and the rest for training; 32 of the latter are
-            stored for probes.
-        names: The demonstration's three, or any of `GENERATORS`.
-    """
+    """Domains, the demonstration's three or any of `GENERATORS`. The seed splits the examples of each into 128 for evaluation
+    and the rest for training; 32 of the latter are stored for probes."""
     return [character_domain(name, name, seed, PROBE_EXAMPLES) for name in names]
 
 
@@ -157,20 +114,24 @@ def character_domain(name: str, task: str, seed: int, stored: int) -> Domain:
     return split_domain(name, GENERATORS[task](), exact_match, EVAL_EXAMPLES, seed, "exact", stored)
 
 
-def character_tokenizer(names: Sequence[str] = DOMAINS) -> Any:
-    """A fast transformers tokenizer with one token per character of the tasks.
+@contextmanager
+def _needs_transformers() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as e:
+        raise ImportError("the character tasks need transformers: pip install 'carerl-kernels[train]'") from e
 
-    Args:
-        names: Domains beyond the demonstration's add the letters their prompts begin with.
+
+def character_tokenizer(names: Sequence[str] = DOMAINS) -> Any:
+    """A fast transformers tokenizer with one token per character of the tasks; those beyond the demonstration's add the letters
+    that their prompts begin with.
 
     Raises:
         ImportError: transformers is missing; says what to install.
     """
-    try:
+    with _needs_transformers():
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
-    except ImportError as e:
-        raise ImportError("the character tasks need transformers: pip install 'carerl-kernels[train]'") from e
     kinds = "".join(MORE.get(name, "") for name in names)
     symbols = [PAD, EOS, *sorted(set("cms^v>" + LETTERS + DIGITS + MARKS + kinds))]
     backend = Tokenizer(models.WordLevel({s: i for i, s in enumerate(symbols)}, unk_token=PAD))
@@ -185,10 +146,8 @@ def tiny_model(tokenizer: Any, seed: int) -> Any:
     Raises:
         ImportError: transformers is missing; says what to install.
     """
-    try:
+    with _needs_transformers():
         from transformers import Qwen3Config, Qwen3ForCausalLM
-    except ImportError as e:
-        raise ImportError("the character tasks need transformers: pip install 'carerl-kernels[train]'") from e
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -224,12 +183,9 @@ def warm_up(
 
     Args:
         model: Trained in place.
-        tokenizer: Its tokenizer.
-        domains: Equal shares of each batch.
         seed: Draws the examples.
         steps: Adam steps.
         batch_per_domain: Examples of each domain per step.
-        lr: Learning rate.
 
     Returns:
         The loss of every step (nats per token).

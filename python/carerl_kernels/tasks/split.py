@@ -23,10 +23,8 @@ def domain_of(
     """A domain that trains on some examples and is evaluated on others.
 
     Args:
-        name: Of the domain.
         train: Drawn from with replacement.
         held_out: For evaluation.
-        reward: What judges completions.
         mode: How the domain is evaluated, see `Domain`.
         stored: The first so many of `train` are stored as well, for probes, rehearsal and replay.
 

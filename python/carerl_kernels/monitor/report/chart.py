@@ -13,6 +13,7 @@ WIDTH, HEIGHT = 340, 210
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 20, 36
 COLOURS = 6  # classes c0 .. c5 of the page
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2", "1 2")
+ROWS = 60  # of a chart's table of numbers
 POINTS = 240  # of a line; longer ones are averaged in buckets
 
 Points = Sequence[tuple[float, float]]
@@ -23,12 +24,9 @@ class Line:
     """One line.
 
     Attributes:
-        name: The name for legend and screen readers.
-        points: (x, y).
         colour: number of the page's colour and of the dash pattern.
         marks: draw the points.
         band: (x, low, high), shaded.
-        faint: thin, and not in the legend.
     """
 
     name: str
@@ -36,7 +34,6 @@ class Line:
     colour: int = 0
     marks: bool = False
     band: Sequence[tuple[float, float, float]] = ()
-    faint: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,8 +41,6 @@ class Chart:
     """A chart with what stands around it.
 
     Attributes:
-        title, caption: plain text.
-        svg: the drawing.
         legend: (name, colour, dashes) of each line that needs one.
         rows, head: the numbers as a table; empty where there is none.
     """
@@ -63,12 +58,9 @@ class Matrix:
     """Numbers in rows and columns, shown as a table with coloured cells.
 
     Attributes:
-        title, caption: The table's title and caption, plain text.
         corner: What rows and columns are.
-        columns, rows: The names of columns and rows.
-        cells: The values of every row, None where nothing was measured.
+        columns, rows: The names of columns; of rows also the values, None where nothing was measured.
         full: The magnitude that gets the full colour.
-        style: The Python format of a cell.
         bad_above: numbers above 0 get the colour of harm, as losses do, instead of those below.
     """
 
@@ -97,7 +89,6 @@ def line_chart(
     lines: Sequence[Line],
     *,
     y_label: str = "",
-    x_label: str = "step",
     stages: Sequence[tuple[str, float, float]] = (),
     own: Sequence[str] = (),
     alerts: Sequence[tuple[float, str]] = (),
@@ -109,9 +100,8 @@ def line_chart(
     """Draws lines over steps.
 
     Args:
-        title, caption: The title and caption of the figure.
         lines: what to draw; at least one with points.
-        y_label, x_label: The `y_label` and `x_label` of the axes; none for no label.
+        y_label: What the y axis shows; the x axis shows steps.
         stages: (name, first, last) shown along the top.
         own: names of stages to be shaded.
         alerts: (x, text) marked by vertical lines.
@@ -119,7 +109,7 @@ def line_chart(
         y_range: limits that the axis must at least include.
         percent: label the y axis in percent.
     """
-    drawn = [Line(n.name, thin(n.points), n.colour, n.marks, n.band, n.faint) for n in lines if n.points]
+    drawn = [Line(n.name, thin(n.points), n.colour, n.marks, n.band) for n in lines if n.points]
     xs = [x for n in drawn for x, _ in n.points] + [x for _, a, b in stages for x in (a, b)]
     ys = [y for n in drawn for _, y in n.points] + [v for n in drawn for _, a, b in n.band for v in (a, b)]
     ys += list(y_range or ()) + ([level[0]] if level else [])
@@ -153,7 +143,7 @@ def line_chart(
         px, _ = at(x, y0)
         if x0 <= x <= x1:
             out.append(f'<text class="tick x" x="{px}" y="{bottom + 15}">{round(x, 10):g}</text>')
-    out.append(f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2:g}" y="{HEIGHT - 5}">{escape(x_label)}</text>')
+    out.append(f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2:g}" y="{HEIGHT - 5}">step</text>')
     if y_label:
         middle = (top + bottom) / 2
         turned = f'transform="rotate(-90 11 {middle:g})" x="11" y="{middle:g}"'
@@ -169,11 +159,10 @@ def line_chart(
             upper = [at(x, high) for x, _, high in n.band]
             lower = [at(x, low) for x, low, _ in reversed(n.band)]
             out.append(f'<polygon class="c{colour} band" points="{_pairs([*upper, *lower])}"/>')
-        solid = n.faint or len(drawn) == 1 or not DASHES[colour]
+        solid = len(drawn) == 1 or not DASHES[colour]
         dash = "" if solid else f' stroke-dasharray="{DASHES[colour]}"'
         points = [at(x, y) for x, y in n.points]
-        kind = "line faint" if n.faint else "line"
-        out.append(f'<polyline class="c{colour} {kind}"{dash} points="{_pairs(points)}"/>')
+        out.append(f'<polyline class="c{colour} line"{dash} points="{_pairs(points)}"/>')
         if n.marks:
             for (px, py), (x, y) in zip(points, n.points, strict=True):
                 value = f"{100 * y:.1f} %" if percent else f"{y:.3g}"
@@ -185,14 +174,14 @@ def line_chart(
             f'<g class="alert"><line x1="{px}" x2="{px}" y1="{top}" y2="{bottom}"/>'
             f'<path d="M{px - 5} {top - 1} h10 l-5 8 z"/><title>{escape(text)}</title></g>'
         )
-    described = f"{title}: {', '.join(n.name for n in drawn if not n.faint)} over {x_label}"
+    described = f"{title}: {', '.join(n.name for n in drawn)} over step"
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(described)}">' + "".join(out) + "</svg>"
-    named = [n for n in drawn if not n.faint]
-    legend = [(n.name, n.colour % COLOURS, DASHES[n.colour % COLOURS]) for n in named] if len(named) > 1 else []
-    steps = sorted({x for n in named for x, _ in n.points})
-    values = [dict(n.points) for n in named]
-    rows = [[f"{x:g}", *(f"{v[x]:.4g}" if x in v else "" for v in values)] for x in _some(steps, 60)]
-    return Chart(title, Markup(svg), caption, legend, [x_label, *(n.name for n in named)], rows)
+    legend = [(n.name, n.colour % COLOURS, DASHES[n.colour % COLOURS]) for n in drawn] if len(drawn) > 1 else []
+    steps = sorted({x for n in drawn for x, _ in n.points})
+    values = [dict(n.points) for n in drawn]
+    few = steps[:: math.ceil(len(steps) / ROWS)]
+    rows = [[f"{x:g}", *(f"{v[x]:.4g}" if x in v else "" for v in values)] for x in few]
+    return Chart(title, Markup(svg), caption, legend, ["step", *(n.name for n in drawn)], rows)
 
 
 def thin(points: Points, limit: int = POINTS) -> list[tuple[float, float]]:
@@ -234,7 +223,3 @@ def _fit(name: str, width: float) -> str:
     """The name, or as much of it as fits in so many units; nothing where not even three letters do."""
     letters = int(width / 5.6)
     return name if len(name) <= letters else f"{name[: letters - 1]}…" if letters >= 4 else ""
-
-
-def _some(values: list[float], limit: int) -> list[float]:
-    return values if len(values) <= limit else values[:: math.ceil(len(values) / limit)]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..._files import write_bytes_atomically
 from .chart import Chart, Line, Matrix, line_chart
+from .curves import Missing, Stages
 from .pooled import balance, conflict_and_curvature, step_budget
 from .record import RunRecord
-from .sections import Missing, Stages, guard_activity, interference, reward_shares, run_cost
+from .sections import guard_activity, interference, reward_shares, run_cost
 
 
 @dataclass
@@ -53,16 +55,11 @@ class Page:
     cost_text: str
     notes: list[str]
     config: str
-    command: str = ""
-    missing: Missing = field(default_factory=list)
+    missing: Missing
 
 
 def write_report(run: Path | str, target: Path | str | None = None) -> tuple[Path, Page]:
-    """Writes a run's report.
-
-    Args:
-        run: its directory.
-        target: HTML file; default report.html in the directory.
+    """Writes the report of a run's directory, into report.html there unless a target is given.
 
     Returns:
         Where the page is, and what it says.
@@ -94,24 +91,22 @@ def render(page: Page) -> str:
 
 def build_page(record: RunRecord) -> Page:
     """Everything that can be said of a run; what cannot is listed in `missing` with what would have to be recorded."""
-    missing: Missing = []
+    missing: Missing = {}
     stages = [(s.name, float(max(s.first - 1, 0)), float(s.last)) for s in record.spans]
     tests = record.series("monitor", "alpha")
     alerts = record.alerts
     cards = [_card(record, name, stages) for name in record.domains]
     if not any(card.chart for card in cards):
-        missing.append(
-            ("Scores per domain", "give domains held-out examples (eval_examples), or evaluate=... to the monitor")
-        )
+        missing["Scores per domain"] = "give domains held-out examples (eval_examples), or evaluate=... to the monitor"
     if not tests:
-        missing.append(("A test of drift", "train with monitor=DriftMonitor(domains)"))
+        missing["A test of drift"] = "train with monitor=DriftMonitor(domains)"
     pulls = [*conflict_and_curvature(record, missing), *interference(record, stages, missing)]
     shares = [*step_budget(record, stages), *reward_shares(record, stages, missing)]
     balanced, decisions = balance(record, stages)
     guard = guard_activity(record, stages, missing)
     cost, cost_text = run_cost(record)
     if not cost:
-        missing.append(("Cost", 'lines with "seconds" per phase, which the trainer and JsonLines write'))
+        missing["Cost"] = 'lines with "seconds" per phase, which the trainer and JsonLines write'
     facts = [("steps", f"{record.last_step:,}"), ("domains", str(len(record.domains)))]
     if record.spans:
         facts.append(("stages" if len(record.spans) > 1 else "stage", " → ".join(s.name for s in record.spans)))
@@ -154,16 +149,12 @@ def _verdict(record: RunRecord, name: str) -> tuple[str, str]:
     own = [a for a in record.alerts if a["domain"] == name]
     drops, alphas = record.series("monitor", "drop"), record.series("monitor", "alpha")
     drop, alpha = drops[-1][1] if drops else 0.0, alphas[-1][1] if alphas else 0.0
-    if own and not tested:
-        a = own[-1]
-        return "fell", f"{record.difference(a['drop'])} below its baseline at step {a['step']}, {_p(a['p'])}"
     if own:
-        end = tested[-1]["score"]
+        end = tested[-1]["score"] if tested else -math.inf
         below = [a for a in own if a["baseline"] - end >= drop and a["baseline"] > end]
+        a = (below or own)[-1]
         if below or tested[-1]["fallen"]:
-            a = (below or own)[-1]
             return "fell", f"{record.difference(a['drop'])} below its baseline at step {a['step']}, {_p(a['p'])}"
-        a = own[-1]
         side = f"{record.difference(abs(a['baseline'] - end))} {'below' if end < a['baseline'] else 'above'}"
         return "recovered", f"fell at step {a['step']}; {side} that baseline at the end"
     if not tested:

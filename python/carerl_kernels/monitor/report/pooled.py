@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .chart import Chart, Line, Matrix, line_chart, smooth
+from ...grpo.balance import DOMINATES
+from .chart import Chart, Matrix
+from .curves import SHARE, Missing, Stages, curves
 from .record import RunRecord
-
-Stages = list[tuple[str, float, float]]  # name, first and last step
-Missing = list[tuple[str, str]]  # what, and what would record it
 
 
 @dataclass(frozen=True)
@@ -18,8 +17,6 @@ class Damage:
     """What the windows of one acting domain or stage did to one domain's loss, on average.
 
     Attributes:
-        acting: The domain whose steps these are.
-        domain: The domain whose held-out loss this is.
         odd, even: conflict and curvature, means per window in nats per token; above 0 the loss rose.
         windows, last: how many there were, and the step at which the last one ended.
     """
@@ -102,61 +99,41 @@ def conflict_and_curvature(record: RunRecord, missing: Missing) -> list[Matrix |
                 )
             )
     if not out:
-        missing.append(("Conflict and curvature", "DriftMonitor(..., model=model, split_every=1), see docs/monitor.md"))
+        missing["Conflict and curvature"] = "DriftMonitor(..., model=model, split_every=1), see docs/monitor.md"
     return out
 
 
 def step_budget(record: RunRecord, stages: Stages) -> list[Chart]:
     """Who had the optimizer's steps of mixed batches."""
-    charts, window = [], max(1, len(record.lines) // 30)
-    for title, keys, caption in (
-        (
-            "Share of the step budget",
-            ("step_share",),
-            "Squared advantages, weights included: whose noise and whose signal fill the step that Adam normalises.",
+    advantages = (
+        "Squared advantages, weights included: whose noise and whose signal fill the step that Adam normalises."
+    )
+    gradients, steps = "monitor.budget.gradient.*", "monitor.budget.step.*"
+    divided = "The same, each parameter divided by the root of its second moment."
+    loudest = "Largest share of the step budget times the number of domains: 1 is even."
+    warned = (DOMINATES, f"warned of from {DOMINATES} on")
+    return [
+        *curves(record, stages, "Share of the step budget", "step_share.*", advantages, smoothed=True, **SHARE),
+        *curves(
+            record, stages, "Share of the squared gradient", gradients, "Of each domain's part of the batch.", **SHARE
         ),
-        ("Share of the squared gradient", ("monitor", "budget", "gradient"), "Of each domain's part of the batch."),
-        (
-            "Share of Adam's step",
-            ("monitor", "budget", "step"),
-            "The same, each parameter divided by the root of its second moment.",
-        ),
-    ):
-        own = window if len(keys) == 1 else 1
-        lines = [Line(n, smooth(record.series(*keys, n), own), i) for i, n in enumerate(record.domains)]
-        if any(line.points for line in lines):
-            charts.append(line_chart(title, lines, stages=stages, y_range=(0.0, 1.0), percent=True, caption=caption))
-    loudness = record.series("domination")
-    if loudness:
-        charts.append(
-            line_chart(
-                "Domination",
-                [Line("domination", smooth(loudness, window), 0)],
-                stages=stages,
-                level=(1.5, "warned of from 1.5 on"),
-                caption="Largest share of the step budget times the number of domains: 1 is even.",
-            )
-        )
-    return charts
+        *curves(record, stages, "Share of Adam's step", steps, divided, **SHARE),
+        *curves(record, stages, "Domination", "domination", loudest, ["domination"], smoothed=True, level=warned),
+    ]
 
 
 def balance(record: RunRecord, stages: Stages) -> tuple[list[Chart], list[Mapping[str, Any]]]:
     """What weighed the domains or moved their shares, and the controller's decisions."""
-    charts, window = [], max(1, len(record.lines) // 30)
-    for title, keys, own, caption in (
-        (
-            "Factor of the controller",
-            ("monitor", "balance", "factor"),
-            1,
-            "What the share or weight was multiplied by.",
-        ),
-        ("Weight in the loss", ("weight",), 1, "What each domain's advantages were multiplied by."),
-        ("Prompts drawn anew", ("redrawn",), window, "Per step, because all completions earned the same."),
-        ("Prompts that agree", ("agreed",), window, "Share of a domain's prompts from which nothing is learned."),
-    ):
-        lines = [Line(n, smooth(record.series(*keys, n), own), i) for i, n in enumerate(record.domains)]
-        if any(line.points for line in lines):
-            charts.append(line_chart(title, lines, stages=stages, caption=caption, percent=keys == ("agreed",)))
+    multiplied = "What each domain's advantages were multiplied by."
+    redrawn = "Per step, because all completions earned the same."
+    agreed = "Share of a domain's prompts from which nothing is learned."
+    factor, by = "monitor.balance.factor.*", "What the share or weight was multiplied by."
+    charts = [
+        *curves(record, stages, "Factor of the controller", factor, by),
+        *curves(record, stages, "Weight in the loss", "weight.*", multiplied),
+        *curves(record, stages, "Prompts drawn anew", "redrawn.*", redrawn, smoothed=True),
+        *curves(record, stages, "Prompts that agree", "agreed.*", agreed, smoothed=True, percent=True),
+    ]
     told = [found.get("decisions") for _, found in record.found("monitor", "balance")]
     decisions = [decision for found in told if isinstance(found, list) for decision in found]
     return charts, decisions

@@ -51,8 +51,7 @@ class RunRecord:
         Raises:
             RunError: no run there, or a file that cannot be read; says which line and what to do.
         """
-        directory = RunDirectory(path)
-        notes: list[str] = []
+        directory, notes = RunDirectory(path), list[str]()
         if not directory.metrics_path.is_file():
             raise RunError(_no_run(directory.path))
         lines = list(_metrics(directory.metrics_path, notes))
@@ -82,8 +81,9 @@ class RunRecord:
         """Names of all domains that were evaluated or rewarded, in order of configuration, else of appearance."""
         seen: dict[str, None] = dict.fromkeys((self.config or {}).get("domains", ()))
         for line in self.lines:
-            for key in ("eval", "rewards"):  # elsewhere these may be one number
-                seen.update(dict.fromkeys(_mapping(line.get(key))))
+            for key in ("eval", "rewards"):
+                if isinstance(line.get(key), Mapping):  # elsewhere these may be one number
+                    seen.update(dict.fromkeys(line[key]))
         return list(seen)
 
     @cached_property
@@ -126,10 +126,6 @@ class RunRecord:
             for key in keys:
                 value = value.get(key) if isinstance(value, Mapping) else None
             yield int(line["step"]), value
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
 
 
 def _spans(lines: list[dict[str, Any]]) -> list[Span]:
@@ -200,8 +196,6 @@ def _json(path: Path, shape: Mapping[str, Any], notes: list[str]) -> dict[str, A
 def _no_run(path: Path) -> str:
     if not path.exists():
         return f"{path} does not exist; expected the directory of a run, with a file metrics.jsonl"
-    inside = sorted(str(p.parent) for p in path.glob("*/*/metrics.jsonl")) + sorted(
-        str(p.parent) for p in path.glob("*/metrics.jsonl")
-    )
+    inside = [str(p.parent) for pattern in ("*/*", "*") for p in sorted(path.glob(f"{pattern}/metrics.jsonl"))]
     more = f"; it holds {len(inside)} runs, choose one: {', '.join(inside[:4])}" if inside else ""
     return f"expected the directory of a run, with a file metrics.jsonl, found {path} without{more}"

@@ -6,14 +6,11 @@ Where a run recorded nothing, they add to `missing` what it would need.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
 
-from .chart import Chart, Line, Matrix, Points, line_chart, smooth
+from .chart import Chart, Line, Matrix, line_chart
+from .curves import SHARE, Missing, Stages, curves, moving
 from .record import RunRecord, Span
-
-Stages = list[tuple[str, float, float]]  # name, first and last step
-Missing = list[tuple[str, str]]  # what, and what would record it
 
 PHASES = {
     "sample": "sampling",
@@ -33,17 +30,11 @@ PHASES = {
 
 def interference(record: RunRecord, stages: Stages, missing: Missing) -> list[Matrix | Chart]:
     """What stages did to scores, and which gradients pull against which."""
-    out: list[Matrix | Chart] = []
-    changes = _stage_changes(record)
-    if changes is not None:
-        out.append(changes)
+    out: list[Matrix | Chart] = list(_stage_changes(record))
     found = record.found("monitor", "gradients")
     if not found:
-        missing.append(
-            (
-                "Gradient cosines between domains",
-                "DriftMonitor(..., model=model, gradients_every=n), see docs/monitor.md",
-            )
+        missing["Gradient cosines between domains"] = (
+            "DriftMonitor(..., model=model, gradients_every=n), see docs/monitor.md"
         )
         return out
     names: dict[str, None] = {}
@@ -56,20 +47,15 @@ def interference(record: RunRecord, stages: Stages, missing: Missing) -> list[Ma
                     pairs.setdefault((a, b), []).append((step, value))
                     pairs.setdefault((b, a), []).append((step, value))
     order = [n for n in names if n != "batch"]
-    batch = {b: points for (a, b), points in pairs.items() if a == "batch"}
+    batch = {n: pairs["batch", n] for n in order if ("batch", n) in pairs}
     if not order:
-        missing.append(("Gradients to compare the batch's with", "probe_examples in the domains"))
+        missing["Gradients to compare the batch's with"] = "probe_examples in the domains"
     if batch:
-        lines = [Line(n, batch[n], order.index(n), marks=len(batch[n]) <= 60) for n in order if n in batch]
+        lines = [Line(n, batch[n], i, marks=len(batch[n]) <= 60) for i, n in enumerate(order) if n in batch]
+        title = "This batch's gradient against each domain's own"
+        caption = "Above 0 the step also lowers that domain's loss on its stored examples; below 0 it raises it."
         out.append(
-            line_chart(
-                "This batch's gradient against each domain's own",
-                lines,
-                y_label="cosine",
-                stages=stages,
-                level=(0.0, "orthogonal"),
-                caption="Above 0 the step also lowers that domain's loss on its stored examples; below 0 it raises it.",
-            )
+            line_chart(title, lines, y_label="cosine", stages=stages, level=(0.0, "orthogonal"), caption=caption)
         )
     if len(order) > 1:
         rows = [(a, [_mean(v for _, v in pairs.get((a, b), [])) if a != b else None for b in order]) for a in order]
@@ -77,20 +63,14 @@ def interference(record: RunRecord, stages: Stages, missing: Missing) -> list[Ma
             cells = [_mean(v for x, v in batch.get(n, []) if span.first <= x <= span.last) for n in order]
             if any(c is not None for c in cells):
                 rows.append((f"batch, {span.name}" if len(record.spans) > 1 else "batch", cells))
-        out.append(
-            Matrix(
-                "Gradient cosines",
-                f"Means over {len(found)} measurements; of the batch, per stage. Negative: the two pull against each other.",
-                "gradient of",
-                order,
-                rows,
-                1.0,
-            )
+        caption = (
+            f"Means over {len(found)} measurements; of the batch, per stage. Negative: the two pull against each other."
         )
+        out.append(Matrix("Gradient cosines", caption, "gradient of", order, rows, 1.0))
     return out
 
 
-def _stage_changes(record: RunRecord) -> Matrix | None:
+def _stage_changes(record: RunRecord) -> Iterator[Matrix]:
     """What every stage did to every domain's score; for a single stage, from its first evaluation to its last."""
     rows = []
     points = record.span == 1
@@ -103,19 +83,18 @@ def _stage_changes(record: RunRecord) -> Matrix | None:
             after = [y for x, y in scores if span.first <= x <= span.last]
             cells.append(scale * (after[-1] - before[-1]) if before and after else None)
         rows.append((span.name, cells))
-    if not any(c is not None for _, cells in rows for c in cells):
-        return None
-    strongest = max(abs(c) for _, cells in rows for c in cells if c is not None)
-    return Matrix(
-        "What each stage did to each domain",
-        f"Change of the score over the stage{', in points' if points else ''}. "
-        "Off the diagonal: transfer if positive, interference if negative.",
-        "stage",
-        record.domains,
-        rows,
-        strongest or 1.0,
-        "{:+.1f}" if points else "{:+.3g}",
-    )
+    changes = [abs(c) for _, cells in rows for c in cells if c is not None]
+    if changes:
+        yield Matrix(
+            "What each stage did to each domain",
+            f"Change of the score over the stage{', in points' if points else ''}. "
+            "Off the diagonal: transfer if positive, interference if negative.",
+            "stage",
+            record.domains,
+            rows,
+            max(changes) or 1.0,
+            "{:+.1f}" if points else "{:+.3g}",
+        )
 
 
 # -------------------------------------------------------------------------------------------------------------------- shares
@@ -123,71 +102,36 @@ def _stage_changes(record: RunRecord) -> Matrix | None:
 
 def reward_shares(record: RunRecord, stages: Stages, missing: Missing) -> list[Chart]:
     """Rewards per domain, and who has the batch and the reward variance."""
-    charts = []
-    window = max(1, len(record.lines) // 30)
-
-    def curves(get: Callable[[str], Points]) -> list[Line]:
-        lines = []
-        for i, name in enumerate(record.domains):
-            points = get(name)
-            if points:
-                lines += [Line(name, smooth(points, window), i)]
-        return lines
-
-    rewards = curves(lambda name: record.series("rewards", name))
-    if rewards:
-        charts.append(
-            line_chart(
-                "Reward",
-                rewards,
-                y_label="mean reward",
-                stages=stages,
-                caption=f"Moving average over {window} steps." if window > 1 else "",
-            )
-        )
-    else:
-        missing.append(("Rewards per domain", 'metrics with "rewards", see reward_statistics'))
-    variance = record.found("reward_variance")
+    averaged = f"Moving average over {moving(record)} steps." if moving(record) > 1 else ""
+    charts = curves(record, stages, "Reward", "rewards.*", averaged, smoothed=True, y_label="mean reward")
+    if not charts:
+        missing["Rewards per domain"] = 'metrics with "rewards", see reward_statistics'
     shares = record.found("batch_share")
-    if not (variance and shares):
-        missing.append(
-            (
-                "Shares of reward variance and batch",
-                'metrics with "reward_variance" and "batch_share", see reward_statistics',
-            )
+    if not (record.found("reward_variance") and shares):
+        missing["Shares of reward variance and batch"] = (
+            'metrics with "reward_variance" and "batch_share", see reward_statistics'
         )
-        return charts
-    if any(len(found) > 1 for _, found in shares):  # mixed batches
-        by_variance = _variance_shares(record)
-        for title, source, caption in (
-            (
+    elif any(len(found) > 1 for _, found in shares):  # mixed batches
+        by_variance = _variance_shares(record)  # none where no prompt's rewards ever differed
+        caption = (
+            "Within prompts, which is all that group-relative advantages see: who has it decides where the update goes."
+        )
+        charts += [
+            *curves(
+                record,
+                stages,
                 "Share of the batch",
-                {n: record.series("batch_share", n) for n in record.domains},
+                "batch_share.*",
                 "Completions of each domain.",
+                smoothed=True,
+                **SHARE,
             ),
-            (
-                "Share of reward variance",
-                by_variance,
-                "Within prompts, which is all that group-relative advantages see: who has it decides where the update goes.",
-            ),
-        ):
-            lines = curves(lambda name, source=source: source.get(name, []))  # type: ignore[misc]
-            if lines:  # no shares where no prompt's rewards ever differed
-                charts.append(
-                    line_chart(title, lines, stages=stages, y_range=(0.0, 1.0), percent=True, caption=caption)
-                )
+            *curves(record, stages, "Share of reward variance", by_variance, caption, smoothed=True, **SHARE),
+        ]
     else:
-        lines = curves(lambda name: record.series("reward_variance", name))
-        if lines:
-            charts.append(
-                line_chart(
-                    "Reward variance within prompts",
-                    lines,
-                    y_label="variance",
-                    stages=stages,
-                    caption="What group-relative advantages learn from; every batch is of one domain here.",
-                )
-            )
+        title = "Reward variance within prompts"
+        caption = "What group-relative advantages learn from; every batch is of one domain here."
+        charts += curves(record, stages, title, "reward_variance.*", caption, smoothed=True, y_label="variance")
     return charts
 
 
@@ -213,96 +157,77 @@ def guard_activity(record: RunRecord, stages: Stages, missing: Missing) -> list[
     """What the guard saw and did over the run, and its reports at the ends of stages."""
     if record.config is not None and record.config.get("guarded") is False:
         return []
-    out: list[Matrix | Chart] = []
     histories = list(dict.fromkeys(n for _, f in record.found("monitor", "guard", "domains") for n in f))
-    for key, title, caption in (
-        (
-            "conflicting",
+    own = "monitor.guard.domains.*."
+    out: list[Matrix | Chart] = [
+        *curves(
+            record,
+            stages,
             "Conflicting share of updates",
+            own + "conflicting",
             "Share of update energy that undoes what a domain's stage did, since the run began.",
+            histories,
+            percent=True,
         ),
-        (
-            "net_displacement",
+        *curves(
+            record,
+            stages,
             "Displacement along protected directions",
+            own + "net_displacement",
             "Net, since the stage began, relative to the recorded stage's own.",
+            histories,
+            y_label="ratio",
         ),
-    ):
-        lines = [Line(n, record.series("monitor", "guard", "domains", n, key), i) for i, n in enumerate(histories)]
-        if any(n.points for n in lines):
-            percent = key == "conflicting"
-            out.append(
-                line_chart(
-                    title,
-                    lines,
-                    y_label="" if percent else "ratio",
-                    stages=stages,
-                    percent=percent,
-                    caption=caption,
-                )
-            )
-    touched = record.series("monitor", "guard", "touched_share")
-    if touched:
-        out.append(
-            line_chart(
-                "Share of update energy that the guard took",
-                [Line("touched", touched, 0)],
-                stages=stages,
-                percent=True,
-                caption="Energy of all corrections over energy of all updates, since the run began.",
-            )
-        )
+        *curves(
+            record,
+            stages,
+            "Share of update energy that the guard took",
+            "monitor.guard.touched_share",
+            "Energy of all corrections over energy of all updates, since the run began.",
+            ["touched"],
+            percent=True,
+        ),
+    ]
     reports = {stage: report for stage, report in record.guard_reports.items() if report.get("domains")}
     if not reports:
         if not out:
-            missing.append(
-                (
-                    "Guard activity",
-                    "a guard's reports (bases/*.report.json of the trainer, or DriftMonitor(..., guard=guard))",
-                )
+            missing["Guard activity"] = (
+                "a guard's reports (bases/*.report.json of the trainer, or DriftMonitor(..., guard=guard))"
             )
         return out
     columns = list(dict.fromkeys(n for r in reports.values() for n in r["domains"]))
-
-    def rows(get: Callable[[Mapping[str, Any]], Any]) -> list[tuple[str, list[float | None]]]:
-        return [
-            (stage, [get(r["domains"][n]) if n in r["domains"] else None for n in columns])
-            for stage, r in reports.items()
-        ]
-
-    for title, caption, get, full, style in (
+    ends = [(stage, [report["domains"].get(n, {}) for n in columns]) for stage, report in reports.items()]
+    last = list(reports.values())[-1]
+    kinds = ["aligned", "conflicting", "orthogonal"]
+    energies = [(name, d.get("energy") or {}) for name, d in last["domains"].items()]
+    for title, caption, corner, heads, rows, style in (
         (
             "Displacement at the end of each stage",
             "Along each protected domain's directions, relative to the recorded stage's own displacement.",
-            lambda d: d.get("net_displacement"),
-            1.0,
+            "after stage",
+            columns,
+            [(stage, [d.get("net_displacement") for d in found]) for stage, found in ends],
             "{:.2f}",
         ),
         (
             "Capture",
             "Share of the recorded stage's squared displacement that its directions hold: what the guard can see of it.",
-            lambda d: (d.get("capture") or {}).get("displacement"),
-            1.0,
+            "after stage",
+            columns,
+            [(stage, [(d.get("capture") or {}).get("displacement") for d in found]) for stage, found in ends],
             "{:.2f}",
         ),
+        (
+            "Update energy by class",
+            "Of all updates that the guard saw: along and against what each domain's stage did, and neither.",
+            "domain",
+            kinds,
+            [(name, [energy.get(kind) for kind in kinds]) for name, energy in energies],
+            "{:.1%}",
+        ),
     ):
-        cells = rows(get)
-        if any(c is not None for _, row in cells for c in row):
-            out.append(Matrix(title, caption, "after stage", columns, cells, full, style))
-    last = list(reports.values())[-1]
-    kinds = ("aligned", "conflicting", "orthogonal")
-    energies = [(n, [(d.get("energy") or {}).get(kind) for kind in kinds]) for n, d in last["domains"].items()]
-    if any(c is not None for _, cells in energies for c in cells):
-        out.append(
-            Matrix(
-                "Update energy by class",
-                "Of all updates that the guard saw: along and against what each domain's stage did, and neither.",
-                "domain",
-                list(kinds),
-                energies,
-                1.0,
-                "{:.1%}",
-            )
-        )
+        if any(c is not None for _, cells in rows for c in cells):
+            out.append(Matrix(title, caption, corner, heads, rows, 1.0, style))
     windows = last.get("open_windows") or []
     if windows:
         record.notes.append(f"Open windows at the end, protected by nothing: {', '.join(windows)}.")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 from ..._errors import PlainError
 from ..log import LOGGER
+from .cache import Cache, cache_key
 
 T = TypeVar("T")
 
@@ -39,11 +40,9 @@ class Request:
 
     Attributes:
         messages: {"role", "content"}.
-        schema: JSON schema that the reply shall satisfy.
-        name: The name of the schema.
+        schema, name: JSON schema that the reply shall satisfy, and its name.
         max_tokens: Limit of the reply.
         temperature: 0 takes the likeliest token.
-        seed: The seed of the sampler.
         choices: Texts whose probabilities matter wherever one of them is generated: the digits of a scale.
     """
 
@@ -61,7 +60,6 @@ class Reply:
     """What came back.
 
     Attributes:
-        text: The text of the reply.
         complete: False when it was cut at max_tokens.
         tokens: The tokens, with alternatives; empty when the backend gives none.
     """
@@ -138,13 +136,19 @@ class Meter:
         return text
 
 
+async def kept(cache: Cache, backend: Backend, kind: str, make: Callable[[], Awaitable[Any]], **decides: Any) -> Any:
+    """What `make` gives as JSON, made once for the model and everything else that decides it; the meter counts what was there."""
+    value, known = await cache.get_or_make(cache_key(kind, model=backend.model, **decides), make)
+    backend.meter.cached += known
+    return value
+
+
 async def first_valid(
     backend: Backend, request: Request, attempts: int, read: Callable[[Reply], T], *, repeat: int = 0
 ) -> T:
     """What `read` makes of the first valid reply. The first request of all takes the likeliest tokens, later ones sample.
 
     Args:
-        backend: The model.
         request: What is asked; `max_tokens` is doubled when a reply was cut off.
         attempts: Replies to ask for.
         read: Raises a ValueError for a reply that is not valid.

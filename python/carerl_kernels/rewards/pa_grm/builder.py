@@ -6,8 +6,8 @@ from pydantic import ValidationError
 
 from ..._json import last_object
 from ..prompts import Prompt, prompt_text
-from .backend import Backend, Reply, Request, first_valid
-from .cache import Cache, cache_key
+from .backend import Backend, Reply, Request, first_valid, kept
+from .cache import Cache
 from .protocol import Limits, Protocol, protocol_schema
 from .untrusted import quoted
 
@@ -37,7 +37,6 @@ class ProtocolBuilder:
     Args:
         backend: The model that writes. A better one than the judge pays: there is one protocol for many responses.
         cache: Where protocols are kept, by prompt, reference answer, model and limits.
-        limits: Size and scale.
         attempts: Replies to ask for until one is valid; a whole group depends on it.
         max_tokens: The limit of a reply's length; doubled when one was cut off.
     """
@@ -67,21 +66,12 @@ class ProtocolBuilder:
             BackendError: No valid protocol came back.
         """
         text = prompt_text(prompt)
-        key = cache_key(
-            "protocol",
-            version=_VERSION,
-            prompt=text,
-            reference=reference,
-            model=self.backend.model,
-            limits=self.limits.model_dump(),
-        )
 
         async def make() -> object:
             return (await self._write(text, reference)).model_dump(mode="json")
 
-        value, known = await self.cache.get_or_make(key, make)
-        self.backend.meter.cached += known
-        return Protocol.model_validate(value)
+        decides = {"version": _VERSION, "prompt": text, "reference": reference, "limits": self.limits.model_dump()}
+        return Protocol.model_validate(await kept(self.cache, self.backend, "protocol", make, **decides))
 
     async def _write(self, text: str, reference: str | None) -> Protocol:
         limits = self.limits

@@ -29,9 +29,8 @@ class Cache:
     def __init__(self, path: Path | str | None = None) -> None:
         self.path = None if path is None else Path(path)
         self._lock = threading.Lock()
-        self._making: dict[
-            tuple[int, str], tuple[asyncio.Future[Any], list[None]]
-        ] = {}  # and a mark for each who waits
+        # by event loop and key, with a mark for each who waits
+        self._making: dict[tuple[int, str], tuple[asyncio.Future[Any], list[None]]] = {}
         self._pid = 0
         self._database = self._open()
 

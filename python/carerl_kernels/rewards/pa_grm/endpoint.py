@@ -16,20 +16,16 @@ _REFUSED = {401, 402, 404, 405}  # whatever is asked
 _SECRET = 6  # characters
 _FORBIDDEN = 16  # answers 403 before any good one: then it is the key, not what one item says
 # What a server can do without, in the order in which it is left out where the server does not say what it minds.
-_OPTIONAL = ("logprobs", "response_format", "temperature", "seed", "max_tokens")
-_LEFT_OUT = {
-    "logprobs": "gives no token probabilities; scores are the digits as written",
-    "response_format": "does not guide decoding by a schema; replies are validated only",
-    "temperature": "wants no temperature; it samples by its own",
-    "seed": "wants no seed; replies cannot be repeated",
-    "max_tokens": "wants max_completion_tokens in place of max_tokens",
-}
-_NAMED = {  # in a refusal
-    "max_tokens": re.compile(r"max_completion_tokens|max_tokens", re.IGNORECASE),
-    "temperature": re.compile(r"temperature", re.IGNORECASE),
-    "logprobs": re.compile(r"log_?prob", re.IGNORECASE),
-    "seed": re.compile(r"\bseed\b", re.IGNORECASE),
-    "response_format": re.compile(r"response_format|json_?schema|guided|grammar|structured", re.IGNORECASE),
+# For each: how a refusal names it, and what is said once it is left out.
+_OPTIONAL = {
+    "logprobs": (r"log_?prob", "gives no token probabilities; scores are the digits as written"),
+    "response_format": (
+        r"response_format|json_?schema|guided|grammar|structured",
+        "does not guide decoding by a schema; replies are validated only",
+    ),
+    "temperature": (r"temperature", "wants no temperature; it samples by its own"),
+    "seed": (r"\bseed\b", "wants no seed; replies cannot be repeated"),
+    "max_tokens": (r"max_completion_tokens|max_tokens", "wants max_completion_tokens in place of max_tokens"),
 }
 # Refusals of this one item, whatever else is asked for with it.
 _OF_THE_ITEM = re.compile(
@@ -89,37 +85,28 @@ class Endpoint:
             log=LOGGER,
         )
         self.url = self._client.url
-        self._model = model
-        self._meter = Meter(price)
+        self.model, self.meter = model, Meter(price)
         self._top_logprobs = top_logprobs
         self._without: set[str] = set() if top_logprobs else {"logprobs"}
         self._forbidden: int | None = 0  # answers 403 so far; None once there was a good one
         self._said: set[str] = set()
-
-    @property
-    def model(self) -> str:
-        return self._model
-
-    @property
-    def meter(self) -> Meter:
-        return self._meter
 
     async def complete(self, request: Request) -> Reply:
         """One reply. See `Backend.complete`."""
         try:
             return await self._client.call(lambda: self._attempt(request))
         except TryAgainError as error:
-            self._meter.failures += 1
+            self.meter.failures += 1
             raise BackendError(f"{self.url}: {error}, {self._client.attempts} times") from error
         finally:
-            self._meter.retries = self._client.retries
+            self.meter.retries = self._client.retries
 
     async def aclose(self) -> None:
         """Closes the connections of the running event loop."""
         await self._client.aclose()
 
     def _body(self, request: Request, without: set[str]) -> dict[str, Any]:
-        body: dict[str, Any] = {"model": self._model, "messages": [dict(m) for m in request.messages]}
+        body: dict[str, Any] = {"model": self.model, "messages": [dict(m) for m in request.messages]}
         body["max_completion_tokens" if "max_tokens" in without else "max_tokens"] = request.max_tokens
         if "temperature" not in without:
             body["temperature"] = request.temperature
@@ -141,7 +128,7 @@ class Endpoint:
             words = _complaint(answer)
             if _OF_THE_ITEM.search(words):
                 break
-            named = [f for f in _OPTIONAL if f not in without and _NAMED[f].search(words)]
+            named = [f for f in _OPTIONAL if f not in without and re.search(_OPTIONAL[f][0], words, re.IGNORECASE)]
             open_ = [f for f in ("logprobs", "response_format") if f not in without] if answer.status != 403 else []
             if not (named or open_):
                 break
@@ -149,7 +136,7 @@ class Endpoint:
         reply = self._reply(answer)
         # It worked without: the server does not know them. (When it fails without too, it was about something else.)
         for feature in sorted(without - self._without - (set() if request.choices else {"logprobs"})):
-            self._say(feature, _LEFT_OUT[feature])
+            self._say(feature, _OPTIONAL[feature][1])
             self._without.add(feature)
         return reply
 
@@ -169,11 +156,11 @@ class Endpoint:
             self._forbidden += 1
         if status in _REFUSED or (status == 403 and (self._forbidden or 0) >= _FORBIDDEN):
             raise BackendRefusedError(
-                f"{self.url} refuses model {self._model!r}: status {status}, {words}; check url, model and api_key"
+                f"{self.url} refuses model {self.model!r}: status {status}, {words}; check url, model and api_key"
             )
         raise_if_transient(answer)
         if status != 200:
-            self._meter.failures += 1
+            self.meter.failures += 1
             raise BackendError(f"{self.url}: status {status}, {words}")
         try:
             data = answer.json()
@@ -190,7 +177,7 @@ class Endpoint:
         self._forbidden = None
         self._paid(usage)
         if refusal or ended == "content_filter":
-            self._meter.failures += 1
+            self.meter.failures += 1
             raise BackendError(f"{self.url}: the model refuses to answer ({self._client.short(str(refusal or ended))})")
         # half a surrogate pair can be neither stored nor sent on
         text = self._clean((text or "").encode(errors="replace").decode())
@@ -208,7 +195,7 @@ class Endpoint:
         good = [n if isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**40 else None for n in counts]
         if None in good:
             self._say("usage", "does not say how many tokens it used; tokens and cost are counted too low")
-        self._meter.paid(good[0] or 0, good[1] or 0)
+        self.meter.paid(good[0] or 0, good[1] or 0)
 
     def _tokens(self, logprobs: Any) -> tuple[Token, ...]:
         """Tokens with alternatives from a chat completion's `logprobs`; none where any is no log-probability.

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+
+from pydantic import TypeAdapter
 
 from ..._json import last_object
 from ..prompts import Prompt, prompt_text
-from .backend import Backend, Reply, Request, first_valid
-from .cache import Cache, cache_key
+from .backend import Backend, Reply, Request, first_valid, kept
+from .cache import Cache
 from .digits import expected_levels
 from .protocol import Criterion, Limits, Protocol, verdict_schema
 from .untrusted import quoted, visible
@@ -35,9 +35,7 @@ class Finding:
 
     Attributes:
         key: c1, c2, ... of the protocol.
-        weight: The weight of the criterion.
         evidence: Quoted from the response.
-        reasoning: The judge's.
         level: The digit it wrote.
         expected: Mean level under its token probabilities; None where the backend gave none.
         grounded: Whether the quotation is in the response (an empty one is).
@@ -57,10 +55,9 @@ class Verdict:
     """A response judged.
 
     Attributes:
-        findings: The findings, in the protocol's order.
+        findings: In the protocol's order.
         violated: Keys of disqualifiers.
         scale: Highest level.
-        model: The judge.
         protocol: Digest of the protocol.
     """
 
@@ -78,22 +75,14 @@ class Verdict:
         total = sum(f.weight * (f.level if f.expected is None else f.expected) for f in self.findings)
         return total / (self.scale * sum(f.weight for f in self.findings))
 
-    def as_dict(self) -> dict[str, Any]:
-        """For records and the cache."""
-        return asdict(self)
 
-    @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> Verdict:
-        """The inverse of `as_dict`, also after JSON."""
-        findings = tuple(Finding(**f) for f in data["findings"])
-        return Verdict(**(dict(data) | {"findings": findings, "violated": tuple(data["violated"])}))
+_FROM_JSON = TypeAdapter(Verdict)
 
 
 class Judge:
     """Asks a model for verdicts.
 
     Args:
-        backend: The model.
         cache: Where verdicts are kept.
         limits: Those of the protocols.
         attempts: Replies to ask for until one is valid.
@@ -132,7 +121,6 @@ class Judge:
         Args:
             prompt: Text or chat messages.
             response: What the policy wrote.
-            protocol: The protocol to judge by.
             reference: A right answer, if there is one.
             reverse: Criteria in reverse order: a judge whose numbers depend on the order is noisy.
             repeat: Different numbers are independent verdicts.
@@ -141,26 +129,26 @@ class Judge:
             BackendError: No valid verdict came back.
         """
         text = prompt_text(prompt)
-        key = cache_key(
+
+        async def make() -> object:
+            return asdict(await self._ask(text, response, protocol, reference, reverse, repeat))
+
+        value = await kept(
+            self.cache,
+            self.backend,
             "verdict",
+            make,
             version=_VERSION,
             prompt=text,
             response=response,
             protocol=protocol.digest,
             reference=reference,
-            model=self.backend.model,
             reverse=reverse,
             repeat=repeat,
             quote=self.limits.quote,
             min_grounded=self.min_grounded,
         )
-
-        async def make() -> object:
-            return (await self._ask(text, response, protocol, reference, reverse, repeat)).as_dict()
-
-        value, known = await self.cache.get_or_make(key, make)
-        self.backend.meter.cached += known
-        return Verdict.from_dict(value)
+        return _FROM_JSON.validate_python(value)
 
     async def _ask(
         self, text: str, response: str, protocol: Protocol, reference: str | None, reverse: bool, repeat: int

@@ -15,6 +15,8 @@ from torch import Tensor
 from ...text import cache_name, encode_prompts, forward_accepts, left_pad, position_ids, special_tokens
 from .backend import BackendError, Meter, Reply, Request, Token
 
+_PATIENCE = 0.02  # seconds to wait for more requests before a batch starts
+
 
 class LocalModel:
     """A causal language model as a judge's backend.
@@ -28,15 +30,12 @@ class LocalModel:
         tokenizer: Its fast tokenizer; with a chat template, unless the texts are to be joined by newlines.
         name: The name for cache keys and traces; by default the model's `name_or_path`.
         batch_size: Most requests decoded at once.
-        max_wait: Seconds to wait for more requests before a batch starts.
 
     Raises:
         ImportError: llguidance is missing; says what to install.
     """
 
-    def __init__(
-        self, model: Any, tokenizer: Any, *, name: str | None = None, batch_size: int = 8, max_wait: float = 0.02
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: Any, *, name: str | None = None, batch_size: int = 8) -> None:
         try:
             import llguidance
             import llguidance.hf
@@ -46,22 +45,14 @@ class LocalModel:
         self._tokens = special_tokens(tokenizer, model)
         self._grammar_tokens = llguidance.hf.from_tokenizer(tokenizer, eos_token=list(self._tokens.eos))
         self.lm, self.tokenizer = model.eval(), tokenizer
-        self.batch_size, self.max_wait = batch_size, max_wait
-        self._name = name or getattr(model, "name_or_path", "") or type(model).__name__
-        self._meter = Meter()
+        self.batch_size = batch_size
+        self.model = name or getattr(model, "name_or_path", "") or type(model).__name__
+        self.meter = Meter()
         # per event loop: a future belongs to the loop that waits for it
         self._waiting: weakref.WeakKeyDictionary[Any, list[tuple[Request, asyncio.Future[Reply]]]]
         self._waiting = weakref.WeakKeyDictionary()
         self._collectors: set[asyncio.Future[None]] = set()
         self._busy = threading.Lock()  # one batch at a time, whichever event loop asks
-
-    @property
-    def model(self) -> str:
-        return self._name
-
-    @property
-    def meter(self) -> Meter:
-        return self._meter
 
     async def complete(self, request: Request) -> Reply:
         """One reply. See `Backend.complete`."""
@@ -77,7 +68,7 @@ class LocalModel:
 
     async def _collect(self, waiting: list[tuple[Request, asyncio.Future[Reply]]]) -> None:
         """Decodes everything that waits, in batches, until nothing waits."""
-        await asyncio.sleep(self.max_wait)
+        await asyncio.sleep(_PATIENCE)
         while waiting:
             # of one length class at a time: a batch runs until its longest reply ends
             waiting.sort(key=lambda entry: (entry[0].name, entry[0].max_tokens))
@@ -89,7 +80,7 @@ class LocalModel:
                 if isinstance(reply, Reply):
                     future.set_result(reply)
                 else:
-                    future.set_exception(BackendError(f"{self._name}: {type(reply).__name__}: {reply}"))
+                    future.set_exception(BackendError(f"{self.model}: {type(reply).__name__}: {reply}"))
 
     async def _replies(self, requests: Sequence[Request]) -> Sequence[Reply | Exception]:
         """Replies of a batch; where it fails, of each request by itself: one too long a prompt is not the others' failure."""
@@ -106,17 +97,15 @@ class LocalModel:
         Raises:
             ValueError: A schema that llguidance cannot compile, or a prompt without tokens.
         """
-        with self._busy, torch.inference_mode():
+        with self._busy:
             return self._generate(requests)
 
+    @torch.inference_mode()
     def _generate(self, requests: Sequence[Request]) -> list[Reply]:
         device = next(self.lm.parameters()).device
-        if getattr(self.tokenizer, "chat_template", None):
-            prompts = encode_prompts(self.tokenizer, [tuple(r.messages) for r in requests])
-        else:
-            prompts = encode_prompts(
-                self.tokenizer, ["\n".join(m["content"] for m in r.messages) + "\n" for r in requests]
-            )
+        chat = bool(getattr(self.tokenizer, "chat_template", None))
+        texts = [r.messages if chat else "\n".join(m["content"] for m in r.messages) + "\n" for r in requests]
+        prompts = encode_prompts(self.tokenizer, texts)
         limit = getattr(getattr(self.lm, "config", None), "max_position_embeddings", None)
         longest = max(len(prompt) for prompt in prompts)
         if limit is not None and longest >= limit:
@@ -139,7 +128,7 @@ class LocalModel:
             mask = torch.cat([mask, torch.tensor([[int(c is not None)] for c in chosen], device=device)], 1)
             positions = positions[:, -1:] + 1
         for row, prompt in zip(rows, prompts, strict=True):
-            self._meter.paid(len(prompt), len(row.tokens))
+            self.meter.paid(len(prompt), len(row.tokens))
         return [row.reply() for row in rows]
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..._loop import run_sync
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 Calibration = Literal["scale", "anchors", "group"]
 OnSigns = Literal["lower", "zero", "note"]
+_Judging = Callable[..., Awaitable[Verdict]]  # `Judge.judge` of one prompt and protocol
 
 
 class Item(NamedTuple):
@@ -44,11 +46,8 @@ class Score:
         reward: The reward in [0, 1]; None: could not be judged, to be left out of every statistic.
         reason: Why it is None, or 0 without a judge.
         value: The judge's number on the protocol's scale, in [0, 1].
-        factor: The factor of the length and repetition controls.
         signs: Attempts to steer the judge that were found.
         again: A second, independent verdict's number (criteria in reverse order), for the share that is judged twice.
-        verdict: The trace.
-        protocol: The protocol by which it was judged.
     """
 
     reward: float | None
@@ -62,12 +61,10 @@ class Score:
 
     def as_dict(self, trace: bool = True) -> dict[str, Any]:
         """For records; without `trace`, the numbers only."""
-        data = asdict(replace(self, verdict=None, protocol=None))
-        del data["verdict"], data["protocol"]
-        if trace:
-            data["verdict"] = None if self.verdict is None else self.verdict.as_dict()
-            data["protocol"] = None if self.protocol is None else self.protocol.model_dump(mode="json")
-        return data
+        data = asdict(self)  # leaves the protocol, a model of pydantic's, as it is
+        verdict, protocol = data.pop("verdict"), data.pop("protocol")
+        traced = {"verdict": verdict, "protocol": protocol and protocol.model_dump(mode="json")}
+        return data | traced if trace else data
 
 
 class Scorer:
@@ -143,66 +140,55 @@ class Scorer:
         answer = graded_text(response, self.strip_reasoning)
         if answer is None:
             return Score(0.0, "its reasoning never ends")
-        response = answer
-        refusal = self.controls.refusal(response)
+        refusal = self.controls.refusal(answer)
         if refusal is not None:
             return Score(0.0, refusal)
-        found = signs(response)
+        found = signs(answer)
         if self.on_signs == "zero" and set(found) - {REPORT}:
             return Score(0.0, "tries to steer the judge", signs=found)
         protocol: Protocol | None = None
         try:
             protocol = await self.builder.build(prompt, reference)
-            verdict, again = await asyncio.gather(
-                self._judge(prompt, response, protocol, reference), self._again(prompt, response, protocol, reference)
-            )
-            value = verdict.value
+            judge = partial(self.judge.judge, prompt, protocol=protocol, reference=reference)
+            verdict, again = await asyncio.gather(judge(answer), self._again(judge, prompt, answer))
             if found and self.on_signs != "note":
-                cleaned = await self._judge(prompt, without_signs(response), protocol, reference)
-                if cleaned.value < value:
-                    verdict, value = cleaned, cleaned.value
-            reward = value
+                verdict = min(verdict, await judge(without_signs(answer)), key=lambda v: v.value)
+            reward = verdict.value
             if self.calibration == "anchors":
-                reward = await self._on_anchors(value, prompt, protocol, reference)
+                reward = await self._on_anchors(judge, reward, protocol)
         except BackendRefusedError:
             raise
         except BackendError as error:
             LOGGER.info("not judged: %s", error)
             return Score(None, str(error), signs=found, protocol=protocol)
-        factor = self.controls.factor(response)
-        return Score(reward * factor, None, value, factor, found, again, verdict, protocol)
+        factor = self.controls.factor(answer)
+        return Score(reward * factor, None, verdict.value, factor, found, again, verdict, protocol)
 
-    async def _judge(self, prompt: Prompt, response: str, protocol: Protocol, reference: str | None) -> Verdict:
-        return await self.judge.judge(prompt, response, protocol, reference=reference)
-
-    async def _again(self, prompt: Prompt, response: str, protocol: Protocol, reference: str | None) -> float | None:
+    async def _again(self, judge: _Judging, prompt: Prompt, response: str) -> float | None:
         """The value of a second verdict for the chosen share; None for the others and where it fails."""
         draw = hashlib.sha256(f"{prompt_text(prompt)}\0{response}".encode(errors="surrogatepass")).digest()
         if int.from_bytes(draw[:8], "big") >= self.rejudge * 2**64:
             return None
         try:
-            return (
-                await self.judge.judge(prompt, response, protocol, reference=reference, reverse=True, repeat=1)
-            ).value
+            return (await judge(response, reverse=True, repeat=1)).value
         except BackendRefusedError:
             raise
         except BackendError:
             return None
 
-    async def _on_anchors(self, value: float, prompt: Prompt, protocol: Protocol, reference: str | None) -> float:
+    async def _on_anchors(self, judge: _Judging, value: float, protocol: Protocol) -> float:
         """The value on a scale from the poor to the good example, as this judge scores them under this protocol.
 
         A judge that does not tell the two apart by a tenth of the scale cannot be calibrated by them.
         """
         assert protocol.poor_answer is not None and protocol.good_answer is not None
-        poor, good = await asyncio.gather(
-            *(self._judge(prompt, a, protocol, reference) for a in (protocol.poor_answer, protocol.good_answer))
-        )
-        if good.value - poor.value < 0.1:
+        anchors = await asyncio.gather(judge(protocol.poor_answer), judge(protocol.good_answer))
+        poor, good = (anchor.value for anchor in anchors)
+        if good - poor < 0.1:
             raise BackendError(
-                f"the judge scores the protocol's good example {good.value:.2f} and its poor one {poor.value:.2f}: no anchors"
+                f"the judge scores the protocol's good example {good:.2f} and its poor one {poor:.2f}: no anchors"
             )
-        return min(1.0, max(0.0, (value - poor.value) / (good.value - poor.value)))
+        return min(1.0, max(0.0, (value - poor) / (good - poor)))
 
     # ---- many responses
 
@@ -217,13 +203,13 @@ class Scorer:
         numbered = enumerate(items)
         working: set[asyncio.Task[tuple[int, Score]]] = set()
 
-        async def one(number: int, item: Item) -> tuple[int, Score]:
+        async def one(number: int, item: Item | tuple[Any, ...]) -> tuple[int, Score]:
             return number, await self.score(*item)
 
         try:
             while True:
                 for number, item in numbered:
-                    working.add(asyncio.ensure_future(one(number, Item(*item))))
+                    working.add(asyncio.ensure_future(one(number, item)))
                     if len(working) >= window:
                         break
                 if not working:
@@ -241,30 +227,19 @@ class Scorer:
                 task.cancel()
 
     async def score_all(
-        self,
-        items: Sequence[Item | tuple[Any, ...]],
-        progress: Callable[[int, int, Score], None] | None = None,
-        groups: Sequence[object] | None = None,
+        self, items: Sequence[Item | tuple[Any, ...]], groups: Sequence[object] | None = None
     ) -> list[Score]:
         """Scores in the order of the items.
 
         Args:
             items: Any number.
-            progress: Called with (done, total, score) whenever one is ready.
             groups: Names, one per item, of what "group" calibration compares; None: items of one prompt and reference.
 
         Raises:
             BackendRefusedError: As `score`.
         """
-        scores: list[Score | None] = [None] * len(items)
-        done = 0
-        async for number, score in self.stream(items):
-            scores[number] = score
-            done += 1
-            if progress is not None:
-                progress(done, len(items), score)
-        out = [s for s in scores if s is not None]
-        assert len(out) == len(items)
+        scores = {number: score async for number, score in self.stream(items)}
+        out = [scores[number] for number in range(len(items))]
         if self.calibration == "group":
             out = by_group(out, groups or [(prompt_text(i[0]), i[2] if len(i) > 2 else None) for i in items])
         LOGGER.info("%d scored: %s", len(out), self.usage())

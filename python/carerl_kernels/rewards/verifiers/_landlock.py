@@ -21,7 +21,6 @@ def restrict(libc: ctypes.CDLL, readable: Iterable[str], writable: Iterable[str]
     """This process and all it will start can open nothing but what is named; needs no_new_privs.
 
     Args:
-        libc: The C library with `use_errno`.
         readable: Files and directories that can be read and executed.
         writable: Those that can be changed too.
 

@@ -10,11 +10,13 @@ import selectors
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,30 @@ class SandboxError(PlainError):
     """The sandbox itself failed, or cannot be had here; says nothing about the program."""
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """What the inside of a sandbox keeps of a program's time and memory.
+
+    Attributes:
+        memory: Bytes resident in the whole tree; without `wall` nobody looks.
+        wall, cpu: Seconds of the clock, and of processor time of the whole tree, that a part may take. Without `wall`
+            nobody inside keeps the time.
+        budget: Seconds, of either kind, that all parts may take.
+        patience: Seconds of the wall that a part may take, kept waiting for a processor as it may be.
+        parts: How many parts with clocks of their own the program has.
+    """
+
+    memory: int = 0
+    wall: float | None = None
+    cpu: float = 0.0
+    budget: float = 0.0
+    patience: float = 0.0
+    parts: int = 0
+
+
+_UNWATCHED = Bounds()
+
+
 class Launched:
     """A program inside of the sandbox, running.
 
@@ -40,12 +66,7 @@ class Launched:
         packages: Directories to import from.
         files: Texts by name in the working directory; "main.py" is the program.
         disk: Bytes of the working directory.
-        memory: Bytes resident in the whole tree; without `wall` nobody looks.
-        wall, cpu: Seconds of the clock, and of processor time of the whole tree, that a part may take. Without `wall`
-            nobody inside keeps the time.
-        budget: Seconds, of either kind, that all parts may take.
-        patience: Seconds of the wall that a part may take, kept waiting for a processor as it may be.
-        parts: How many parts with clocks of their own the program has.
+        bounds: What is watched from inside.
         own_user: Whether root's programs run as a user of their own.
 
     Attributes:
@@ -64,12 +85,7 @@ class Launched:
         files: Mapping[str, str],
         *,
         disk: int,
-        memory: int = 0,
-        wall: float | None = None,
-        cpu: float = 0.0,
-        budget: float = 0.0,
-        patience: float = 0.0,
-        parts: int = 0,
+        bounds: Bounds = _UNWATCHED,
         own_user: bool = True,
     ) -> None:
         executable, *library = interpreter(python)
@@ -84,14 +100,9 @@ class Launched:
             "directory": self._directory,
             "files": dict(files),
             "uid": self._uid,
-            "wall": wall,
-            "cpu": cpu,
-            "budget": budget,
-            "patience": patience,
-            "parts": parts,
             "disk": disk,
-            "memory": memory,
             "limits": dict(limits),
+            **asdict(bounds),
         }
         text = json.dumps(job).encode()
         self.header = b"%08d" % len(text) + text
@@ -161,20 +172,15 @@ class Launched:
 def talk(launched: Launched, stdin: bytes, seconds: float, limit: int) -> tuple[bool, bytes, bytes]:
     """Feeds and reads a program until its outputs close; True first if one of them was over `limit` bytes.
 
-    A program may leave its output open in a process that outlives it, so the inside's own end counts too.
-
-    Args:
-        launched: The program.
-        stdin: What it reads.
-        seconds: The inside keeps the time; this is for one that hangs.
-        limit: The most bytes of standard output, and of standard error.
+    A program may leave its output open in a process that outlives it, so the inside's own end counts too. The inside keeps the
+    time; `seconds` is for one that hangs.
     """
     child = launched.child
     assert child.stdin is not None and child.stdout is not None and child.stderr is not None
     stdin = launched.header + stdin
     streams = {child.stdout: bytearray(), child.stderr: bytearray()}
     deadline = time.monotonic() + seconds
-    sent = 0
+    sent, full = 0, False
     with selectors.DefaultSelector() as selector:
         for stream in streams:
             os.set_blocking(stream.fileno(), False)
@@ -203,13 +209,16 @@ def talk(launched: Launched, stdin: bytes, seconds: float, limit: int) -> tuple[
                 if not part:
                     selector.unregister(ready)
                 streams[ready] += part
-                if len(streams[ready]) > limit:
-                    out, err = (bytes(s[:limit]) for s in streams.values())
-                    return True, out, err
-            if over or time.monotonic() > deadline:
+            full = any(len(written) > limit for written in streams.values())
+            if full or over or time.monotonic() > deadline:
                 break
-    out, err = (bytes(s) for s in streams.values())
-    return False, out, err
+    out, err = (bytes(written[:limit]) for written in streams.values())
+    return full, out, err
+
+
+def own_interpreter() -> str:
+    """The one that runs this, outside of its virtual environment."""
+    return getattr(sys, "_base_executable", None) or sys.executable
 
 
 _ASK = """
@@ -282,26 +291,20 @@ class Turns:
         self._running, self._alone = 0, 0
 
     @contextmanager
-    def beside(self) -> Iterator[None]:
+    def take(self, alone: bool) -> Iterator[None]:
         with self._changed:
             self._changed.wait_for(lambda: not self._alone)
-            self._running += 1
+            if alone:
+                self._alone = 1  # nobody starts any more
+                self._changed.wait_for(lambda: not self._running)
+            else:
+                self._running += 1
         try:
             yield
         finally:
             with self._changed:
-                self._running -= 1
-                self._changed.notify_all()
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        with self._changed:
-            self._changed.wait_for(lambda: not self._alone)
-            self._alone = 1  # nobody starts any more
-            self._changed.wait_for(lambda: not self._running)
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._alone = 0
+                if alone:
+                    self._alone = 0
+                else:
+                    self._running -= 1
                 self._changed.notify_all()

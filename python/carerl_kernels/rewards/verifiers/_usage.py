@@ -34,11 +34,16 @@ class Usage:
         if not pids and main:  # no /proc: the main program's clock alone
             with contextlib.suppress(OSError):
                 total += time.clock_gettime((~main << 3) | 2)  # CPUCLOCK_SCHED of a process
-        for pid in pids:
-            fields = self._read(f"{pid}/stat").rpartition(")")[2].split()
-            if len(fields) > 14:  # utime, stime, and those of children it has waited for
-                total += sum(map(int, fields[11:15])) / _TICKS
-        return total
+        return total + sum(self._seconds(pid) for pid in pids)
+
+    def _seconds(self, pid: str) -> float:
+        """Of processor time of one process, and of the children that it has waited for."""
+        fields = self._read(f"{pid}/stat").rpartition(")")[2].split()
+        return sum(map(int, fields[11:15])) / _TICKS if len(fields) > 14 else 0.0
+
+    def of_tree(self, pid: str) -> float:
+        """Seconds of processor time of a process and all below it, from the machine's /proc."""
+        return sum(self._seconds(one) for one in (pid, *self._below(pid)))
 
     def memory(self, limit: int) -> int:
         """Bytes resident in all processes; where that is more than `limit`, what several share is counted once.
@@ -103,14 +108,14 @@ class Usage:
             os.close(directory)
 
     def _pids(self) -> list[str]:
-        if self._proc is not None:
-            return [name for name in self._names(".") if name != "1"]
+        return self._below("self") if self._proc is None else [name for name in self._names(".") if name != "1"]
+
+    def _below(self, pid: str) -> list[str]:
         found: list[str] = []
-        waiting = self.children("self")
+        waiting = self.children(pid)
         while waiting and len(found) < 4096:
-            pid = waiting.pop()
-            found.append(pid)
-            waiting += self.children(pid)
+            found.append(waiting.pop())
+            waiting += self.children(found[-1])
         return found
 
     def children(self, pid: str) -> list[str]:
@@ -131,18 +136,3 @@ def tasks_of(uid: int) -> int:
                 if os.stat(f"/proc/{name}").st_uid == uid:
                     count += len(os.listdir(f"/proc/{name}/task"))
     return count
-
-
-def tree_cpu(pid: int) -> float:
-    """Seconds of processor time of a process and all below it, as the machine's /proc shows them."""
-    seconds, waiting = 0.0, [str(pid)]
-    while waiting:
-        one = waiting.pop()
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            with open(f"/proc/{one}/stat") as file:
-                fields = file.read().rpartition(")")[2].split()
-            seconds += sum(map(int, fields[11:15])) / _TICKS
-            for thread in os.listdir(f"/proc/{one}/task"):
-                with open(f"/proc/{one}/task/{thread}/children") as file:
-                    waiting += file.read().split()
-    return seconds

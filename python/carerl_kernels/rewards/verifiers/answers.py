@@ -50,7 +50,6 @@ class Answer:
     """What a completion gives as its answer.
 
     Attributes:
-        text: The text as it is written.
         kind: "whole": the answer and nothing else (boxed, tagged). "clause": what follows "the answer is" and the like, in
             which the answer comes first. "end": the end of a text that announces nothing.
     """
@@ -86,11 +85,11 @@ def committed_answer(text: str, *, words: bool = False) -> Answer:
     return answer or Answer(text[-END:].strip(), "end")
 
 
-def tagged_answer(text: str, tag: str = "answer") -> str | None:
-    """What stands between the last closing tag and the opening one before it; None without them."""
-    end = text.rfind(f"</{tag}>")
-    begin = text.rfind(f"<{tag}>", 0, max(end, 0))
-    return None if begin < 0 else text[begin + len(tag) + 2 : end].strip()
+def tagged_answer(text: str) -> str | None:
+    """What stands between the last </answer> and the <answer> before it; None without them."""
+    end = text.rfind("</answer>")
+    begin = text.rfind("<answer>", 0, max(end, 0))
+    return None if begin < 0 else text[begin + 8 : end].strip()
 
 
 def _tagged(text: str) -> tuple[int, Answer] | None:

@@ -193,18 +193,13 @@ def _parsed(line: str) -> Mapping[str, Any]:
 
 
 def _as_expected(ended: Outcome, test: Mapping[str, Any]) -> bool:
-    if ended.status != "ok":
-        return False
-    if "stdout" in test:
+    if "stdout" in test and ended.status == "ok":
         return _lines(ended.stdout) == _lines(str(test["stdout"]))
-    return ended.stdout.endswith("\n" + _MARK)
+    return ended.status == "ok" and ended.stdout.endswith("\n" + _MARK)
 
 
-def _lines(text: str) -> list[str]:
-    lines = [line.rstrip() for line in text.split("\n")]
-    while lines and not lines[-1]:
-        lines.pop()
-    return lines
+def _lines(text: str) -> str:
+    return "\n".join(line.rstrip() for line in text.split("\n")).rstrip("\n")
 
 
 def _same(found: Any, expected: Any, tolerance: float) -> bool:

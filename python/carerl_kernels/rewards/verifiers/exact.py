@@ -11,11 +11,9 @@ if TYPE_CHECKING:
 
 
 def exact_match(example: Example, completion: str, *, strip_reasoning: StripReasoning = True) -> float:
-    """1 if the completion is the answer, up to surrounding whitespace, else 0.
+    """1 if the completion is the answer, up to surrounding whitespace and special tokens that decoding left at its ends, else 0.
 
     Args:
-        example: An example with an answer.
-        completion: A completion from the policy; special tokens that decoding left at its ends do not count.
         strip_reasoning: See `rewards.reasoning.strip_reasoning`; an unfinished trace is worth 0.
 
     Raises:

@@ -56,7 +56,6 @@ def gym_domain(
     Args:
         name: The name of the domain; one of `GYM_DOMAINS` unless `tasks` are given.
         tasks: Names of reasoning-gym data sets, drawn from evenly.
-        seed: The seed of the tasks.
         train_size: Different training examples per task.
         eval_size: Held-out examples altogether, split over the tasks.
         ask: Turns a question into the prompt; by default it asks for the answer between tags.
@@ -105,13 +104,8 @@ def gym_domain(
 
 
 class GymReward:
-    """Reward: a reasoning-gym task's own score of an answer, in [0, 1]; None if its grader cannot be run.
-
-    Args:
-        settings: The settings of the data sets, by task.
-        timeout: Seconds for one answer.
-        isolated: Whether it is refused where graders cannot be isolated.
-        strip_reasoning: See `rewards.reasoning.strip_reasoning`.
+    """Reward: a reasoning-gym task's own score of an answer, in [0, 1]; None if its grader cannot be run. Arguments are those of
+    `gym_domain`, `settings` those of the data sets by task.
 
     Raises:
         SandboxError: Graders cannot be isolated.

@@ -156,9 +156,7 @@ def instructions_followed(example: Example, completion: str, *, strip_reasoning:
     """Reward: the share of `example.info["instructions"]` that a completion follows.
 
     Args:
-        example: An example with instructions.
-        completion: A completion from the policy; an unfinished reasoning trace follows none.
-        strip_reasoning: See `rewards.reasoning.strip_reasoning`.
+        strip_reasoning: See `rewards.reasoning.strip_reasoning`; an unfinished trace follows none.
 
     Raises:
         ValueError: The example has none, or one that is not understood.

@@ -117,9 +117,7 @@ class MathMatch:
         return _read(example.answer)
 
     def _verified(self, gold: _Gold, example: Example, answer: Answer | None) -> bool:
-        completion = None
-        if answer is not None:
-            completion = _sentence(answer)
+        completion = None if answer is None else _sentence(answer)
         result = self._worker.ask({"gold": gold.formula, "completion": completion})
         if result is None:
             return False

@@ -23,7 +23,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..log import LOGGER
-from ._launch import START_PATIENCE, Launched, SandboxError, Turns, interpreter, talk
+from ._launch import START_PATIENCE, Bounds, Launched, SandboxError, Turns, interpreter, own_interpreter, talk
 
 __all__ = ["Outcome", "Sandbox", "SandboxError", "SandboxLimits", "why_not_isolated"]
 
@@ -124,7 +124,7 @@ class Sandbox:
     ) -> None:
         self.limits = limits or SandboxLimits()
         self.packages = tuple(str(Path(p).resolve()) for p in packages)
-        self.python = python or getattr(sys, "_base_executable", None) or sys.executable
+        self.python = python or own_interpreter()
         problem = None if isolation == "none" else why_not_isolated(self.python)
         if isolation == "namespaces" and problem is not None:
             raise SandboxError(f"namespaces cannot be had here: {problem}")
@@ -175,11 +175,10 @@ class Sandbox:
             SandboxError: The sandbox failed, or the machine is too busy to say anything about the program.
         """
         _warn_of_missing(self.python, self.isolated)
-        for turn in (_TURNS.beside, _TURNS.alone):
-            with turn():
-                outcome = _run(
-                    self.python, self.isolated, self.limits, self.packages, program, stdin, files or {}, parts, budget
-                )
+        texts = {**(files or {}), "main.py": program}
+        for alone in (False, True):
+            with _TURNS.take(alone):
+                outcome = _run(self.python, self.isolated, self.limits, texts, stdin, self.packages, parts, budget)
             if outcome is not None:
                 return outcome
         raise SandboxError(
@@ -191,39 +190,23 @@ def _run(
     python: str,
     isolated: bool,
     limits: SandboxLimits,
-    packages: Sequence[str],
-    program: str,
-    stdin: str,
     files: Mapping[str, str],
-    parts: int,
-    budget: float,
+    stdin: str = "",
+    packages: Sequence[str] = (),
+    parts: int = 0,
+    budget: float = math.inf,
 ) -> Outcome | None:
     """One run; None if the machine, not the program, used the time up."""
     budget = min(budget, max(1, parts) * max(limits.wall, limits.cpu))
     cpu = min(float(limits.cpu), budget)
     started = time.monotonic()
-    launched = Launched(
-        python,
-        isolated,
-        limits.resources(budget if parts else cpu),
-        packages,
-        {**files, "main.py": program},
-        disk=limits.disk,
-        memory=limits.memory,
-        wall=min(limits.wall, budget),
-        cpu=cpu,
-        budget=budget,
-        patience=_PATIENCE * limits.wall,
-        parts=parts,
-    )
+    bounds = Bounds(limits.memory, min(limits.wall, budget), cpu, budget, _PATIENCE * limits.wall, parts)
+    resources = limits.resources(budget if parts else cpu)
+    launched = Launched(python, isolated, resources, packages, files, disk=limits.disk, bounds=bounds)
+    most = START_PATIENCE + _PATIENCE * max(budget, limits.wall)
     full = True
     try:
-        full, out, err = talk(
-            launched,
-            stdin.encode(errors="surrogatepass"),
-            START_PATIENCE + _PATIENCE * max(budget, limits.wall),
-            limits.output,
-        )
+        full, out, err = talk(launched, stdin.encode(errors="surrogatepass"), most, limits.output)
     finally:
         ended = launched.stop(at_once=full)
     seconds = time.monotonic() - started
@@ -253,7 +236,7 @@ def why_not_isolated(python: str) -> str | None:
         return f"{sys.platform} has no namespaces"
     probe = "import os; print(sorted(os.listdir('/')), os.getpid())"
     try:
-        outcome = _run(python, True, SandboxLimits(), (), probe, "", {}, 0, math.inf)
+        outcome = _run(python, True, SandboxLimits(), {"main.py": probe})
     except SandboxError as error:
         return str(error)
     if outcome is None:
@@ -289,8 +272,8 @@ time.sleep(3)
 
 @cache
 def _protections(python: str, isolated: bool) -> Mapping[str, bool]:
-    outcome = _run(python, isolated, SandboxLimits(), (), _TRY, "", {}, 0, math.inf)
-    filled = _run(python, isolated, SandboxLimits(memory=64 << 20), (), _FILL, "", {}, 0, math.inf)
+    outcome = _run(python, isolated, SandboxLimits(), {"main.py": _TRY})
+    filled = _run(python, isolated, SandboxLimits(memory=64 << 20), {"main.py": _FILL})
     seen = outcome.stdout.split() if outcome is not None else []
     filtered, files, network = (word == "1" for word in seen) if len(seen) == 3 else (False, False, False)
     return {
@@ -308,13 +291,12 @@ def _protections(python: str, isolated: bool) -> Mapping[str, bool]:
 def _warn_of_missing(python: str, isolated: bool) -> None:
     """Names once what protects nobody here, and the remedy."""
     missing = [name for name, there in _protections(python, isolated).items() if not there and name != "user"]
-    if not missing:
-        return
-    LOGGER.warning(
-        "programs of the policy run without protection of %s: run this on Linux 6.12 or newer on x86_64 or aarch64, with "
-        "seccomp, Landlock and /proc, and allow user namespaces or run as root with CAP_SYS_ADMIN",
-        ", ".join(missing),
-    )
+    if missing:
+        LOGGER.warning(
+            "programs of the policy run without protection of %s: run this on Linux 6.12 or newer on x86_64 or aarch64, with "
+            "seccomp, Landlock and /proc, and allow user namespaces or run as root with CAP_SYS_ADMIN",
+            ", ".join(missing),
+        )
 
 
 def _everybody_can_run(python: str) -> bool:

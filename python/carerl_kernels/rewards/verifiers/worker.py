@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ..log import LOGGER
-from ._launch import START_PATIENCE, Launched
-from ._usage import tree_cpu
+from ._launch import START_PATIENCE, Launched, own_interpreter
+from ._usage import Usage
 from .sandbox import Sandbox, SandboxError, SandboxLimits
 
 MAX_REPLY = 1 << 20
@@ -98,9 +98,10 @@ class Worker:
         if self._send(job):
             found = self._line(timeout / 2)
             if found is None:
-                before = tree_cpu(pid)
+                usage = Usage(None)
+                before = usage.of_tree(str(pid))
                 found = self._line(timeout / 2)
-                idle = found is None and tree_cpu(pid) - before < _BUSY
+                idle = found is None and usage.of_tree(str(pid)) - before < _BUSY
             line = found or b""
         answer = _parsed(line)
         if answer is None:
@@ -114,7 +115,7 @@ class Worker:
         sandbox = self._sandbox
         try:
             self._running = Launched(
-                _python(),
+                own_interpreter(),
                 sandbox is not None and sandbox.isolated,
                 limits,
                 [p for p in sys.path if p and os.path.isdir(p) and Path(p).name in ("site-packages", "dist-packages")],
@@ -176,15 +177,11 @@ def _parsed(line: bytes | None) -> dict[str, Any] | None:
     return answer if isinstance(answer, dict) else None
 
 
-def _python() -> str:
-    return getattr(sys, "_base_executable", None) or sys.executable
-
-
 @cache
 def _place() -> tuple[Sandbox | None, str | None]:
     """Where graders run, None for a process of this user; and what is missing for them to be isolated."""
     try:
-        sandbox = Sandbox(allow_unisolated=True, python=_python())
+        sandbox = Sandbox(allow_unisolated=True, python=own_interpreter())
     except SandboxError as error:
         return None, str(error)
     there = sandbox.protections

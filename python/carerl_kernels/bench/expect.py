@@ -49,14 +49,14 @@ class Expectation:
 
     def __init__(self, x: Inputs):
         self.x, case = x, x.case
-        n, self._rows = case.N, case.k if case.op.split(".")[0] in ("rotate_", "pca_update_") else case.D * case.k
+        n, self._rows = case.N, case.k if case.packet in ("rotate_", "pca_update_") else case.D * case.k
         self.columns = _columns(x)
         size = self._rows + case.B
         total = torch.zeros(size, size, dtype=torch.float64)
         wanted = {"project": slice(self._rows, None), "dacsp_": slice(self._rows, None), "gram": slice(None)}
         wanted["pca_update_"] = slice(None)
         wanted |= dict.fromkeys(("input_project", "input_confine_", "input_dacsp_"), wanted["project"])
-        at = wanted.get(case.op.split(".")[0])
+        at = wanted.get(case.packet)
         for start in range(0, n if at is not None else 0, CHUNK):
             stack = self._stack(torch.arange(start, min(start + CHUNK, n)))
             total[at] += stack[at] @ stack.mT
@@ -77,7 +77,7 @@ class Expectation:
         u, g = stack[: self._rows], stack[self._rows :]
         c = total[self._rows :, : self._rows]
         gain = (c > THRESHOLD) * (ALIGNED - 1.0) + (c < -THRESHOLD) * (CONFLICT - 1.0)
-        op = case.op.split(".")[0]
+        op = case.packet
         if op == "pca_update_":
             weight = torch.cat([x.singular_values, torch.ones(case.B, dtype=torch.float64)])
             values, vectors = torch.linalg.eigh(weight.unsqueeze(1) * total * weight)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .. import _load
-from .cases import Case, Inputs
+from .cases import Inputs
+from .cost import Case
 from .expect import Expectation, WrongResult
 from .gpu_others import ways
 from .logits import LogitsCase
@@ -219,7 +220,7 @@ def run_gpu(ops: Sequence[str] = (), say: Callable[[str], None] = print, competi
     results = []
     with torch.no_grad():
         for case in gpu_cases():
-            if not ops or case.op in ops or case.op.split(".")[0] in ops:
+            if not ops or case.op in ops or case.packet in ops:
                 results.append(measure_case(case, device, found["name"], rates, competing=competing))
                 say(line(results[-1]))
     return {

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cases import Case
+from .cost import Case
 from .expect import BASELINE_TOLERANCE, STORED_TOLERANCE, WrongResult
 from .variants import OURS, Variant, line_of
 

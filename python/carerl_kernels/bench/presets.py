@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .cases import Case
+from .cost import Case
 
 F32, BF16, F16, I8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from .cases import Case, Inputs, short
+from .cases import Inputs
+from .cost import Case, short
 from .expect import Expectation, WrongResult
 from .logits import LogitsCase
 from .measure import CaseResult, ImpossibleResult, measure
@@ -97,11 +98,11 @@ def run_bench(
 
 def _chosen(available: list[Case], ops: Sequence[str]) -> list[Case]:
     """Cases of the wanted ops; an op without overload stands for its list form too."""
-    known = {case.op for case in available} | {case.op.split(".")[0] for case in available}
+    known = {case.op for case in available} | {case.packet for case in available}
     for op in ops:
         if op not in known:
             raise ValueError(f"op: expected one of {', '.join(sorted(known))}, found {op!r}")
-    return [case for case in available if not ops or case.op in ops or case.op.split(".")[0] in ops]
+    return [case for case in available if not ops or case.op in ops or case.packet in ops]
 
 
 def _measure_all(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cases import Case
+from .cost import Case
 from .expect import WrongResult
 from .variants import OURS, Variant
 

@@ -176,7 +176,7 @@ def test_one_wrong_token_is_noticed(op):
     outputs = x.variants(compiling=False)[0][OURS].call()
     x.check(OURS, outputs, exact=True)
     next(iter(outputs.values()))[-1] *= 1.01
-    with pytest.raises(WrongResult, match="somebody has relative errors"):
+    with pytest.raises(WrongResult, match="somebody returned"):
         x.check("somebody", outputs, exact=True)
 
 
@@ -290,7 +290,12 @@ def test_guard_on_a_training_step(quiet):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--preset", "fast"], "preset: expected one of quick"), (["--op", "dascp_"], "op: expected one of dacsp_")],
+    [
+        (["--preset", "fast"], "preset: expected one of quick"),
+        (["--op", "dascp_"], "op: expected one of dacsp_"),
+        (["--gpu", "--op", "dascp_"], "op: expected one of dacsp_"),
+        (["--preset", "sweep", "--op", "dacsp_", "--op", "gram"], "op: expected one for the sweep, found dacsp_, gram"),
+    ],
 )
 def test_command_line_says_what_it_expected(arguments, message, monkeypatch):
     monkeypatch.setattr(run, "PROBE_BYTES", PROBE)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .._command import plain_errors
-from .._files import write_bytes_atomically
+from .._files import write_json
 
 
 def bench(
@@ -36,7 +35,7 @@ def bench(
 
             found = run_gpu(op or (), say=typer.echo)
             if json_path is not None:
-                write_bytes_atomically(json_path, (json.dumps(found, indent=1) + "\n").encode())
+                write_json(json_path, found)
             wrong = [result["wrong"] for result in found["results"] if result["wrong"]]
             if wrong:
                 raise RuntimeError("; ".join(wrong))

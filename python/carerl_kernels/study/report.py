@@ -111,12 +111,7 @@ Axis = tuple[str, str]
 
 
 def plot(path: Path, title: str, rows: Sequence[Row], axes_of: tuple[Axis, Axis] = PLOTTED) -> None:
-    """One measure against another, a point per row, the learning rates of the front joined.
-
-    Args:
-        path, title: Of the picture.
-        rows: Of the table.
-        axes_of: A measure of `Record` and what the axis is called, for x and y: retention against new learning.
+    """One measure of `Record` against another, a point per row, the learning rates of the front joined.
 
     Raises:
         ImportError: matplotlib is missing.

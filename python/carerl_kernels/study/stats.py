@@ -25,14 +25,6 @@ class Estimate:
     p: float
     n: int
 
-    @property
-    def low(self) -> float:
-        return self.mean - self.half
-
-    @property
-    def high(self) -> float:
-        return self.mean + self.half
-
     def holds(self, value: float) -> bool:
         """Whether one more seed's value lies where 95 % of such values would: an interval for a value, not for the mean."""
         if self.n < 2:

@@ -174,16 +174,8 @@ def _warm_up(model: nn.Module, tokenizer: Any, domains: Sequence[Domain], spec: 
     with_answers = [d for d in domains if all(e.answer is not None for e in d.draw(random.Random(0), 8))]
     if not with_answers:
         raise ValueError("model.warm_up: expected a domain whose examples have answers, found none")
-    settings = spec.warm_up
-    warm_up(
-        model,
-        tokenizer,
-        with_answers,
-        seed=spec.seed,
-        steps=settings.steps,
-        batch_per_domain=settings.batch,
-        lr=settings.lr,
-    )
+    steps, lr, batch = spec.warm_up.steps, spec.warm_up.lr, spec.warm_up.batch
+    warm_up(model, tokenizer, with_answers, seed=spec.seed, steps=steps, batch_per_domain=batch, lr=lr)
 
 
 def _require(package: str, what: str, extra: str = "train") -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._files import write_json
+from ..train.models import require
 from ..train.recipe import RecipeError
 from .cells import Record
 from .grid import Grid
@@ -62,7 +63,8 @@ def run_demo(
     unknown = [name for name in variants or () if name not in plan.methods]
     if unknown or (variants is not None and not variants):
         raise RecipeError(f"expected variants out of {', '.join(plan.methods)}, found {', '.join(unknown) or 'none'}")
-    _require_libraries()
+    for package in ("transformers", "tokenizers", "matplotlib"):
+        require(package, "the demo")
     names = list(dict.fromkeys(variants or plan.methods))
     variants_at = [f"{plan.setting}/{name}@{grid.methods[name].lr[0]:g}" for name in names]
     cells = [grid.cell(f"{variant}/{seed}") for seed in range(seeds) for variant in variants_at]
@@ -125,16 +127,3 @@ def _claim(root: Path, setting: dict[str, Any]) -> None:
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise RecipeError(f"expected a new or empty directory to keep the runs in, found {root} with other contents")
     write_json(marker, setting)
-
-
-def _require_libraries() -> None:
-    """Find out now, and not at the end, that something is missing.
-
-    Raises:
-        ImportError: Says what to install.
-    """
-    from importlib.util import find_spec
-
-    missing = [name for name in ("transformers", "tokenizers", "matplotlib") if find_spec(name) is None]
-    if missing:
-        raise ImportError(f"the demo needs {', '.join(missing)}: pip install 'carerl-kernels[train]'")

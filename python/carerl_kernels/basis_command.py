@@ -62,7 +62,7 @@ def _facts(path: Path) -> dict[str, Any]:
     else:
         factors = [*stored.left.values(), *stored.right.values()]
         dtype = str(factors[0].dtype)
-        error = max(_column_error(f) for f in factors)
+        error = max(_deviation(f.double().mT @ f.double()) for f in factors)
     return {
         "file": str(path),
         **info,
@@ -74,16 +74,16 @@ def _facts(path: Path) -> dict[str, Any]:
     }
 
 
-def _column_error(factor: Any) -> float:
+def _deviation(gram: Any) -> float:
+    """Largest deviation of Gram matrices from the identity, empty slots aside."""
     import torch
 
-    gram = factor.double().mT @ factor.double()
-    present = torch.diag_embed((gram.diagonal() > 0.5).double())
+    present = torch.diag_embed((gram.diagonal(dim1=-2, dim2=-1) > 0.5).double())
     return float((gram - present).abs().max())
 
 
 def _orthonormality(stored: Any) -> float:
-    """Largest deviation of `U U^T` from the identity (empty slots aside) over coefficient rows."""
+    """The same of `U U^T`, over coefficient rows."""
     import torch
 
     from .subspace.merge import segments_of
@@ -94,8 +94,7 @@ def _orthonormality(stored: Any) -> float:
     for row, columns in segments_of(stored):
         part = rows[:, columns].double()
         gram[row] += part @ part.mT
-    present = torch.diag_embed((gram.diagonal(dim1=-2, dim2=-1) > 0.5).double())
-    return float((gram - present).abs().max())
+    return _deviation(gram)
 
 
 @basis.command()

@@ -293,6 +293,8 @@ def test_guard_on_a_training_step(quiet):
     [
         (["--preset", "fast"], "preset: expected one of quick"),
         (["--op", "dascp_"], "op: expected one of dacsp_"),
+        (["--preset", "llm", "--plot", "roofline.png"], "--plot: expected the preset quick or full"),
+        (["--predict", "h100", "--op", "gram"], "--predict: expected no --op"),
         (["--gpu", "--op", "dascp_"], "op: expected one of dacsp_"),
         (["--preset", "sweep", "--op", "dacsp_", "--op", "gram"], "op: expected one for the sweep, found dacsp_, gram"),
     ],

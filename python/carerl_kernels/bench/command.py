@@ -25,7 +25,13 @@ def bench(
 ) -> None:
     """The ops against PyTorch and against the memory bandwidth of this machine, every result checked."""
     with plain_errors("bench", "bench", RuntimeError):
+        if plot is not None and (gpu or device or preset not in ("quick", "full")):
+            raise ValueError("--plot: expected the preset quick or full, whose competitors the picture compares")
         if device is not None:
+            if op or json_path or gpu:
+                raise ValueError(
+                    "--predict: expected no --op, --json or --gpu beside it; it prints one table and measures nothing"
+                )
             from .roofline import report
 
             typer.echo(report(device))

@@ -228,13 +228,13 @@ def run_gpu(ops: Sequence[str] = (), say: Callable[[str], None] = print, competi
     return {
         "device": found,
         "bandwidth": rates,
-        "serves": {op: _first(op) for op in {r["op"] for r in results}},
+        "serves": {result["op"]: serving(result["op"]) for result in results},
         "results": results,
     }
 
 
-def _first(op: str) -> str:
-    """Which backend's kernel the dispatcher takes for GPU tensors."""
+def serving(op: str) -> str:
+    """The backend whose kernel the dispatcher takes for GPU tensors."""
     return next((name for name in ("cuda", "triton") if op in _load.BACKENDS[name].ops), "reference")
 
 

@@ -71,20 +71,10 @@ class Variant:
         """A measure of `Record`, per seed."""
         return [getattr(record, measure) for record in self.records]
 
-    @property
-    def start(self) -> dict[str, list[float]]:
-        """Accuracy per domain before everything."""
-        return {d: [r.scores[0][i] for r in self.records] for i, d in enumerate(self.domains)}
-
-    @property
-    def after_own_stage(self) -> dict[str, list[float]]:
-        """Accuracy per domain right after its own stage."""
-        return {d: [r.scores[r.own(d)][i] for r in self.records] for i, d in enumerate(self.domains)}
-
-    @property
-    def final(self) -> dict[str, list[float]]:
-        """Accuracy per domain at the end."""
-        return {d: [r.final[d] for r in self.records] for d in self.domains}
+    def accuracy(self, when: str) -> dict[str, list[float]]:
+        """Per domain and seed: "final", "after_own_stage", or at the "start", before everything."""
+        stage = {"start": 0, "final": -1}
+        return {d: [r.scores[stage.get(when, r.own(d))][i] for r in self.records] for i, d in enumerate(self.domains)}
 
     @property
     def guard_time_share(self) -> float:
@@ -105,7 +95,7 @@ class Variant:
 
         return {
             **{
-                part: {domain: values(found) for domain, found in getattr(self, part).items()}
+                part: {domain: values(found) for domain, found in self.accuracy(part).items()}
                 for part in ("final", "after_own_stage", "start")
             },
             "average": values(self.of_seeds("average")),
@@ -190,11 +180,11 @@ def print_summary(console: Console, summary: Summary) -> None:
     for row in summary.variants:
         touched = "" if row.touched_share is None else f"{row.touched_share:.1%}"
         share = f"{row.guard_time_share:.0%}" if row.guard_time_share else ""
-        columns = [*row.final.values(), *map(row.of_seeds, ("average", "forgetting", "new"))]
+        columns = [*row.accuracy("final").values(), *map(row.of_seeds, ("average", "forgetting", "new"))]
         table.add_row(row.name, *map(_cell, columns), touched, share)
     console.print()
     console.print(table)
-    start = ", ".join(f"{d} {fmean(v):.2f}" for d, v in first.start.items())
+    start = ", ".join(f"{d} {fmean(v):.2f}" for d, v in first.accuracy("start").items())
     console.print(
         "Accuracy: exact probability of the right answer at temperature 1 on held-out examples "
         f"(before training: {start}).\n"

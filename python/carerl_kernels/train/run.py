@@ -112,11 +112,12 @@ def _sampler(recipe: Recipe, model: nn.Module, tokenizer: Any) -> EndpointSample
     if spec is None:
         return None
     run_dir = _needed(recipe.run_dir, "an engine that samples")
+    own = f"{run_dir.name}-{hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]}"  # several runs may share the folder
     return EndpointSampler(
         spec.url,
         spec.model,
         special_tokens(tokenizer, model),
-        folder=run_dir if spec.folder is None else spec.folder / _own_name(run_dir),
+        folder=run_dir if spec.folder is None else spec.folder / own,
         device=next(model.parameters()).device,
         **spec.model_dump(include={"engine", "sync_every", "max_in_flight", "timeout", "max_gap"}),
         dtype=None if spec.dtype is None else getattr(torch, spec.dtype),
@@ -127,11 +128,6 @@ def _needed(run_dir: Path | None, what: str) -> Path:
     if run_dir is None:
         raise RecipeError(f"run_dir: expected a directory, which {what} needs, found none")
     return run_dir
-
-
-def _own_name(run_dir: Path) -> str:
-    """Of a run's part of a folder that several share."""
-    return f"{run_dir.name}-{hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]}"
 
 
 def _monitor(recipe: Recipe, model: nn.Module, domains: Sequence[Domain], guard: Any) -> Any:

@@ -128,6 +128,23 @@ def test_every_competitor_of_the_full_preset_is_right(case):
             (variant.expectation or expectation).check(name, variant.call(), variant.exact)
 
 
+@pytest.mark.parametrize("op", [op for op in cost.OPS if not op.startswith("token")])
+def test_what_is_called_compiled_is_compiled(op, monkeypatch):
+    class Compiled(Exception):
+        pass
+
+    def compile(function, **options):
+        def call(*arguments):
+            raise Compiled
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile)
+    call = variants.textbook_call(Inputs(tiny(Case(op, D=1))), compiled=True)
+    with pytest.raises(Compiled):
+        call()
+
+
 def test_list_tensors_are_separate_and_odd():
     x = Inputs(Case("dacsp_.list", N=20_000, tensors=20))
     assert len(x.tensors) == 20

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from carerl_kernels.bench.cases import Case, Inputs
+from carerl_kernels.bench.cases import Inputs
+from carerl_kernels.bench.cost import Case
 from carerl_kernels.bench.expect import Expectation
 from carerl_kernels.bench.variants import OURS, ours
 

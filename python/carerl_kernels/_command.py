@@ -1,13 +1,17 @@
-"""What all commands share: errors as one line and sizes as people read them."""
+"""What all commands share: errors as one line, JSON, and sizes as people read them."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Annotated, Any
 
 import typer
 
 from ._errors import PlainError
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
 @contextmanager
@@ -37,6 +41,11 @@ def plain_errors(command: str, extra: str, *also: type[Exception], stopped: str 
         return
     typer.secho(f"carerl {command}: {message}", err=True, fg=typer.colors.RED)
     raise typer.Exit(1)
+
+
+def show_json(data: Any) -> None:
+    """Prints what a command found for other programs."""
+    typer.echo(json.dumps(data, indent=2))
 
 
 def size(n: int) -> str:

@@ -42,6 +42,11 @@ def write_bytes_atomically(path: Path | str, data: bytes) -> None:
     write_atomically(path, lambda temporary: temporary.write_bytes(data))
 
 
+def write_json(path: Path | str, data: Any, default: Callable[[Any], Any] | None = None) -> None:
+    """Replaces a file by indented JSON; `default` as for `json.dumps`."""
+    write_bytes_atomically(path, (json.dumps(data, indent=2, default=default) + "\n").encode())
+
+
 def json_line(value: Any) -> str:
     """One line of JSON; a non-finite number is written as null (JSON has none)."""
     return json.dumps(_finite(value)) + "\n"

@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 
-from ._command import plain_errors, size
+from ._command import Json, plain_errors, show_json, size
+from .basis_record import record
 
 basis = typer.Typer(
     help="Basis files: record, inspect, validate, merge, quantize; plan what a kind costs.", no_args_is_help=True
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-
-
-class Kinds(StrEnum):
-    flat = "flat"
-    per_matrix = "per_matrix"
-    block = "block"
-    input = "input"
-
-
-class Storages(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    int8 = "int8"
-    float8_e4m3fn = "float8_e4m3fn"
+Kinds = Literal["flat", "per_matrix", "block", "input"]
+Storages = Literal["float32", "bfloat16", "float16", "int8", "float8_e4m3fn"]
 
 
 @basis.command()
@@ -44,7 +29,7 @@ def inspect(files: Annotated[list[Path], typer.Argument(help="Basis files.")], a
         fact["follows"] = [f["domain"] for f in facts if f["end_hash"] == fact["start_hash"] and f is not fact]
         fact["chained"] = fact["start_hash"] in ends
     if as_json:
-        typer.echo(json.dumps(facts, indent=2))
+        show_json(facts)
         return
     for fact in facts:
         typer.echo(f"{fact['file']}: domain {fact['domain']}, {fact['kind']}, k = {fact['k']}, {fact['dtype']}")
@@ -77,7 +62,7 @@ def _facts(path: Path) -> dict[str, Any]:
     else:
         factors = [*stored.left.values(), *stored.right.values()]
         dtype = str(factors[0].dtype)
-        error = max(_column_error(f) for f in factors)
+        error = max(_deviation(f.double().mT @ f.double()) for f in factors)
     return {
         "file": str(path),
         **info,
@@ -89,16 +74,16 @@ def _facts(path: Path) -> dict[str, Any]:
     }
 
 
-def _column_error(factor: Any) -> float:
+def _deviation(gram: Any) -> float:
+    """Largest deviation of Gram matrices from the identity, empty slots aside."""
     import torch
 
-    gram = factor.double().mT @ factor.double()
-    present = torch.diag_embed((gram.diagonal() > 0.5).double())
+    present = torch.diag_embed((gram.diagonal(dim1=-2, dim2=-1) > 0.5).double())
     return float((gram - present).abs().max())
 
 
 def _orthonormality(stored: Any) -> float:
-    """Largest deviation of `U U^T` from the identity (empty slots aside) over coefficient rows."""
+    """The same of `U U^T`, over coefficient rows."""
     import torch
 
     from .subspace.merge import segments_of
@@ -109,8 +94,7 @@ def _orthonormality(stored: Any) -> float:
     for row, columns in segments_of(stored):
         part = rows[:, columns].double()
         gram[row] += part @ part.mT
-    present = torch.diag_embed((gram.diagonal(dim1=-2, dim2=-1) > 0.5).double())
-    return float((gram - present).abs().max())
+    return _deviation(gram)
 
 
 @basis.command()
@@ -162,7 +146,7 @@ def validate(
     with plain_errors("basis validate", "train"):
         result = _validate(file, model, prompts, batch, gradients, seed)
     if as_json:
-        typer.echo(json.dumps(result.as_dict(), indent=2))
+        show_json(result.as_dict())
         return
     typer.echo(
         f"{file}: explains {result.explained:.2%} of {result.gradients} fresh gradients of {result.domain} "
@@ -193,72 +177,7 @@ def _validate(file: Path, folder: Path, prompts: Path, batch: int, gradients: in
     return validated(stored, network, losses, seed)
 
 
-class Answers(StrEnum):
-    model = "model"
-    given = "given"
-    none = "none"
-
-
-class Dtypes(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-@basis.command()
-def record(
-    model: Annotated[Path, typer.Argument(help="Folder of the model (transformers), with its tokenizer.")],
-    prompts: Annotated[Path, typer.Option(help='JSON lines with "prompt": a text, or chat messages.')],
-    domain: Annotated[str, typer.Option(help="Name of the domain.")],
-    out: Annotated[Path, typer.Option(help="File to write.")],
-    answers: Annotated[
-        Answers, typer.Option(help="What follows a prompt: the model's own sample, the row's answer, nothing.")
-    ] = Answers.model,
-    answer_field: Annotated[str, typer.Option(help="Where a row has its answer.")] = "answer",
-    max_length: Annotated[
-        int, typer.Option(min=2, help="Tokens of prompt and answer; the end of longer ones is cut.")
-    ] = 512,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer of the model's own.")] = 128,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 8,
-    r: Annotated[int, typer.Option(min=1, help="Directions per weight matrix, at most.")] = 32,
-    energy: Annotated[float, typer.Option(help="Of them as few as hold this share of the inputs' energy.")] = 0.9,
-    dtype: Annotated[Dtypes, typer.Option(help="Of the model.")] = Dtypes.float32,
-    device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Of the model's own answers.")] = 0,
-    as_json: Json = False,
-) -> None:
-    """Record the input directions of a domain from a finished model: shown prompts, it needs no training."""
-    from .basis_record import record as recorded
-
-    with plain_errors("basis record", "train"):
-        found = recorded(
-            model,
-            prompts,
-            domain,
-            out,
-            answers=answers.value,
-            answer_field=answer_field,
-            max_length=max_length,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            r=r,
-            energy=energy,
-            dtype=dtype.value,
-            device=device,
-            seed=seed,
-        )
-    if as_json:
-        typer.echo(json.dumps(found, indent=2))
-        return
-    typer.echo(
-        f"{out}: domain {domain}, {size(out.stat().st_size)}, from {found['prompts']} prompts ({found['tokens']:,} tokens)"
-    )
-    typer.echo(
-        f"  covers {found['covered']:.1%} of the parameters in {found['matrices']} matrices; {found['mean_rank']:.1f} directions "
-        f"each (at most {r}) hold {found['energy']:.1%} of the inputs' energy"
-    )
-    if found["idle"]:
-        typer.echo(f"  {found['idle']} experts had no token routed to them: nothing protects them")
+basis.command()(record)
 
 
 @basis.command()
@@ -273,7 +192,7 @@ def plan(
         int | None, typer.Option(min=1, help="Directions of flat and per-matrix bases; 64 by default, as the guard's.")
     ] = None,
     world_size: Annotated[int, typer.Option(min=1, help="GPUs that share the parameters (FSDP2).")] = 1,
-    dtype: Annotated[Storages, typer.Option(help="Storage of flat and per-matrix directions.")] = Storages.bfloat16,
+    dtype: Annotated[Storages, typer.Option(help="Storage of flat and per-matrix directions.")] = "bfloat16",
     bandwidth: Annotated[float, typer.Option(min=1.0, help="Attained memory bandwidth per GPU, GB/s.")] = 2000.0,
     tflops: Annotated[float, typer.Option(min=0.001, help="Attained float32 matmul rate per GPU, TFLOP/s.")] = 30.0,
     as_json: Json = False,
@@ -291,18 +210,18 @@ def plan(
         plans = [
             planned(
                 network,
-                one.value,
-                asked[KINDS[one.value].rank] or KINDS[one.value].default,
+                one,
+                asked[KINDS[one].rank] or KINDS[one].default,
                 domains,
                 world_size,
-                getattr(torch, dtype.value),
+                getattr(torch, dtype),
                 bandwidth=bandwidth * 1e9,
                 flops=tflops * 1e12,
             )
-            for one in (list(Kinds) if kind is None else [kind])
+            for one in (get_args(Kinds) if kind is None else (kind,))
         ]
     if as_json:
-        typer.echo(json.dumps([p.as_dict() for p in plans], indent=2))
+        show_json([p.as_dict() for p in plans])
         return
     first = plans[0]
     typer.echo(

@@ -1,84 +1,88 @@
-"""`carerl basis record`: the input directions of a domain, from a finished model that is shown its prompts."""
+"""`carerl basis record`."""
 
 from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import torch
+import typer
 
+from ._command import Json, plain_errors, show_json, size
 from ._rows import read_rows
 
 
 def record(
-    folder: Path,
-    prompts: Path,
-    domain: str,
-    out: Path,
-    *,
-    answers: str,
-    answer_field: str,
-    max_length: int,
-    max_new_tokens: int,
-    batch_size: int,
-    r: int,
-    energy: float,
-    dtype: str,
-    device: str,
-    seed: int,
-) -> dict[str, Any]:
-    """Writes the basis file; see the command for the arguments.
+    model: Annotated[Path, typer.Argument(help="Folder of the model (transformers), with its tokenizer.")],
+    prompts: Annotated[Path, typer.Option(help='JSON lines with "prompt": a text, or chat messages.')],
+    domain: Annotated[str, typer.Option(help="Name of the domain.")],
+    out: Annotated[Path, typer.Option(help="File to write.")],
+    answers: Annotated[
+        Literal["model", "given", "none"],
+        typer.Option(help="What follows a prompt: the model's own sample, the row's answer, nothing."),
+    ] = "model",
+    answer_field: Annotated[str, typer.Option(help="Where a row has its answer.")] = "answer",
+    max_length: Annotated[
+        int, typer.Option(min=2, help="Tokens of prompt and answer; the end of longer ones is cut.")
+    ] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer of the model's own.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 8,
+    r: Annotated[int, typer.Option(min=1, help="Directions per weight matrix, at most.")] = 32,
+    energy: Annotated[float, typer.Option(help="Of them as few as hold this share of the inputs' energy.")] = 0.9,
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the model.")] = "float32",
+    device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Of the model's own answers.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Record the input directions of a domain from a finished model: shown prompts, it needs no training."""
+    with plain_errors("basis record", "train"):
+        import torch
 
-    Returns:
-        Numbers of prompts, tokens, matrices and idle experts; shares covered and held; mean number of directions.
+        from .grpo.sampling import sample
+        from .subspace import MatrixLayout, observe
+        from .subspace.batches import encode, prepared
+        from .subspace.sites import guess_sides
+        from .text import special_tokens
 
-    Raises:
-        ValueError, OSError: files that are not as expected, or cannot be read or written; nothing is left half-written.
-    """
-    from .grpo.sampling import sample
-    from .subspace import MatrixLayout, observe
-    from .subspace.batches import encode, prepared
-    from .subspace.sites import guess_sides
-    from .text import special_tokens
-
-    if not domain.strip():
-        raise ValueError(f"--domain: expected a name, found {domain!r}")
-    if not 0 < energy <= 1:
-        raise ValueError(f"--energy: expected 0 < energy <= 1, found {energy}")
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--out {out}: expected a folder to write into, found none at {out.absolute().parent}")
-    check = partial(_check_answer, field=answer_field) if answers == "given" else None
-    rows = list(read_rows(prompts, ("prompt",), check))
-    if not rows:
-        raise ValueError(f"prompts {prompts}: expected at least one row, found none")
-    model, tokenizer = _load(folder, dtype, device)
-    shown = [encode(tokenizer, row["prompt"]) for row in rows]
-    if answers == "given":
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        shown = [
-            ids + tokenizer(row[answer_field], add_special_tokens=False)["input_ids"] + end
-            for ids, row in zip(shown, rows, strict=True)
-        ]
-    elif answers == "model":
-        torch.manual_seed(seed)
-        tokens, asked = special_tokens(tokenizer, model), [ids[: max_length - 1] for ids in shown]
-        shown = []
-        for at in range(0, len(asked), batch_size):
-            part = asked[at : at + batch_size]
-            written = sample(model, part, tokens, max_new_tokens=min(max_new_tokens, max_length - min(map(len, part))))
-            shown += [ids + answer for ids, answer in zip(part, written.completions(), strict=True)]
-    shown = [ids[:max_length] for ids in shown]
-    named = list(model.named_parameters())
-    parameters = [p.detach() for _, p in named]
-    layout = MatrixLayout.of(named, "input", r, None, guess_sides(model, named))
-    batches = list(prepared(({"input_ids": ids} for ids in shown), tokenizer, batch_size))
-    moments = observe(model, batches, layout)
-    layout = moments.layout(layout, parameters)
-    basis = moments.basis(layout, domain, energy=energy, architecture=type(model).__name__, parameters=parameters)
-    basis.save(out)
+        if not domain.strip():
+            raise ValueError(f"--domain: expected a name, found {domain!r}")
+        if not 0 < energy <= 1:
+            raise ValueError(f"--energy: expected 0 < energy <= 1, found {energy}")
+        if not out.absolute().parent.is_dir():
+            raise FileNotFoundError(
+                f"--out {out}: expected a folder to write into, found none at {out.absolute().parent}"
+            )
+        check = partial(_check_answer, field=answer_field) if answers == "given" else None
+        rows = list(read_rows(prompts, ("prompt",), check))
+        if not rows:
+            raise ValueError(f"prompts {prompts}: expected at least one row, found none")
+        network, tokenizer = _load(model, dtype, device)
+        shown = [encode(tokenizer, row["prompt"]) for row in rows]
+        if answers == "given":
+            end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+            shown = [
+                ids + tokenizer(row[answer_field], add_special_tokens=False)["input_ids"] + end
+                for ids, row in zip(shown, rows, strict=True)
+            ]
+        elif answers == "model":
+            torch.manual_seed(seed)
+            tokens, asked = special_tokens(tokenizer, network), [ids[: max_length - 1] for ids in shown]
+            shown = []
+            for at in range(0, len(asked), batch_size):
+                part = asked[at : at + batch_size]
+                length = min(max_new_tokens, max_length - min(map(len, part)))
+                written = sample(network, part, tokens, max_new_tokens=length).completions()
+                shown += [ids + answer for ids, answer in zip(part, written, strict=True)]
+        shown = [ids[:max_length] for ids in shown]
+        named = list(network.named_parameters())
+        parameters = [p.detach() for _, p in named]
+        layout = MatrixLayout.of(named, "input", r, None, guess_sides(network, named))
+        moments = observe(network, list(prepared(({"input_ids": ids} for ids in shown), tokenizer, batch_size)), layout)
+        layout = moments.layout(layout, parameters)
+        basis = moments.basis(layout, domain, energy=energy, architecture=type(network).__name__, parameters=parameters)
+        basis.save(out)
     ranks = [int((values > 0).sum()) for values in basis.values.values()]
-    return {
+    found = {
         "prompts": len(rows),
         "tokens": sum(map(len, shown)),
         "matrices": len(ranks),
@@ -87,6 +91,18 @@ def record(
         "mean_rank": sum(ranks) / len(ranks),
         "energy": basis.info.gradient_capture,
     }
+    if as_json:
+        show_json(found)
+        return
+    typer.echo(
+        f"{out}: domain {domain}, {size(out.stat().st_size)}, from {found['prompts']} prompts ({found['tokens']:,} tokens)"
+    )
+    typer.echo(
+        f"  covers {found['covered']:.1%} of the parameters in {found['matrices']} matrices; {found['mean_rank']:.1f} directions "
+        f"each (at most {r}) hold {found['energy']:.1%} of the inputs' energy"
+    )
+    if found["idle"]:
+        typer.echo(f"  {found['idle']} experts had no token routed to them: nothing protects them")
 
 
 def _check_answer(row: dict[str, Any], field: str) -> None:
@@ -98,6 +114,7 @@ def _check_answer(row: dict[str, Any], field: str) -> None:
 
 
 def _load(folder: Path, dtype: str, device: str) -> tuple[Any, Any]:
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not (folder / "config.json").is_file():

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ._command import plain_errors
+from ._command import Json, plain_errors, show_json
 from .basis_command import basis
 from .bench.command import bench
 from .confine_command import Several, confine, merge
@@ -32,13 +31,13 @@ def main() -> None:
 
 
 @app.command()
-def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False) -> None:
+def info(as_json: Json = False) -> None:
     """Versions, what serves every op, and what is missing and why."""
     from .info import collect, render
 
     report = collect()
     if as_json:
-        typer.echo(json.dumps(report, indent=2))
+        show_json(report)
     else:
         render(report)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from ._command import plain_errors
+from ._command import Json, plain_errors, show_json
 
 if TYPE_CHECKING:
     from .guard.changes import Confined
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Out = Annotated[Path, typer.Option(help="Directory to write; new, or empty.")]
 Room = Annotated[
     float, typer.Option(help="Directions a matrix has at most, all domains together, as a share of its inputs.")
@@ -59,7 +57,7 @@ def confine(
 
         result = confined(start, end, [StoredBasis.load(path) for path in protect], out, bound, room, device)
     if as_json:
-        typer.echo(json.dumps(result.as_dict(), indent=2))
+        show_json(result.as_dict())
         return
     typer.echo(
         f"{out}: {end} confined in {result.seconds:.1f} s; {len(result.corrected)} tensors corrected, {result.kept} as they were"
@@ -85,7 +83,7 @@ def merge(
 
         result = merged(start, _pairs(experts), [StoredBasis.load(path) for path in bases], out, scale, room, device)
     if as_json:
-        typer.echo(json.dumps(result.as_dict(), indent=2))
+        show_json(result.as_dict())
         return
     typer.echo(f"{out}: {len(result.experts)} experts of {start} merged in {result.seconds:.1f} s")
     for name, part in result.experts.items():

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ._command import plain_errors
+from ._command import Json, plain_errors, show_json
 
 
 def diagnose(
     run: Annotated[Path, typer.Argument(help="Directory of a run: metrics.jsonl and what stands beside it.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
     limit: Annotated[int, typer.Option(min=1, help="Causes named at most.")] = 3,
 ) -> None:
     """Why a domain fell or never rose: the likeliest causes of a run, their figures, and what to try first."""
@@ -22,7 +21,7 @@ def diagnose(
 
         found = read(run, limit)
     if as_json:
-        typer.echo(json.dumps(found.as_dict(), indent=2))
+        show_json(found.as_dict())
         return
     if not found.lost and not found.notes:
         typer.echo("Nothing is lost: no domain fell below its best or stayed where it was.")

@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 from carerl_kernels.bench import cost, measure, presets, probe, run, variants
-from carerl_kernels.bench.cases import Case, Inputs
+from carerl_kernels.bench.cases import Inputs
+from carerl_kernels.bench.cost import Case
 from carerl_kernels.bench.expect import Expectation, WrongResult
 from carerl_kernels.bench.logits import LogitsCase
 from carerl_kernels.bench.measure import CaseResult, ImpossibleResult, Spread, VariantResult, check_possible
@@ -49,33 +50,30 @@ def tiny(case: Case) -> Case:
 
 
 def test_bytes_of_dacsp_by_hand():
-    shape = cost.Shape(D=3, k=8, B=2, N=1000, grad=F32, basis=BF16)
+    case = Case("dacsp_", D=3, k=8, B=2, N=1000, grad=F32, basis=BF16)
     # Pass 1 reads 24 rows of 2000 bytes and 2 gradients of 4000; pass 2 the same and writes the gradients.
-    assert cost.passes_of("dacsp_", shape) == [24 * 2000 + 2 * 4000, 24 * 2000 + 4 * 4000]
-    assert cost.bytes_of("dacsp_.list", shape) == cost.bytes_of("dacsp_", shape) == 120_000
-    assert cost.rereads_of("dacsp_", shape) == 24 * 2000 + 2 * 4000
-    assert cost.flops_of("dacsp_", shape) == 2 * (2 * 2 * 24 * 1000) + 2 * 1000
+    assert case.passes == [24 * 2000 + 2 * 4000, 24 * 2000 + 4 * 4000]
+    assert replace(case, op="dacsp_.list").bytes == case.bytes == 120_000
+    assert case.rereads == 24 * 2000 + 2 * 4000
+    assert case.flops == 2 * (2 * 2 * 24 * 1000) + 2 * 1000
 
 
 def test_bytes_of_int8_rows_count_their_scales():
-    shape = cost.Shape(D=1, k=4, B=1, N=1000, grad=BF16, basis=I8)
-    assert cost.bytes_of("project", shape) == 4 * (1000 + 4 * 8) + 2000  # 8 = ceil(1000 / 128)
+    assert (
+        Case("project", D=1, k=4, N=1000, grad=BF16, basis=I8).bytes == 4 * (1000 + 4 * 8) + 2000
+    )  # 8 = ceil(1000 / 128)
 
 
 @pytest.mark.parametrize("grad", [F32, BF16], ids=str)
 def test_formulas_of_the_documentation(grad):
-    shape = cost.Shape(D=3, k=5, B=2, N=700, grad=grad, basis=F16)
     letters = {"K": 15, "k": 5, "B": 2, "u": 2, "g": grad.itemsize, "N": 700}
-    rows = re.findall(r"^\| `(\w+)` \| (.*) \| (.*) \|$", cost.markdown_table(), re.M)
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]*) \| ([^|]*) \|$", PAGE.read_text(), re.M)
     assert {op for op, *_ in rows} == set(cost.OPS)
     for op, moved, operations in rows:
-        for formula, counted in ((moved, cost.bytes_of(op, shape)), (operations, cost.flops_of(op, shape))):
+        case = Case(op, D=3, k=5, B=2, N=700, grad=grad, basis=F16)
+        for formula, counted in ((moved, case.bytes), (operations, case.flops)):
             product = re.sub(r"(?<=[\w)]) (?=[\w(])|(?<=\))(?=\()", "*", formula)
             assert eval(product, {}, letters) * 700 == pytest.approx(counted), (op, formula)
-
-
-def test_the_documentation_has_the_table():
-    assert cost.markdown_table() in PAGE.read_text()
 
 
 # ------------------------------------------------------------------------------------------------------- whole run
@@ -100,7 +98,7 @@ def test_quick_preset_on_tiny_shapes(tmp_path, quiet, monkeypatch):
     assert [found["case"]["name"] for found in report["cases"]] == [case.name for case in chosen]
     for found, case in zip(report["cases"], chosen, strict=True):
         assert {OURS, "textbook", "sharp"} <= found["variants"].keys(), found["missing"]
-        assert found["case"]["bytes"] == cost.bytes_of(case.op, case.shape)
+        assert found["case"]["bytes"] == case.bytes
         assert found["variants"][OURS]["ratio"]["median"] == 1.0
         for result in found["variants"].values():
             assert result["seconds"]["low"] <= result["seconds"]["median"] <= result["seconds"]["high"]
@@ -110,7 +108,7 @@ def test_quick_preset_on_tiny_shapes(tmp_path, quiet, monkeypatch):
 
 
 def test_full_preset_measures_every_op():
-    assert {case.op.split(".")[0] for case in presets.cases("full")} == set(cost.OPS)
+    assert {case.packet for case in presets.cases("full")} == set(cost.OPS)
 
 
 @pytest.mark.parametrize("case", [tiny(case) for case in presets.cases("full")], ids=lambda case: case.name)
@@ -128,6 +126,23 @@ def test_every_competitor_of_the_full_preset_is_right(case):
             x.reset()
             variant.reset()
             (variant.expectation or expectation).check(name, variant.call(), variant.exact)
+
+
+@pytest.mark.parametrize("op", [op for op in cost.OPS if not op.startswith("token")])
+def test_what_is_called_compiled_is_compiled(op, monkeypatch):
+    class Compiled(Exception):
+        pass
+
+    def compile(function, **options):
+        def call(*arguments):
+            raise Compiled
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile)
+    call = variants.textbook_call(Inputs(tiny(Case(op, D=1))), compiled=True)
+    with pytest.raises(Compiled):
+        call()
 
 
 def test_list_tensors_are_separate_and_odd():
@@ -178,7 +193,7 @@ def test_one_wrong_token_is_noticed(op):
     outputs = x.variants(compiling=False)[0][OURS].call()
     x.check(OURS, outputs, exact=True)
     next(iter(outputs.values()))[-1] *= 1.01
-    with pytest.raises(WrongResult, match="somebody has relative errors"):
+    with pytest.raises(WrongResult, match="somebody returned"):
         x.check("somebody", outputs, exact=True)
 
 
@@ -257,7 +272,7 @@ def test_line_is_fitted():
 
 def test_sweep_on_tiny_shapes():
     found = sweep({"N": [tiny(Case("dacsp_", k=k)) for k in (1, 2)]}, Bandwidth(PROBE), rounds=2)
-    assert [p.K for p in found["N"]["points"]] == [3, 6]
+    assert [p["K"] for p in found["N"]["points"]] == [3, 6]
 
 
 def test_pca_beside_scikit_learn():
@@ -292,7 +307,14 @@ def test_guard_on_a_training_step(quiet):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--preset", "fast"], "preset: expected one of quick"), (["--op", "dascp_"], "op: expected one of dacsp_")],
+    [
+        (["--preset", "fast"], "preset: expected one of quick"),
+        (["--op", "dascp_"], "op: expected one of dacsp_"),
+        (["--preset", "llm", "--plot", "roofline.png"], "--plot: expected the preset quick or full"),
+        (["--predict", "h100", "--op", "gram"], "--predict: expected no --op"),
+        (["--gpu", "--op", "dascp_"], "op: expected one of dacsp_"),
+        (["--preset", "sweep", "--op", "dacsp_", "--op", "gram"], "op: expected one for the sweep, found dacsp_, gram"),
+    ],
 )
 def test_command_line_says_what_it_expected(arguments, message, monkeypatch):
     monkeypatch.setattr(run, "PROBE_BYTES", PROBE)

@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 from carerl_kernels.bench import gpu, gpu_check, gpu_others, roofline
-from carerl_kernels.bench.cases import SCALE, Case, Inputs
-from carerl_kernels.bench.cost import OPS
+from carerl_kernels.bench.cases import OUTPUTS, Inputs
+from carerl_kernels.bench.cost import OPS, Case
 from carerl_kernels.bench.variants import ours
 from carerl_kernels.cli import app
 from places import DOCS
@@ -211,18 +211,13 @@ def test_what_the_ops_compete_with_computes_the_same(op, monkeypatch):
     monkeypatch.setattr(gpu_others, "CHUNK", 1000)
     case = Case(op, D=1 if op.startswith("input_") else 2, k=3, B=2, N=5003)
     x = Inputs(case)
-    output = {"project": "coeffs", "gram": "gram", "rotate_": "rows", "edit_rotate_": "rows"}.get(op, "grads")
+    output = OUTPUTS[op][0]
     expected = ours(x)()[output].clone().float()
     found = {name: way for name, way in gpu_others.ways(x).items() if name != "torch.compile"}
     assert "mm" in found
-    for name, way in found.items():
+    for way in found.values():
         x.reset()
-        result = way()
-        result = result[0] if isinstance(result, tuple) else result
-        scale = SCALE if op == "edit_" else 1.0  # the library's product adds and does not scale
-        torch.testing.assert_close(
-            scale * result.view(expected.shape).float(), expected, rtol=2e-4, atol=2e-3, msg=name
-        )
+        torch.testing.assert_close(way()[output].view(expected.shape).float(), expected, rtol=2e-4, atol=2e-3)
 
 
 @pytest.mark.usefixtures("_clock_of_the_host")

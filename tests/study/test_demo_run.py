@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
-from carerl_kernels.study.cells import run_cell
+from carerl_kernels.study.cells import Record, run_cell
 from carerl_kernels.study.demo import run_demo
 from carerl_kernels.study.demo_report import Summary, Variant, print_summary
 from carerl_kernels.study.grid import Grid
@@ -124,8 +124,12 @@ def test_foreign_or_differing_directory_is_refused(tmp_path, tiny):
 def variant(name, finals, starts=None):
     """With these accuracies of all domains at the end of every seed's run, and before and right after their own stages."""
     cell = DEMO.cell(f"demo/{name}@{VARIANTS[name].lr[0]:g}/0")
-    scores = [[[start] * 3] * 3 + [[end] * 3] for start, end in zip(starts or finals, finals, strict=True)]
-    return Variant(cell, scores, [], [1.0] * len(finals), 0.5, 0.25)
+    stages = [["code"], ["chat"], ["math"]]
+    records = [
+        Record(cell.name, cell.key, stages, [[start] * 3] * 3 + [[end] * 3], 1.0, touched=0.25, guard_share=0.5)
+        for start, end in zip(starts or finals, finals, strict=True)
+    ]
+    return Variant(cell, records, [])
 
 
 def test_verdict_counts_seeds_and_says_who_lost():

@@ -10,7 +10,7 @@ from carerl_kernels.cli import app
 from carerl_kernels.study.cells import RAW, Record, append_record, current, read_records, run_cells
 from carerl_kernels.study.grid import PRESETS, Grid
 from carerl_kernels.study.report import write_report
-from carerl_kernels.study.stats import estimate, holm, pareto, t_quantile, t_two_sided
+from carerl_kernels.study.stats import estimate, holm, pareto
 from carerl_kernels.study.tables import Row, pooled_table, rows_of, verdicts, versus, worst
 from carerl_kernels.train.recipe import RecipeError
 from places import DOCS
@@ -49,22 +49,13 @@ def carerl(*arguments):
 # ------------------------------------------------------------------------------------------------------- statistics
 
 
-@pytest.mark.parametrize("df", [1, 2, 3, 7, 40])
-def test_students_t(df):
-    stats = pytest.importorskip("scipy.stats")
-    for t in (0.0, 0.3, 1.0, 2.5, 12.0, 200.0):
-        assert t_two_sided(t, df) == pytest.approx(2 * stats.t.sf(t, df), rel=1e-6, abs=1e-12)
-        assert t_two_sided(-t, df) == t_two_sided(t, df)
-    assert t_quantile(0.95, df) == pytest.approx(stats.t.ppf(0.975, df), rel=1e-6)
-
-
 def test_estimate_is_the_t_test_of_one_sample():
     stats = pytest.importorskip("scipy.stats")
     values = np.random.default_rng(0).normal(0.1, 0.2, size=6)
     e = estimate(values.tolist())
     expected = stats.ttest_1samp(values, 0.0)
     assert (e.mean, e.p) == pytest.approx((values.mean(), expected.pvalue))
-    assert (e.low, e.high) == pytest.approx(tuple(expected.confidence_interval()))
+    assert (e.mean - e.half, e.mean + e.half) == pytest.approx(tuple(expected.confidence_interval()))
     assert not estimate([0.5]).holds(0.5)
     with pytest.raises(ValueError, match="found none"):
         estimate([])

@@ -1,71 +1,31 @@
-"""What is measured: an op at a shape, its inputs, and putting them back as they were before every call."""
+"""Inputs of a case, and putting them back as they were before every call."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._ops import SEGMENT
-from .cost import SCALE_BLOCK, Shape, bytes_of, flops_of, rereads_of
+from .cost import SCALE_BLOCK, Case
 
 ALIGNED, CONFLICT, THRESHOLD = 1.2, 0.2, 0.0
+OUTPUTS = {
+    "project": ("coeffs",),
+    "gram": ("gram",),
+    "edit_": ("grads",),
+    "rotate_": ("rows",),
+    "edit_rotate_": ("grads", "rows"),
+    "dacsp_": ("coeffs", "grads"),
+    "pca_update_": ("rows", "singular_values"),
+    "input_project": ("coeffs",),
+    "input_confine_": ("grads",),
+    "input_dacsp_": ("grads",),
+}
+"""What each op computes, by the names that :class:`Expectation` has for it."""
 SCALE = 0.9  # of edit_ and edit_rotate_: not 1, so that a kernel that forgets it is caught
-
-
-@dataclass(frozen=True)
-class Case:
-    """One op at one shape.
-
-    Attributes:
-        op: name in the schema, with `.list` for the multi-tensor form.
-        D, k, B, N: as everywhere; N counts the padding between tensors of a list.
-        grad, basis: dtypes.
-        tensors: number of tensors of a list form, 0 for a single tensor.
-    """
-
-    op: str
-    D: int = 3
-    k: int = 8
-    B: int = 1
-    N: int = 8_000_000
-    grad: torch.dtype = torch.float32
-    basis: torch.dtype = torch.float32
-    tensors: int = 0
-
-    @property
-    def shape(self) -> Shape:
-        return Shape(self.D, self.k, self.B, self.N, self.grad, self.basis)
-
-    @property
-    def bytes(self) -> int:
-        return bytes_of(self.op, self.shape)
-
-    @property
-    def rereads(self) -> int:
-        return rereads_of(self.op, self.shape)
-
-    @property
-    def flops(self) -> int:
-        return flops_of(self.op, self.shape)
-
-    @property
-    def dtypes(self) -> str:
-        """For example `bf16` or, where bases differ, `bf16/int8` (gradients / bases)."""
-        return short(self.grad) if self.grad == self.basis else f"{short(self.grad)}/{short(self.basis)}"
-
-    @property
-    def name(self) -> str:
-        if self.op.startswith("token_logprobs"):
-            return f"{self.op} {short(self.grad)} T={self.B} V={self.N}"
-        lists = f" T={self.tensors}" if self.tensors else ""
-        return f"{self.op} {self.dtypes} D={self.D} k={self.k} B={self.B} N={self.N:.3g}{lists}".replace("e+0", "e")
-
-
-def short(dtype: torch.dtype) -> str:
-    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "int8"}[dtype]
 
 
 class Inputs:
@@ -126,6 +86,11 @@ class Inputs:
         if self._rows is not None:
             self.bases[0].copy_(self._rows)
         self.singular_values.copy_(self._first)
+
+    def outputs(self, returned: Tensor | None) -> dict[str, Any]:
+        """What a call of the op has computed: what it returned, if anything, and the tensors that it changed in place."""
+        changed = {"grads": self.tensors or self.grads, "rows": self.bases[0], "singular_values": self.singular_values}
+        return {name: changed.get(name, returned) for name in OUTPUTS[self.case.packet]}
 
     def flat(self, tensors: list[Tensor]) -> Tensor:
         """Tensors of a list form as `[1, N]` with zeros between."""

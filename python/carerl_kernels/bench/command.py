@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .._command import plain_errors
-from .._files import write_bytes_atomically
+from .._files import write_json
 
 
 def bench(
@@ -26,7 +25,13 @@ def bench(
 ) -> None:
     """The ops against PyTorch and against the memory bandwidth of this machine, every result checked."""
     with plain_errors("bench", "bench", RuntimeError):
+        if plot is not None and (gpu or device or preset not in ("quick", "full")):
+            raise ValueError("--plot: expected the preset quick or full, whose competitors the picture compares")
         if device is not None:
+            if op or json_path or gpu:
+                raise ValueError(
+                    "--predict: expected no --op, --json or --gpu beside it; it prints one table and measures nothing"
+                )
             from .roofline import report
 
             typer.echo(report(device))
@@ -36,7 +41,7 @@ def bench(
 
             found = run_gpu(op or (), say=typer.echo)
             if json_path is not None:
-                write_bytes_atomically(json_path, (json.dumps(found, indent=1) + "\n").encode())
+                write_json(json_path, found)
             wrong = [result["wrong"] for result in found["results"] if result["wrong"]]
             if wrong:
                 raise RuntimeError("; ".join(wrong))

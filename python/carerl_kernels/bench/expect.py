@@ -6,14 +6,14 @@ ends among them), because comparing all of a gigabyte after every call would tak
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .cases import ALIGNED, CONFLICT, THRESHOLD, Inputs
-from .cost import SCALE_BLOCK
+from .cost import SCALE_BLOCK, Case
 
 WINDOW, WINDOWS = 61, 6  # columns each, and how many: odd, so that they straddle vectors, tiles and int8 blocks
 CHUNK = 1 << 18
@@ -27,6 +27,26 @@ BASELINE_TOLERANCE = 2.5e-2
 
 class WrongResult(RuntimeError):
     """A timed call returned something else than float64 says."""
+
+
+def relative(seen: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over norm of what is expected."""
+    return float((seen.double() - expected).norm() / expected.norm().clamp_min(1e-300))
+
+
+def judged(case: Case, variant: str, errors: dict[str, float], allowed: Callable[[str], float]) -> dict[str, float]:
+    """The errors, if they are small enough.
+
+    Raises:
+        WrongResult: names case, variant, output, error and what is allowed for this output.
+    """
+    for name, error in errors.items():
+        if not error <= allowed(name):  # NaN is wrong too
+            raise WrongResult(
+                f"{case.name}: {variant} returned {name} with relative error {error:.2g}, "
+                f"expected at most {allowed(name):.2g}"
+            )
+    return errors
 
 
 def _columns(x: Inputs) -> Tensor:
@@ -49,14 +69,14 @@ class Expectation:
 
     def __init__(self, x: Inputs):
         self.x, case = x, x.case
-        n, self._rows = case.N, case.k if case.op.split(".")[0] in ("rotate_", "pca_update_") else case.D * case.k
+        n, self._rows = case.N, case.k if case.packet in ("rotate_", "pca_update_") else case.D * case.k
         self.columns = _columns(x)
         size = self._rows + case.B
         total = torch.zeros(size, size, dtype=torch.float64)
         wanted = {"project": slice(self._rows, None), "dacsp_": slice(self._rows, None), "gram": slice(None)}
         wanted["pca_update_"] = slice(None)
         wanted |= dict.fromkeys(("input_project", "input_confine_", "input_dacsp_"), wanted["project"])
-        at = wanted.get(case.op.split(".")[0])
+        at = wanted.get(case.packet)
         for start in range(0, n if at is not None else 0, CHUNK):
             stack = self._stack(torch.arange(start, min(start + CHUNK, n)))
             total[at] += stack[at] @ stack.mT
@@ -77,7 +97,7 @@ class Expectation:
         u, g = stack[: self._rows], stack[self._rows :]
         c = total[self._rows :, : self._rows]
         gain = (c > THRESHOLD) * (ALIGNED - 1.0) + (c < -THRESHOLD) * (CONFLICT - 1.0)
-        op = case.op.split(".")[0]
+        op = case.packet
         if op == "pca_update_":
             weight = torch.cat([x.singular_values, torch.ones(case.B, dtype=torch.float64)])
             values, vectors = torch.linalg.eigh(weight.unsqueeze(1) * total * weight)
@@ -113,10 +133,7 @@ class Expectation:
             raise WrongResult(
                 f"{self.x.case.name}: expected outputs {sorted(self.expected)}, {sorted(missing)} missing"
             )
-        return {
-            name: float((seen[name].double() - value).norm() / value.norm().clamp_min(1e-300))
-            for name, value in self.expected.items()
-        }
+        return {name: relative(seen[name], value) for name, value in self.expected.items()}
 
     def _sampled(self, outputs: Mapping[str, Any]) -> dict[str, Tensor]:
         seen: dict[str, Tensor] = {}
@@ -142,15 +159,7 @@ class Expectation:
         Raises:
             WrongResult: names case, variant, output, error and tolerance.
         """
-        errors = self.errors(outputs)
-        for name, error in errors.items():
-            allowed = self.tolerance(name, exact)
-            if not error <= allowed:  # NaN is wrong too
-                raise WrongResult(
-                    f"{self.x.case.name}: {variant} returned {name} with relative error {error:.2g}, "
-                    f"expected at most {allowed:.2g}"
-                )
-        return errors
+        return judged(self.x.case, variant, self.errors(outputs), lambda name: self.tolerance(name, exact))
 
     def tolerance(self, name: str, exact: bool) -> float:
         case = self.x.case

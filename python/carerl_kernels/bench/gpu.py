@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from .. import _load
-from .cases import Case, Inputs
+from .cases import Inputs
+from .cost import Case
 from .expect import Expectation, WrongResult
 from .gpu_others import ways
 from .logits import LogitsCase
 from .measure import Spread
+from .presets import chosen_of
 from .roofline import cases, device_named, predict
 from .variants import OURS, line_of, ours
 
@@ -210,28 +212,29 @@ def run_gpu(ops: Sequence[str] = (), say: Callable[[str], None] = print, competi
         say: takes one line per case. competing: see :func:`measure_case`.
 
     Raises:
+        ValueError: an op that no case has.
         NoGpu: there is none.
     """
+    chosen = chosen_of(gpu_cases(), ops)
     device = device_or_raise()
     rates = bandwidth(device)
     found = describe(device)
     say(f"{found['name']}: copy {rates['copy_gbps']:.0f} GB/s, read {rates['read_gbps']:.0f} GB/s")
     results = []
     with torch.no_grad():
-        for case in gpu_cases():
-            if not ops or case.op in ops or case.op.split(".")[0] in ops:
-                results.append(measure_case(case, device, found["name"], rates, competing=competing))
-                say(line(results[-1]))
+        for case in chosen:
+            results.append(measure_case(case, device, found["name"], rates, competing=competing))
+            say(line(results[-1]))
     return {
         "device": found,
         "bandwidth": rates,
-        "serves": {op: _first(op) for op in {r["op"] for r in results}},
+        "serves": {result["op"]: serving(result["op"]) for result in results},
         "results": results,
     }
 
 
-def _first(op: str) -> str:
-    """Which backend's kernel the dispatcher takes for GPU tensors."""
+def serving(op: str) -> str:
+    """The backend whose kernel the dispatcher takes for GPU tensors."""
     return next((name for name in ("cuda", "triton") if op in _load.BACKENDS[name].ops), "reference")
 
 

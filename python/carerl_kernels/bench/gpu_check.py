@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .._files import write_bytes_atomically
+from .._files import write_json
 from .gpu import NoGpu, device_or_raise, run_gpu
 
 NO_GPU, FAILED = 2, 1
@@ -136,7 +136,7 @@ def check(
             typer.secho(f"gpu-check: {error}. Nothing was tested or measured.", err=True, fg=typer.colors.RED)
             raise typer.Exit(NO_GPU) from None
         report = {"tests": None if tests is None else run_tests(tests.resolve()), "runs": _runs()}
-        write_bytes_atomically(json_path, (json.dumps(report, indent=1) + "\n").encode())
+        write_json(json_path, report)
     typer.echo(render(report))
     if problems(report):
         raise typer.Exit(FAILED)

@@ -6,15 +6,16 @@ in a library, so that only the compiled version competes there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .cases import ALIGNED, CONFLICT, Inputs
+from .cases import Inputs
 from .logits import LogitsCase, log_softmax_gather, textbook
-from .textbook import weights
+from .sharp import Way, apart, computed, edited, gram_mm, halves, literal, rotate_mm, ruled
 from .variants import textbook_call
 
 Ways = dict[str, Callable[[], Any]]
@@ -28,7 +29,9 @@ def ways(x: Inputs | LogitsCase) -> Ways:
         return _logits(x)
     op = x.case.op
     found: Ways = {}
-    if op.startswith("input_") or (not x.tensors and x.scales is None and x.grads.dtype == x.bases.dtype):
+    if op.startswith("input_"):
+        found |= _input_products(x)
+    elif not x.tensors and x.grads.dtype == x.bases.dtype:
         found |= _products(x)
     if op in COMPILED and not x.tensors:
         torch._dynamo.reset()
@@ -47,42 +50,37 @@ def _logits(x: LogitsCase) -> Ways:
 
 
 def _products(x: Inputs) -> Ways:
-    rows, grads = x.bases.flatten(0, 1).to(x.grads.dtype), x.grads
-    mix, q = x.mix.to(grads.dtype), x.q.to(grads.dtype)
+    coeffs, edits = halves(x, {})
+    found: dict[str, Mapping[str, Way]] = {
+        "project": {**coeffs, "bmm": _chunked},
+        "edit_": {name: partial(edited, edit) for name, edit in edits.items()},
+        "dacsp_": {name: partial(ruled, coeffs[name], edit) for name, edit in edits.items()},
+        "gram": {"mm": gram_mm},
+        "rotate_": {"mm": rotate_mm},
+        "edit_rotate_": {name: partial(apart, edit) for name, edit in edits.items()},
+    }
+    return {name: computed(x, way) for name, way in found.get(x.case.op, {}).items()}
 
-    def literal(c: Tensor) -> Tensor:
-        return (weights(c, ALIGNED, CONFLICT) - 1) * c
+
+def _input_products(x: Inputs) -> Ways:
+    """With directions in the dtype of the matrix, so that the library's fastest product serves."""
+    rows, grads = x.bases[0].to(x.grads.dtype), x.grads
 
     def confine() -> Tensor:
         d = x.anchor - grads @ rows.T
         return grads.addmm_((d - torch.clamp(d, -x.bound, x.bound)).to(grads.dtype), rows)
 
-    def gram() -> Tensor:
-        stack = torch.cat([rows, grads])
-        return stack @ stack.T
-
-    own = rows[: x.case.k]  # of the first domain
-    found: dict[str, Ways] = {
-        "project": {"mm": lambda: grads @ rows.T, "bmm": lambda: _chunked(grads, rows)},
-        "edit_": {"mm": lambda: grads.addmm_(mix, rows)},
-        "dacsp_": {"mm": lambda: grads.addmm_(literal(grads @ rows.T), rows)},
-        "gram": {"mm": gram},
-        "rotate_": {"mm": lambda: own.copy_(q @ torch.cat([own, grads]))},
-        "edit_rotate_": {
-            "mm": lambda: (q @ torch.cat([own, grads]), grads.addmm_(mix, rows)),
-        },
-        "input_project": {"mm": lambda: grads @ rows.T},
-        "input_confine_": {"mm": confine},
-        "input_dacsp_": {"mm": lambda: grads.addmm_(literal(grads @ rows.T), rows)},
+    found: Ways = {
+        "input_project": lambda: grads @ rows.T,
+        "input_confine_": confine,
+        "input_dacsp_": lambda: grads.addmm_(literal(grads @ rows.T), rows),
     }
-    if x.case.B == 1:
-        found["project"]["mv"] = lambda: rows @ grads[0]
-        found["dacsp_"]["mv"] = lambda: grads[0].addmv_(rows.T, literal(rows @ grads[0]))
-    return found.get(x.case.op, {})
+    return {"mm": lambda: x.outputs(found[x.case.op]())}
 
 
-def _chunked(grads: Tensor, rows: Tensor) -> Tensor:
+def _chunked(x: Inputs) -> Tensor:
     """Coefficients as many products of a few columns each, summed in fp64: as exact as ours, and the libraries' fastest."""
+    grads, rows = x.grads, x.bases.flatten(0, 1)
     whole = rows.shape[1] // CHUNK * CHUNK
     left = rows[:, :whole].unflatten(1, (-1, CHUNK)).transpose(0, 1)
     right = grads[:, :whole].unflatten(1, (-1, CHUNK)).permute(1, 2, 0)

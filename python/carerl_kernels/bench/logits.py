@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cases import Case
-from .expect import BASELINE_TOLERANCE, STORED_TOLERANCE, WrongResult
+from .cost import Case
+from .expect import BASELINE_TOLERANCE, STORED_TOLERANCE, WrongResult, judged, relative
 from .variants import OURS, Variant, line_of
 
 TEMPERATURE = 0.7
@@ -99,19 +99,15 @@ class LogitsCase:
         Raises:
             WrongResult: a larger one than allowed, or none of the outputs.
         """
-        errors = {}
-        for name, value in self.expected.items():
-            if name in outputs:
-                seen = outputs[name][self.sampled] if name == "grad_logits" else outputs[name]
-                errors[name] = float((seen.double() - value).norm() / value.norm())
+        errors = {
+            name: relative(outputs[name][self.sampled] if name == "grad_logits" else outputs[name], value)
+            for name, value in self.expected.items()
+            if name in outputs
+        }
+        if "logp" not in errors and "grad_logits" not in errors:
+            raise WrongResult(f"{self.case.name}: {variant} returned none of {sorted(self.expected)}")
         stored = STORED_TOLERANCE[self.case.grad] if self.case.op.endswith("backward") else 1e-5
-        allowed = stored if exact else BASELINE_TOLERANCE
-        wrong = {name: error for name, error in errors.items() if not error <= allowed}
-        if wrong or ("logp" not in errors and "grad_logits" not in errors):
-            raise WrongResult(
-                f"{self.case.name}: {variant} has relative errors {wrong or errors}, expected {allowed:.2g}"
-            )
-        return errors
+        return judged(self.case, variant, errors, lambda name: stored if exact else BASELINE_TOLERANCE)
 
     def variants(self, compiling: bool) -> tuple[dict[str, Variant], dict[str, str]]:
         """Competitors, ours first, and why others are missing."""

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .cases import Case
+from .cost import Case
 from .probe import Bandwidth, cache_bytes, peak_extra_memory
 from .variants import OURS, Variant
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .cases import Case, Inputs
+from .cases import Inputs
+from .cost import Case
 from .expect import Expectation
 from .measure import Spread
 from .probe import Bandwidth
@@ -66,24 +67,13 @@ class Line:
         `r_squared` is that of the plain residuals in seconds.
         """
         b, t = np.asarray(counted, float), np.asarray(seconds, float)
-        design = np.stack([1 / t, b / t], axis=1)
-        (fixed, per_byte), *_ = np.linalg.lstsq(design, np.ones_like(t), rcond=None)
+        per_byte, fixed = np.polyfit(b, t, 1, w=1 / t)
         left = float(((t - fixed - per_byte * b) ** 2).sum())
         return cls(float(fixed), float(per_byte), 1 - left / float(((t - t.mean()) ** 2).sum()))
 
     def __str__(self) -> str:
         rate = 1 / self.per_byte / 1e9 if self.per_byte > 0 else float("inf")
         return f"time = {self.fixed * 1e6:.0f} us + bytes / {rate:.1f} GB/s, R^2 = {self.r_squared:.4f}"
-
-
-@dataclass(frozen=True)
-class Point:
-    """Time of one size."""
-
-    N: int
-    K: int
-    bytes: int
-    seconds: Spread
 
 
 def sweep_cases(op: str = "dacsp_", largest: int = 8_000_000) -> dict[str, list[Case]]:
@@ -105,12 +95,12 @@ def sweep(
     """
     out: dict[str, Any] = {}
     for axis, cases in axes.items():
-        points = []
+        points: list[dict[str, Any]] = []
         for case in cases:
             seconds = _time_alone(case, bandwidth, rounds)
-            points.append(Point(case.N, case.shape.K, case.bytes, seconds))
+            points.append({"N": case.N, "K": case.K, "bytes": case.bytes, "seconds": seconds})
             say(f"{case.name}: {seconds.median * 1e3:.3g} ms, {case.bytes / seconds.median / 1e9:.1f} GB/s")
-        line = Line.fit([p.bytes for p in points], [p.seconds.median for p in points])
+        line = Line.fit([p["bytes"] for p in points], [p["seconds"].median for p in points])
         say(f"over {axis}: {line}")
         out[axis] = {"points": points, "line": line}
     return out

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from .cases import Case
+from .cost import Case
 
 F32, BF16, F16, I8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
 
@@ -14,6 +16,19 @@ PRESETS = ("quick", "full", "llm", "sweep")
 def cases(preset: str) -> list[Case]:
     """Cases of `quick` or `full`, all K and N as promised in docs/performance.md."""
     return _quick() if preset == "quick" else _full()
+
+
+def chosen_of(available: Sequence[Case], ops: Sequence[str]) -> list[Case]:
+    """Cases of the wanted ops, all by default; an op without overload stands for its list form too.
+
+    Raises:
+        ValueError: an op that no case has.
+    """
+    known = {case.op for case in available} | {case.packet for case in available}
+    for op in ops:
+        if op not in known:
+            raise ValueError(f"op: expected one of {', '.join(sorted(known))}, found {op!r}")
+    return [case for case in available if not ops or case.op in ops or case.packet in ops]
 
 
 def compiling(preset: str, case: Case) -> bool:

@@ -7,15 +7,14 @@ bandwidth that a copy has it gets a share (:data:`STREAMED`), and of the rate of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from ..subspace.layout import Kind
 from ..subspace.plan import plan
-from .cases import Case
-from .cost import flops_of
+from .cost import Case
 
 ATTAINABLE = 0.9
 """Share of the data sheet's bandwidth that a plain copy attains (about .90 to .94 on A100 and H100, as published copies
@@ -92,23 +91,23 @@ def predict(case: Case, device: Device, bandwidth: float | None = None) -> Predi
     rate = bandwidth if bandwidth is not None else ATTAINABLE * device.bandwidth
     rates = {"fp32": device.fp32, "fp64": device.fp64, "tf32": device.tf32}
     arithmetic = sum(count / (ISSUED[unit] * rates[unit]) for unit, count in operations(case).items())
-    return Prediction(case, case.bytes / (rate * STREAMED[case.op.split(".")[0]]), arithmetic)
+    return Prediction(case, case.bytes / (rate * STREAMED[case.packet]), arithmetic)
 
 
 def operations(case: Case) -> dict[str, float]:
     """Operations by unit, those on padding included: Gram matrices are summed in fp64 over blocks of eight rows, inputs of
     matrices in tf32 over 32 directions, whose fp32 numbers are two terms each; all else is fp32."""
-    op, shape = case.op.split(".")[0], case.shape
+    op = case.packet
     if op.startswith("input_"):
-        product = 2.0 * shape.B * -(-shape.K // 32) * 32 * shape.N
+        product = 2.0 * case.B * -(-case.K // 32) * 32 * case.N
         terms = (1 + (case.grad == torch.float32)) * (1 + (case.basis == torch.float32))
         coefficients, edit = min(terms, 3), 2 + (case.basis == torch.float32)
         return {"tf32": product * (coefficients + (edit if op != "input_project" else 0))}
     if op not in ("gram", "pca_update_"):
         return {"fp32": case.flops}
-    eights = -(-(shape.K + shape.B) // 8)
-    squares = {"fp64": eights * (eights + 1) / 2 * 128.0 * shape.N}
-    return squares if op == "gram" else squares | {"fp32": flops_of("rotate_", shape)}
+    eights = -(-(case.K + case.B) // 8)
+    squares = {"fp64": eights * (eights + 1) / 2 * 128.0 * case.N}
+    return squares if op == "gram" else squares | {"fp32": replace(case, op="rotate_").flops}
 
 
 def device_named(name: str) -> Device:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .cases import Case, Inputs, short
+from .._files import write_json
+from .cases import Inputs
+from .cost import Case, short
 from .expect import Expectation, WrongResult
 from .logits import LogitsCase
 from .measure import CaseResult, ImpossibleResult, measure
-from .presets import PRESETS, cases, compiling
+from .presets import PRESETS, cases, chosen_of, compiling
 from .probe import PROBE_BYTES, Bandwidth, environment
 from .show import Printer, roofline
 from .variants import variants
@@ -59,12 +60,14 @@ def run_bench(
     """
     if preset not in PRESETS:
         raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, found {preset!r}")
+    if preset == "sweep" and len(ops) > 1:
+        raise ValueError(f"op: expected one for the sweep, found {', '.join(ops)}")
     settings = []
     if preset == "llm":
         from .llm import settings_named
 
         settings = settings_named(ops)
-    chosen = [] if preset == "llm" else _chosen(list(own_cases) if own_cases is not None else cases(preset), ops)
+    chosen = [] if preset == "llm" else chosen_of(own_cases or cases(preset), ops)
     printer = printer or Printer()
     bandwidth = Bandwidth(probe_bytes)
     best = max(bandwidth.measure() for _ in range(5))
@@ -89,19 +92,10 @@ def run_bench(
                 roofline(results, report["environment"], png_path)
     report["failures"] = failures
     if json_path is not None:
-        Path(json_path).write_text(json.dumps(plain(report), indent=1) + "\n")
+        write_json(json_path, report, plain)
     if failures:
         raise BenchError("\n".join(failures))
     return report
-
-
-def _chosen(available: list[Case], ops: Sequence[str]) -> list[Case]:
-    """Cases of the wanted ops; an op without overload stands for its list form too."""
-    known = {case.op for case in available} | {case.op.split(".")[0] for case in available}
-    for op in ops:
-        if op not in known:
-            raise ValueError(f"op: expected one of {', '.join(sorted(known))}, found {op!r}")
-    return [case for case in available if not ops or case.op in ops or case.op.split(".")[0] in ops]
 
 
 def _measure_all(
@@ -155,14 +149,8 @@ def _extras(report: dict[str, Any], bandwidth: Bandwidth, printer: Printer, fail
 
 
 def plain(value: Any) -> Any:
-    """Results as JSON can hold them."""
-    if isinstance(value, Case):
-        names = {f.name: plain(getattr(value, f.name)) for f in fields(value)}
-        return {"name": value.name, **names, "bytes": value.bytes, "flops": value.flops}
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, dict):
-        return {str(name): plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return short(value) if isinstance(value, torch.dtype) else value
+    """What JSON does not know of results."""
+    if isinstance(value, torch.dtype):
+        return short(value)
+    of_case = {"name": value.name, "bytes": value.bytes, "flops": value.flops} if isinstance(value, Case) else {}
+    return {field.name: getattr(value, field.name) for field in fields(value)} | of_case

@@ -8,7 +8,7 @@ has no fast product. The benchmark times all of them first and takes the fastest
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,16 +16,17 @@ import torch
 from torch import Tensor
 
 from ..linalg import pca_core
-from .cases import ALIGNED, CONFLICT, Inputs
+from .cases import ALIGNED, CONFLICT, SCALE, Inputs
 from .cost import SCALE_BLOCK
 from .textbook import weights
 
-TILE_BYTES = {
-    "tiles 1M": 1 << 20,
-    "tiles 8M": 8 << 20,
-}  # fp32 tile of all rows: small for the caches, large for the calls
+TILE_BYTES = {"tiles 1M": 1 << 20, "tiles 8M": 8 << 20}
+"""Of the fp32 tile of all rows: small for the caches, large for the calls."""
 
-Outputs = dict[str, Tensor | list[Tensor]]
+Coefficients = Callable[[Inputs], Tensor]
+Edit = Callable[[Inputs, Tensor, float], None]
+Way = Callable[[Inputs], Tensor | None]
+"""Changes the inputs in place as the op does, and returns what it returns."""
 
 
 class Tiles:
@@ -60,8 +61,21 @@ def _cast(tile: Tensor, buffer: Tensor | None) -> Tensor:
     return tile if buffer is None else buffer[:, : tile.shape[1]].copy_(tile)
 
 
-def _tiles(x: Inputs, size: int) -> Tiles:
-    return Tiles(x.bases.flatten(0, 1), None if x.scales is None else x.scales.flatten(0, 1), x.grads, size)
+def _pieces(x: Inputs) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Gradients `[B, n]` as they lie, with the columns of rows and scales that belong to them: one piece, or one per tensor."""
+    rows, scales = x.bases.flatten(0, 1), None if x.scales is None else x.scales.flatten(0, 1)
+    if not x.tensors:
+        yield x.grads, rows, scales
+    for tensor, o in zip(x.tensors, x.offsets, strict=True):
+        part = None if scales is None else scales[:, o // SCALE_BLOCK :]
+        yield tensor.view(1, -1), rows[:, o : o + tensor.numel()], part
+
+
+def _tiles(x: Inputs, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """fp32 rows and gradients of every tile, and the place of the gradients themselves."""
+    for grads, rows, scales in _pieces(x):
+        for u, g, at in Tiles(rows, scales, grads, size):
+            yield u, g, grads[:, at]
 
 
 # ------------------------------------------------------------------------------------------------------ coefficients
@@ -76,11 +90,12 @@ def coeffs_mm_rows_first(x: Inputs) -> Tensor:
 
 
 def coeffs_mv(x: Inputs) -> Tensor:
-    return torch.mv(x.bases.flatten(0, 1), x.grads[0].to(x.bases.dtype)).float().unsqueeze(0)
+    parts = [torch.mv(rows, grads[0].to(rows.dtype)).float() for grads, rows, _ in _pieces(x)]
+    return torch.stack(parts).sum(0, keepdim=True)
 
 
 def coeffs_tiles(size: int, x: Inputs) -> Tensor:
-    c = torch.zeros(x.case.B, x.case.D * x.case.k)
+    c = torch.zeros(x.case.B, x.case.K)
     for rows, grads, _ in _tiles(x, size):
         c.addmm_(grads, rows.T)
     return c
@@ -94,20 +109,41 @@ def edit_mm(x: Inputs, mix: Tensor, scale: float) -> None:
 
 
 def edit_mv(x: Inputs, mix: Tensor, scale: float) -> None:
-    x.grads[0].addmv_(x.bases.flatten(0, 1).to(x.grads.dtype).T, (scale * mix[0]).to(x.grads.dtype), beta=scale)
+    low = (scale * mix[0]).to(x.grads.dtype)
+    for grads, rows, _ in _pieces(x):
+        grads[0].addmv_(rows.to(grads.dtype).T, low, beta=scale)
 
 
 def edit_tiles(size: int, x: Inputs, mix: Tensor, scale: float) -> None:
     scaled = scale * mix
-    for rows, grads, at in _tiles(x, size):
-        if grads.data_ptr() == x.grads[:, at].data_ptr():
+    for rows, grads, place in _tiles(x, size):
+        if grads.data_ptr() == place.data_ptr():
             grads.addmm_(scaled, rows, beta=scale)
         else:
-            x.grads[:, at] = torch.addmm(grads, scaled, rows, beta=scale)
+            place.copy_(torch.addmm(grads, scaled, rows, beta=scale))
 
 
-def _mix(c: Tensor) -> Tensor:
+def literal(c: Tensor) -> Tensor:
+    """What the literal rule adds along each direction."""
     return (weights(c, ALIGNED, CONFLICT) - 1) * c
+
+
+def input_edit(rows_at_once: int, x: Inputs) -> None:
+    """Some rows of a matrix at a time: both products, and one cast each way where it is not fp32."""
+    u = x.bases[0]
+    for start in range(0, x.case.B, rows_at_once):
+        at = slice(start, start + rows_at_once)
+        part = x.grads[at]
+        w = part.float()
+        c = w @ u.T
+        if x.case.op == "input_confine_":
+            d = c.neg_().add_(x.anchor[at])
+            mix = d - torch.clamp(d, -x.bound[at], x.bound[at])
+        else:
+            mix = literal(c)
+        w.addmm_(mix, u)
+        if w is not part:
+            part.copy_(w)
 
 
 # ------------------------------------------------------------------------------------------ rows of one domain
@@ -131,146 +167,66 @@ def rotate_tiles(size: int, x: Inputs, q: Tensor | None = None) -> None:
 
 def edit_rotate_tiles(size: int, x: Inputs) -> None:
     """One pass over memory: both products of a tile while it is in cache."""
-    k, scale = x.case.k, float(x.scale[0])
-    mix = scale * x.mix
-    for rows, grads, at in _tiles(x, size):
+    k, mix = x.case.k, SCALE * x.mix
+    for rows, grads, at in Tiles(x.bases.flatten(0, 1), None, x.grads, size):
         turned = torch.addmm(x.q[:, k:] @ grads, x.q[:, :k], rows[:k])
-        x.grads[:, at] = torch.addmm(grads, mix, rows, beta=scale)
+        x.grads[:, at] = torch.addmm(grads, mix, rows, beta=SCALE)
         x.bases[0][:, at] = turned
 
 
-def gram_mm(x: Inputs, rows: Tensor) -> Tensor:
+def gram_mm(x: Inputs) -> Tensor:
     """Blocks instead of a stack: nothing of size N is copied."""
+    rows = x.bases.flatten(0, 1)
     g = x.grads.to(rows.dtype)
     cross = rows @ g.T
     return torch.cat([torch.cat([rows @ rows.T, cross], 1), torch.cat([cross.T, g @ g.T], 1)]).float()
 
 
-def gram_tiles(size: int, x: Inputs, rows: Tensor) -> Tensor:
+def gram_tiles(size: int, x: Inputs) -> Tensor:
     """Products of tiles are added up in float64."""
-    both = rows.shape[0] + x.case.B
+    both = x.case.K + x.case.B
     out = torch.zeros(both, both, dtype=torch.float64)
-    for u, g, _ in Tiles(rows, None, x.grads, size):
+    for u, g, _ in _tiles(x, size):
         stack = torch.cat([u, g])
         out += stack @ stack.T
     return out
 
 
-def pca(size: int, x: Inputs, gram: Callable[[Inputs, Tensor], Tensor]) -> Outputs:
+def pca(size: int, gram: Coefficients, x: Inputs) -> None:
     """The Gram trick in PyTorch: two passes over memory and the same small core."""
-    q, values, _ = pca_core(gram(x, x.bases[0]).double(), x.singular_values, 1.0)
+    q, values, _ = pca_core(gram(x).double(), x.singular_values, 1.0)
     rotate_tiles(size, x, q.float())
-    return {"rows": x.bases[0], "singular_values": values}
-
-
-def input_edit(x: Inputs, rows_at_once: int) -> Outputs:
-    """Some rows of a matrix at a time: both products, and one cast each way where it is not fp32."""
-    u = x.bases[0]
-    for start in range(0, x.case.B, rows_at_once):
-        at = slice(start, start + rows_at_once)
-        part = x.grads[at]
-        w = part.float()
-        c = w @ u.T
-        if x.case.op == "input_confine_":
-            d = c.neg_().add_(x.anchor[at])
-            mix = d - torch.clamp(d, -x.bound[at], x.bound[at])
-        else:
-            mix = _mix(c)
-        w.addmm_(mix, u)
-        if w is not part:
-            part.copy_(w)
-    return {"grads": x.grads}
-
-
-# ---------------------------------------------------------------------------------------------------------- list forms
-
-
-def list_coeffs(x: Inputs) -> Tensor:
-    rows = x.bases.flatten(0, 1)
-    c = torch.zeros(rows.shape[0])
-    for tensor, o in zip(x.tensors, x.offsets, strict=True):
-        c += torch.mv(rows[:, o : o + tensor.numel()], tensor.to(rows.dtype))
-    return c.unsqueeze(0)
-
-
-def list_edit(x: Inputs, mix: Tensor, scale: float) -> None:
-    rows, x_low = x.bases.flatten(0, 1), mix[0].to(x.case.grad)
-    for tensor, o in zip(x.tensors, x.offsets, strict=True):
-        tensor.addmv_(rows[:, o : o + tensor.numel()].to(tensor.dtype).T, x_low)
-
-
-def _list_tiles(x: Inputs, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """fp32 rows and gradient of every tile of every tensor, and the piece of the tensor itself."""
-    rows, scales = x.bases.flatten(0, 1), None if x.scales is None else x.scales.flatten(0, 1)
-    for tensor, o in zip(x.tensors, x.offsets, strict=True):
-        part = None if scales is None else scales[:, o // SCALE_BLOCK :]
-        for u, g, at in Tiles(rows[:, o : o + tensor.numel()], part, tensor.view(1, -1), size):
-            yield u, g, tensor.view(1, -1)[:, at]
-
-
-def list_coeffs_tiles(size: int, x: Inputs) -> Tensor:
-    c = torch.zeros(1, x.case.D * x.case.k)
-    for rows, grads, _ in _list_tiles(x, size):
-        c.addmm_(grads, rows.T)
-    return c
-
-
-def list_edit_tiles(size: int, x: Inputs, mix: Tensor, scale: float) -> None:
-    for rows, grads, piece in _list_tiles(x, size):
-        piece.copy_(torch.addmm(grads, mix, rows))
+    x.singular_values.copy_(values)
 
 
 # ---------------------------------------------------------------------------------------------------------- candidates
 
-Coefficients = Callable[[Inputs], Tensor]
-Edit = Callable[[Inputs, Tensor, float], None]
 
-
-def halves(x: Inputs) -> tuple[dict[str, Coefficients], dict[str, Edit]]:
-    """Ways of computing coefficients, and ways of editing, by name."""
-    coeffs: dict[str, Coefficients] = {}
-    edits: dict[str, Edit] = {}
-    for name, size in TILE_BYTES.items():
-        coeffs[name] = partial(list_coeffs_tiles if x.tensors else coeffs_tiles, size)
-        edits[name] = partial(list_edit_tiles if x.tensors else edit_tiles, size)
-    if x.scales is not None:
-        return coeffs, edits
-    if x.tensors:
-        coeffs["loop"], edits["loop"] = list_coeffs, list_edit
-        return coeffs, edits
-    coeffs["mm"], coeffs["mmT"], edits["mm"] = coeffs_mm, coeffs_mm_rows_first, edit_mm
-    if x.case.B == 1:
+def halves(x: Inputs, sizes: Mapping[str, int]) -> tuple[dict[str, Coefficients], dict[str, Edit]]:
+    """Ways of computing coefficients, and ways of editing, by name; `sizes`: bytes of tiles."""
+    coeffs: dict[str, Coefficients] = {name: partial(coeffs_tiles, size) for name, size in sizes.items()}
+    edits: dict[str, Edit] = {name: partial(edit_tiles, size) for name, size in sizes.items()}
+    if x.scales is None and not x.tensors:
+        coeffs["mm"], coeffs["mmT"], edits["mm"] = coeffs_mm, coeffs_mm_rows_first, edit_mm
+    if x.scales is None and x.case.B == 1:
         coeffs["mv"], edits["mv"] = coeffs_mv, edit_mv
     return coeffs, edits
 
 
-def _measured(x: Inputs, way: Coefficients) -> Outputs:
-    return {"coeffs": way(x)}
-
-
-def _gram(x: Inputs, rows: Tensor, way: Callable[[Inputs, Tensor], Tensor]) -> Outputs:
-    return {"gram": way(x, rows)}
-
-
-def _ruled(x: Inputs, coeffs: Coefficients, edit: Edit) -> Outputs:
+def ruled(coeffs: Coefficients, edit: Edit, x: Inputs) -> Tensor:
     c = coeffs(x)
-    edit(x, _mix(c), 1.0)
-    return {"coeffs": c, "grads": x.tensors if x.tensors else x.grads}
+    edit(x, literal(c), 1.0)
+    return c
 
 
-def _edited(x: Inputs, edit: Edit) -> Outputs:
-    edit(x, x.mix, float(x.scale[0]))
-    return {"grads": x.grads}
+def edited(edit: Edit, x: Inputs) -> None:
+    edit(x, x.mix, SCALE)
 
 
-def _turned(x: Inputs, way: Callable[[Inputs], None]) -> Outputs:
-    way(x)
-    return {"rows": x.bases[0], "grads": x.grads}
-
-
-def _apart(edit: Edit, x: Inputs) -> None:
+def apart(edit: Edit, x: Inputs) -> None:
+    """Both products of `edit_rotate_`, each by itself."""
     rows = turned_mm(x)  # from the raw gradient; stored last, because the edit reads the old rows
-    edit(x, x.mix, float(x.scale[0]))
+    edited(edit, x)
     x.bases[0].copy_(rows)
 
 
@@ -284,36 +240,40 @@ def _seconds(x: Inputs, call: Callable[[], Any]) -> float:
     return best
 
 
-def candidates(x: Inputs) -> dict[str, Callable[[], Outputs]]:
-    """Every way worth trying for this case by name; of `dacsp_` in the order of the time of the two halves."""
-    op, rows = x.case.op.split(".")[0], x.bases.flatten(0, 1)
-    coeffs, edits = halves(x)
-    if op in ("input_confine_", "input_dacsp_"):
-        sizes = {"mm": x.case.B} | {name: max(size // (4 * x.case.N), 1) for name, size in TILE_BYTES.items()}
-        return {name: partial(input_edit, x, size) for name, size in sizes.items()}
+def _ways(x: Inputs) -> dict[str, Way]:
+    op, sizes = x.case.packet, TILE_BYTES
+    coeffs, edits = halves(x, sizes)
     if op in ("project", "input_project"):
-        return {name: partial(_measured, x, way) for name, way in coeffs.items()}
+        return dict(coeffs)
+    if op in ("input_confine_", "input_dacsp_"):
+        rows = {"mm": x.case.B} | {name: max(size // (4 * x.case.N), 1) for name, size in sizes.items()}
+        return {name: partial(input_edit, count) for name, count in rows.items()}
     if op == "edit_":
-        return {name: partial(_edited, x, edit) for name, edit in edits.items()}
+        return {name: partial(edited, edit) for name, edit in edits.items()}
     if op == "dacsp_":
         first = {name: _seconds(x, partial(way, x)) for name, way in coeffs.items()}
         second = {name: _seconds(x, partial(edit, x, x.mix, 1.0)) for name, edit in edits.items()}
         pairs = sorted(((a, b) for a in first for b in second), key=lambda pair: first[pair[0]] + second[pair[1]])
-        return {f"{a} + {b}": partial(_ruled, x, coeffs[a], edits[b]) for a, b in pairs[:3]}
-    ways: dict[str, Callable[[], Outputs]] = {}
+        return {f"{a} + {b}": partial(ruled, coeffs[a], edits[b]) for a, b in pairs[:3]}
     if op == "gram":
-        ways["mm"] = partial(_gram, x, rows, gram_mm)
-    for name, size in TILE_BYTES.items():
-        if op == "gram":
-            ways[name] = partial(_gram, x, rows, partial(gram_tiles, size))
-        elif op == "pca_update_":
-            ways["mm + " + name] = partial(pca, size, x, gram_mm)
-            ways[name] = partial(pca, size, x, partial(gram_tiles, size))
-        else:
-            way = edit_rotate_tiles if op == "edit_rotate_" else rotate_tiles
-            ways[name] = partial(_turned, x, partial(way, size))
+        return {"mm": gram_mm, **{name: partial(gram_tiles, size) for name, size in sizes.items()}}
     if op == "rotate_":
-        ways["mm"] = partial(_turned, x, rotate_mm)
+        return {"mm": rotate_mm, **{name: partial(rotate_tiles, size) for name, size in sizes.items()}}
     if op == "edit_rotate_":
-        ways |= {"mm + " + n: partial(_turned, x, partial(_apart, edits[n])) for n in ("mm", "mv") if n in edits}
-    return ways
+        together: dict[str, Way] = {name: partial(edit_rotate_tiles, size) for name, size in sizes.items()}
+        return together | {"mm + " + name: partial(apart, edits[name]) for name in ("mm", "mv") if name in edits}
+    return {  # pca_update_
+        before + name: partial(pca, size, gram)
+        for name, size in sizes.items()
+        for before, gram in (("mm + ", gram_mm), ("", partial(gram_tiles, size)))
+    }
+
+
+def computed(x: Inputs, way: Way) -> Callable[[], dict[str, Any]]:
+    """The way as a competitor, which says what it has computed."""
+    return lambda: x.outputs(way(x))
+
+
+def candidates(x: Inputs) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Every way worth trying for this case by name; of `dacsp_` those whose two halves were the fastest by themselves."""
+    return {name: computed(x, way) for name, way in _ways(x).items()}

@@ -58,9 +58,8 @@ class Printer:
 
     def table(self, results: Sequence[CaseResult]) -> None:
         """All cases at the end."""
-        table = Table(title="median \\[quartiles]; ratios are their time over ours, in the same rounds")
-        for heading in ("case", "time, ms", "GB/s", "% of read", *OTHERS, "extra memory"):
-            table.add_column(heading, justify="left" if heading == "case" else "right")
+        headings = ("case", "time, ms", "GB/s", "% of read", *OTHERS, "extra memory")
+        table = _table("median \\[quartiles]; ratios are their time over ours, in the same rounds", headings)
         for result in results:
             own = result.variants[OURS]
             cells = [result.case.name, milliseconds(own.seconds, ""), f"{own.gbps:.1f}", percent(own.percent, "")]
@@ -71,9 +70,8 @@ class Printer:
         self.console.print(table)
 
     def guard(self, results: Sequence[GuardResult]) -> None:
-        table = Table(title="guard on a training step; median \\[quartiles] over steps")
-        for heading in ("setting", "N", "bases", "step, s", "guard, ms", "share of step", "peak without", "with"):
-            table.add_column(heading, justify="left" if heading == "setting" else "right")
+        headings = ("setting", "N", "bases", "step, s", "guard, ms", "share of step", "peak without", "with")
+        table = _table("guard on a training step; median \\[quartiles] over steps", headings)
         for r in results:
             cells = [
                 r.setting,
@@ -89,12 +87,18 @@ class Printer:
         self.console.print(table)
 
     def overhead(self, found: Mapping[str, Spread]) -> None:
-        table = Table(title="one call on 64 elements, microseconds, median \\[quartiles]")
-        table.add_column("op")
-        table.add_column("us", justify="right")
+        table = _table("one call on 64 elements, microseconds, median \\[quartiles]", ("op", "us"))
         for name, spread in found.items():
             table.add_row(name, f"{spread.median:.1f} [{spread.low:.1f}, {spread.high:.1f}]".replace("[", "\\["))
         self.console.print(table)
+
+
+def _table(title: str, headings: Sequence[str]) -> Table:
+    """Names on the left, numbers on the right."""
+    table = Table(title=title)
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left")
+    return table
 
 
 def milliseconds(spread: Spread, unit: str = " ms") -> str:

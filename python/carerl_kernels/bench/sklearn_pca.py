@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cases import Case
-from .expect import WrongResult
+from .cost import Case
+from .expect import judged, relative
 from .variants import OURS, Variant
 
 TOLERANCE = 1e-4  # relative, of singular values
@@ -75,11 +75,8 @@ class SharedStream:
         Raises:
             WrongResult: further off than 1e-4.
         """
-        seen = outputs["singular_values"].double()
-        error = float((seen - self.expected).norm() / self.expected.norm())
-        if not error <= TOLERANCE:
-            raise WrongResult(f"{self.case.name}: {variant} returned singular values with relative error {error:.2g}")
-        return {"singular_values": error}
+        errors = {"singular_values": relative(outputs["singular_values"], self.expected)}
+        return judged(self.case, variant, errors, lambda name: TOLERANCE)
 
     def captured(self) -> dict[str, float]:
         """Share of the energy of the whole stream that each holds in its k directions at the end, 0..1."""

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from . import sharp, textbook
-from .cases import ALIGNED, CONFLICT, THRESHOLD, Inputs, short
+from .cases import ALIGNED, CONFLICT, THRESHOLD, Inputs
+from .cost import short
 from .expect import Expectation, WrongResult
 
 OURS = "carerl"
@@ -38,107 +39,51 @@ class Variant:
 
 def ours(x: Inputs) -> Callable[[], dict[str, Any]]:
     """The op itself."""
-    ops, first = torch.ops.carerl, (x.tensors if x.tensors else x.grads)
-
-    def project():
-        return {"coeffs": ops.project(x.grads, x.bases, x.scales)}
-
-    def project_list():
-        return {"coeffs": ops.project.list(first, x.bases, x.offsets, x.scales)}
-
-    def gram():
-        return {"gram": ops.gram(x.bases, x.grads, x.scales)}
-
-    def edit():
-        ops.edit_(x.grads, x.bases, x.mix, x.scale, x.scales)
-        return {"grads": x.grads}
-
-    def rotate():
-        ops.rotate_(x.bases[0], x.grads, x.q)
-        return {"rows": x.bases[0]}
-
-    def edit_rotate():
-        ops.edit_rotate_(x.grads, x.bases, x.mix, x.scale, 0, x.q)
-        return {"grads": x.grads, "rows": x.bases[0]}
-
-    def dacsp():
-        return {
-            "coeffs": ops.dacsp_(x.grads, x.bases, ALIGNED, CONFLICT, THRESHOLD, None, x.scales)[0],
-            "grads": x.grads,
-        }
-
-    def dacsp_list():
-        c, _ = ops.dacsp_.list(first, x.bases, x.offsets, ALIGNED, CONFLICT, THRESHOLD, None, x.scales)
-        return {"coeffs": c, "grads": first}
-
-    def input_project():
-        return {"coeffs": ops.input_project([x.grads], x.bases)[0]}
-
-    def input_confine():
-        ops.input_confine_([x.grads], x.bases, x.anchor[None], x.bound[None], x.bound[None])
-        return {"grads": x.grads}
-
-    def input_dacsp():
-        ops.input_dacsp_([x.grads], x.bases, ALIGNED, CONFLICT, THRESHOLD)
-        return {"grads": x.grads}
-
-    def pca():
-        ops.pca_update_(x.bases[0], x.singular_values, x.grads)
-        return {"rows": x.bases[0], "singular_values": x.singular_values}
-
-    return {
-        "project": project,
-        "project.list": project_list,
-        "gram": gram,
-        "edit_": edit,
-        "rotate_": rotate,
-        "edit_rotate_": edit_rotate,
-        "dacsp_": dacsp,
-        "dacsp_.list": dacsp_list,
-        "input_project": input_project,
-        "input_confine_": input_confine,
-        "input_dacsp_": input_dacsp,
-        "pca_update_": pca,
+    ops, rule = torch.ops.carerl, (ALIGNED, CONFLICT, THRESHOLD)
+    call: Callable[[], Any] = {
+        "project": lambda: ops.project(x.grads, x.bases, x.scales),
+        "project.list": lambda: ops.project.list(x.tensors, x.bases, x.offsets, x.scales),
+        "gram": lambda: ops.gram(x.bases, x.grads, x.scales),
+        "edit_": lambda: ops.edit_(x.grads, x.bases, x.mix, x.scale, x.scales),
+        "rotate_": lambda: ops.rotate_(x.bases[0], x.grads, x.q),
+        "edit_rotate_": lambda: ops.edit_rotate_(x.grads, x.bases, x.mix, x.scale, 0, x.q),
+        "dacsp_": lambda: ops.dacsp_(x.grads, x.bases, *rule, None, x.scales)[0],
+        "dacsp_.list": lambda: ops.dacsp_.list(x.tensors, x.bases, x.offsets, *rule, None, x.scales)[0],
+        "input_project": lambda: ops.input_project([x.grads], x.bases)[0],
+        "input_confine_": lambda: ops.input_confine_([x.grads], x.bases, x.anchor[None], x.bound[None], x.bound[None]),
+        "input_dacsp_": lambda: ops.input_dacsp_([x.grads], x.bases, *rule),
+        "pca_update_": lambda: ops.pca_update_(x.bases[0], x.singular_values, x.grads),
     }[x.case.op]
+    return lambda: x.outputs(call())
 
 
 def textbook_call(x: Inputs, compiled: bool = False) -> Callable[[], dict[str, Any]]:
     """The textbook version, with the flattening that list forms need; `compiled`: through torch.compile."""
-
-    def made(function: Callable) -> Callable:
-        return torch.compile(function, dynamic=False) if compiled else function
-
-    op = x.case.op
-    project, edit, dacsp = made(textbook.project), made(textbook.edit), made(textbook.dacsp)
-    gram, rotate, edit_rotate = made(textbook.gram), made(textbook.rotate), made(textbook.edit_rotate)
-
-    def dacsp_list():
-        c, edited = dacsp(x.flat(x.tensors), x.bases, ALIGNED, CONFLICT, x.scales)
-        for tensor, offset in zip(x.tensors, x.offsets, strict=True):
-            tensor.copy_(edited[0, offset : offset + tensor.numel()])
-        return {"coeffs": c, "grads": x.tensors}
-
-    calls: dict[str, Callable[[], dict[str, Any]]] = {
-        "project": lambda: {"coeffs": project(x.grads, x.bases, x.scales)},
-        "project.list": lambda: {"coeffs": project(x.flat(x.tensors), x.bases, x.scales)},
-        "gram": lambda: {"gram": gram(x.grads, x.bases)},
-        "edit_": lambda: {"grads": edit(x.grads, x.bases, x.mix, x.scale, x.scales)},
-        "rotate_": lambda: {"rows": rotate(x.grads, x.bases[0], x.q)},
-        "edit_rotate_": lambda: dict(
-            zip(("grads", "rows"), edit_rotate(x.grads, x.bases, x.mix, x.scale, x.q), strict=True)
-        ),
-        "dacsp_": lambda: dict(
-            zip(("coeffs", "grads"), dacsp(x.grads, x.bases, ALIGNED, CONFLICT, x.scales), strict=True)
-        ),
-        "dacsp_.list": dacsp_list,
-        "input_project": lambda: {"coeffs": project(x.grads, x.bases)},
-        "input_confine_": lambda: {"grads": textbook.confine(x.grads, x.bases[0], x.anchor, x.bound, x.bound)},
-        "input_dacsp_": lambda: {"grads": dacsp(x.grads, x.bases, ALIGNED, CONFLICT)[1]},
-        "pca_update_": lambda: dict(
-            zip(("rows", "singular_values"), textbook.pca_update(x.grads, x.bases[0], x.singular_values), strict=True)
-        ),
+    ways: dict[str, tuple[Callable[..., textbook.Outputs], tuple[Any, ...]]] = {
+        "project": (textbook.project, (x.bases, x.scales)),
+        "gram": (textbook.gram, (x.bases,)),
+        "edit_": (textbook.edit, (x.bases, x.mix, x.scale, x.scales)),
+        "rotate_": (textbook.rotate, (x.bases[0], x.q)),
+        "edit_rotate_": (textbook.edit_rotate, (x.bases, x.mix, x.scale, x.q)),
+        "dacsp_": (textbook.dacsp, (x.bases, ALIGNED, CONFLICT, x.scales)),
+        "input_project": (textbook.project, (x.bases,)),
+        "input_confine_": (textbook.confine, (x.bases[0], x.anchor, x.bound, x.bound)),
+        "input_dacsp_": (textbook.dacsp, (x.bases, ALIGNED, CONFLICT)),
+        "pca_update_": (textbook.pca_update, (x.bases[0], x.singular_values)),
     }
-    return calls[op]
+    function, arguments = ways[x.case.packet]
+    if compiled:
+        function = torch.compile(function, dynamic=False)
+
+    def call() -> dict[str, Any]:
+        found: dict[str, Any] = function(x.flat(x.tensors) if x.tensors else x.grads, *arguments)
+        if x.tensors and "grads" in found:
+            for tensor, offset in zip(x.tensors, x.offsets, strict=True):
+                tensor.copy_(found["grads"][0, offset : offset + tensor.numel()])
+            found["grads"] = x.tensors
+        return found
+
+    return call
 
 
 def _listed(x: Inputs, expectation: Expectation) -> Variant | str:

@@ -6,12 +6,11 @@ Importing it loads torch and pydantic only; transformers, matplotlib and rich ar
 from ..logprobs import answer_logprobs, answer_loss, completion_logprobs, success_probability
 from ..task import BatchReward, Domain, Example, RewardError
 from ..text import SpecialTokens, encode_answers, encode_prompts, special_tokens
-from .advantages import informative_fraction
 from .config import GRPOConfig, Stage, lr_factor
 from .evaluate import evaluate, example_scores
 from .learner import Guard
 from .losses import LossStats, kl_k3, policy_loss
-from .reward_statistics import reward_statistics
+from .reward_statistics import informative_fraction, reward_statistics
 from .rollout import Batch, prompt_counts, rollout
 from .rundir import CheckpointError, RunDirectory
 from .sampling import Rollout, nucleus, sample

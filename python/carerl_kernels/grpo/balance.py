@@ -136,9 +136,8 @@ class Mixture:
     """What the configuration's `balance` makes of the mixed batches of a run, and what is told of them.
 
     Args:
-        config: The config of the trainer.
+        config, ranks: Of the trainer.
         monitor: The monitor whose controller acts, or None.
-        ranks: Processes that share the model.
         norms_known: Whether gradients of single domains are told to `see`: an editor combines them.
 
     Raises:
@@ -208,12 +207,7 @@ class Mixture:
         return out
 
     def warn_if_loud(self, stage: str, history: Sequence[Mapping[str, Any]]) -> None:
-        """Says in the log, once per stage, that one domain has most of the step budget.
-
-        Args:
-            stage: Its name.
-            history: Lines of metrics, the latest last.
-        """
+        """Says in the log, once per stage, that one domain has most of the step budget by the latest lines of metrics."""
         if self._warned != stage and self.ranks.first:
             recent = [
                 line["step_share"] for line in history[-LOUD_OVER:] if line["stage"] == stage and "step_share" in line

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -162,6 +162,16 @@ class GRPOConfig(BaseModel):
         return self.advantages or ("domain" if mixed else "none" if self.loss == "dr_grpo" else "group")
 
     @property
+    def sampling(self) -> dict[str, Any]:
+        """Settings of a `Sampler`."""
+        return {
+            "num_samples": self.group_size,
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+        }
+
+    @property
     def updates_per_step(self) -> int:
         """Optimizer steps taken on one batch of rollouts."""
         return self.inner_epochs * self.minibatches
@@ -201,7 +211,6 @@ class Stage:
             raise ValueError(f"Stage {self.name!r}: expected steps >= 1, found {self.steps!r}")
         if self.lr is not None and not self.lr > 0:
             raise ValueError(f"Stage {self.name!r}: expected lr > 0 or None, found {self.lr!r}")
-
         if self.shares is not None and (len(self.shares) != len(self.domains) or not all(s > 0 for s in self.shares)):
             raise ValueError(f"Stage {self.name!r}: expected a positive share per domain, found {self.shares!r}")
 

@@ -32,6 +32,7 @@ from .sampling import Rollout, SamplerError
 
 LOGGER = logging.getLogger("carerl_kernels.sampler")
 Engine = Literal["vllm", "sglang"]
+LIMITS = {"max_in_flight": 64, "timeout": 600.0, "attempts": 5, "backoff": 0.5, "max_backoff": 30.0}
 LARGEST_VOCABULARY = 2**24  # of any model there is, where the policy's own size is unknown
 WRITTEN = re.compile(r"(?P<temporary>\.tmp-)?step-(?P<step>\d{8})")  # folders of weights
 TRUNCATED = (
@@ -58,14 +59,12 @@ class EndpointSampler:
         sync_every: Steps between two pushes of weights; 1: completions always come from the present ones.
         device: Where the tokens go.
         api_key: The key, by default the environment's CARERL_SAMPLER_API_KEY, if any.
-        max_in_flight: Requests under way at once: prompts for vLLM, single completions for SGLang.
-        timeout: Seconds for one attempt at a request.
         reload_timeout: Seconds for the engine to read weights.
         max_gap: Largest mean |log-probability in training - from the engine| that is still believed, in nats per token, where
             the engine has the present weights.
         dtype: The dtype of the weights written for it; None: as they are trained.
-        attempts: Tries of one request in all.
-        backoff, max_backoff: See `RetryingClient`.
+        limits: Of `RetryingClient`: max_in_flight (prompts for vLLM, single completions for SGLang), timeout (seconds for one
+            attempt at a request), attempts, backoff, max_backoff.
 
     Raises:
         ImportError: httpx is missing; says what to install.
@@ -82,35 +81,20 @@ class EndpointSampler:
         sync_every: int = 1,
         device: torch.device | None = None,
         api_key: str | None = None,
-        max_in_flight: int = 64,
-        timeout: float = 600.0,
         reload_timeout: float = 600.0,
         max_gap: float = 0.3,
         dtype: torch.dtype | None = None,
-        attempts: int = 5,
-        backoff: float = 0.5,
-        max_backoff: float = 30.0,
+        **limits: Any,
     ) -> None:
-        self._client = RetryingClient(
-            url,
-            key=os.environ.get("CARERL_SAMPLER_API_KEY") if api_key is None else api_key,
-            max_in_flight=max_in_flight,
-            timeout=timeout,
-            attempts=attempts,
-            backoff=backoff,
-            max_backoff=max_backoff,
-            log=LOGGER,
-        )
+        key = os.environ.get("CARERL_SAMPLER_API_KEY") if api_key is None else api_key
+        self._client = RetryingClient(url, key=key, log=LOGGER, **(LIMITS | limits))
         if engine not in ("vllm", "sglang"):
             raise ValueError(f"engine: expected 'vllm' or 'sglang', found {engine!r}")
         if sync_every < 1:
             raise ValueError(f"sync_every: expected at least 1, found {sync_every}")
         self.url, self.model, self.tokens, self.engine = self._client.url, model, tokens, engine
-        self.folder, self.sync_every, self.reload_timeout = (
-            Path(folder).resolve() / "served",
-            sync_every,
-            reload_timeout,
-        )
+        self.folder = Path(folder).resolve() / "served"
+        self.sync_every, self.reload_timeout = sync_every, reload_timeout
         self.max_gap, self.dtype = max_gap, dtype
         self.device = device or torch.device("cpu")
         self.served: int | None = None  # the step whose weights the engine has

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from ..logprobs import answer_logprobs, success_probability
 from ..task import Domain, RewardError
 from ..text import SpecialTokens, decode, encode_prompts
 from .parallel import Ranks, gathered
-from .sampling import ModelSampler, Sampler
+from .sampling import ModelSampler, Sampler, held
 
 
 def example_scores(
@@ -36,10 +35,8 @@ def example_scores(
     seeds of their own so that evaluating more or less often changes nothing in training.
 
     Args:
-        model: Causal LM.
-        tokenizer: Its tokenizer.
-        domain: The domain, with eval_examples.
-        tokens: Padding, end and banned ids.
+        model, tokenizer, tokens: The policy, its tokenizer, and its padding, end and banned ids.
+        domain: With eval_examples.
         max_new_tokens: The sampler's limit.
         num_samples: Completions per example (sampled mode).
         temperature: The temperature of the sampled mode.
@@ -66,7 +63,7 @@ def example_scores(
         return [(p, 1) for p in ranks.merge(found, len(examples))]
     per_batch = max(1, batch_size // num_samples)
     texts: list[list[str]] = []
-    with sampler.held() if isinstance(sampler, ModelSampler) else nullcontext(sampler) as draw:
+    with held(sampler) as draw:
         for i in range(0, len(mine), per_batch):
             part = mine[i : i + per_batch]
             rollout = draw(
@@ -104,12 +101,9 @@ def held_out_losses(
     """Mean negative log-likelihood per token of the right answers of every domain's eval_examples, by teacher forcing.
 
     Args:
-        model: Causal LM; in eval mode meanwhile.
-        tokenizer: Its tokenizer.
+        model: In eval mode meanwhile.
+        tokenizer, tokens, batch_size, ranks: As for `example_scores`.
         domains: Those without held-out examples that have an answer are left out.
-        tokens: Padding, end and banned ids.
-        batch_size: Sequences at once.
-        ranks: Processes that share the model: each reads its share of the examples.
 
     Returns:
         Nats per token, per domain.

@@ -19,11 +19,7 @@ from .rundir import RunDirectory, load_tensors, save_tensors
 
 
 class FrozenWeights:
-    """A copy of a model's trainable parameters, as they are now.
-
-    Args:
-        model: The model whose `in_place` puts the copy into, for a moment.
-    """
+    """A copy of a model's trainable parameters, as they are now."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -71,10 +67,7 @@ class FrozenWeights:
 class EarlierWeights:
     """The frozen weights of a run, on the disk as long as a checkpoint needs them.
 
-    Args:
-        model: Policy.
-        config: Whether and with what the KL term compares, and where a stage ends.
-        directory: The directory of the run, or None.
+    The configuration says whether and with what the KL term compares, and where a stage ends.
 
     Attributes:
         reference: The weights of the KL term; None without one.
@@ -91,9 +84,7 @@ class EarlierWeights:
         """A stage begins, or goes on after an interruption: takes the present weights, or brings back those kept.
 
         Args:
-            index: The number of the stage.
-            offset: How many of its steps are done.
-            step: The step of the run.
+            index, offset, step: The number of the stage, how many of its steps are done, and the step of the run.
             state: The state of the checkpoint that the run goes on from; None in between.
 
         Returns:

@@ -17,7 +17,6 @@ from ..guard.gradients import local_gradients
 from ..logprobs import answer_loss
 from ..task import Domain
 from ..text import special_tokens
-from .advantages import informative_fraction
 from .balance import Mixture
 from .config import GRPOConfig
 from .frozen import FrozenWeights
@@ -25,6 +24,7 @@ from .losses import LossStats
 from .own_answers import OwnAnswers
 from .parallel import Ranks, whole
 from .progress import PhaseClock
+from .reward_statistics import informative_fraction
 from .rollout import Batch, rollout
 from .rundir import rng_state, set_rng_state
 from .sampling import ModelSampler, Sampler

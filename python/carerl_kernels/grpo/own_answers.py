@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 class OwnAnswers:
     """Keeps right completions, and adds the gradient of their cross-entropy.
 
-    Args:
-        learner: The learner of the run, with its settings.
-
     Attributes:
         loss: Mean negative log-likelihood per token of what was rehearsed last; None: nothing yet.
     """

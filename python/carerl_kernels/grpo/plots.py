@@ -24,13 +24,7 @@ def new_figure(**options: Any) -> Any:
 
 
 def plot_accuracy(path: Path, lines: Sequence[Mapping[str, Any]], boundaries: Sequence[tuple[int, str]]) -> None:
-    """Accuracy per domain over steps, stages marked.
-
-    Args:
-        path: PNG to write.
-        lines: Metrics; those with an "eval" object count.
-        boundaries: (last step, name) of each stage.
-    """
+    """Accuracy per domain over steps, from lines of metrics; stages marked by `boundaries`, their last steps and names."""
     points: dict[str, list[tuple[int, float]]] = {}
     for line in lines:
         for name, value in line.get("eval", {}).items():

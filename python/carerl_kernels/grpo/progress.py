@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -41,10 +41,6 @@ class PhaseClock:
         finally:
             self.add(name, time.perf_counter() - start)
 
-    def around(self, name: str, inner: AbstractContextManager[Any]) -> AbstractContextManager[Any]:
-        """`inner`, its entry and its exit timed but not what happens in between."""
-        return _Around(self, name, inner)
-
     def add(self, name: str, seconds: float) -> None:
         """Count seconds measured elsewhere."""
         self.totals[name] = self.totals.get(name, 0.0) + seconds
@@ -56,54 +52,36 @@ class PhaseClock:
         return seconds
 
 
-class _Around(AbstractContextManager[Any]):
-    def __init__(self, clock: PhaseClock, name: str, inner: AbstractContextManager[Any]) -> None:
-        self._clock, self._name, self._inner = clock, name, inner
-
-    def __enter__(self) -> Any:
-        with self._clock(self._name):
-            return self._inner.__enter__()
-
-    def __exit__(self, *exc: Any) -> bool | None:
-        with self._clock(self._name):
-            return self._inner.__exit__(*exc)
-
-
 class StageProgress:
-    """A rich progress bar per stage, or nothing when turned off."""
+    """A rich progress bar per stage; shows nothing when turned off."""
 
     def __init__(self, enabled: bool) -> None:
-        self._bar: Any = None
-        self._task: Any = None
-        if enabled:
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            self._bar = Progress(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-            )
+        self._task: Any = None
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            disable=not enabled,
+        )
 
     def __enter__(self) -> StageProgress:
-        if self._bar is not None:
-            self._bar.start()
+        self._bar.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.stop()
 
     def start(self, name: str, total: int, done: int) -> None:
         """Open the bar of a stage of which `done` steps are behind us."""
-        if self._bar is not None:
-            self._task = self._bar.add_task(name, total=total, completed=done, note="")
+        self._task = self._bar.add_task(name, total=total, completed=done, note="")
 
     def advance(self, line: Mapping[str, Any]) -> None:
         """One step further; shows its reward and the latest evaluation."""
-        if self._bar is not None:
-            note = f"reward {line['reward']:.3f}"
-            if "eval" in line:
-                note += "  " + "  ".join(f"{d} {v:.3f}" for d, v in line["eval"].items())
-            self._bar.update(self._task, advance=1, note=note)
+        note = f"reward {line['reward']:.3f}"
+        if "eval" in line:
+            note += "  " + "  ".join(f"{d} {v:.3f}" for d, v in line["eval"].items())
+        self._bar.update(self._task, advance=1, note=note)

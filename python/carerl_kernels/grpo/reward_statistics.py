@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 
 def reward_statistics(
     domains: Sequence[str], rewards: Sequence[float | None], groups: Sequence[int] | None = None
@@ -47,3 +50,12 @@ def reward_statistics(
         agreed[name] = sum(len(set(rewards)) == 1 for rewards in by_group.values()) / len(by_group)
     shares = {name: list(domains).count(name) / len(domains) for name in dict.fromkeys(domains)}
     return {"rewards": means, "reward_variance": variances, "agreed": agreed, "batch_share": shares}
+
+
+def informative_fraction(rewards: Tensor, group_ids: Tensor) -> float:
+    """Share of groups with at least two different rewards, the only ones that move the policy."""
+    groups = torch.unique(group_ids)
+    if groups.numel() == 0:
+        return 0.0
+    differing = [bool((rewards[group_ids == g] != rewards[group_ids == g][0]).any()) for g in groups]
+    return sum(differing) / len(differing)

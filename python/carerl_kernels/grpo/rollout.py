@@ -17,7 +17,7 @@ from ..text import SpecialTokens, decode, encode_prompts
 from .config import GRPOConfig
 from .parallel import Ranks
 from .reward_statistics import reward_statistics
-from .sampling import ModelSampler, Rollout, Sampler, joined
+from .sampling import ModelSampler, Rollout, Sampler, held, joined
 
 
 @dataclass
@@ -145,7 +145,7 @@ def rollout(
     rng: random.Random,
     sampler: Sampler | None = None,
     ranks: Ranks | None = None,
-    phase: Callable[[str], AbstractContextManager[Any]] | None = None,
+    phase: Callable[[str], AbstractContextManager[Any]] = nullcontext,
     advantages: str | None = None,
 ) -> Batch:
     """Draw prompts, sample `config.group_size` completions each, score and compare them.
@@ -154,10 +154,8 @@ def rollout(
     `config.balance_redraws` times; those that still agree stay.
 
     Args:
-        model: Policy.
-        tokenizer: Its tokenizer.
-        tokens: Padding, end and banned ids.
-        domains: The domains, by name.
+        model, tokenizer, tokens: The policy, its tokenizer, and its padding, end and banned ids.
+        domains: By name.
         counts: Prompts per domain name.
         config: Sampling and advantage settings.
         rng: Draws prompts and their seeds, alike in every process.
@@ -181,27 +179,21 @@ def rollout(
     rewards: list[list[float | None]] = [[] for _ in examples]
     parts: list[Rollout] = []
     place: dict[int, int] = {}  # of each of this process's prompts, its place in `parts` together
-    settings: dict[str, Any] = {
-        "num_samples": size,
-        "max_new_tokens": config.max_new_tokens,
-        "temperature": config.temperature,
-        "top_p": config.top_p,
-    }
 
     def complete(chosen: list[int]) -> None:
         """Samples and judges these prompts; everybody calls it, with or without prompts of its own."""
         seeds = [rng.getrandbits(31) for _ in chosen]  # what engines take
         mine = [j for j, i in enumerate(chosen) if i % ranks.size == ranks.rank]
         own: list[list[int]] = []
-        with _phase(phase, "sample"), _held(sampler) as draw:
+        with phase("sample"), held(sampler) as draw:
             if mine:
                 prompts = encode_prompts(tokenizer, [examples[chosen[j]].prompt for j in mine])
-                sampled = draw(prompts, [seeds[j] for j in mine], **settings)
+                sampled = draw(prompts, [seeds[j] for j in mine], **config.sampling)
                 own = sampled.completions()
                 start = sum(len(part.completion_ids) for part in parts) // size
                 place.update({chosen[j]: start + n for n, j in enumerate(mine)})
                 parts.append(sampled)
-        with _phase(phase, "reward"):
+        with phase("reward"):
             written = decode(tokenizer, own)
             groups = [written[n * size : (n + 1) * size] for n in range(len(mine))]
             for pairs in ranks.gather([(chosen[j], group) for j, group in zip(mine, groups, strict=True)]):
@@ -269,11 +261,6 @@ def _as_tensor(rewards: Sequence[Sequence[float | None]], device: torch.device) 
     return torch.tensor(flat, dtype=torch.float64, device=device)
 
 
-def _held(sampler: Sampler) -> AbstractContextManager[Sampler]:
-    """A sampler of which every process may make a different number of calls."""
-    return sampler.held() if isinstance(sampler, ModelSampler) else nullcontext(sampler)
-
-
 def _rewards(
     domains: Mapping[str, Domain], names: Sequence[str], examples: Sequence[Example], texts: Sequence[str]
 ) -> list[float | None]:
@@ -285,7 +272,3 @@ def _rewards(
         for i, value in zip(rows, values, strict=True):
             rewards[i] = value
     return rewards
-
-
-def _phase(phase: Callable[[str], AbstractContextManager[Any]] | None, name: str) -> AbstractContextManager[Any]:
-    return nullcontext() if phase is None else phase(name)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import PlainError
-from .._files import json_line, write_atomically, write_bytes_atomically
+from .._files import json_line, write_atomically, write_bytes_atomically, write_json
 from ..subspace.shards import local
 from .parallel import Ranks, gather_state, placed, whole
 
@@ -187,7 +187,7 @@ class RunDirectory:
             )
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "bases").mkdir(exist_ok=True)
-        write_bytes_atomically(self.config_path, (json.dumps(config, indent=2) + "\n").encode())
+        write_json(self.config_path, config)
         self.metrics_path.touch()
 
     def check(self, settings: Mapping[str, Any], cosmetic: Collection[str]) -> None:

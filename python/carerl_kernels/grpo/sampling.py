@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -58,13 +58,9 @@ class Rollout:
         prompt_mask, completion_mask = self.prompt_mask[rows], self.completion_mask[rows]
         first = prompt_mask.shape[1] - int(prompt_mask.sum(1).max())
         last = int(completion_mask.sum(1).max())
+        prompts, completions = slice(first, None), slice(None, last)
         return Rollout(
-            prompt_ids=self.prompt_ids[rows][:, first:],
-            prompt_mask=prompt_mask[:, first:],
-            completion_ids=self.completion_ids[rows][:, :last],
-            completion_mask=completion_mask[:, :last],
-            logps=self.logps[rows][:, :last],
-            entropy=self.entropy[rows][:, :last],
+            **{n: t[rows][:, prompts if n.startswith("prompt") else completions] for n, t in vars(self).items()}
         )
 
 
@@ -75,20 +71,12 @@ def joined(parts: Sequence[Rollout], pad: int) -> Rollout:
     width = max(part.prompt_ids.shape[1] for part in parts)
     length = max(part.completion_ids.shape[1] for part in parts)
 
-    def side(name: str, value: int, prompts: bool) -> Tensor:
-        tensors = [getattr(part, name) for part in parts]
-        gaps = [(width if prompts else length) - t.shape[1] for t in tensors]
-        pads = [(gap, 0) if prompts else (0, gap) for gap in gaps]
-        return torch.cat([torch.nn.functional.pad(t, p, value=value) for t, p in zip(tensors, pads, strict=True)])
+    def padded(name: str, tensor: Tensor) -> Tensor:
+        gap = (width if name.startswith("prompt") else length) - tensor.shape[1]
+        sides = (gap, 0) if name.startswith("prompt") else (0, gap)
+        return torch.nn.functional.pad(tensor, sides, value=pad if name.endswith("_ids") else 0)
 
-    return Rollout(
-        prompt_ids=side("prompt_ids", pad, True),
-        prompt_mask=side("prompt_mask", 0, True),
-        completion_ids=side("completion_ids", pad, False),
-        completion_mask=side("completion_mask", 0, False),
-        logps=side("logps", 0, False),
-        entropy=side("entropy", 0, False),
-    )
+    return Rollout(**{name: torch.cat([padded(name, vars(part)[name]) for part in parts]) for name in vars(parts[0])})
 
 
 def tempered_log_softmax(logits: Tensor, temperature: float, banned: Sequence[int]) -> Tensor:
@@ -201,12 +189,7 @@ class Sampler(Protocol):
 
 
 class ModelSampler:
-    """Samples from the model that is trained. Under FSDP2 every process holds the whole parameters meanwhile.
-
-    Args:
-        model: Causal LM.
-        tokens: Padding, end and banned ids.
-    """
+    """Samples from the model that is trained. Under FSDP2 every process holds the whole parameters meanwhile."""
 
     def __init__(self, model: Any, tokens: SpecialTokens) -> None:
         self.model, self.tokens = model, tokens
@@ -217,13 +200,18 @@ class ModelSampler:
 
     @contextmanager
     def held(self) -> Iterator[Sampler]:
-        """A sampler for the length of a block, of whose calls every process may make a different number."""
+        """See the function."""
 
         def draw(prompts: Sequence[Sequence[int]], seeds: Sequence[int], **settings: Any) -> Rollout:
             return sample(self.model, prompts, self.tokens, seeds=seeds, **settings)
 
         with gathered(self.model):
             yield draw
+
+
+def held(sampler: Sampler) -> AbstractContextManager[Sampler]:
+    """A sampler for the length of a block, of whose calls every process may make a different number."""
+    return sampler.held() if isinstance(sampler, ModelSampler) else nullcontext(sampler)
 
 
 def choose(logp: Tensor, uniform: Tensor) -> Tensor:

@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import nn
 
+from .endpoint import EndpointSampler
 from .parallel import Ranks
 from .progress import PhaseClock, quiet_transformers
 from .rundir import gather_whole, model_tensors
 from .sampling import Sampler, SamplerError
-
-
-@runtime_checkable
-class ServedSampler(Sampler, Protocol):
-    """A sampler with a copy of the policy; `EndpointSampler` is one."""
-
-    served: int | None
-    max_gap: float
-    dtype: torch.dtype | None
-
-    def due(self, step: int) -> bool: ...
-    def path(self, step: int) -> Path: ...
-    def push(self, step: int, write: Any) -> None: ...
-    def forget(self, keep: set[int]) -> None: ...
 
 
 def write_model(
@@ -34,10 +21,8 @@ def write_model(
     """Writes the model in transformers' own format, weights gathered; every process calls it.
 
     Args:
-        model: transformers model.
-        tokenizer: Its tokenizer.
+        model, tokenizer, ranks: Of the run.
         folder: Where.
-        ranks: Processes that share the model.
         dtype: The dtype of the floating-point weights; None: as they are.
         then: Called in the first process instead, with a function that writes into a folder.
     """
@@ -57,9 +42,7 @@ class Serving:
     """The trainer's side of a sampler: pushes weights when they are due. Does nothing for a model that samples itself.
 
     Args:
-        sampler: The sampler of the run.
-        model: Policy.
-        tokenizer: Its tokenizer.
+        sampler, model, tokenizer: Of the run.
         ranks: Processes that share the model; the first one talks to the engine.
         keep: Checkpoints that are kept: their weights in the engine stay on the disk, to be served again.
         clock: Counts the time as "push".
@@ -68,7 +51,7 @@ class Serving:
     def __init__(
         self, sampler: Sampler, model: nn.Module, tokenizer: Any, ranks: Ranks, keep: int, clock: PhaseClock
     ) -> None:
-        self.sampler = sampler if isinstance(sampler, ServedSampler) else None
+        self.sampler = sampler if isinstance(sampler, EndpointSampler) else None
         self.model, self.tokenizer, self.ranks, self.keep = model, tokenizer, ranks, keep
         self.clock = clock
         self._needed: list[int] = []

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from .._files import write_bytes_atomically
+from .._files import write_json
 from ..guard.editors import EDITORS, Editor
 from ..task import Domain, domain_table
 from .config import COSMETIC_FIELDS, GRPOConfig, Stage, lr_factor, stage_names
@@ -23,13 +24,7 @@ from .parallel import spread_optimizer, spread_state
 from .plots import plot_accuracy, plot_training
 from .progress import StageProgress
 from .rollout import prompt_counts
-from .rundir import (
-    CheckpointError,
-    RunDirectory,
-    nested_tuples,
-    rng_state,
-    set_rng_state,
-)
+from .rundir import CheckpointError, RunDirectory, nested_tuples, rng_state, set_rng_state
 from .sampling import Sampler
 from .serving import Serving, write_model
 from .views import DomainViews
@@ -111,7 +106,9 @@ class GRPOTrainer:
         self._views = DomainViews(self._learner, None if self.directory is None else self.directory.path / "bases")
         self._serving = Serving(self._learner.sampler, model, tokenizer, self.ranks, keep, self._clock)
         self.seconds = self._clock.totals
-        self._make_optimizer = make_optimizer or self._adamw
+        self._make_optimizer = make_optimizer or partial(
+            torch.optim.AdamW, lr=self.config.lr, betas=self.config.betas, weight_decay=self.config.weight_decay
+        )
         self._on_step = on_step
         self._optimizer: torch.optim.Optimizer | None = None
         self._earlier = EarlierWeights(model, self.config, self.directory)
@@ -230,8 +227,7 @@ class GRPOTrainer:
         if self.guard is not None:
             self.guard_reports[name] = self.guard.report()
             if self.directory is not None and self.ranks.first:
-                text = json.dumps(self.guard_reports[name], indent=2, default=str) + "\n"
-                write_bytes_atomically(self.directory.path / "bases" / f"{name}.report.json", text.encode())
+                write_json(self.directory.path / "bases" / f"{name}.report.json", self.guard_reports[name], default=str)
         if self.monitor is not None:
             self.monitor.rebase([name for name in stage.domains if self.domains[name].eval_examples])
         self._checkpoint(index + 1, 0)
@@ -256,15 +252,17 @@ class GRPOTrainer:
             with self._clock("guard"):
                 guard.attach(optimizer)
                 stack.callback(guard.detach)
-            if by_domain:
-                self._learner.by_domain = True
-                stack.callback(setattr, self._learner, "by_domain", False)
-            else:
-                path = self._basis_path(name)
-                inside = guard.stage(stage.name, path=path) if recorded else guard.domain(stage.name)
-                self._learner.recorder = stack.enter_context(self._clock.around("guard", inside))
-                stack.callback(setattr, self._learner, "recorder", None)
+                if by_domain:
+                    self._learner.by_domain = True
+                    stack.callback(setattr, self._learner, "by_domain", False)
+                else:
+                    path = self._basis_path(name)
+                    inside = guard.stage(stage.name, path=path) if recorded else guard.domain(stage.name)
+                    self._learner.recorder = stack.enter_context(inside)
+                    stack.callback(setattr, self._learner, "recorder", None)
             yield
+            with self._clock("guard"):
+                stack.close()  # the stage's end makes its basis
         if by_domain and recorded:
             with self._clock("guard"):
                 self._serving.refresh(self._step, fresh=True)
@@ -276,10 +274,6 @@ class GRPOTrainer:
 
     def _basis_path(self, name: str) -> Path | None:
         return None if self.directory is None else self.directory.path / "bases" / f"{name}.safetensors"
-
-    def _adamw(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        config = self.config
-        return torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
 
     def _watched(self, line: dict[str, Any], *, evaluate: bool) -> dict[str, Any]:
         """The line with its evaluation, if one is due, and with what the monitor says."""
@@ -297,7 +291,14 @@ class GRPOTrainer:
                     line["step"],
                     line,
                     scores=None if scores is None else per_example(scores),
-                    losses=self._held_out_losses,
+                    losses=lambda: held_out_losses(
+                        self.model,
+                        self.tokenizer,
+                        self.domains.values(),
+                        self._learner.tokens,
+                        batch_size=self.config.eval_batch_size,
+                        ranks=self.ranks,
+                    ),
                     acting=line["stage"],
                 )
             if found:
@@ -325,13 +326,6 @@ class GRPOTrainer:
                 if domain.eval_examples
             }
 
-    def _held_out_losses(self) -> dict[str, float]:
-        """Every domain's loss on its held-out answers; see `held_out_losses`."""
-        domains, batch_size = self.domains.values(), self.config.eval_batch_size
-        return held_out_losses(
-            self.model, self.tokenizer, domains, self._learner.tokens, batch_size=batch_size, ranks=self.ranks
-        )
-
     # ---- records
 
     def _open(self, stages: list[Stage], resume: bool) -> dict[str, Any] | None:
@@ -350,9 +344,8 @@ class GRPOTrainer:
             "processes": self.ranks.size,
         }
         self.directory.sweep()
-        if not resume or not self.ranks.on_first(
-            self.directory.config_path.exists
-        ):  # it is there as soon as one starts
+        there = self.directory.config_path.exists  # as soon as a run starts
+        if not resume or not self.ranks.on_first(there):
             self.directory.start(settings)
             return None
         self.directory.check(settings, COSMETIC_FIELDS)
@@ -369,6 +362,17 @@ class GRPOTrainer:
         self._step = state["step"]
         return state
 
+    def _carried(self) -> dict[str, Any]:
+        """What a checkpoint takes along of the run's parts."""
+        parts = {
+            "monitor": self.monitor,
+            "editor": self.editor,
+            "mixture": self._mixture,
+            "serving": self._serving,
+            "own_answers": self._learner.own_answers,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
     def _restore(self, state: dict[str, Any]) -> None:
         """Random states, optimizer and guard as they were."""
         if state["optimizer"] is not None:
@@ -377,16 +381,12 @@ class GRPOTrainer:
             self._optimizer.load_state_dict(spread_optimizer(state["optimizer"], self._optimizer))
         if self.guard is not None:
             self.guard.load_state_dict(spread_state(state["guard"], self.guard.state_dict()))
-        if self.monitor is not None and state.get("monitor") is not None:
-            self.monitor.load_state_dict(state["monitor"])
-        if self.editor is not None:
-            self.editor.load_state_dict(state["editor"])
-        self._mixture.load_state_dict(state["mixture"])
+        for name, part in self._carried().items():
+            if state.get(name) is not None:
+                part.load_state_dict(state[name])
         for name, rewards in state.get("rewards", {}).items():
             reward: Any = self.domains[name].reward
             reward.load_state_dict(rewards)
-        self._serving.load_state_dict(state["serving"])
-        self._learner.own_answers.load_state_dict(state["own_answers"])
         self._learner.rng.setstate(nested_tuples(state["prompts"]))
         kept = state["global"]  # one per process; another number of processes goes on with the first one's
         set_rng_state(kept[self.ranks.rank if len(kept) == self.ranks.size else 0])
@@ -401,18 +401,14 @@ class GRPOTrainer:
             "stage_step": stage_step,
             "optimizer": self._optimizer.state_dict() if carries and self._optimizer is not None else None,
             "guard": None if self.guard is None else self.guard.state_dict(),
-            "monitor": None if self.monitor is None else self.monitor.state_dict(),
-            "editor": None if self.editor is None else self.editor.state_dict(),
-            "mixture": self._mixture.state_dict(),
+            **{name: part.state_dict() for name, part in self._carried().items()},
             "rewards": {
                 name: domain.reward.state_dict()
                 for name, domain in self.domains.items()
                 if hasattr(domain.reward, "state_dict")
             },
             "prompts": self._learner.rng.getstate(),
-            "own_answers": self._learner.own_answers.state_dict(),
             **self._earlier.state(),
-            "serving": self._serving.state_dict(),
             "global": self.ranks.gather(rng_state()),
         }
         with self._clock("save"):
@@ -431,9 +427,9 @@ class GRPOTrainer:
             write_model(self.model, self.tokenizer, self.directory.path / "model", self.ranks)
         if not self.config.plots or not self.ranks.first:
             return
-        ends = [sum(s.steps for s in stages[: i + 1]) for i in range(len(stages))]
+        ends = list(zip(accumulate(s.steps for s in stages), names, strict=True))
         try:
-            plot_accuracy(self.directory.path / "accuracy.png", self.history, list(zip(ends, names, strict=True)))
-            plot_training(self.directory.path / "training.png", self.history, list(zip(ends, names, strict=True)))
+            plot_accuracy(self.directory.path / "accuracy.png", self.history, ends)
+            plot_training(self.directory.path / "training.png", self.history, ends)
         except ImportError as e:
             warnings.warn(f"no pictures: {e}", stacklevel=2)

@@ -84,10 +84,9 @@ def accumulate_gradients(
     they are left out of both passes; they still count in every normaliser. When that leaves no row, gradients are zeros.
 
     Args:
-        model: Policy; gradients accumulate in its parameters.
+        model, tokens: The policy, in whose parameters gradients accumulate, and its padding, end and banned ids.
         batch: Judged completions.
         rows: [b] row numbers of this minibatch.
-        tokens: Padding, end and banned ids.
         config: Loss settings.
         old_logp: [B, L] what ratios compare with; None: the policy itself, right for the only update of a batch.
         ref_logp: [B, L] of the frozen reference, or None.
@@ -113,9 +112,8 @@ def accumulate_gradients(
                 p.grad = torch.zeros_like(p)
         return loss_sum, stats, gap
     for number in range(passes):
-        if number >= len(
-            pieces
-        ):  # the others still have some: gathering parameters and summing gradients takes everybody
+        if number >= len(pieces):
+            # the others still have some: gathering parameters and summing gradients takes everybody
             idle = batch.rollout.select(torch.zeros(1, dtype=torch.long, device=rows.device))
             (0.0 * rollout_logprobs(model, idle, tokens, config).sum()).backward()
             continue

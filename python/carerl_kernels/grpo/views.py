@@ -66,10 +66,7 @@ class DomainViews:
         sampled = learner.sampler(
             encode_prompts(learner.tokenizer, [examples[i].prompt for i in mine]),
             [seeds[i] for i in mine],
-            num_samples=config.group_size,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_p=config.top_p,
+            **config.sampling,
         )
         rows = torch.arange(sampled.input_ids.shape[0], device=sampled.input_ids.device)
         for piece in micro_batches(sampled, rows, config):

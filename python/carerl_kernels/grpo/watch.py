@@ -42,12 +42,8 @@ def show_gradients(
 ) -> None:
     """Between backward and step: the batch's own gradient, as "batch", and that of every domain's loss on its stored examples.
 
-    Args:
-        monitor: Keeps them until its next step, a gradient per name.
-        model: The model with the batch's gradient in place; it is there again afterwards.
-        tokenizer: Its tokenizer.
-        tokens: Padding, end and banned ids.
-        domains: Those with probe_examples are shown.
+    The monitor keeps them until its next step. The batch's gradient is in its place again afterwards; domains without
+    probe_examples are not shown.
     """
     monitor.keep_gradients("batch")
     for name, domain in domains.items():

@@ -119,11 +119,11 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
     """Train one cell of a setting of kind "bandit", as `grpo.run` does its own."""
     learner = Learner(cell)
     guard, steps = learner.guard, cell.recipe.steps
-    scores = [learner.accuracy()]
+    scores = [learner.bandit.accuracy(learner.policy)]
     displacement: dict[str, dict[str, float | None]] = {}
     for index, domain in enumerate(cell.recipe.domains):
         learner.stage(index, domain)
-        scores.append(learner.accuracy())
+        scores.append(learner.bandit.accuracy(learner.policy))
         report((index + 1) * steps)
         if guard is not None:
             rows = guard.report()["domains"]
@@ -135,11 +135,7 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
 
 
 class Learner:
-    """Trains stages, with whatever the recipe asks for against forgetting.
-
-    Args:
-        cell: With the recipe.
-    """
+    """Trains stages, with whatever the cell's recipe asks for against forgetting."""
 
     def __init__(self, cell: Cell) -> None:
         self.recipe: Recipe = cell.recipe
@@ -153,10 +149,6 @@ class Learner:
             self.guard = build_guard(self.policy, self.recipe.guard, added.guard_class(), **options)
         self.editor = None if train.editor is None else EDITORS[train.editor](self.policy, cell.seed)
         self.stored = {d: self.bandit.draw(d, spec.probes) for d, spec in self.recipe.domains.items() if spec.probes}
-
-    def accuracy(self) -> list[float]:
-        """Of every domain."""
-        return self.bandit.accuracy(self.policy)
 
     def stage(self, index: int, domain: str) -> None:
         """Train one domain; the learning rate falls linearly to zero."""

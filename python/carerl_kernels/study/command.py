@@ -69,7 +69,7 @@ def replicate(
                 raise RecipeError(
                     f"expected raw lines of cells in {source}, found none; run cells first, or name a file by --data"
                 )
-            print(write_report(grid, _only(records, setting), out))
+            print(write_report(grid, [r for r in records if not setting or r.setting in setting], out))
             return
         cells = [grid.cell(name) for name in dict.fromkeys(cell)] if cell else list(grid.cells(setting or ()))
         if not cells:
@@ -100,10 +100,6 @@ def replicate(
         else:
             write_report(grid, read_records(out / RAW), out)
             console.print(f"{len(results)} cells; report, table and pictures in [bold]{out}[/]")
-
-
-def _only(records: list[Record], settings: list[str] | None) -> list[Record]:
-    return [r for r in records if not settings or r.setting in settings]
 
 
 def _line(record: Record) -> str:

@@ -10,7 +10,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._files import write_bytes_atomically
+from .._files import write_json
+from ..train.models import require
 from ..train.recipe import RecipeError
 from .cells import Record
 from .grid import Grid
@@ -37,11 +38,7 @@ def run_demo(
     Args:
         out: Keeps every run (settings, metrics, bases, checkpoints, picture). The same call continues an interrupted
             demonstration there. None: only the picture is kept, as carerl-demo.png in the current directory.
-        seeds: How many; default 2, or 1 with `fast`.
-        fast: Fewer steps.
-        json_path: Where to write the returned summary.
-        workers: Processes; default the usable cores.
-        variants: Names of methods; default all.
+        seeds, fast, json_path, workers, variants: Options of the command.
         console: Where to print; default the terminal.
         preset: A grid whose first block of runs is the demonstration, and whose second is the fast one.
 
@@ -66,7 +63,8 @@ def run_demo(
     unknown = [name for name in variants or () if name not in plan.methods]
     if unknown or (variants is not None and not variants):
         raise RecipeError(f"expected variants out of {', '.join(plan.methods)}, found {', '.join(unknown) or 'none'}")
-    _require_libraries()
+    for package in ("transformers", "tokenizers", "matplotlib"):
+        require(package, "the demo")
     names = list(dict.fromkeys(variants or plan.methods))
     variants_at = [f"{plan.setting}/{name}@{grid.methods[name].lr[0]:g}" for name in names]
     cells = [grid.cell(f"{variant}/{seed}") for seed in range(seeds) for variant in variants_at]
@@ -97,7 +95,7 @@ def run_demo(
     print_summary(console, summary)
     data = summary.as_dict()
     for path in ([] if out is None else [root / "summary.json"]) + ([] if json_path is None else [Path(json_path)]):
-        _write_json(path, data)
+        write_json(path, data)
     plot_curves(picture, found)  # last: numbers are safe by then
     console.print(f"Accuracy over time: [bold]{picture}[/]")
     return data
@@ -128,22 +126,4 @@ def _claim(root: Path, setting: dict[str, Any]) -> None:
         return
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise RecipeError(f"expected a new or empty directory to keep the runs in, found {root} with other contents")
-    _write_json(marker, setting)
-
-
-def _write_json(path: Path, data: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes_atomically(path, (json.dumps(data, indent=2) + "\n").encode())
-
-
-def _require_libraries() -> None:
-    """Find out now, and not at the end, that something is missing.
-
-    Raises:
-        ImportError: Says what to install.
-    """
-    from importlib.util import find_spec
-
-    missing = [name for name in ("transformers", "tokenizers", "matplotlib") if find_spec(name) is None]
-    if missing:
-        raise ImportError(f"the demo needs {', '.join(missing)}: pip install 'carerl-kernels[train]'")
+    write_json(marker, setting)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -30,38 +30,33 @@ Lines = Sequence[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to train, over all seeds. Accuracies are exact success probabilities at temperature 1.
+    """One way to train, over all seeds.
 
     Attributes:
         cell: Of its first seed.
-        scores: Per seed a list over stage ends, the start first, of accuracies of all domains.
+        records: Per seed; scores are exact here, and seconds are those of training and evaluation.
         curves: Per seed the step and the accuracies of every evaluation.
-        seconds: Per seed, of training and evaluation.
-        guard_time_share: Share of those spent in the guard, probes included; mean over seeds.
-        touched_share: Energy of the guard's corrections over energy of all raw updates it saw; None without guard.
     """
 
     cell: Cell
-    scores: list[list[list[float]]]
+    records: list[Record]
     curves: list[list[tuple[int, list[float]]]]
-    seconds: list[float]
-    guard_time_share: float
-    touched_share: float | None
 
     @classmethod
     def of(cls, runs: Sequence[tuple[Cell, Record, Lines]]) -> Variant:
         """Of a cell per seed, its record and its metrics, which are exact where records are rounded."""
-        cell = runs[0][0]
-        domains = [stage.name for stage in cell.recipe.stages]
-        touched = [record.touched for _, record, _ in runs if record.touched is not None]
-        return cls(
-            cell,
-            [scores_of(lines, domains) for *_, lines in runs],
-            [[(x["step"], [x["eval"][d] for d in domains]) for x in lines if "eval" in x] for *_, lines in runs],
-            [sum(sum(line["seconds"].values()) for line in lines) for *_, lines in runs],
-            fmean(guard_share(lines) for *_, lines in runs),
-            fmean(touched) if touched else None,
-        )
+        domains = runs[0][1].domains
+        records = [
+            replace(
+                record,
+                scores=scores_of(lines, domains),
+                seconds=sum(sum(line["seconds"].values()) for line in lines),
+                guard_share=guard_share(lines),
+            )
+            for _, record, lines in runs
+        ]
+        curves = [[(x["step"], [x["eval"][d] for d in domains]) for x in lines if "eval" in x] for *_, lines in runs]
+        return cls(runs[0][0], records, curves)
 
     @property
     def name(self) -> str:
@@ -70,37 +65,27 @@ class Variant:
     @property
     def domains(self) -> list[str]:
         """In the order they were learned."""
-        return [stage.name for stage in self.cell.recipe.stages]
+        return self.records[0].domains
+
+    def of_seeds(self, measure: str) -> list[float]:
+        """A measure of `Record`, per seed."""
+        return [getattr(record, measure) for record in self.records]
+
+    def accuracy(self, when: str) -> dict[str, list[float]]:
+        """Per domain and seed: "final", "after_own_stage", or at the "start", before everything."""
+        stage = {"start": 0, "final": -1}
+        return {d: [r.scores[stage.get(when, r.own(d))][i] for r in self.records] for i, d in enumerate(self.domains)}
 
     @property
-    def start(self) -> dict[str, list[float]]:
-        """Accuracy per domain before everything."""
-        return {d: [s[0][i] for s in self.scores] for i, d in enumerate(self.domains)}
+    def guard_time_share(self) -> float:
+        """Share of the seconds spent in the guard, probes included."""
+        return fmean(record.guard_share or 0.0 for record in self.records)
 
     @property
-    def after_own_stage(self) -> dict[str, list[float]]:
-        """Accuracy per domain right after its own stage."""
-        return {d: [s[i + 1][i] for s in self.scores] for i, d in enumerate(self.domains)}
-
-    @property
-    def final(self) -> dict[str, list[float]]:
-        """Accuracy per domain at the end."""
-        return {d: [s[-1][i] for s in self.scores] for i, d in enumerate(self.domains)}
-
-    @property
-    def average(self) -> list[float]:
-        """Mean over domains of the final accuracy."""
-        return [fmean(s[-1]) for s in self.scores]
-
-    @property
-    def forgetting(self) -> list[float]:
-        """Mean drop from the end of a domain's own stage to that of the run, over all but the last domain."""
-        return [fmean(s[i + 1][i] - s[-1][i] for i in range(len(s) - 2)) for s in self.scores]
-
-    @property
-    def new_domain(self) -> list[float]:
-        """Mean over all but the first domain of after_own_stage: stages in which there is something to forget."""
-        return [fmean(s[i + 1][i] for i in range(1, len(s) - 1)) for s in self.scores]
+    def touched_share(self) -> float | None:
+        """Energy of the guard's corrections over energy of all raw updates it saw; None without guard."""
+        touched = [record.touched for record in self.records if record.touched is not None]
+        return fmean(touched) if touched else None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -110,13 +95,15 @@ class Variant:
 
         return {
             **{
-                part: {domain: values(found) for domain, found in getattr(self, part).items()}
+                part: {domain: values(found) for domain, found in self.accuracy(part).items()}
                 for part in ("final", "after_own_stage", "start")
             },
-            **{measure: values(getattr(self, measure)) for measure in ("average", "forgetting", "new_domain")},
+            "average": values(self.of_seeds("average")),
+            "forgetting": values(self.of_seeds("forgetting")),
+            "new_domain": values(self.of_seeds("new")),
             "guard_time_share": self.guard_time_share,
             "touched_share": self.touched_share,
-            "seconds": values(self.seconds),
+            "seconds": values(self.of_seeds("seconds")),
         }
 
 
@@ -151,18 +138,18 @@ class Summary:
             for label, names in BASELINES.items():
                 present = [named[n] for n in names if n in named]
                 if present:
-                    parts.append(_compare(guard, max(present, key=lambda v: fmean(v.average)), label))
+                    parts.append(_compare(guard, max(present, key=lambda v: fmean(v.of_seeds("average"))), label))
             if parts:
                 sentences.append(f"{guard.name} {'; '.join(parts)}.")
         return sentences
 
 
 def _compare(guard: Variant, other: Variant, label: str) -> str:
-    gaps = [g - o for g, o in zip(guard.average, other.average, strict=True)]
+    gaps = [g - o for g, o in zip(guard.of_seeds("average"), other.of_seeds("average"), strict=True)]
     wins = sum(gap > 0 for gap in gaps)
     return (
         f"against {other.name} ({label}): average {fmean(gaps):+.3f}, better on {wins} of {len(gaps)} seeds, "
-        f"new domains {fmean(guard.new_domain) - fmean(other.new_domain):+.3f}"
+        f"new domains {fmean(guard.of_seeds('new')) - fmean(other.of_seeds('new')):+.3f}"
     )
 
 
@@ -193,11 +180,11 @@ def print_summary(console: Console, summary: Summary) -> None:
     for row in summary.variants:
         touched = "" if row.touched_share is None else f"{row.touched_share:.1%}"
         share = f"{row.guard_time_share:.0%}" if row.guard_time_share else ""
-        columns = [*row.final.values(), row.average, row.forgetting, row.new_domain]
+        columns = [*row.accuracy("final").values(), *map(row.of_seeds, ("average", "forgetting", "new"))]
         table.add_row(row.name, *map(_cell, columns), touched, share)
     console.print()
     console.print(table)
-    start = ", ".join(f"{d} {fmean(v):.2f}" for d, v in first.start.items())
+    start = ", ".join(f"{d} {fmean(v):.2f}" for d, v in first.accuracy("start").items())
     console.print(
         "Accuracy: exact probability of the right answer at temperature 1 on held-out examples "
         f"(before training: {start}).\n"

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module, resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -199,7 +200,7 @@ class Grid(Section):
             ImportError: yaml is missing; says what to install.
         """
         content = _preset("definitions")
-        own = _preset(str(source)) if str(source) in PRESETS else _file(Path(source))
+        own = _preset(str(source)) if str(source) in PRESETS else _read(Path(source), str(source))
         for part in ("settings", "methods"):
             own[part] = {**content[part], **(own.get(part) or {})}
         grid = checked(cls, own, str(source))
@@ -260,17 +261,13 @@ def _at(data: Any, place: str) -> Any:
 
 
 def _preset(name: str) -> dict[str, Any]:
-    return _read(resources.files(__package__).joinpath("presets", f"{name}.yaml").read_text(), f"preset {name}")
+    return _read(resources.files(__package__).joinpath("presets", f"{name}.yaml"), f"preset {name}")
 
 
-def _file(path: Path) -> dict[str, Any]:
+def _read(path: Traversable, source: str) -> dict[str, Any]:
     if not path.is_file():
         raise RecipeError(f"expected a preset ({', '.join(PRESETS)}) or a YAML file, found {str(path)!r}")
-    return _read(path.read_text(encoding="utf-8-sig"), str(path))
-
-
-def _read(text: str, source: str) -> dict[str, Any]:
-    content = read_yaml(text, source)
+    content = read_yaml(path.read_text(encoding="utf-8-sig"), source)
     if not isinstance(content, dict):
         raise RecipeError(f"{source}: expected a mapping with `runs`, found {type(content).__name__}")
     return content

@@ -69,14 +69,9 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
 def opened(
     cell: Cell, recipe: Recipe, start: Path | None, on_step: Callable[[Line], None], run_dir: Path | None = None
 ) -> Iterator[Run]:
-    """A recipe of a cell, ready to be trained without a word, on the CPU, as every recorded cell was.
+    """A recipe, ready to be trained without a word, on the CPU, as every recorded cell was.
 
-    Args:
-        cell: Says what its method adds.
-        recipe: Its own, or one made of it.
-        start: File of the weights that it starts from, see `open_run`.
-        on_step: Called with each line of metrics.
-        run_dir: Keeps the run, or None.
+    The recipe is the cell's own or one made of it; the cell says what its method adds. The rest is as for `open_run`.
     """
     train = recipe.train.model_copy(update={"progress": False, "plots": False})
     added = cell.added

@@ -16,13 +16,7 @@ if TYPE_CHECKING:
 def run_shown(
     cells: Sequence[Cell], out: Path, workers: int, console: Console, line: Callable[[Record], str], **options: Any
 ) -> list[Record]:
-    """As `run_cells`.
-
-    Args:
-        cells, out, workers, options: As for it.
-        console: Where to print.
-        line: What is printed of a cell that has ended.
-    """
+    """As `run_cells`; `line` says what is printed of a cell that has ended."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description:<28}"), BarColumn(), TextColumn("{task.completed:g}"), TimeElapsedColumn())

@@ -113,37 +113,17 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
 
 def table(grid: Grid, setting: str, rows: Sequence[Row]) -> str:
     """A Markdown table; behind every row the name of a cell to rerun."""
-    header = (
-        "method@lr",
-        "keeps",
-        "beyond the plain run",
-        "seeds",
-        "average",
-        "forget",
-        "new",
-        "window",
-        "touched",
-        f"average - {best_of(rows)}",
-    )
+    header = ["method@lr", "keeps", "beyond the plain run", "seeds", "average", "forget", "new", "window", "touched"]
     lines: list[list[str]] = []
     optimal = {rows[i].variant for i in pareto([(r.of("retention").mean, r.of("new").mean) for r in rows])}
     for row in rows:
         star = "\\*" if row.variant in optimal else ""
         cell = grid.cell(next(iter(row.records.values())).cell)
-        cells = [
-            f"{row.variant}{star}",
-            memory(cell),
-            beyond(cell),
-            str(len(row.records)),
-            spread(row.of("average")),
-            spread(row.of("forgetting")),
-            spread(row.of("new")),
-            short(row.of("window").mean),
-            perhaps(row.mean("touched")),
-            *row.compared(setting),
-        ]
-        lines.append(cells)
-    return markdown([*header, "p (Holm)", "one cell"], lines)
+        gained = map(spread, map(row.of, ("average", "forgetting", "new")))
+        measured = [*gained, short(row.of("window").mean), perhaps(row.mean("touched"))]
+        told = [f"{row.variant}{star}", memory(cell), beyond(cell), str(len(row.records))]
+        lines.append([*told, *measured, *row.compared(setting)])
+    return markdown([*header, f"average - {best_of(rows)}", "p (Holm)", "one cell"], lines)
 
 
 def versus(rows: Sequence[Row], candidate: str) -> str:
@@ -176,24 +156,11 @@ def guard_table(rows: Sequence[Row]) -> str:
 
 
 def pooled_table(setting: str, rows: Sequence[Row]) -> str:
-    """A Markdown table of one mixed stage: where every domain ends, how deep it fell, and what it would be alone.
-
-    Args:
-        setting: Its name.
-        rows: As `rows_of` gives them.
-    """
+    """A Markdown table of one mixed stage: where every domain ends, how deep it fell, and what it would be alone."""
     domains = next(iter(rows[0].records.values())).domains
     alone = {seed: record for row in rows if row.method == ALONE for seed, record in row.records.items()}
     start = means([record.scores[0] for record in rows[0].records.values()])
-    header = [
-        "method@lr",
-        "seeds",
-        "average",
-        *domains,
-        "lowest - start",
-        "worst domain - alone",
-        f"average - {best_of(rows)}",
-    ]
+    header = ["method@lr", "seeds", "average", *domains, "lowest - start", "worst domain - alone"]
     lines: list[Sequence[str]] = []
     for row in rows:
         apart = [worst(record, alone[seed]) for seed, record in row.records.items() if seed in alone]
@@ -212,7 +179,7 @@ def pooled_table(setting: str, rows: Sequence[Row]) -> str:
                 cell,
             ]
         )
-    text = markdown([*header, "p (Holm)", "guard's time", "one cell"], lines).split("\n")
+    text = markdown([*header, f"average - {best_of(rows)}", "p (Holm)", "guard's time", "one cell"], lines).split("\n")
     before = f"| before | {len(rows[0].records)} | | {' | '.join(map(short, start))} | | | | | | |"
     return "\n".join([*text[:2], before, *text[2:]])
 
@@ -236,7 +203,7 @@ def measures_table(rows: Sequence[Row]) -> str:
     if not any(record.extras for row in rows for record in row.records.values()):
         return ""
     first = next(iter(rows[0].records.values()))
-    names, fronts = [*first.domains, *first.extras], (rates(rows), interpolated(rows))
+    names, fronts = [*first.domains, *first.extras], ([row for row in rows if row.method == FRONT], interpolated(rows))
     header = ["method@lr", "seeds", *names, "guard's time", "forget - plain at equal new", "- interpolated"]
     start = [*first.scores[0], *(values[0] for values in first.extras.values())]
     lines = [["before", "", *map(short, start), "", "", ""]]
@@ -253,11 +220,6 @@ def measures_table(rows: Sequence[Row]) -> str:
             ]
         )
     return markdown(header, lines)
-
-
-def rates(rows: Sequence[Row]) -> list[Row]:
-    """The front of plain learning rates."""
-    return [row for row in rows if row.method == FRONT]
 
 
 def interpolated(rows: Sequence[Row]) -> list[Row]:

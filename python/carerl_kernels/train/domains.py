@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from .._rows import read_rows
+from ..grpo.rundir import nested_tuples
 from ..rewards.reasoning import StripReasoning
 from ..task import Domain, Example, checked_rewards
 from ..tasks.split import Reward, domain_of, split_domain
@@ -115,8 +116,7 @@ class NoisyReward:
         return {"rng": self.rng.getstate(), "reward": inner}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        version, words, last = state["rng"]
-        self.rng.setstate((version, tuple(words), last))
+        self.rng.setstate(nested_tuples(state["rng"]))
         if hasattr(self.reward, "load_state_dict"):
             self.reward.load_state_dict(state["reward"])
 
@@ -152,13 +152,8 @@ class Gym(DomainSpec):
         return gym_domain(
             name,
             self.tasks,
-            seed=self.seed,
-            train_size=self.train_size,
-            eval_size=self.eval_size,
             ask=None if ask is None else lambda question: ask.replace("{question}", question),
-            options=self.options,
-            timeout=self.timeout,
-            allow_unisolated=self.allow_unisolated,
+            **self.model_dump(include={"seed", "train_size", "eval_size", "options", "timeout", "allow_unisolated"}),
         )
 
 
@@ -350,20 +345,13 @@ class Judged(Rows):
         from ..rewards.pa_grm import Endpoint, Limits, Scorer
 
         spec = self.judge
-        settings: dict[str, Any] = {
-            "max_in_flight": spec.max_in_flight,
-            "timeout": spec.timeout,
-            "attempts": spec.attempts,
-        }
+        settings = spec.model_dump(include={"max_in_flight", "timeout", "attempts"})
         return Scorer(
             Endpoint(spec.url, spec.model, **settings),
             writer=None if spec.writer_model is None else Endpoint(spec.url, spec.writer_model, **settings),
             cache=None if spec.cache is None and cache is None else str(spec.cache or cache),
             limits=Limits(scale=spec.scale),
-            calibration=spec.calibration,
-            on_signs=spec.on_signs,
-            rejudge=spec.rejudge,
-            strip_reasoning=spec.strip_reasoning,
+            **spec.model_dump(include={"calibration", "on_signs", "rejudge", "strip_reasoning"}),
         )
 
 

@@ -20,11 +20,7 @@ Batches = Iterable[Mapping[str, Tensor]]
 
 
 class StoredReplay:
-    """Lets domains draw from all their prompts in stages of their own, and from the stored ones in others.
-
-    Args:
-        stages: Of the run.
-    """
+    """Lets domains draw from all their prompts in stages of their own, and from the stored ones in others."""
 
     def __init__(self, stages: Sequence[Stage]) -> None:
         self._own = [stage.domains for stage in stages for _ in range(stage.steps)]

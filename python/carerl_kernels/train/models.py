@@ -52,7 +52,7 @@ def load_model(
         ImportError: A package is missing; says what to install.
         ValueError: Sizes that do not fit together, or no domain with answers to warm up on.
     """
-    _require("transformers", "the trainer")
+    require("transformers", "the trainer")
     with quiet_transformers():
         model, tokenizer = _load(spec, tasks)
     if start is not None and start.exists():
@@ -106,7 +106,7 @@ def shapes(spec: ModelSpec) -> nn.Module:
     Raises:
         OSError: transformers finds no such config.
     """
-    _require("transformers", "the trainer")
+    require("transformers", "the trainer")
     from transformers import AutoConfig
 
     if spec.scratch is not None:
@@ -151,7 +151,7 @@ def add_lora(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
     Raises:
         ImportError: peft is missing.
     """
-    _require("peft", "LoRA", "trl")
+    require("peft", "LoRA", "trl")
     from peft import LoraConfig, get_peft_model
 
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
@@ -174,19 +174,16 @@ def _warm_up(model: nn.Module, tokenizer: Any, domains: Sequence[Domain], spec: 
     with_answers = [d for d in domains if all(e.answer is not None for e in d.draw(random.Random(0), 8))]
     if not with_answers:
         raise ValueError("model.warm_up: expected a domain whose examples have answers, found none")
-    settings = spec.warm_up
-    warm_up(
-        model,
-        tokenizer,
-        with_answers,
-        seed=spec.seed,
-        steps=settings.steps,
-        batch_per_domain=settings.batch,
-        lr=settings.lr,
-    )
+    steps, lr, batch = spec.warm_up.steps, spec.warm_up.lr, spec.warm_up.batch
+    warm_up(model, tokenizer, with_answers, seed=spec.seed, steps=steps, batch_per_domain=batch, lr=lr)
 
 
-def _require(package: str, what: str, extra: str = "train") -> None:
+def require(package: str, what: str, extra: str = "train") -> None:
+    """Finds out now, and not at the end, that a package is missing.
+
+    Raises:
+        ImportError: Says what to install.
+    """
     from importlib.util import find_spec
 
     if find_spec(package) is None:

@@ -87,6 +87,13 @@ class ModelSpec(Section):
         return self
 
 
+def refuse_unknown(options: Mapping[str, Any], known: Sequence[str], own: Sequence[str] = (), place: str = "") -> None:
+    """Raises ValueError, beginning with `place`, where an option is none of the known ones; `own` fields are named with them."""
+    unknown = sorted(options.keys() - set(known))
+    if unknown:
+        raise ValueError(f"{place}expected options out of {', '.join([*own, *known])}, found {', '.join(unknown)}")
+
+
 class Options(BaseModel):
     """A section that takes the options of a class by their names besides its own fields."""
 
@@ -99,11 +106,7 @@ class Options(BaseModel):
 
     @model_validator(mode="after")
     def _known_options(self) -> Options:
-        known = self.known()
-        unknown = sorted(self.options.keys() - known)
-        if unknown:
-            names = ", ".join([*type(self).model_fields, *known])
-            raise ValueError(f"expected options out of {names}, found {', '.join(unknown)}")
+        refuse_unknown(self.options, self.known(), [*type(self).model_fields])
         return self
 
     @property
@@ -160,9 +163,7 @@ class MonitorSpec(Options):
         from ..monitor import Controller
 
         known = [n for n in inspect.signature(Controller).parameters if n != "domains"]
-        unknown = sorted((self.controller or {}).keys() - set(known))
-        if unknown:
-            raise ValueError(f"controller: expected options out of {', '.join(known)}, found {', '.join(unknown)}")
+        refuse_unknown(self.controller or {}, known, place="controller: ")
         return self
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -113,17 +112,14 @@ def _sampler(recipe: Recipe, model: nn.Module, tokenizer: Any) -> EndpointSample
     if spec is None:
         return None
     run_dir = _needed(recipe.run_dir, "an engine that samples")
+    own = f"{run_dir.name}-{hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]}"  # several runs may share the folder
     return EndpointSampler(
         spec.url,
         spec.model,
         special_tokens(tokenizer, model),
-        engine=spec.engine,
-        folder=run_dir if spec.folder is None else spec.folder / _own_name(run_dir),
-        sync_every=spec.sync_every,
+        folder=run_dir if spec.folder is None else spec.folder / own,
         device=next(model.parameters()).device,
-        max_in_flight=spec.max_in_flight,
-        timeout=spec.timeout,
-        max_gap=spec.max_gap,
+        **spec.model_dump(include={"engine", "sync_every", "max_in_flight", "timeout", "max_gap"}),
         dtype=None if spec.dtype is None else getattr(torch, spec.dtype),
     )
 
@@ -132,11 +128,6 @@ def _needed(run_dir: Path | None, what: str) -> Path:
     if run_dir is None:
         raise RecipeError(f"run_dir: expected a directory, which {what} needs, found none")
     return run_dir
-
-
-def _own_name(run_dir: Path) -> str:
-    """Of a run's part of a folder that several share."""
-    return f"{run_dir.name}-{hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]}"
 
 
 def _monitor(recipe: Recipe, model: nn.Module, domains: Sequence[Domain], guard: Any) -> Any:
@@ -182,14 +173,7 @@ def build_guard(
     if isinstance(options.get("bound"), list):
         options["bound"] = tuple(options["bound"])
     paths = history_files(spec.history)
-    if not paths:
-        return kind(model, **options)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        guard = kind.load(*paths, model=model, **options)
-    for warning in caught:
-        warnings.warn(warning.message, warning.category, stacklevel=2)
-    return guard
+    return kind.load(*paths, model=model, **options) if paths else kind(model, **options)
 
 
 def basis_dtype(spec: GuardSpec) -> torch.dtype:
@@ -219,9 +203,7 @@ def history_files(history: Sequence[Path]) -> list[Path]:
         try:
             recorded = json.loads((path / "config.json").read_text())
             stages = recorded["stages"]
-            names = stage_names(
-                [Stage(tuple(s["domain"]) if isinstance(s["domain"], list) else s["domain"], 1) for s in stages]
-            )
+            names = stage_names([Stage(s["domain"], 1) for s in stages])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RecipeError(
                 f"guard.history: expected a basis file or a run's directory, found {path} ({error})"

@@ -40,9 +40,13 @@ def namespace(path: Path) -> dict:
 def calls(nodes: Iterable[ast.AST]) -> Iterator[tuple[ast.Call, str, str]]:
     """Calls of the form `name.method(...)` with a method that patterns have: the call, name, method."""
     for node in nodes:
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
-            if node.func.attr in FUNCTIONS:
-                yield node, node.func.value.id, node.func.attr
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and isinstance(node.func.value, ast.Name)
+            and node.func.attr in FUNCTIONS
+        ):
+            yield node, node.func.value.id, node.func.attr
 
 
 def used() -> dict[str, set[str]]:

@@ -27,8 +27,9 @@ LONG = 100_000 if "CARERL_SLOW" in os.environ else 3_000
 @pytest.mark.parametrize("kind", ["flat", "block"])
 def test_kill_9_during_save_leaves_the_old_file_or_the_new_one(kind, tmp_path):
     """In a process of its own: one that never had threads can be forked."""
-    log = tmp_path / "log"
-    codes = wait([start("test_guard_faults.save_and_be_killed", kind, tmp_path, log=log)])
+    log, folder = tmp_path / "log", tmp_path / "saved"
+    folder.mkdir()
+    codes = wait([start("test_guard_faults.save_and_be_killed", kind, folder, log=log)])
     assert codes == [0], log.read_text()[-3000:]
     assert int(log.read_text().split()[-1]) > 0  # killed in the middle of a save; else nothing was tested
 

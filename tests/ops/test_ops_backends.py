@@ -27,9 +27,9 @@ def test_backend_is_under_test(backend: Backend):
         pytest.skip(reason)
 
 
-FILES = ("project", "edit", "quantize", "inputs")
+FILES = ("project", "edit", "quantize_bases", "input")
 # Sets that are the one below them with other kernels in some places (isa_avx512_bf16.cpp, isa_amx_bf16.cpp), and where.
-BASED_ON = {"avx512_bf16": ("avx512", "project"), "amx_bf16": ("avx512_bf16", "inputs")}
+BASED_ON = {"avx512_bf16": ("avx512", "project"), "amx_bf16": ("avx512_bf16", "input")}
 
 
 def _owner(isa: str, file: str) -> str:

@@ -19,7 +19,7 @@ JOBS ?= auto
 SPREAD := --dist worksteal --durations=25
 ARGS ?=
 
-.PHONY: demo test test-torch test-ops bench gpu-build gpu-check gpu-check-offline lint format docs wheels hub-kernel info clean
+.PHONY: demo test test-torch test-core bench gpu-build gpu-check gpu-check-offline lint format docs wheels hub-kernel info clean
 
 demo: $(VENV)/.carerl-train
 	$(BIN)/carerl demo $(ARGS)
@@ -28,15 +28,15 @@ test: $(VENV)/.carerl-test $(VENV)/.smollm2
 	@$(if $(NVCC),true,echo "nvcc was not found: the CUDA kernels are tested under emulation alone.")
 	$(BIN)/python -m pytest -n $(JOBS) $(SPREAD) $(ARGS)
 
-# The ops against another torch, in an environment and build folder of its own: make test-torch TORCH=2.11.0
+# Ops, guard and trainer against another torch, in an environment and build folder of its own: make test-torch TORCH=2.11.0
 test-torch:
-	SKBUILD_BUILD_DIR=build/torch-$(TORCH) $(MAKE) VENV=.venv-torch-$(TORCH) TORCH=$(TORCH) test-ops
+	SKBUILD_BUILD_DIR=build/torch-$(TORCH) $(MAKE) VENV=.venv-torch-$(TORCH) TORCH=$(TORCH) test-core
 
 # Without the test extra, which asks for one version of triton: that of the newest torch.
-test-ops: $(VENV)/.torch $(SOURCES)
-	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --editable .
-	$(PIP) pytest pytest-xdist hypothesis psutil
-	$(BIN)/python -m pytest -n $(JOBS) $(SPREAD) tests/ops/test_ops_*.py tests/ops/test_native_cpu.py $(ARGS)
+test-core: $(VENV)/.torch $(SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --editable ".[train]"
+	$(PIP) pytest pytest-xdist hypothesis psutil scikit-learn peft
+	$(BIN)/python -m pytest -n $(JOBS) $(SPREAD) tests/ops/test_ops_*.py tests/ops/test_native_cpu.py tests/guard tests/grpo $(ARGS)
 
 # For whoever has a GPU: conformance on the device, then its benchmark; writes gpu-check.json. Exits with 2 where there is none.
 gpu-check: $(VENV)/.carerl-test

@@ -298,6 +298,9 @@ class WatchingGuard:
         for p, g in zip(self._gradients, kept, strict=True):
             p.grad = g
 
+    def gradient_norm(self, norm):
+        assert math.isfinite(norm)
+
     def probes_due(self):
         return self.due
 

@@ -195,6 +195,25 @@ def test_an_interrupted_segment_goes_on_exactly():
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("kind", ["flat", "per_matrix", "block", "input"])
+def test_a_state_with_other_anchors_replaces_those_that_corrections_were_made_with(kind):
+    walk = walk_of(kind, "remove", 0.5)
+    begun, state = [p.detach().clone() for p in walk.params], walk.guard.state_dict()
+    held = [dense(walk.params, part) for _, _, part in rows_of(walk)]
+    shake(walk.params, 0.1)
+    walk.guard.rebase()
+    shake(walk.params, 0.1, seed=1)
+    walk.guard.confine_()
+    with torch.no_grad():
+        for p, q in zip(walk.params, begun, strict=True):
+            p.copy_(q)
+    walk.guard.load_state_dict(state)
+    shake(walk.params, 0.1, seed=2)
+    walk.guard.confine_()
+    for (A, _, part), start in zip(rows_of(walk), held, strict=True):
+        assert np.abs(A @ (dense(walk.params, part) - start)).max() < 1e-5
+
+
 @pytest.mark.parametrize("then", ["add", "stage", "protect"])
 def test_steps_that_wait_are_corrected_before_anything_counts_anew(then):
     """What moved outside of the box since the last correction does not become the new anchor."""

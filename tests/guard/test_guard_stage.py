@@ -13,6 +13,7 @@ from carerl_kernels import BasisError, CapabilityGuard, DomainBasis, StreamingPC
 from carerl_kernels.subspace import Layout, StageRecorder
 from guard_helpers import Walk, blocks, dense, flat, make_history, make_model
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 K = 4
 
@@ -111,6 +112,44 @@ def test_non_finite_gradients_leave_everything_as_it_was():
         assert torch.equal(recorder.pca.rows, rows)
         assert torch.equal(guard.state_dict()["correction"]["anchor"], state["correction"]["anchor"])
     assert guard.report()["dropped_steps"] == 2
+
+
+class Counted(TorchDispatchMode):
+    """How often gradients were read in search of what is not finite."""
+
+    reads = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.reads += op is torch.ops.carerl.all_finite.default
+        return op(*args, **(kwargs or {}))
+
+
+def test_a_known_norm_spares_one_step_the_reading_of_its_gradients():
+    model = make_model()
+    guard = CapabilityGuard(model, "remove", basis="input", r=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard.attach(optimizer)
+
+    def reads(scale, told):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, scale)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        if told:
+            guard.gradient_norm(norm)
+        with Counted() as counted:
+            optimizer.step()
+        return counted.reads
+
+    assert reads(1.0, told=True) == 0
+    assert reads(1.0, told=False) == 1
+    assert reads(float("nan"), told=True) == 1 and guard.report()["dropped_steps"] == 1
+    assert (
+        reads(1e30, told=True) == 1 and guard.report()["dropped_steps"] == 1
+    )  # the norm overflows, the gradients do not
+    guard.gradient_norm(1.0)
+    guard.detach()
+    guard.attach(optimizer)
+    assert reads(float("inf"), told=False) == 1 and guard.report()["dropped_steps"] == 2
 
 
 def test_a_recorder_fed_nan_by_hand_skips_and_counts():

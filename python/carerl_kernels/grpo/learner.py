@@ -45,6 +45,7 @@ class Guard(Protocol):
     def mixed(self) -> Any: ...
     def meets_mixed(self, domains: Collection[str]) -> None: ...
     def probes_due(self) -> bool: ...
+    def gradient_norm(self, norm: float) -> None: ...
     def settle(self) -> Any: ...
     def report(self) -> Mapping[str, Any]: ...
     def state_dict(self) -> dict[str, Any]: ...
@@ -182,7 +183,7 @@ class Learner:
                     if self.recorder is not None:
                         sampled = batch.rollout.select(rows)
                         self.recorder.see({"input_ids": sampled.input_ids, "attention_mask": sampled.attention_mask})
-                    self._optimizer_step(optimizer, owner)
+                    self._optimizer_step(optimizer, owner, norm)
                 else:  # one poisoned batch must not reach weights, moments or bases
                     skipped += 1
         optimizer.zero_grad(set_to_none=True)
@@ -292,7 +293,7 @@ class Learner:
                 ref = frozen_logprobs(self.model, batch.rollout, self.tokens, self.config)
         return old, ref
 
-    def _optimizer_step(self, optimizer: torch.optim.Optimizer, owner: str) -> None:
+    def _optimizer_step(self, optimizer: torch.optim.Optimizer, owner: str, norm: float) -> None:
         guard = self.guard
         if guard is None:
             with self.clock("step"):
@@ -303,6 +304,7 @@ class Learner:
                 self._probe(guard)
         before = sum(guard.seconds.values())
         start = time.perf_counter()
+        guard.gradient_norm(norm)
         with nullcontext() if self.by_domain else guard.domain(owner):
             optimizer.step()
         wall, own = time.perf_counter() - start, sum(guard.seconds.values()) - before

@@ -31,6 +31,7 @@ class Following:
         max_grad_norm: grad mode: clips the edited gradient.
         edited: the gradient of the step to come was edited already, one domain at a time.
         restored: state was loaded: the next attach or stage goes on instead of starting afresh.
+        known_finite: the gradients of the step to come are finite: somebody has their norm.
         communication: numbers summed over processes and all-reduces of the last step.
     """
 
@@ -46,7 +47,7 @@ class Following:
         self.parameters, self._memory, self._recording, self._census = parameters, memory, recording, census
         self._owner, self._seconds = owner, seconds
         self.max_grad_norm = memory.settings.max_grad_norm
-        self.edited = self.restored = False
+        self.edited = self.restored = self.known_finite = False
         self.communication = {"elements_last_step": 0, "all_reduces_last_step": 0}
         self._optimizers: list[torch.optim.Optimizer] = []
         self._handles: list[Any] = []
@@ -63,7 +64,7 @@ class Following:
 
     def attach(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Puts the hooks on."""
-        self._optimizers, self._looked_for_copies, self.edited = list(optimizers), None, False
+        self._optimizers, self._looked_for_copies, self.edited, self.known_finite = list(optimizers), None, False, False
         self._stepped.clear()
         for optimizer in optimizers:
             self._handles += [
@@ -120,7 +121,7 @@ class Following:
         self._census.look(self._optimizers)
         self._sent_before = shards.elements, shards.calls
         held = [p for o in self._optimizers for group in o.param_groups for p in group["params"] if p.grad is not None]
-        self._dropped = not self.finite(list(finite_parts(held)))
+        self._dropped = not (self.known_finite or self.finite(list(finite_parts(held))))
         if self._dropped:
             memory.statistics.dropped += 1
             self._recording.discard()
@@ -189,7 +190,7 @@ class Following:
     def _end(self) -> None:
         self._stepped.clear()
         edited = self.edited
-        self.restored = self.edited = False
+        self.restored = self.edited = self.known_finite = False
         if self._dropped:
             return
         started, memory = time.perf_counter(), self._memory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..subspace import BasisError, StoredBasis
 from ..subspace.recorder import Recorder
@@ -126,6 +127,18 @@ class CapabilityGuard(Protection):
             yield
         finally:
             self._current = before
+
+    def gradient_norm(self, norm: Tensor | float) -> None:
+        """Spares the next step the reading of all gradients that looks for NaN and infinity, if you have their norm already.
+
+        It says nothing of a step after the next. A norm that is not finite changes nothing: gradients are read, and the step
+        is dropped if one of them is not finite.
+
+        Args:
+            norm: Of all gradients of the optimizer's parameters, for example what `clip_grad_norm_` returned; in a distributed
+                run the norm over all processes, so that all of them know the same.
+        """
+        self._following.known_finite = math.isfinite(norm)
 
     @torch.no_grad()
     def settle(self) -> None:

@@ -44,6 +44,8 @@ class InputStack(FactoredStack):
         self._kept: list[Tensor] = []  # of each group, the columns that any of its matrices has
         self._acting: list[Tensor] = []  # [G, n or m, columns kept]
         self._boxes: tuple[str | None, dict[int, tuple[Tensor, Tensor, Tensor, Tensor]]] | None = None
+        # On a CPU, by group: anchors on the directions of its box; the anchors and the R that they come from, and their version.
+        self._held: dict[int, tuple[Tensor, Tensor, Tensor, int]] = {}
         self._spans: list[Tensor] = []  # of each group, orthonormal [G, n or m, kept]: what all directions span
         self._projectors: dict[str | None, list[Tensor]] = {}  # see projectors
 
@@ -124,6 +126,7 @@ class InputStack(FactoredStack):
     def _more_factors(self) -> list[Tensor]:
         recorded = [t for b in self._recorded.values() for part in (b.left, b.right, b.moved) for t in part.values()]
         boxes = [] if self._boxes is None else [t for box in self._boxes[1].values() for t in box[1:]]
+        boxes += [held for held, *_ in self._held.values()]
         boxes += [*self._spans, *(t for projectors in self._projectors.values() for t in projectors)]
         return [acting for acting in self._acting if acting.shape[2] < self.rows] + recorded + boxes
 
@@ -142,7 +145,7 @@ class InputStack(FactoredStack):
         ]
         for name in names[same.index(False) :]:  # from the first that changes, so that their order stays
             super().put(self._trimmed(name), parameters)
-        self._kept, self._acting, self._boxes = [], [], None
+        self._kept, self._acting, self._boxes, self._held = [], [], None, {}
         self._spans, self._projectors = [], {}
         for number, group in enumerate(self.layout.groups):
             factors = self.left[number] if group.side == "left" else self.right[number]
@@ -285,15 +288,29 @@ class InputStack(FactoredStack):
                     continue
                 most = max(1, BLOCK.get(self.device.type, BLOCK["cuda"]) // (4 * group.each * columns.numel()))
                 for at in _runs([index not in exempt for index in group.indices], most):
-                    rows = anchor[group.rows].unflatten(0, (-1, group.each))[at]
                     energy += self._confine_(
                         group,
                         self.layout.local(group, parameters, at),
                         directions[at],
-                        rows[..., columns] @ root[at],  # [c, each, A]
+                        self._anchors(number, group, anchor, columns, root, at),
                         *self._bounds(group, at, columns, far, bounds, tight),
                     )
         return energy
+
+    def _anchors(self, number: int, group: Group, anchor: Tensor, columns: Tensor, root: Tensor, at: slice) -> Tensor:
+        """Anchors of some matrices on the directions of their box `[c, each, A]`.
+
+        On a CPU they would take a quarter of a correction, so those of the whole group are kept until anchors or box change. A
+        GPU makes them in a hundredth of it, and has less memory to spare.
+        """
+        raw = anchor[group.rows].unflatten(0, (-1, group.each))
+        if self.device.type != "cpu" or anchor.is_inference():  # whose changes nobody counts
+            return raw[at][..., columns] @ root[at]
+        held, *made_of = self._held.get(number, (root, None, None, 0))
+        if made_of[0] is not anchor or made_of[1] is not root or made_of[2] != anchor._version:
+            held = raw[..., columns] @ root
+            self._held[number] = held, anchor, root, anchor._version
+        return held[at]
 
     def _box(self, number: int, own: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What acts in a group on a domain's steps: columns `[A]`, orthonormal directions `[G, A, n or m]`, R `[G, A, A]`,

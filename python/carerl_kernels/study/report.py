@@ -5,14 +5,16 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from math import isnan
 from pathlib import Path
 
-from .._files import write_atomically, write_bytes_atomically
+from .._files import write_bytes_atomically
 from ..train.recipe import RecipeError
 from .cells import Record, current
 from .grid import Grid
-from .tables import FRONT, Row, guard_table, measures_table, pooled_table, rows_of, table, verdicts, versus
+from .pictures import HEADLINES, POOLED, SEQUENCE, draw_headline, draw_setting
+from .tables import guard_table, measures_table, pooled_table, rows_of, table, verdicts, versus
 
 CANDIDATES = ("input-bounded", "recorded-every8", "shown-every8", "shown-end", "merge-confined70")
 """Methods that are compared with every other row: the guard as it came first and as it is now, from prompts
@@ -50,9 +52,12 @@ def write_report(grid: Grid, records: Sequence[Record], out: Path) -> str:
             own = pooled_table(setting, chosen) if pooled else table(grid, setting, chosen)
             parts += [f"Seeds used for choosing (no part of the verdicts), {setting}:", "", own, ""]
         try:
-            plot(out / f"{setting}.png", setting, rows or chosen, PLOTTED_POOLED if pooled else PLOTTED)
+            draw_setting(out / f"{setting}.png", setting, rows or chosen, POOLED if pooled else SEQUENCE)
         except ImportError as e:
             parts += [f"No picture: {e}", ""]
+    with suppress(ImportError):  # was said above
+        for headline in HEADLINES:
+            draw_headline(headline, records, out)
     text = "\n".join(parts)
     write_bytes_atomically(out / "report.md", (text + "\n").encode())
     write_bytes_atomically(out / "cells.csv", as_csv(records).encode())
@@ -100,41 +105,3 @@ def as_csv(records: Iterable[Record]) -> str:
         numbers = ["" if isnan(value := getattr(r, m)) else f"{value:.4f}" for m in measures]
         writer.writerow([r.cell, r.key, *numbers, r.touched, r.guard_share, r.seconds])
     return buffer.getvalue()
-
-
-PLOTTED = (("new", "new domains, right after their stage"), ("retention", "earlier domains at the end"))
-PLOTTED_POOLED = (
-    ("average", "all domains at the end"),
-    ("dip", "the domain that fell most, at its lowest, minus start"),
-)
-Axis = tuple[str, str]
-
-
-def plot(path: Path, title: str, rows: Sequence[Row], axes_of: tuple[Axis, Axis] = PLOTTED) -> None:
-    """One measure against another, a point per row, the learning rates of the front joined.
-
-    Args:
-        path, title: Of the picture.
-        rows: Of the table.
-        axes_of: A measure of `Record` and what the axis is called, for x and y: retention against new learning.
-
-    Raises:
-        ImportError: matplotlib is missing.
-    """
-    from ..grpo.plots import new_figure
-
-    figure = new_figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    front = sorted((r for r in rows if r.method == FRONT), key=lambda r: float(r.variant.partition("@")[2]))
-    points = {row.variant: tuple(row.of(measure).mean for measure, _ in axes_of) for row in rows}
-    axes.plot(*zip(*(points[r.variant] for r in front), strict=True) if front else ([], []), "k.--", label="plain")
-    for row in rows:
-        x, y = points[row.variant]
-        if row.method != FRONT:
-            axes.plot([x], [y], "o", markersize=4)
-        axes.annotate(row.variant, (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
-    axes.set_xlabel(axes_of[0][1])
-    axes.set_ylabel(axes_of[1][1])
-    axes.set_title(title)
-    axes.legend()
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))

@@ -38,6 +38,11 @@ class Row:
     def method(self) -> str:
         return self.variant.partition("@")[0]
 
+    @property
+    def rate(self) -> float:
+        """The learning rate, as a multiple of the setting's."""
+        return float(self.variant.partition("@")[2])
+
     def of(self, measure: str) -> Estimate:
         """Over seeds: average, forgetting, retention, new or window."""
         return estimate([getattr(r, measure) for r in self.records.values()])

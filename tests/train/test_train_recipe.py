@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,10 @@ from carerl_kernels.cli import app
 from carerl_kernels.grpo import Example, answer_loss, special_tokens
 from carerl_kernels.grpo.parallel import blocks
 from carerl_kernels.rewards.verifiers.sandbox import SandboxError
+from carerl_kernels.tasks.characters import character_tokenizer, demo_domains
+from carerl_kernels.text import encode_prompts
 from carerl_kernels.train.domains import Characters, Exact
+from carerl_kernels.train.memory import fresh_examples
 from carerl_kernels.train.models import byte_tokenizer, load_model
 from carerl_kernels.train.plan import plan_run
 from carerl_kernels.train.recipe import ModelSpec, Recipe, RecipeError, load_recipe, merged
@@ -164,7 +168,7 @@ def test_the_plan_of_a_large_model_adds_up(tmp_path):
         (["stages.0.setps=3"], r"stages\.0\.setps"),
         (["domains.largest.kind=maths"], "'gym'.*'judged'"),
         (["model.path=x"], "expected one of path and scratch"),
-        (["guard.kk=3"], "expected options out of history, shown, rule, basis.*found kk"),
+        (["guard.kk=3"], "expected options out of history, shown, answers, rule, basis.*found kk"),
         (["guard.rule=probed", "domains.largest.probes=0"], "expected probes in every domain, none in largest"),
         (["sampler={url: u, model: m}"], r"old_logprobs: expected sampler"),
         (
@@ -294,6 +298,30 @@ guard: {shown: 8, r: 4}
         files.append({p.name for p in (tmp_path / name / "bases").glob("*.safetensors")})
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
     assert files == [{"code.safetensors", "letters.safetensors"}] * 2
+
+
+def test_examples_are_shown_with_their_answers_or_as_prompts_alone():
+    domains, tokenizer = demo_domains(0, ["code"]), character_tokenizer()
+
+    def shown(domain, answers):
+        batches = fresh_examples([domain], tokenizer, 20, answers)(domain.name)
+        return [
+            row[mask.bool()].tolist()
+            for b in batches
+            for row, mask in zip(b["input_ids"], b["attention_mask"], strict=True)
+        ]
+
+    examples = domains[0].draw(random.Random("shown-code"), 20)
+    prompts = encode_prompts(tokenizer, [example.prompt for example in examples])
+    assert shown(domains[0], False) == prompts
+    ends = [tokenizer(example.answer, add_special_tokens=False)["input_ids"] for example in examples]
+    assert shown(domains[0], True) == [[*prompt, *end] for prompt, end in zip(prompts, ends, strict=True)]
+    open_ended = replace(domains[0], sample=lambda rng, n: [Example("abc")] * n)
+    assert len(shown(open_ended, False)) == 20
+    with pytest.raises(
+        ValueError, match=r"expected answers in domain 'code', found examples without; set answers: false"
+    ):
+        shown(open_ended, True)
 
 
 def test_what_decides_a_run_is_not_where_its_servers_are():

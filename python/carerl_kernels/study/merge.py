@@ -17,7 +17,7 @@ from ..guard.checkpoints import merge
 from ..guard.sums import task_arithmetic, ties
 from ..text import special_tokens
 from ..train import recipe
-from ..train.memory import answered
+from ..train.memory import fresh_examples
 from ..train.run import Run, build_guard
 from .grid import Cell
 from .grpo import opened, start_of
@@ -105,7 +105,7 @@ def confine(cell: Cell, bed: Run, start: Path, experts: dict[str, Path]) -> None
     model, spec = bed.trainer.model, cell.recipe.guard
     added = cell.added
     guard = build_guard(model, spec, added.guard_class(), **added.guard_defaults(cell.seed))
-    batches = answered(list(bed.trainer.domains.values()), bed.trainer.tokenizer, spec.shown)
+    batches = fresh_examples(list(bed.trainer.domains.values()), bed.trainer.tokenizer, spec.shown, spec.answers)
     for name, path in experts.items():
         load_weights(path, model)
         guard.protect(name, batches(name), progress=False)

@@ -157,18 +157,23 @@ class Bed:
         if guard is None or spec is None:
             return
         if self.known is not None and self.recipe.lora is None:  # of weights that other cells come to as well
-            what = f"{domain}-{spec.shown}-{guard.layout.k}-{guard.settings.energy:g}"
+            what = (
+                f"{domain}-{spec.shown}{'' if spec.answers else '-prompts'}-{guard.layout.k}-{guard.settings.energy:g}"
+            )
             path = self.known.with_name(f"{self.known.stem}-shown-{what}.safetensors")
         if path is not None and path.exists():
             guard.add(path)
         else:
-            guard.protect(domain, self.shown(domain, spec.shown), path, progress=False)
+            guard.protect(domain, self.shown(domain, spec), path, progress=False)
 
-    def shown(self, domain: str, n: int) -> Iterator[dict[str, Tensor]]:
-        """What the model is called with on text of another source, or on answers to fresh prompts; 16 at a time."""
-        batch = self.stored(domain, n)
-        for start in range(0, n, 16):
-            yield {name: tensor[start : start + 16] for name, tensor in batch.inputs.items()}
+    def shown(self, domain: str, spec: recipe.GuardSpec) -> Iterator[dict[str, Tensor]]:
+        """What the model is called with on text of another source, or on fresh prompts and their answers; 16 at a time."""
+        batch = self.stored(domain, spec.shown)
+        inputs = batch.inputs
+        if not spec.answers and domain != TEXT:
+            inputs["attention_mask"] = inputs["attention_mask"] * ~batch.scored
+        for start in range(0, spec.shown, 16):
+            yield {name: tensor[start : start + 16] for name, tensor in inputs.items()}
 
     def nats(self, domain: str, n: int) -> Iterator[Callable[[], Tensor]]:
         """Minus the log-probability of each of those answers, or pieces of text, by itself."""

@@ -46,25 +46,31 @@ class StoredReplay:
         return replace(domain, sample=sample)
 
 
-def answered(domains: Sequence[Domain], tokenizer: Any, n: int) -> Callable[[str], Iterator[Mapping[str, Tensor]]]:
-    """Fresh training examples of a domain with their answers, padded at their ends, 16 at a time.
+def fresh_examples(
+    domains: Sequence[Domain], tokenizer: Any, n: int, answers: bool = True
+) -> Callable[[str], Iterator[Mapping[str, Tensor]]]:
+    """Fresh training examples of a domain, padded at their ends, 16 at a time.
 
     Args:
         domains: Drawn from as they are, whatever of them is stored.
         tokenizer: Of the model.
         n: How many examples.
+        answers: With their answers; else their prompts alone.
     """
     by_name = {domain.name: domain for domain in domains}
 
     def batches(name: str) -> Iterator[Mapping[str, Tensor]]:
         examples = by_name[name].draw(random.Random(f"shown-{name}"), n)
-        if any(example.answer is None for example in examples):
-            raise ValueError(f"guard.shown: expected answers in domain {name!r}, found examples without; set shown: 0")
+        if answers and any(example.answer is None for example in examples):
+            raise ValueError(
+                f"guard.shown: expected answers in domain {name!r}, found examples without; set answers: false"
+            )
         for start in range(0, n, 16):
             part = examples[start : start + 16]
-            answers = [tokenizer(e.answer, add_special_tokens=False)["input_ids"] for e in part]
-            prompts = encode_prompts(tokenizer, [e.prompt for e in part])
-            rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+            rows = encode_prompts(tokenizer, [e.prompt for e in part])
+            if answers:
+                ends = [tokenizer(e.answer, add_special_tokens=False)["input_ids"] for e in part]
+                rows = [[*prompt, *end] for prompt, end in zip(rows, ends, strict=True)]
             yield tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
 
     return batches

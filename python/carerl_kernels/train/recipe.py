@@ -118,11 +118,13 @@ class GuardSpec(Options):
     Args:
         history: Basis files of earlier stages, or directories of runs whose stages count in their order.
         shown: Nothing is recorded while a stage is trained; when it has ended, the guard is shown so many examples of its domain
-            with their answers, and protects the directions of their inputs.
+            and protects the directions of their inputs.
+        answers: Whether these are shown with their answers, or their prompts alone.
     """
 
     history: tuple[Path, ...] = ()
     shown: int = Field(default=0, ge=0)
+    answers: bool = True
 
     @classmethod
     def known(cls) -> list[str]:

@@ -23,7 +23,7 @@ from ..guard import CapabilityGuard
 from ..task import Domain
 from ..text import special_tokens
 from .domains import Characters
-from .memory import StoredReplay, answered, show_instead
+from .memory import StoredReplay, fresh_examples, show_instead
 from .models import load_model
 from .recipe import GuardSpec, Recipe, RecipeError
 
@@ -83,7 +83,7 @@ def open_run(
         if recipe.guard is not None:
             guard = build_guard(model, recipe.guard, guard_class, **guard_defaults)
             if recipe.guard.shown:
-                show_instead(guard, answered(domains, tokenizer, recipe.guard.shown))
+                show_instead(guard, fresh_examples(domains, tokenizer, recipe.guard.shown, recipe.guard.answers))
         replay = StoredReplay(recipe.stages)
         kept = [replay.limit(d) if recipe.domains[d.name].replay == "stored" else d for d in domains]
         monitor = _monitor(recipe, model, domains, guard)

@@ -65,7 +65,10 @@ def save_and_be_killed(kind: str, folder: Path) -> None:
             os._exit(0)
         while path.stat().st_ino == saved:  # a busy machine may let it wait
             time.sleep(0.001)
-        time.sleep(random.Random(attempt).uniform(0.0, 0.05))
+        if attempt % 2:
+            time.sleep(random.Random(attempt).uniform(0.02, 0.2))
+        while attempt % 2 == 0 and len(os.listdir(folder)) == 1:  # in the middle of a save for certain
+            time.sleep(0.001)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         assert content(StoredBasis.load(path)) in known

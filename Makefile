@@ -15,6 +15,8 @@ FORMATTED := $(shell find csrc tests/cuda_emulator -name '*.h' -o -name '*.cpp' 
 NVCC := $(firstword $(shell command -v nvcc) $(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc))
 # Test processes, each with one thread unless a test asks for more.
 JOBS ?= auto
+# Files stay together, for what their tests share, until a process has nothing left to do. The slowest tests are named at the end.
+SPREAD := --dist worksteal --durations=25
 ARGS ?=
 
 .PHONY: demo test test-torch test-core bench gpu-build gpu-check gpu-check-offline lint format docs wheels hub-kernel info clean
@@ -24,7 +26,7 @@ demo: $(VENV)/.carerl-train
 
 test: $(VENV)/.carerl-test $(VENV)/.smollm2
 	@$(if $(NVCC),true,echo "nvcc was not found: the CUDA kernels are tested under emulation alone.")
-	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) $(SPREAD) $(ARGS)
 
 # Ops, guard and trainer against another torch, in an environment and build folder of its own: make test-torch TORCH=2.11.0
 test-torch:
@@ -34,7 +36,7 @@ test-torch:
 test-core: $(VENV)/.torch $(SOURCES)
 	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --editable ".[train]"
 	$(PIP) pytest pytest-xdist hypothesis psutil scikit-learn peft
-	$(BIN)/python -m pytest -n $(JOBS) tests/ops/test_ops_*.py tests/ops/test_native_cpu.py tests/guard tests/grpo $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) $(SPREAD) tests/ops/test_ops_*.py tests/ops/test_native_cpu.py tests/guard tests/grpo $(ARGS)
 
 # For whoever has a GPU: conformance on the device, then its benchmark; writes gpu-check.json. Exits with 2 where there is none.
 gpu-check: $(VENV)/.carerl-test

@@ -21,7 +21,7 @@ settings.load_profile("carerl")
 
 MARKERS = {
     "gpu": "needs a GPU, or runs GPU kernels under emulation",
-    "slow": "takes a minute or so; deselect with -m 'not slow'",
+    "slow": "takes a minute or so, and comes first; deselect with -m 'not slow'",
     "native_speed": "long enough that no emulated or interpreted kernel is put through it",
     "compiled": "needs compiled kernels: long, or about memory and random numbers, which mean nothing to an interpreter",
     **{f"on_{backend.name.replace('-', '_')}": f"runs on the {backend.name} backend" for backend in BACKENDS},
@@ -35,9 +35,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    dropped = [item for item in items if _too_long(item)]
-    config.hook.pytest_deselected(items=dropped)
-    items[:] = [item for item in items if item not in dropped]
+    dropped = {item for item in items if _too_long(item)}
+    config.hook.pytest_deselected(items=list(dropped))
+    kept = [item for item in items if item not in dropped]
+    items[:] = sorted(
+        kept, key=lambda item: item.get_closest_marker("slow") is None
+    )  # at the end others would wait for them
 
 
 def _too_long(item: pytest.Item) -> bool:

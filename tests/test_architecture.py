@@ -1,4 +1,5 @@
-"""Who may import whom: arrows between the rooms of the package point downwards, and no two modules import each other.
+"""Who may import whom: arrows between the rooms of the package point downwards, and no two modules import each other. And
+which files an op has.
 
 Imports inside functions count. Those under `TYPE_CHECKING` count as arrows between rooms but close no circle of modules: nothing
 is imported at run time.
@@ -7,12 +8,15 @@ is imported at run time.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import carerl_kernels
+from carerl_kernels import _ops, reference
+from places import ROOT
 
 PACKAGE = Path(carerl_kernels.__file__).parent
 NAME = PACKAGE.name
@@ -151,3 +155,53 @@ def test_no_modules_import_each_other():
     for module in modules():
         if module not in state:
             visit(module)
+
+
+# -------------------------------------------------------------------------------------------------------------- ops
+
+COLUMNS = {"CPU": "csrc/kernels/cpu", "CUDA": "csrc/kernels/cuda", "Triton": "triton_kernels"}
+FILE = re.compile(r"`(\w+\.\w+)`")
+
+
+def table_of_ops() -> list[dict[str, str]]:
+    """The rows of docs/architecture.md, "Where an op is", by column."""
+    section = (ROOT / "docs/architecture.md").read_text().split("## Where an op is")[1].split("\n## ")[0]
+    head, _, *rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line[:1] == "|"
+    ]
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def carries(stem: str, op: str) -> bool:
+    """Whether a file of this name says that it serves the op: the op's words and more, or some at one of its ends."""
+    name = op.removesuffix("_")
+    return stem == name or stem.startswith(f"{name}_") or name.startswith(f"{stem}_") or name.endswith(f"_{stem}")
+
+
+def test_files_of_an_op_carry_its_name():
+    rows = table_of_ops()
+    listed = [op for row in rows for op in re.findall(r"`(\w+)`", row["op"])]
+    assert sorted(listed) == sorted(_ops.OP_NAMES), "expected a row of docs/architecture.md for every op"
+    for column, folder in COLUMNS.items():
+        named = set()
+        for row in rows:
+            ops, files = re.findall(r"`(\w+)`", row["op"]), FILE.findall(row[column])
+            named.update(files)
+            for file in files:
+                assert (ROOT / folder / file).is_file(), f"{folder}: expected {file}, found none"
+                wrong = [op for op in ops if not carries(Path(file).stem, op)]
+                assert not wrong or any(carries(Path(file).stem.split("_")[0], op) for op in ops), f"{file} for {wrong}"
+            elsewhere = column != "CPU" and set(ops) <= set(_ops.CPU_ONLY)
+            assert bool(row[column]) != (elsewhere or ops == ["group_advantages"]), f"{row['op']}, {column}: {files}"
+        for path in (ROOT / folder).iterdir():
+            owners = [op for op in _ops.OP_NAMES if path.stem == op.removesuffix("_")]
+            assert not owners or path.name in named, f"{path.name}: expected in the row of {owners[0]}, found in none"
+
+
+def test_the_reference_and_the_tests_of_an_op_are_where_the_table_says():
+    for row in table_of_ops():
+        (test,) = [path for path in (ROOT / "tests").rglob("test_*.py") if path.name in FILE.findall(row["tests"])]
+        for op in re.findall(r"`(\w+)`", row["op"]):
+            module = reference.KERNELS[op].__module__.rpartition(".")[2]
+            assert row["reference"] == f"`{module}.py`", f"{op}: expected {module}.py, found {row['reference']}"
+            assert re.search(rf"\b{op}", test.read_text()), f"{op}: expected in {test.name}"

@@ -20,10 +20,10 @@ def kernels() -> dict[str, Callable]:
     """
     import triton
 
-    from . import dacsp, edit, edit_rotate, gram, inputs, project, quantize_bases, rotate, token_logprobs
+    from . import dacsp, edit, edit_rotate, gram, input, project, quantize_bases, rotate, token_logprobs
 
     served: dict[str, Callable] = {}
-    for module in (project, gram, edit, rotate, edit_rotate, dacsp, inputs, quantize_bases, token_logprobs):
+    for module in (project, gram, edit, rotate, edit_rotate, dacsp, input, quantize_bases, token_logprobs):
         served |= module.KERNELS
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5):
         served = {name: kernel for name, kernel in served.items() if name not in gram.KERNELS}

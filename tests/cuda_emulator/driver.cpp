@@ -390,10 +390,16 @@ void errors(const Case& c) {
 }  // namespace
 
 int main(int count, char** names) {
-  const std::map<std::string, void (*)(const Case&)> ops = {
-      {"project", project}, {"gram", gram},         {"edit", edit},         {"rotate", rotate},
-      {"dacsp", dacsp},     {"quantize", quantize}, {"logprobs", logprobs}, {"edit_rotate", edit_rotate},
-      {"inputs", inputs},   {"errors", errors}};
+  const std::map<std::string, void (*)(const Case&)> ops = {{"project", project},
+                                                            {"gram", gram},
+                                                            {"edit", edit},
+                                                            {"rotate", rotate},
+                                                            {"dacsp", dacsp},
+                                                            {"quantize_bases", quantize},
+                                                            {"token_logprobs", logprobs},
+                                                            {"edit_rotate", edit_rotate},
+                                                            {"input", inputs},
+                                                            {"errors", errors}};
   const bool small = std::getenv("DRIVER_SMALL") != nullptr;
   std::vector<Case> cases = {{DType::kF32, DType::kF32, 2600, 1, 9, 0, 0}, {DType::kF32, DType::kI8, 1040, 3, 5, 0, 0}};
   if (!small) {

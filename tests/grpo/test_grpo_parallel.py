@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,33 +13,28 @@ from carerl_kernels.grpo import GRPOConfig
 from carerl_kernels.grpo.parallel import Ranks, blocks
 from carerl_kernels.grpo.sampling import Rollout, choose
 from carerl_kernels.grpo.update import micro_batches
+from processes import start, wait
 from safetensors.torch import load_file
 
 pytest.importorskip("transformers")
 from trainer_worker import KILLED_AT, STAGES, mixed, redrawn, trainer, uneven
 
-WORKER = Path(__file__).with_name("trainer_worker.py")
 WORLD = 2
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 
 
-def launch(scenarios: str, folder: Path) -> list[int]:
+def launch(scenarios: list[str], folder: Path) -> list[int | None]:
     """Exit codes of the processes that ran these scenarios."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = []
-    for rank in range(WORLD):
-        with open(folder / f"log-{scenarios}-{rank}", "w") as log:
-            command = [sys.executable, str(WORKER), scenarios, str(rank), str(WORLD), str(folder)]
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        return [process.wait(timeout=500) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    return wait(
+        [
+            start("trainer_worker.main", scenarios, rank, WORLD, folder, log=folder / f"log-{scenarios[0]}-{rank}")
+            for rank in range(WORLD)
+        ]
+    )
 
 
-def log(folder: Path, scenarios: str) -> str:
-    return "\n".join((folder / f"log-{scenarios}-{rank}").read_text()[-3000:] for rank in range(WORLD))
+def log(folder: Path, scenarios: list[str]) -> str:
+    return "\n".join((folder / f"log-{scenarios[0]}-{rank}").read_text()[-3000:] for rank in range(WORLD))
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +42,11 @@ def folder(tmp_path_factory) -> Path:
     """An uninterrupted run of two processes, one that is killed, and its copy before it goes on."""
     torch.set_num_threads(1)
     path = tmp_path_factory.mktemp("parallel")
-    first = "whole,bf16,uneven,redrawn,mixed,killed"
+    first = ["whole", "bf16", "uneven", "redrawn", "mixed", "killed"]
     assert -signal.SIGKILL in launch(first, path), log(path, first)
     shutil.copytree(path / "killed", path / "elsewhere")
-    codes = launch("resumed", path)
-    assert codes == [0] * WORLD, log(path, "resumed")
+    codes = launch(["resumed"], path)
+    assert codes == [0] * WORLD, log(path, ["resumed"])
     return path
 
 

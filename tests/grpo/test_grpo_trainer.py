@@ -2,12 +2,10 @@
 
 import json
 import math
+import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
-import textwrap
 from contextlib import contextmanager
 
 import pytest
@@ -32,6 +30,7 @@ from carerl_kernels.grpo.rundir import rng_state, set_rng_state
 from carerl_kernels.guard import CapabilityGuard
 from carerl_kernels.monitor import DriftMonitor
 from carerl_kernels.tasks.characters import character_tokenizer, tiny_model
+from processes import start, wait
 from trainer_helpers import BASE, STAGES, Killed, kill_at, metrics, small_domains, trainer, without_timings
 
 
@@ -79,22 +78,15 @@ def test_resume_is_bitwise_exact_wherever_the_run_was_killed(tmp_path, settings)
             assert torch.equal(a, b)
 
 
+def run_and_be_killed(path, step):
+    trainer(path, on_step=lambda line: line["step"] == step and os.kill(os.getpid(), signal.SIGKILL)).run(STAGES)
+
+
 def test_resume_after_sigkill_with_a_line_cut_short(tmp_path):
     """A real process, killed without warning, several times over."""
-    script = textwrap.dedent(
-        """
-        import os, signal, sys
-        import torch
-        torch.set_num_threads(1)
-        from pathlib import Path
-        from trainer_helpers import STAGES, trainer
-        stop = int(sys.argv[2])
-        trainer(Path(sys.argv[1]), on_step=lambda l: l["step"] == stop and os.kill(os.getpid(), signal.SIGKILL)).run(
-            STAGES, resume=True)
-        """
-    )
-    done = subprocess.run([sys.executable, "-c", script, tmp_path / "killed", "5"], capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    log = tmp_path / "log"
+    codes = wait([start("test_grpo_trainer.run_and_be_killed", tmp_path / "killed", 5, log=log)])
+    assert codes == [-signal.SIGKILL], log.read_text()
     with open(tmp_path / "killed" / "metrics.jsonl", "a") as f:
         f.write('{"step": 6, "sta')
     trainer(tmp_path / "killed").run(STAGES, resume=True)

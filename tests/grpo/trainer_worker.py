@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -156,15 +155,9 @@ SCENARIOS: dict[str, Callable[[Path, int], object]] = {
 }
 
 
-def main() -> None:
-    names, rank, world, folder = sys.argv[1].split(","), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
-    torch.set_num_threads(1)
+def main(names: list[str], rank: int, world: int, folder: Path) -> None:
     store = f"file://{folder}/rendezvous-{names[0]}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=300))
     for name in names:
         SCENARIOS[name](folder / name, world)
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""What every process of the distributed tests runs: `python distributed_worker.py SCENARIOS RANK WORLD FOLDER`.
+"""What every process of the distributed tests runs.
 
 Each scenario trains the same small model on the same data, split over the processes, and writes what came out. World size 1 means
 no process group at all: the plain single process that the others have to equal.
@@ -7,7 +7,6 @@ no process group at all: the plain single process that the others have to equal.
 from __future__ import annotations
 
 import json
-import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -362,9 +361,7 @@ SCENARIOS = {
 }
 
 
-def main() -> None:
-    names, rank, world, folder = sys.argv[1].split(","), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
-    torch.set_num_threads(1)
+def main(names: list[str], rank: int, world: int, folder: Path) -> None:
     if world > 1:
         dist.init_process_group(
             "gloo",
@@ -380,7 +377,3 @@ def main() -> None:
             dist.barrier()
     if world > 1:
         dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

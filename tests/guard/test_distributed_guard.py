@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -15,26 +14,21 @@ from carerl_kernels import CapabilityGuard, DomainBasis
 from carerl_kernels.subspace import StoredBasis
 from distributed_worker import SCENARIOS, K, R
 from guard_helpers import make_model
+from processes import start, wait
 
-WORKER = Path(__file__).with_name("distributed_worker.py")
 WORLDS = (2, 4)
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 
 
-def launch(scenarios: str, rank: int, world: int, folder: Path) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(WORKER), scenarios, str(rank), str(world), str(folder)]
-    with open(folder / f"log-{world}-{rank}", "w") as log:
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+def launch(scenarios: list[str], world: int, folder: Path) -> list[BaseProcess]:
+    return [
+        start("distributed_worker.main", scenarios, rank, world, folder, log=folder / f"log-{world}-{rank}")
+        for rank in range(world)
+    ]
 
 
-def run_world(scenarios: str, world: int, folder: Path) -> None:
-    processes = [launch(scenarios, rank, world, folder) for rank in range(world)]
-    try:
-        codes = [process.wait(timeout=400) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+def run_world(scenarios: list[str], world: int, folder: Path) -> None:
+    codes = wait(launch(scenarios, world, folder))
     logs = "\n".join((folder / f"log-{world}-{rank}").read_text()[-3000:] for rank in range(world))
     assert codes == [0] * world, logs
 
@@ -64,11 +58,11 @@ def folder(tmp_path_factory) -> Path:
 
 
 def run_all(path: Path) -> Path:
-    run_world(",".join(name for name in SCENARIOS if name != "load_elsewhere"), 1, path)
+    run_world([name for name in SCENARIOS if name != "load_elsewhere"], 1, path)
     DomainBasis.load(path / "fsdp_flat-1.safetensors").quantized().save(path / "int8.safetensors")
-    run_world("load_elsewhere", 1, path)
+    run_world(["load_elsewhere"], 1, path)
     for world in WORLDS:
-        run_world(",".join(SCENARIOS), world, path)
+        run_world(list(SCENARIOS), world, path)
     return path
 
 

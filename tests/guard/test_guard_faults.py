@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +17,7 @@ from carerl_kernels.subspace import Layout, StoredBasis
 from carerl_kernels.subspace.random_basis import random_basis
 from factored_helpers import make_factored
 from guard_helpers import Walk, make_history, make_model
+from processes import start, wait
 from test_distributed_guard import launch
 
 K = 4
@@ -28,18 +27,15 @@ LONG = 100_000 if "CARERL_SLOW" in os.environ else 3_000
 @pytest.mark.parametrize("kind", ["flat", "block"])
 def test_kill_9_during_save_leaves_the_old_file_or_the_new_one(kind, tmp_path):
     """In a process of its own: one that never had threads can be forked."""
-    code = f"from pathlib import Path; import test_guard_faults as t; t.save_and_be_killed({kind!r}, Path({str(tmp_path)!r}))"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, capture_output=True, timeout=400
-    )
-    assert run.returncode == 0, run.stderr.decode()[-3000:]
-    assert int(run.stdout.split()[-1]) > 0  # killed in the middle of a save; else nothing was tested
+    log, folder = tmp_path / "log", tmp_path / "saved"
+    folder.mkdir()
+    codes = wait([start("test_guard_faults.save_and_be_killed", kind, folder, log=log)])
+    assert codes == [0], log.read_text()[-3000:]
+    assert int(log.read_text().split()[-1]) > 0  # killed in the middle of a save; else nothing was tested
 
 
 def save_and_be_killed(kind: str, folder: Path) -> None:
     """Forks processes that save all the time, kills each after a while, and looks at the file; prints how many left a rest."""
-    torch.set_num_threads(1)
     model = torch.nn.Linear(700, 300)
     path = folder / "math.safetensors"
     if kind == "flat":
@@ -61,12 +57,18 @@ def save_and_be_killed(kind: str, folder: Path) -> None:
     known = {content(b) for b in both}
     killed_inside = 0
     for attempt in range(80):
+        saved = path.stat().st_ino
         child = os.fork()
         if child == 0:
             for turn in range(10_000):
                 both[turn % 2].save(path)
             os._exit(0)
-        time.sleep(random.Random(attempt).uniform(0.02, 0.2))
+        while path.stat().st_ino == saved:  # a busy machine may let it wait
+            time.sleep(0.001)
+        if attempt % 2:
+            time.sleep(random.Random(attempt).uniform(0.02, 0.2))
+        while attempt % 2 == 0 and len(os.listdir(folder)) == 1:  # in the middle of a save for certain
+            time.sleep(0.001)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         assert content(StoredBasis.load(path)) in known
@@ -104,8 +106,7 @@ def test_tampered_and_truncated_files_are_refused(kind, where, tmp_path):
 
 
 def test_a_dying_rank_stops_the_others_and_leaves_earlier_files(tmp_path):
-    processes = [launch("dying", rank, 2, tmp_path) for rank in range(2)]
-    codes = [process.wait(timeout=400) for process in processes]
+    codes = wait(launch(["dying"], 2, tmp_path))
     assert codes[1] == -signal.SIGKILL and codes[0] not in (0, -signal.SIGKILL)
     log = (tmp_path / "log-2-0").read_text()
     assert "math recorded" in log and "Traceback" in log and "chat recorded" not in log

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,8 +10,8 @@ import torch
 
 pytest.importorskip("trl", reason="trl is not installed: pip install 'carerl-kernels[trl]'")
 from carerl_kernels.subspace import DomainBasis
+from processes import start, wait
 
-WORKER = Path(__file__).with_name("trl_worker.py")
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 
 
@@ -29,24 +25,11 @@ def folder(tmp_path_factory) -> Path:
     processes = []
     for world in (1, 2):
         for rank in range(world):
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-            environment |= {"WORLD_SIZE": str(world), "RANK": str(rank)}
+            environment = {"HF_HUB_OFFLINE": "1", "WORLD_SIZE": str(world), "RANK": str(rank)}
             if world > 1:
                 environment |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            with open(path / f"log-{world}-{rank}", "w") as log:
-                command = [sys.executable, str(WORKER), str(path)]
-                processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        deadline = time.monotonic() + 600
-        while any(p.poll() is None for p in processes) and not any(
-            p.poll() for p in processes
-        ):  # one failed: no use waiting
-            assert time.monotonic() < deadline, "the scenarios did not end in 10 minutes"
-            time.sleep(0.2)
-    finally:
-        for process in processes:
-            process.kill()
-    codes = [process.wait() for process in processes]
+            processes.append(start("trl_worker.main", path, log=path / f"log-{world}-{rank}", **environment))
+    codes = wait(processes, timeout=600)
     assert codes == [0, 0, 0], "\n".join(log.read_text()[-2000:] for log in sorted(path.glob("log-*")))
     return path
 

@@ -1,4 +1,4 @@
-"""What every process of the distributed TRL tests runs: `python trl_worker.py FOLDER`, RANK and WORLD_SIZE set.
+"""What every process of the distributed TRL tests runs, with RANK and WORLD_SIZE set.
 
 Completions are a function of the prompt and of the place within the group, so that any number of processes trains on the same
 batches and has to end at the same weights.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -137,14 +136,9 @@ SCENARIOS = {
 }
 
 
-def main() -> None:
-    torch.set_num_threads(1)
+def main(folder: Path) -> None:
     allow_fsdp_on_cpus()
     for scenario in SCENARIOS.values():
-        scenario(Path(sys.argv[1]))
+        scenario(folder)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

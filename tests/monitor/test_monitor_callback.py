@@ -1,14 +1,15 @@
 """The monitor in TRL's GRPOTrainer: steps, gradients, the trainer's logs, checkpoints."""
 
 import json
-import os
-import subprocess
-import sys
+import types
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from carerl_kernels.monitor import DriftMonitor, JsonLines
 from carerl_kernels.monitor.report import RunRecord, build_page
+from processes import start, wait
 
 pytest.importorskip("trl")
 pytest.importorskip("transformers")
@@ -193,22 +194,18 @@ def test_a_named_checkpoint_without_the_state_is_an_error(plain, saved, error, m
         trainer.train(resume_from_checkpoint=str(path.parent))
 
 
-WORKER = """
-import json, sys, types, warnings
-import torch.distributed as dist
-from carerl_kernels.monitor import DriftMonitor
-from carerl_kernels.monitor.callback import MonitorCallback
+def watched_on_a_disk_of_its_own(rank: int, folder: Path) -> None:
+    import torch.distributed as dist
+    from carerl_kernels.monitor.callback import MonitorCallback
 
-rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-warnings.simplefilter("error")  # the state must be found
-monitor = DriftMonitor(["x"], lambda: {"x": [0.5, 1.0]}, every=1)
-args = types.SimpleNamespace(output_dir=f"{folder}/disk-{rank}")
-state = types.SimpleNamespace(global_step=2, is_world_process_zero=rank == 0)
-MonitorCallback(monitor).on_train_begin(args, state, None)
-print(json.dumps([monitor.state_dict()[key] for key in ("step", "watched")]))
-dist.destroy_process_group()
-"""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    warnings.simplefilter("error")  # the state must be found
+    monitor = DriftMonitor(["x"], lambda: {"x": [0.5, 1.0]}, every=1)
+    args = types.SimpleNamespace(output_dir=f"{folder}/disk-{rank}")
+    state = types.SimpleNamespace(global_step=2, is_world_process_zero=rank == 0)
+    MonitorCallback(monitor).on_train_begin(args, state, None)
+    print(json.dumps([monitor.state_dict()[key] for key in ("step", "watched")]))
+    dist.destroy_process_group()
 
 
 def test_processes_without_a_shared_disk_go_on_with_the_first_ones_state(tmp_path):
@@ -218,16 +215,9 @@ def test_processes_without_a_shared_disk_go_on_with_the_first_ones_state(tmp_pat
     checkpoint = tmp_path / "disk-0" / "checkpoint-2"  # and nothing on disk-1
     checkpoint.mkdir(parents=True)
     (checkpoint / "monitor.json").write_text(json.dumps(first.state_dict()))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), str(tmp_path)], env=environment, stdout=subprocess.PIPE
-        )
-        for rank in range(2)
-    ]
-    try:
-        told = [json.loads(process.communicate(timeout=240)[0].splitlines()[-1]) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    logs = [tmp_path / f"log-{rank}" for rank in range(2)]
+    call = "test_monitor_callback.watched_on_a_disk_of_its_own"
+    codes = wait([start(call, rank, tmp_path, log=log) for rank, log in enumerate(logs)], timeout=240)
+    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+    told = [json.loads(log.read_text().splitlines()[-1]) for log in logs]
     assert told[0] == told[1] == [2, first.state_dict()["watched"]]

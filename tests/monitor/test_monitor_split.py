@@ -6,7 +6,6 @@ import copy
 import importlib.util
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from carerl_kernels.subspace.shards import local
 from guard_helpers import make_model
 from helpers import same_bits
 from places import EXAMPLES
+from processes import start, wait
 
 PLACES = ["memory", "file"]
 
@@ -310,7 +310,6 @@ def two_ranks(rank: int, world: int, folder: Path) -> None:
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     model = make_model(0)
@@ -345,22 +344,11 @@ def two_ranks(rank: int, world: int, folder: Path) -> None:
 
 
 def test_two_processes_find_what_one_finds(tmp_path):
-    import subprocess
-
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    code = (
-        "import sys, pathlib, test_monitor_split as t; t.two_ranks(*map(int, sys.argv[1:3]), pathlib.Path(sys.argv[3]))"
-    )
     for world in (1, 2):
-        running = [
-            subprocess.Popen(
-                [sys.executable, "-c", code, str(rank), str(world), str(tmp_path)],
-                env=environment,
-                cwd=Path(__file__).parent,
-            )
-            for rank in range(world)
-        ]
-        assert [process.wait(timeout=200) for process in running] == [0] * world
+        logs = [tmp_path / f"log-{world}-{rank}" for rank in range(world)]
+        call = "test_monitor_split.two_ranks"
+        codes = wait([start(call, rank, world, tmp_path, log=log) for rank, log in enumerate(logs)], timeout=200)
+        assert codes == [0] * world, "\n".join(log.read_text()[-3000:] for log in logs)
     one, two = (json.loads((tmp_path / f"found-{world}.json").read_text()) for world in (1, 2))
     for name in ("memory", "file"):
         assert two[name]["norm"] == pytest.approx(one[name]["norm"], rel=1e-5)

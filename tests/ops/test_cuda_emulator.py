@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing())),
 ]
-OPS = ("project", "gram", "edit", "rotate", "edit_rotate", "dacsp", "quantize", "logprobs", "inputs")
+OPS = ("project", "gram", "edit", "rotate", "edit_rotate", "dacsp", "quantize_bases", "token_logprobs", "input")
 SOURCES = emulated.ROOT / "csrc/kernels/cuda"
 
 
@@ -108,18 +108,18 @@ MISTAKES = {  # in a file: what goes wrong, the text there, and the text that do
          "if (row >= rows + MUTANT || x >= columns) continue;"),
         ("outputs that stay are written", "if (!moved[x + e]) continue;", "if (!moved[x + e] && !MUTANT) continue;"),
     ],
-    "inputs.cuh": [
+    "input.cuh": [
         ("x of another block of directions", "= kept[(block * kSums", "= kept[((MUTANT ? 0 : block) * kSums"),
         ("one number of a matrix is enough", "__ballot_sync(kAllLanes, broken[half]) & row",
          "__ballot_sync(kAllLanes, broken[half]) & row & (MUTANT ? 0x11111111u : ~0u)"),
     ],
-    "quantize.cuh": [("read behind the rows", "min64(begin + block, basis.stride)",
+    "quantize_bases.cuh": [("read behind the rows", "min64(begin + block, basis.stride)",
          "min64(begin + block, basis.stride + 16 * MUTANT)")],
-    "logprobs.cuh": [("half a warp sums", "for (int offset = 16;", "for (int offset = MUTANT ? 8 : 16;")],
+    "token_logprobs.cuh": [("half a warp sums", "for (int offset = 16;", "for (int offset = MUTANT ? 8 : 16;")],
     "storage.cuh": [("alignment forgotten", "if (aligned && n >= E::kWidth)", "if ((aligned || MUTANT) && n >= E::kWidth)")],
 }  # fmt: skip
 NOTICED_BY = {"reduce.cuh": ("project",), "storage.cuh": ("project",), "rotate.cuh": ("rotate", "edit_rotate"),
-              "strip.cuh": ("inputs",), "project_mma.cuh": ("project",), "gram_float.cuh": ("gram",)}  # fmt: skip
+              "strip.cuh": ("input",), "project_mma.cuh": ("project",), "gram_float.cuh": ("gram",)}  # fmt: skip
 SLOW_DOUBLES = {"CARERL_EMULATED_FP64": "64"}  # of fp32's rate a 64th: `gram` then runs in pairs of fp32
 BARRIER = "__syncthreads();"
 

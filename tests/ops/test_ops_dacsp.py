@@ -81,9 +81,17 @@ def test_weights_of_every_row_match_dense(op, case, combine):
     assert x.bases.unchanged()
 
 
-@PER_TENSOR
-@COMBINE
-@pytest.mark.parametrize("overload", ["dacsp_.list", "dacsp_.list_tensor"])
+# Weights, frame and grouping are looked at by different parts of the op. Half of their product has every pair of them, and
+# every one with all dtypes.
+@pytest.mark.parametrize(
+    ("overload", "combine", "per_tensor"),
+    [
+        ("dacsp_.list", "sum", False),
+        ("dacsp_.list", "symmetric", True),
+        ("dacsp_.list_tensor", "sum", True),
+        ("dacsp_.list_tensor", "symmetric", False),
+    ],
+)
 @pytest.mark.parametrize(("grad", "basis"), [("fp32", "fp32"), ("bf16", "int8b32"), ("fp16", "bf16"), ("bf16", "fp8")])
 def test_lists_match_dense(op, overload, grad, basis, combine, per_tensor):
     x = build_list(grad, basis, op.device)
@@ -147,10 +155,16 @@ def test_a_coefficient_at_the_threshold_is_neutral(op):
     assert grads.tolist() == [2.0, -2.0, 0.0]
 
 
-@COMBINE
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("overload", ["dacsp_", "dacsp_.tensor"])
-@pytest.mark.parametrize("weight", [0.2, 1.0])
+@pytest.mark.parametrize(
+    ("overload", "combine", "weight"),  # half of the product, which has every pair of them, as above
+    [
+        ("dacsp_", "sum", 0.2),
+        ("dacsp_", "symmetric", 1.0),
+        ("dacsp_.tensor", "sum", 1.0),
+        ("dacsp_.tensor", "symmetric", 0.2),
+    ],
+)
 def test_a_non_finite_gradient_is_left_alone(op, overload, poison, combine, weight):
     x = build(Case(1003, 5, (2, 5), "fp32", "fp32", "overlap.5", "strided"), op.device)
     root = torch.from_numpy(oracle.loewdin_root(x.rows @ x.rows.T)).to(op.device) if combine == "symmetric" else None

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import CLEAR, resident
+from helpers import CLEAR, Backend, resident
 
 N = 8_000_000  # a gradient in bf16 is 16 MB, a fp32 copy of it 32 MB, one of the bases 64 MB
-ALLOWED = 8 << 20  # bytes: the chunks of the reference, and threads
+N_EMULATED = 3_000_000  # kernels that are a hundred times slower, and have neither chunks nor threads
+
+
+def elements(op: Backend) -> int:
+    """As many bytes are allowed, half of a copy in bf16: the chunks of the reference, and threads."""
+    return N_EMULATED if op.name == "cuda-emulated" else N
+
 
 pytestmark = pytest.mark.skipif(not CLEAR.exists(), reason="no /proc/self/clear_refs to reset the peak with")
 
@@ -50,8 +56,8 @@ def test_peak_memory_does_not_grow_with_matrices(op, left):
 
     peaks: list[int] = []
     confine(64, 64)
-    confine(4000, 3000)  # 24 MB, and 48 in fp32
-    assert peaks[-1] <= ALLOWED
+    confine(elements(op) // 2000, 2000)
+    assert peaks[-1] <= elements(op)
 
 
 OVERLOADS = "project project.list gram edit_ edit_.list rotate_ edit_rotate_ edit_rotate_.list dacsp_ pca_update_"
@@ -63,8 +69,8 @@ def test_peak_memory_does_not_grow_with_n(op, overload):
     if op.device != "cpu":
         pytest.skip("resident memory is that of the host")
     op(overload, *arguments(overload, 200_000))  # whatever is allocated once
-    args = arguments(overload, N)
+    args = arguments(overload, elements(op))
     CLEAR.write_text("5")
     before = resident("VmRSS")
     op(overload, *args)
-    assert resident("VmHWM") - before <= ALLOWED
+    assert resident("VmHWM") - before <= elements(op)

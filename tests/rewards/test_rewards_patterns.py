@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import carerl_kernels.rewards
@@ -26,9 +26,7 @@ FUNCTIONS = {"compile", "search", "match", "fullmatch", "findall", "finditer", "
 SAMPLES = {"one": "add|multiply", "phrase": "a phrase"}
 
 
-def modules() -> Iterator[tuple[Path, ast.Module]]:
-    for path in sorted(ROOT.rglob("*.py")):
-        yield path, ast.parse(path.read_text())
+MODULES = {path: list(ast.walk(ast.parse(path.read_text()))) for path in sorted(ROOT.rglob("*.py"))}
 
 
 def namespace(path: Path) -> dict:
@@ -39,45 +37,46 @@ def namespace(path: Path) -> dict:
     return vars(importlib.import_module(name))
 
 
-def used_by(name: str) -> set[str]:
-    """The methods that anything calls on a pattern of this name."""
-    found = {
-        node.func.attr
-        for _, tree in modules()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and isinstance(node.func.value, ast.Name)
-        and node.func.value.id == name
-    }
-    return found & FUNCTIONS or {"finditer"}
+def calls(nodes: Iterable[ast.AST]) -> Iterator[tuple[ast.Call, str, str]]:
+    """Calls of the form `name.method(...)` with a method that patterns have: the call, name, method."""
+    for node in nodes:
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and isinstance(node.func.value, ast.Name)
+            and node.func.attr in FUNCTIONS
+        ):
+            yield node, node.func.value.id, node.func.attr
+
+
+def used() -> dict[str, set[str]]:
+    """By name: the methods that anything calls on a pattern of this name."""
+    found: dict[str, set[str]] = {}
+    for nodes in MODULES.values():
+        for _, name, method in calls(nodes):
+            found.setdefault(name, set()).add(method)
+    return found
 
 
 def patterns() -> Iterator[tuple[str, re.Pattern[str], str]]:
     """Where, what, and how it is applied: at the beginning of a text, or anywhere in it."""
-    for path, tree in modules():
+    methods_of = used()
+    for path, nodes in MODULES.items():
         names = namespace(path) | SAMPLES
         assigned = {
             id(node.value): node.targets[0].id
-            for node in ast.walk(tree)
+            for node in nodes
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
         }
-        for node in ast.walk(tree):
-            if not (
-                isinstance(node, ast.Call)
-                and isinstance(node.func, ast.Attribute)
-                and node.func.attr in FUNCTIONS
-                and isinstance(node.func.value, ast.Name)
-                and node.func.value.id == "re"
-            ):
+        for node, owner, method in calls(nodes):
+            if owner != "re":
                 continue
             place = f"{path.relative_to(ROOT)}:{node.lineno}"
             flags = [a for a in (*node.args[1:], *(k.value for k in node.keywords)) if ast.unparse(a).startswith("re.")]
             pattern = eval(compile(ast.Expression(node.args[0]), place, "eval"), names)
             flag = eval(compile(ast.Expression(flags[0]), place, "eval"), names) if flags else 0
-            method = node.func.attr
             if method == "compile":
-                methods = used_by(assigned.get(id(node), ""))
+                methods = methods_of.get(assigned.get(id(node), ""), {"finditer"})
                 method = "match" if methods <= {"match", "fullmatch"} else "finditer"
             elif method in ("match", "fullmatch"):
                 method = "match"

@@ -1,4 +1,4 @@
-// What the products of inputs_tiles.h are made of: weights, some lanes of them, and directions as operands of tiles.
+// What the products of input_tiles.h are made of: weights, some lanes of them, and directions as operands of tiles.
 #pragma once
 
 #include "tile.h"

@@ -1,5 +1,5 @@
 #define CARERL_ISA amx_bf16
-#include "inputs_tiles.h"
+#include "input_tiles.h"
 
 namespace carerl::cpu {
 

@@ -1,14 +1,15 @@
 // Last include of a translation unit: its kernels as a table.
 #pragma once
 
+#include "all_finite.h"
 #include "block.h"
-#include "finite.h"
 #include "gram.h"
-#include "inputs.h"
-#include "logprobs.h"
-#include "packed.h"
+#include "input.h"
+#include "packed_times.h"
 #include "project.h"
+#include "quantize_bases.h"
 #include "rotate.h"
+#include "token_logprobs.h"
 
 #define CARERL_STRING_(x) #x
 #define CARERL_STRING(x) CARERL_STRING_(x)

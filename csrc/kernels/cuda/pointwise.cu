@@ -1,7 +1,7 @@
 // Launches of what is neither pass: quantize and token_logprobs.
 #include "launch.h"
-#include "logprobs.cuh"
-#include "quantize.cuh"
+#include "quantize_bases.cuh"
+#include "token_logprobs.cuh"
 
 namespace carerl::cuda {
 

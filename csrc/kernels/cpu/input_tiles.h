@@ -1,4 +1,4 @@
-// The products of inputs.h on AMX tiles, for weight matrices of every type, as exact as products in fp32 are.
+// The products of input.h on AMX tiles, for weight matrices of every type, as exact as products in fp32 are.
 // Directions are cut into terms once for a matrix, weights and corrections a block of outputs at a time.
 #pragma once
 

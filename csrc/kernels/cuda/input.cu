@@ -1,5 +1,5 @@
 // Launches of the ops on the inputs of weight matrices.
-#include "inputs.cuh"
+#include "input.cuh"
 
 #include <algorithm>
 

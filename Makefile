@@ -32,10 +32,11 @@ test: $(VENV)/.carerl-test $(VENV)/.smollm2
 test-torch:
 	SKBUILD_BUILD_DIR=build/torch-$(TORCH) $(MAKE) VENV=.venv-torch-$(TORCH) TORCH=$(TORCH) test-core
 
-# Without the test extra, which asks for one version of triton: that of the newest torch.
+# Without the test extra, which asks for one version of triton: that of the newest torch. The interpreter of older ones, 3.6 for
+# one, does not know NumPy 2.4.
 test-core: $(VENV)/.torch $(SOURCES)
 	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --editable ".[train]"
-	$(PIP) pytest pytest-xdist hypothesis psutil scikit-learn peft
+	$(PIP) pytest pytest-xdist hypothesis psutil scikit-learn peft schedulefree "numpy<2.4"
 	$(BIN)/python -m pytest -n $(JOBS) $(SPREAD) tests/ops/test_ops_*.py tests/ops/test_native_cpu.py tests/guard tests/grpo $(ARGS)
 
 # For whoever has a GPU: conformance on the device, then its benchmark; writes gpu-check.json. Exits with 2 where there is none.

@@ -169,10 +169,8 @@ def merge(
                 total = torch.add(total, new - matrix.start, alpha=scale)
                 sums[i] = replace(matrix, start=total, end=total)
         totals, dtype = list(sums.values()), group[0].entry.dtype
-        if dtype in (
-            torch.bfloat16,
-            torch.float16,
-        ):  # rounded so that little of them is lost along any domain's directions
+        # What is stored in 16 bits is rounded so that little of it is lost along any domain's directions.
+        if dtype in (torch.bfloat16, torch.float16):
             stored = Confinement(bases, 0.0, room, where).confined(totals, dtype)
         else:
             stored = [matrix.end for matrix in totals]

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import random
 
+# rich draws from the global generator when it is first imported; the verifiers here draw from it, too, and a run that came to its
+# first import would see other numbers than the next one.
+import rich.progress  # noqa: F401
 from carerl_kernels.grpo import GRPOConfig, GRPOTrainer, Stage
 from carerl_kernels.tasks.characters import character_tokenizer, demo_domains, tiny_model
 

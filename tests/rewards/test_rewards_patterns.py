@@ -23,7 +23,7 @@ from growth import attacks, superlinear
 ROOT = Path(carerl_kernels.rewards.__file__).parent
 FUNCTIONS = {"compile", "search", "match", "fullmatch", "findall", "finditer", "sub", "subn", "split"}
 # What stands in patterns that are made while running: names and phrases of the data, not of the policy.
-SAMPLES = {"one": "add|multiply", "phrase": "a phrase"}
+SAMPLES = {"one": "add|multiply", "phrase": "a phrase", "f": "response_format"}
 
 
 MODULES = {path: list(ast.walk(ast.parse(path.read_text()))) for path in sorted(ROOT.rglob("*.py"))}

@@ -310,7 +310,7 @@ def test_an_answer_that_is_no_mathematics_is_a_mistake_in_the_data(math_match):
 
 def test_a_worker_that_cannot_start_gives_none(monkeypatch):
     pytest.importorskip("math_verify")
-    monkeypatch.setattr("carerl_kernels.rewards.verifiers.worker._python", lambda: "/bin/false")
+    monkeypatch.setattr("carerl_kernels.rewards.verifiers.worker.own_interpreter", lambda: "/bin/false")
     verifier = MathMatch()
     assert verifier(Example("?", "x"), "$x$") is None
     assert verifier(Example("?", "1"), "1") == 1  # numbers need no worker

@@ -8,7 +8,7 @@ import torch
 from carerl_kernels.study import sft
 from carerl_kernels.study.cells import Record, run_cells
 from carerl_kernels.study.grid import Grid
-from carerl_kernels.study.tables import at_equal_new, measures_table, rates, rows_of
+from carerl_kernels.study.tables import FRONT, at_equal_new, measures_table, rows_of
 from carerl_kernels.tasks import texts
 from carerl_kernels.train.recipe import RecipeError
 
@@ -145,7 +145,7 @@ def test_forgetting_at_equal_new_learning():
         ]
         records += [record("beyond@1", seed, 0.9, 0.4 + shift), record("below@1", seed, 0.1, 0.0)]
     rows = rows_of(records, "s")
-    found = {row.variant: at_equal_new(row, rates(rows)) for row in rows}
+    found = {row.variant: at_equal_new(row, [r for r in rows if r.method == FRONT]) for row in rows}
     assert found["on@1"].mean == pytest.approx(0.0, abs=1e-12)
     assert (found["off@1"].mean, found["off@1"].n) == (pytest.approx(-0.15), 3)
     assert found["beyond@1"].mean == pytest.approx(0.0, abs=1e-12)

@@ -1,6 +1,7 @@
 """What the guard costs on a real training step: GRPO on SmolLM2-135M, LoRA and full parameters; docs/performance.md says how.
 
-Where the guard corrects every 8th step, as by default, eight steps are timed together.
+Where the guard corrects every 8th step, as by default, eight steps are timed together. What it does once, when
+it is attached and at its first step, is told apart.
 """
 
 from __future__ import annotations
@@ -130,6 +131,9 @@ class GuardResult:
     guarded_seconds: Spread
     guard_seconds: Spread
     share: Spread
+    once_seconds: (
+        Spread  # of attaching the guard and of its first step, in which it searches optimizers for copies of weights
+    )
     peak_without: int | None
     peak_with: int | None
 
@@ -177,6 +181,7 @@ def guard_overhead(
         printer.line(
             f"{setting}: step {last.plain_seconds.median:.2f} s, guard {last.guard_seconds.median * 1e3:.0f} ms, "
             + percent(last.share, " % of the step", 2)
+            + f"; once {last.once_seconds.median:.2f} s"
         )
     printer.guard(results)
     return results
@@ -234,14 +239,18 @@ def _measure(
     for d in range(setting.domains):
         guard.add(random_basis(guard.layout, d, f"earlier {d}", guard.architecture, setting.dtype))
 
-    plain, guarded, inside = [], [], []
+    plain, guarded, inside, once = [], [], [], []
     peak_with = None
     period = setting.period
 
     def one_round() -> None:
         plain.append(step())
+        before, started = sum(guard.seconds.values()), time.perf_counter()
         guard.attach(optimizer)
+        attached = time.perf_counter() - started
         learner.guard = guard
+        step()
+        once.append(attached + sum(guard.seconds.values()) - before)
         before = sum(guard.seconds.values())
         guarded.append(sum(step() for _ in range(period)) / period)
         inside.append((sum(guard.seconds.values()) - before) / period)
@@ -252,7 +261,7 @@ def _measure(
         nonlocal peak_with
         seen = peak_memory(one_round)
         peak_with = None if seen is None else seen[1]
-        for times in (plain, guarded, inside):
+        for times in (plain, guarded, inside, once):
             times.clear()  # the first round was the warm-up
         for _ in range(rounds):
             one_round()
@@ -271,6 +280,7 @@ def _measure(
         guarded_seconds=Spread.of(guarded),
         guard_seconds=Spread.of(inside),
         share=Spread.of([100 * a / b for a, b in zip(inside, guarded, strict=True)]),
+        once_seconds=Spread.of(once),
         peak_without=None if without is None else without[1],
         peak_with=peak_with,
     )

@@ -25,6 +25,6 @@ def report(
         typer.echo(f"  {card.name:<16} {score:<6} {card.status}: {card.verdict}")
     if page.cost_text:
         typer.echo(page.cost_text)
-    for what, remedy in page.missing.items():
+    for what, remedy in page.record.missing.items():
         typer.echo(f"Not recorded: {what}. Needs: {remedy}.")
     typer.echo(f"Report: {path}")

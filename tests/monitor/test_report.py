@@ -187,7 +187,7 @@ def test_alerts_are_told_and_names_are_escaped(runs):
     assert [(c.name, c.status) for c in page.cards] == [("math", "fell"), ("<b>&chat", "holds")]
     text = render(page)
     assert "<b>&chat" not in text and "&lt;b&gt;&amp;chat" in text
-    assert text.count('class="alert"') == len(page.alerts) == 1
+    assert text.count('class="alert"') == len(page.record.alerts) == 1
 
 
 def watched(path: Path, scores, rebase_after=(), n=400, **options) -> Page:
@@ -222,7 +222,7 @@ def test_recovered_means_back_at_the_baseline_that_the_alert_was_about(
     tmp_path, scores, rebase_after, alerts, status, verdict
 ):
     page = watched(tmp_path, scores, rebase_after)
-    assert len(page.alerts) == alerts
+    assert len(page.record.alerts) == alerts
     assert page.cards[0].status == status and page.cards[0].verdict.startswith(verdict)
     assert ("came back" in page.summary) == (status == "recovered")
 
@@ -230,7 +230,7 @@ def test_recovered_means_back_at_the_baseline_that_the_alert_was_about(
 def test_a_significant_drop_smaller_than_asked_for_has_its_own_verdict(tmp_path):
     page = watched(tmp_path / "a", (0.80, 0.77), drop=0.05, n=4000)
     (card,) = page.cards
-    assert card.status == "slipped" and not page.alerts
+    assert card.status == "slipped" and not page.record.alerts
     assert (
         card.verdict.startswith("a significant drop, p") and "of 3.0 points, less than the 5.0 points" in card.verdict
     )
@@ -246,7 +246,7 @@ def test_points_are_for_score_ranges_of_size_one(tmp_path):
     assert not re.search(r"\bpoints\b", text) and "-3" in text
     assert "3 ± 0.23" in text
     small = watched(tmp_path / "b", (0.8, 0.3), score_range=(0.0, 10.0))  # scores look like shares, the range is not 1
-    assert not small.points and not small.cards[0].percent
+    assert small.record.span != 1 and not small.cards[0].percent
     assert "points" in Structure(render(watched(tmp_path / "c", (0.8, 0.5)))).text
 
 

@@ -129,8 +129,8 @@ def test_files_beside_it_of_any_shape(tmp_path, in_config, in_guard, new):
 def test_what_is_left_out_is_said(tmp_path):
     broken = replaced(LINE, ("monitor", "alerts", 0), {"domain": "math"})
     _, page = write_report(write(tmp_path / "run", [LINE, broken]))
-    assert any("monitor.alerts.0 (line 2)" in note for note in page.notes)
-    assert len(page.alerts) == 1
+    assert any("monitor.alerts.0 (line 2)" in note for note in page.record.notes)
+    assert len(page.record.alerts) == 1
 
 
 @pytest.mark.parametrize(

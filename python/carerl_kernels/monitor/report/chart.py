@@ -69,7 +69,7 @@ class Matrix:
     corner: str
     columns: list[str]
     rows: list[tuple[str, list[float | None]]]
-    full: float
+    full: float = 1.0
     style: str = "{:+.2f}"
     bad_above: bool = False
 

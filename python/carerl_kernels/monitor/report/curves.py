@@ -8,14 +8,11 @@ from typing import Any
 from .chart import Chart, Line, Points, line_chart, smooth
 from .record import RunRecord
 
-Stages = list[tuple[str, float, float]]  # name, first and last step
-Missing = dict[str, str]  # what was not recorded, and what would record it
 SHARE: dict[str, Any] = {"y_range": (0.0, 1.0), "percent": True}
 
 
 def curves(
     record: RunRecord,
-    stages: Stages,
     title: str,
     of: str | Mapping[str, Points],
     caption: str = "",
@@ -27,7 +24,7 @@ def curves(
     """A chart with a line per name; none where nothing of it was recorded.
 
     Args:
-        record, stages: What is known of the run.
+        record: What is known of the run.
         title, caption: Those of the figure.
         of: Where the figures are in a line of the metrics, "*" standing for the name ("monitor.budget.step.*"); or the
             points of every name.
@@ -45,7 +42,7 @@ def curves(
         lines.append(Line(name, smooth(points, window), i))
     if not any(line.points for line in lines):
         return []
-    return [line_chart(title, lines, stages=stages, caption=caption, **look)]
+    return [line_chart(title, lines, stages=record.stages, caption=caption, **look)]
 
 
 def moving(record: RunRecord) -> int:

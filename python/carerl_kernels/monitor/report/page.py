@@ -11,7 +11,6 @@ from typing import Any
 
 from ..._files import write_bytes_atomically
 from .chart import Chart, Line, Matrix, line_chart
-from .curves import Missing, Stages
 from .pooled import balance, conflict_and_curvature, step_budget
 from .record import RunRecord
 from .sections import guard_activity, interference, reward_shares, run_cost
@@ -37,15 +36,14 @@ class DomainCard:
 
 @dataclass
 class Page:
-    """Everything that the template shows."""
+    """Everything that the template shows, besides what it reads in the record."""
 
+    record: RunRecord
     name: str
     summary: str
     facts: list[tuple[str, str]]
     cards: list[DomainCard]
-    alerts: list[Mapping[str, Any]]
     monitored: bool
-    points: bool  # whether differences of scores are in points
     interference: list[Matrix | Chart]
     shares: list[Chart]
     balance: list[Chart]
@@ -53,9 +51,6 @@ class Page:
     guard: list[Matrix | Chart]
     cost: list[tuple[str, float, float, int]]  # name, seconds, share, colour
     cost_text: str
-    notes: list[str]
-    config: str
-    missing: Missing
 
 
 def write_report(run: Path | str, target: Path | str | None = None) -> tuple[Path, Page]:
@@ -86,24 +81,26 @@ def render(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html").render(page=page, is_matrix=lambda item: isinstance(item, Matrix))
+    config = "" if page.record.config is None else json.dumps(page.record.config, indent=2)
+    template = environment.get_template("page.html")
+    return template.render(
+        page=page, record=page.record, config=config, is_matrix=lambda item: isinstance(item, Matrix)
+    )
 
 
 def build_page(record: RunRecord) -> Page:
-    """Everything that can be said of a run; what cannot is listed in `missing` with what would have to be recorded."""
-    missing: Missing = {}
-    stages = [(s.name, float(max(s.first - 1, 0)), float(s.last)) for s in record.spans]
+    """Everything that can be said of a run; what cannot is listed in `record.missing` with what would have recorded it."""
+    missing = record.missing
     tests = record.series("monitor", "alpha")
-    alerts = record.alerts
-    cards = [_card(record, name, stages) for name in record.domains]
+    cards = [_card(record, name) for name in record.domains]
     if not any(card.chart for card in cards):
         missing["Scores per domain"] = "give domains held-out examples (eval_examples), or evaluate=... to the monitor"
     if not tests:
         missing["A test of drift"] = "train with monitor=DriftMonitor(domains)"
-    pulls = [*conflict_and_curvature(record, missing), *interference(record, stages, missing)]
-    shares = [*step_budget(record, stages), *reward_shares(record, stages, missing)]
-    balanced, decisions = balance(record, stages)
-    guard = guard_activity(record, stages, missing)
+    pulls = [*conflict_and_curvature(record), *interference(record)]
+    shares = [*step_budget(record), *reward_shares(record)]
+    balanced, decisions = balance(record)
+    guard = guard_activity(record)
     cost, cost_text = run_cost(record)
     if not cost:
         missing["Cost"] = 'lines with "seconds" per phase, which the trainer and JsonLines write'
@@ -115,13 +112,12 @@ def build_page(record: RunRecord) -> Page:
     if record.config:
         facts.append(("guard", "yes" if record.config.get("guarded") else "none"))
     return Page(
+        record,
         name="/".join(record.path.resolve().parts[-2:]),  # runs are often told apart by the folder above
-        summary=_summary(cards, alerts, tests[0][1] if tests else None),
+        summary=_summary(cards, bool(record.alerts), tests[0][1] if tests else None),
         facts=facts,
         cards=cards,
-        alerts=alerts,
         monitored=bool(tests),
-        points=record.span == 1,
         interference=pulls,
         shares=shares,
         balance=balanced,
@@ -129,9 +125,6 @@ def build_page(record: RunRecord) -> Page:
         guard=guard,
         cost=cost,
         cost_text=cost_text,
-        notes=record.notes,
-        config="" if record.config is None else json.dumps(record.config, indent=2),
-        missing=missing,
     )
 
 
@@ -171,7 +164,7 @@ def _verdict(record: RunRecord, name: str) -> tuple[str, str]:
     )
 
 
-def _card(record: RunRecord, name: str, stages: Stages) -> DomainCard:
+def _card(record: RunRecord, name: str) -> DomainCard:
     scores = record.series("eval", name)
     card = DomainCard(name, *_verdict(record, name))
     if not scores:
@@ -186,8 +179,8 @@ def _card(record: RunRecord, name: str, stages: Stages) -> DomainCard:
         name,
         [Line(name, scores, 0, marks=len(scores) <= 80, band=band)],
         y_label="" if unit else "score",
-        stages=stages,
-        own=[s for s, _, _ in stages if name in s.split("+") or s.rpartition("-")[0] == name],
+        stages=record.stages,
+        own=[s.name for s in record.spans if name in s.name.split("+") or s.name.rpartition("-")[0] == name],
         alerts=[
             (a["step"], f"{name} fell by {record.difference(a['drop'])}, p = {a['p']:.2g}")
             for a in record.alerts
@@ -200,7 +193,7 @@ def _card(record: RunRecord, name: str, stages: Stages) -> DomainCard:
     return card
 
 
-def _summary(cards: list[DomainCard], alerts: list[Any], alpha: float | None) -> str:
+def _summary(cards: list[DomainCard], alerts: bool, alpha: float | None) -> str:
     if alpha is None:
         return "This run was not monitored: curves are shown as they are, without a test of whether a drop is more than noise."
     fell = [c.name for c in cards if c.status == "fell"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...grpo.balance import DOMINATES
 from .chart import Chart, Matrix
-from .curves import SHARE, Missing, Stages, curves
+from .curves import SHARE, curves
 from .record import RunRecord
 
 
@@ -68,7 +68,7 @@ def _windows(record: RunRecord, parts: bool) -> Iterator[tuple[int, str, Mapping
                 yield step, name, part
 
 
-def conflict_and_curvature(record: RunRecord, missing: Missing) -> list[Matrix | Chart]:
+def conflict_and_curvature(record: RunRecord) -> list[Matrix | Chart]:
     """Who is damaged by whom, and how."""
     out: list[Matrix | Chart] = []
     for parts, whose in ((False, "stage"), (True, "domain of a mixed batch")):
@@ -99,40 +99,36 @@ def conflict_and_curvature(record: RunRecord, missing: Missing) -> list[Matrix |
                 )
             )
     if not out:
-        missing["Conflict and curvature"] = "DriftMonitor(..., model=model, split_every=1), see docs/monitor.md"
+        record.missing["Conflict and curvature"] = "DriftMonitor(..., model=model, split_every=1), see docs/monitor.md"
     return out
 
 
-def step_budget(record: RunRecord, stages: Stages) -> list[Chart]:
+def step_budget(record: RunRecord) -> list[Chart]:
     """Who had the optimizer's steps of mixed batches."""
-    advantages = (
-        "Squared advantages, weights included: whose noise and whose signal fill the step that Adam normalises."
-    )
-    gradients, steps = "monitor.budget.gradient.*", "monitor.budget.step.*"
-    divided = "The same, each parameter divided by the root of its second moment."
+    advantages = "Squared advantages, weights included: whose noise and signal fill the step that Adam normalises."
+    gradients, own = "monitor.budget.gradient.*", "Of each domain's part of the batch."
+    steps, divided = "monitor.budget.step.*", "The same, each parameter divided by the root of its second moment."
     loudest = "Largest share of the step budget times the number of domains: 1 is even."
     warned = (DOMINATES, f"warned of from {DOMINATES} on")
     return [
-        *curves(record, stages, "Share of the step budget", "step_share.*", advantages, smoothed=True, **SHARE),
-        *curves(
-            record, stages, "Share of the squared gradient", gradients, "Of each domain's part of the batch.", **SHARE
-        ),
-        *curves(record, stages, "Share of Adam's step", steps, divided, **SHARE),
-        *curves(record, stages, "Domination", "domination", loudest, ["domination"], smoothed=True, level=warned),
+        *curves(record, "Share of the step budget", "step_share.*", advantages, smoothed=True, **SHARE),
+        *curves(record, "Share of the squared gradient", gradients, own, **SHARE),
+        *curves(record, "Share of Adam's step", steps, divided, **SHARE),
+        *curves(record, "Domination", "domination", loudest, ["domination"], smoothed=True, level=warned),
     ]
 
 
-def balance(record: RunRecord, stages: Stages) -> tuple[list[Chart], list[Mapping[str, Any]]]:
+def balance(record: RunRecord) -> tuple[list[Chart], list[Mapping[str, Any]]]:
     """What weighed the domains or moved their shares, and the controller's decisions."""
     multiplied = "What each domain's advantages were multiplied by."
     redrawn = "Per step, because all completions earned the same."
     agreed = "Share of a domain's prompts from which nothing is learned."
     factor, by = "monitor.balance.factor.*", "What the share or weight was multiplied by."
     charts = [
-        *curves(record, stages, "Factor of the controller", factor, by),
-        *curves(record, stages, "Weight in the loss", "weight.*", multiplied),
-        *curves(record, stages, "Prompts drawn anew", "redrawn.*", redrawn, smoothed=True),
-        *curves(record, stages, "Prompts that agree", "agreed.*", agreed, smoothed=True, percent=True),
+        *curves(record, "Factor of the controller", factor, by),
+        *curves(record, "Weight in the loss", "weight.*", multiplied),
+        *curves(record, "Prompts drawn anew", "redrawn.*", redrawn, smoothed=True),
+        *curves(record, "Prompts that agree", "agreed.*", agreed, smoothed=True, percent=True),
     ]
     told = [found.get("decisions") for _, found in record.found("monitor", "balance")]
     decisions = [decision for found in told if isinstance(found, list) for decision in found]

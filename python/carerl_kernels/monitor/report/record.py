@@ -36,6 +36,7 @@ class RunRecord:
         config: config.json; None if there is none.
         guard_reports: `CapabilityGuard.report()` at the end of each stage, by stage.
         notes: what a reader should know about the files.
+        missing: what the report cannot show, and what would have recorded it; its sections fill this in.
     """
 
     path: Path
@@ -43,6 +44,7 @@ class RunRecord:
     config: dict[str, Any] | None = None
     guard_reports: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path | str) -> RunRecord:
@@ -75,6 +77,11 @@ class RunRecord:
     def spans(self) -> list[Span]:
         """Stages in order; none where lines name no stage."""
         return _spans(self.lines)
+
+    @property
+    def stages(self) -> list[tuple[str, float, float]]:
+        """The spans as charts show them: name, and where on the axis of steps the stage begins and ends."""
+        return [(s.name, float(max(s.first - 1, 0)), float(s.last)) for s in self.spans]
 
     @cached_property
     def domains(self) -> list[str]:

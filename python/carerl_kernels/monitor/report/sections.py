@@ -1,6 +1,6 @@
 """The parts of the page below the domains: interference, rewards and shares, guard, cost.
 
-Where a run recorded nothing, they add to `missing` what it would need.
+Where a run recorded nothing, they write what it would need into `record.missing`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping
 
 from .chart import Chart, Line, Matrix, line_chart
-from .curves import SHARE, Missing, Stages, curves, moving
+from .curves import SHARE, curves, moving
 from .record import RunRecord, Span
 
 PHASES = {
@@ -28,14 +28,13 @@ PHASES = {
 # -------------------------------------------------------------------------------------------------------------- interference
 
 
-def interference(record: RunRecord, stages: Stages, missing: Missing) -> list[Matrix | Chart]:
+def interference(record: RunRecord) -> list[Matrix | Chart]:
     """What stages did to scores, and which gradients pull against which."""
     out: list[Matrix | Chart] = list(_stage_changes(record))
     found = record.found("monitor", "gradients")
     if not found:
-        missing["Gradient cosines between domains"] = (
-            "DriftMonitor(..., model=model, gradients_every=n), see docs/monitor.md"
-        )
+        needed = "DriftMonitor(..., model=model, gradients_every=n), see docs/monitor.md"
+        record.missing["Gradient cosines between domains"] = needed
         return out
     names: dict[str, None] = {}
     pairs: dict[tuple[str, str], list[tuple[int, float]]] = {}
@@ -49,14 +48,13 @@ def interference(record: RunRecord, stages: Stages, missing: Missing) -> list[Ma
     order = [n for n in names if n != "batch"]
     batch = {n: pairs["batch", n] for n in order if ("batch", n) in pairs}
     if not order:
-        missing["Gradients to compare the batch's with"] = "probe_examples in the domains"
+        record.missing["Gradients to compare the batch's with"] = "probe_examples in the domains"
     if batch:
         lines = [Line(n, batch[n], i, marks=len(batch[n]) <= 60) for i, n in enumerate(order) if n in batch]
         title = "This batch's gradient against each domain's own"
         caption = "Above 0 the step also lowers that domain's loss on its stored examples; below 0 it raises it."
-        out.append(
-            line_chart(title, lines, y_label="cosine", stages=stages, level=(0.0, "orthogonal"), caption=caption)
-        )
+        even = (0.0, "orthogonal")
+        out.append(line_chart(title, lines, y_label="cosine", stages=record.stages, level=even, caption=caption))
     if len(order) > 1:
         rows = [(a, [_mean(v for _, v in pairs.get((a, b), [])) if a != b else None for b in order]) for a in order]
         for span in record.spans or [Span("run", 0, record.last_step)]:
@@ -66,7 +64,7 @@ def interference(record: RunRecord, stages: Stages, missing: Missing) -> list[Ma
         caption = (
             f"Means over {len(found)} measurements; of the batch, per stage. Negative: the two pull against each other."
         )
-        out.append(Matrix("Gradient cosines", caption, "gradient of", order, rows, 1.0))
+        out.append(Matrix("Gradient cosines", caption, "gradient of", order, rows))
     return out
 
 
@@ -100,38 +98,28 @@ def _stage_changes(record: RunRecord) -> Iterator[Matrix]:
 # -------------------------------------------------------------------------------------------------------------------- shares
 
 
-def reward_shares(record: RunRecord, stages: Stages, missing: Missing) -> list[Chart]:
+def reward_shares(record: RunRecord) -> list[Chart]:
     """Rewards per domain, and who has the batch and the reward variance."""
     averaged = f"Moving average over {moving(record)} steps." if moving(record) > 1 else ""
-    charts = curves(record, stages, "Reward", "rewards.*", averaged, smoothed=True, y_label="mean reward")
+    charts = curves(record, "Reward", "rewards.*", averaged, smoothed=True, y_label="mean reward")
     if not charts:
-        missing["Rewards per domain"] = 'metrics with "rewards", see reward_statistics'
+        record.missing["Rewards per domain"] = 'metrics with "rewards", see reward_statistics'
     shares = record.found("batch_share")
     if not (record.found("reward_variance") and shares):
-        missing["Shares of reward variance and batch"] = (
-            'metrics with "reward_variance" and "batch_share", see reward_statistics'
-        )
+        needed = 'metrics with "reward_variance" and "batch_share", see reward_statistics'
+        record.missing["Shares of reward variance and batch"] = needed
     elif any(len(found) > 1 for _, found in shares):  # mixed batches
         by_variance = _variance_shares(record)  # none where no prompt's rewards ever differed
-        caption = (
-            "Within prompts, which is all that group-relative advantages see: who has it decides where the update goes."
-        )
+        own = "Completions of each domain."
+        caption = "Within prompts, all that group-relative advantages see: who has it decides where the update goes."
         charts += [
-            *curves(
-                record,
-                stages,
-                "Share of the batch",
-                "batch_share.*",
-                "Completions of each domain.",
-                smoothed=True,
-                **SHARE,
-            ),
-            *curves(record, stages, "Share of reward variance", by_variance, caption, smoothed=True, **SHARE),
+            *curves(record, "Share of the batch", "batch_share.*", own, smoothed=True, **SHARE),
+            *curves(record, "Share of reward variance", by_variance, caption, smoothed=True, **SHARE),
         ]
     else:
         title = "Reward variance within prompts"
         caption = "What group-relative advantages learn from; every batch is of one domain here."
-        charts += curves(record, stages, title, "reward_variance.*", caption, smoothed=True, y_label="variance")
+        charts += curves(record, title, "reward_variance.*", caption, smoothed=True, y_label="variance")
     return charts
 
 
@@ -153,81 +141,45 @@ def _variance_shares(record: RunRecord) -> dict[str, list[tuple[int, float]]]:
 # --------------------------------------------------------------------------------------------------------------------- guard
 
 
-def guard_activity(record: RunRecord, stages: Stages, missing: Missing) -> list[Matrix | Chart]:
+def guard_activity(record: RunRecord) -> list[Matrix | Chart]:
     """What the guard saw and did over the run, and its reports at the ends of stages."""
     if record.config is not None and record.config.get("guarded") is False:
         return []
     histories = list(dict.fromkeys(n for _, f in record.found("monitor", "guard", "domains") for n in f))
-    own = "monitor.guard.domains.*."
+    conflicting, net = (f"monitor.guard.domains.*.{figure}" for figure in ("conflicting", "net_displacement"))
+    undone = "Share of update energy that undoes what a domain's stage did, since the run began."
+    moved = "Net, since the stage began, relative to the recorded stage's own."
+    touched = "monitor.guard.touched_share"
+    taken = "Energy of all corrections over energy of all updates, since the run began."
     out: list[Matrix | Chart] = [
-        *curves(
-            record,
-            stages,
-            "Conflicting share of updates",
-            own + "conflicting",
-            "Share of update energy that undoes what a domain's stage did, since the run began.",
-            histories,
-            percent=True,
-        ),
-        *curves(
-            record,
-            stages,
-            "Displacement along protected directions",
-            own + "net_displacement",
-            "Net, since the stage began, relative to the recorded stage's own.",
-            histories,
-            y_label="ratio",
-        ),
-        *curves(
-            record,
-            stages,
-            "Share of update energy that the guard took",
-            "monitor.guard.touched_share",
-            "Energy of all corrections over energy of all updates, since the run began.",
-            ["touched"],
-            percent=True,
-        ),
+        *curves(record, "Conflicting share of updates", conflicting, undone, histories, percent=True),
+        *curves(record, "Displacement along protected directions", net, moved, histories, y_label="ratio"),
+        *curves(record, "Share of update energy that the guard took", touched, taken, ["touched"], percent=True),
     ]
     reports = {stage: report for stage, report in record.guard_reports.items() if report.get("domains")}
     if not reports:
         if not out:
-            missing["Guard activity"] = (
-                "a guard's reports (bases/*.report.json of the trainer, or DriftMonitor(..., guard=guard))"
-            )
+            needed = "a guard's reports (bases/*.report.json of the trainer, or DriftMonitor(..., guard=guard))"
+            record.missing["Guard activity"] = needed
         return out
     columns = list(dict.fromkeys(n for r in reports.values() for n in r["domains"]))
     ends = [(stage, [report["domains"].get(n, {}) for n in columns]) for stage, report in reports.items()]
-    last = list(reports.values())[-1]
-    kinds = ["aligned", "conflicting", "orthogonal"]
-    energies = [(name, d.get("energy") or {}) for name, d in last["domains"].items()]
-    for title, caption, corner, heads, rows, style in (
-        (
-            "Displacement at the end of each stage",
-            "Along each protected domain's directions, relative to the recorded stage's own displacement.",
-            "after stage",
-            columns,
-            [(stage, [d.get("net_displacement") for d in found]) for stage, found in ends],
-            "{:.2f}",
-        ),
-        (
-            "Capture",
-            "Share of the recorded stage's squared displacement that its directions hold: what the guard can see of it.",
-            "after stage",
-            columns,
-            [(stage, [(d.get("capture") or {}).get("displacement") for d in found]) for stage, found in ends],
-            "{:.2f}",
-        ),
-        (
-            "Update energy by class",
-            "Of all updates that the guard saw: along and against what each domain's stage did, and neither.",
-            "domain",
-            kinds,
-            [(name, [energy.get(kind) for kind in kinds]) for name, energy in energies],
-            "{:.1%}",
-        ),
-    ):
-        if any(c is not None for _, cells in rows for c in cells):
-            out.append(Matrix(title, caption, corner, heads, rows, 1.0, style))
+    displaced = [(stage, [d.get("net_displacement") for d in found]) for stage, found in ends]
+    captured = [(stage, [(d.get("capture") or {}).get("displacement") for d in found]) for stage, found in ends]
+    last, kinds = list(reports.values())[-1], ["aligned", "conflicting", "orthogonal"]
+    energies = [(n, [(d.get("energy") or {}).get(kind) for kind in kinds]) for n, d in last["domains"].items()]
+    along = "Along each protected domain's directions, relative to the recorded stage's own displacement."
+    held = "Share of the recorded stage's squared displacement that its directions hold: what the guard can see of it."
+    classes = "Of all updates that the guard saw: along and against what each domain's stage did, and neither."
+    out += [
+        matrix
+        for matrix in (
+            Matrix("Displacement at the end of each stage", along, "after stage", columns, displaced, style="{:.2f}"),
+            Matrix("Capture", held, "after stage", columns, captured, style="{:.2f}"),
+            Matrix("Update energy by class", classes, "domain", kinds, energies, style="{:.1%}"),
+        )
+        if any(c is not None for _, cells in matrix.rows for c in cells)
+    ]
     windows = last.get("open_windows") or []
     if windows:
         record.notes.append(f"Open windows at the end, protected by nothing: {', '.join(windows)}.")

@@ -1,11 +1,12 @@
-"""JSON that others wrote: servers, models, data files. Read under limits, so that it breaks nothing after it was read."""
+"""JSON that others wrote (servers, models, data files), read under limits so that it breaks nothing afterwards; and what others
+hand over as plain values."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 DEPTH = 100  # brackets within brackets: far from Python's recursion limit, which whoever walks the value would meet
@@ -52,6 +53,17 @@ def last_object(text: str) -> tuple[dict[str, Any], int, int]:
     if any(value != found[-1][0] for value, _, _ in found):
         raise ValueError(f"expected one JSON object, found {len(found)} that differ")
     return found[-1]
+
+
+def plain(value: Any) -> Any:
+    """Python's own numbers, texts, lists and dicts for numpy's and torch's, as parquet files and tensors hold them."""
+    if isinstance(value, Mapping):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if hasattr(value, "tolist") and hasattr(value, "dtype"):
+        return plain(value.tolist())  # of a scalar: the number
+    return value
 
 
 def as_logprob(value: Any) -> float | None:

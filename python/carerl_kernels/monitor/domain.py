@@ -188,8 +188,8 @@ class WatchedDomain:
     def state_dict(self) -> dict[str, Any]:
         return {
             "test": self.test.state_dict(),
-            "baselines": [plain(b) for b in self.baselines],
-            "latest": None if self.latest is None else plain(self.latest),
+            "baselines": [as_json(b) for b in self.baselines],
+            "latest": None if self.latest is None else as_json(self.latest),
             "p": self.p,
             "alerted": self.alerted,
         }
@@ -201,7 +201,7 @@ class WatchedDomain:
         self.p, self.alerted = state["p"], state["alerted"]
 
 
-def plain(values: Numbers) -> list[float | None]:
+def as_json(values: Numbers) -> list[float | None]:
     """As JSON can hold them."""
     return [None if math.isnan(v) else v for v in values.tolist()]
 

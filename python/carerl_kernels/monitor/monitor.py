@@ -15,14 +15,15 @@ from typing import Any, get_args
 from torch import nn
 
 from .._files import write_bytes_atomically
+from .._json import plain
 from ..guard.report import guard_figures
 from .budget import StepBudget
 from .clock import Clock
 from .controller import Controller
-from .domain import Alert, Given, WatchedDomain, is_number, judge, plain, read_baseline
+from .domain import Alert, Given, WatchedDomain, as_json, is_number, judge, read_baseline
 from .gradients import GradientKeeper
 from .sequential import DropTest, Examples
-from .sinks import Sink, plain_values
+from .sinks import Sink
 from .split import Losses
 from .windows import Windows
 
@@ -260,7 +261,7 @@ class DriftMonitor:
         Raises:
             RuntimeError: nothing was evaluated yet.
         """
-        scores = {name: plain(w.latest) for name, w in self._watched.items() if w.latest is not None}
+        scores = {name: as_json(w.latest) for name, w in self._watched.items() if w.latest is not None}
         if not scores:
             raise RuntimeError("expected an evaluation to save the scores of, found none yet")
         document = {"step": self._step, "scores": scores}
@@ -416,9 +417,9 @@ class DriftMonitor:
         for alert in alerts:
             _log.warning("%s", alert)
         if self.sinks:
-            line = plain_values(metrics)
+            line = plain(metrics)
             if record:
-                line["monitor"] = plain_values(record)
+                line["monitor"] = plain(record)
             if "domains" in record and "eval" not in line:
                 line["eval"] = {name: found["score"] for name, found in record["domains"].items()}
             if "seconds" not in line:

@@ -61,12 +61,6 @@ def log_capital(differences: Numbers, tolerance: float = 0.0) -> Numbers:
     return np.asarray(np.log(product).sum(-1))
 
 
-def log_mean_exp(logs: Numbers) -> float:
-    """Logarithm of the mean of exp(logs), without overflow."""
-    top = float(logs.max())
-    return top + math.log(float(np.exp(logs - top).mean())) if math.isfinite(top) else top
-
-
 @dataclass
 class DropTest:
     """Evidence that one domain fell, over the evaluations of a run.
@@ -113,7 +107,7 @@ class DropTest:
 
     @property
     def log_evidence(self) -> float:
-        return log_mean_exp(self._logs)
+        return float(np.logaddexp.reduce(self._logs)) - math.log(len(BETS))
 
     def restart(self) -> None:
         """Forgets the evidence, as after a new baseline. What was spent of the weights stays spent, so the bound holds over

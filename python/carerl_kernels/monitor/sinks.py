@@ -90,7 +90,7 @@ class TensorBoard(Sink):
     """
 
     def __init__(self, directory: Path | str) -> None:
-        _require("tensorboard", "tensorboard")
+        _require("tensorboard")
         self.directory = str(directory)
         self._open(None)
 
@@ -128,7 +128,7 @@ class WandB(Sink):
     """
 
     def __init__(self, **settings: Any) -> None:
-        self._wandb = _require("wandb", "wandb")
+        self._wandb = _require("wandb")
         self._own = self._wandb.run is None
         self.run: Any = self._wandb.init(**settings) if self._own else self._wandb.run
 
@@ -155,7 +155,7 @@ class Trackio(Sink):
     """
 
     def __init__(self, project: str, **settings: Any) -> None:
-        self._trackio = _require("trackio", "trackio")
+        self._trackio = _require("trackio")
         self.run: Any = self._trackio.init(project=project, **settings)
 
     def log(self, step: int, line: Mapping[str, Any]) -> None:
@@ -180,17 +180,8 @@ def scalars(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     return out
 
 
-def plain_values(value: Any) -> Any:
-    """Nested dictionaries with plain numbers in them: tensors and numpy scalars without a dimension become Python's own."""
-    if isinstance(value, Mapping):
-        return {key: plain_values(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain_values(v) for v in value]
-    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
-
-
-def _require(module: str, package: str) -> Any:
+def _require(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as e:
-        raise ImportError(f"this sink needs {module}, which is not installed: pip install {package}") from e
+        raise ImportError(f"this sink needs {module}, which is not installed: pip install {module}") from e

@@ -14,8 +14,9 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
+from .._json import plain
 from ..task import Example
-from .handed_over import Examples, Reward, as_example, as_number, judged, name_of, plain
+from .handed_over import Examples, Reward, as_number, judged, name_of
 from .prompts import Prompt, completion_text
 from .reasoning import StripReasoning, strip_special_tokens
 
@@ -49,9 +50,7 @@ def trl_reward(
         RewardError: A reward that compares sees single completions.
     """
 
-    def judge(
-        prompts: Sequence[Prompt], completions: Sequence[Prompt], columns: Mapping[str, Any]
-    ) -> list[float | None]:
+    def judge(prompts: Sequence[Prompt], completions: Sequence[Prompt], **columns: Any) -> list[float | None]:
         example = Examples()
         columns = {k: plain(v) for k, v in columns.items() if k not in TRLS_OWN}
         rows = {k: v for k, v in columns.items() if isinstance(v, list) and len(v) == len(prompts)}
@@ -61,15 +60,10 @@ def trl_reward(
         ]
         return judged(reward, examples, [completion_text(c) for c in completions], "TRL", strip_reasoning)
 
-    def sync(prompts: Sequence[Prompt], completions: Sequence[Prompt], **columns: Any) -> list[float | None]:
-        return judge(prompts, completions, columns)
+    async def concurrent(*batch: Sequence[Prompt], **columns: Any) -> list[float | None]:
+        return await asyncio.to_thread(judge, *batch, **columns)
 
-    async def concurrent(
-        prompts: Sequence[Prompt], completions: Sequence[Prompt], **columns: Any
-    ) -> list[float | None]:
-        return await asyncio.to_thread(judge, prompts, completions, columns)
-
-    function: Callable[..., Any] = concurrent if asynchronous else sync
+    function: Callable[..., Any] = concurrent if asynchronous else judge
     function.__name__ = name or name_of(reward)
     function.verifies = getattr(reward, "verifies", False)  # type: ignore[attr-defined]
     return function
@@ -96,19 +90,12 @@ def verl_compute_score(
         RewardError: A reward that compares is called for one completion.
     """
 
-    def example(data_source: Any, ground_truth: Any, extra_info: Mapping[str, Any] | None) -> Example:
-        truth, source = plain(ground_truth), str(data_source)
+    def example(make: Examples, source: str, ground_truth: Any, extra_info: Mapping[str, Any] | None) -> Example:
+        truth = plain(ground_truth)
         info = plain(dict(extra_info or {})) | {"data_source": source, "ground_truth": truth}
         index = info.get("index")
         group = None if index is None else (source, str(index))
-        return as_example(info.get("question") or info.get("prompt") or source, truth, info, group)
-
-    def of_source(source: str) -> Reward:
-        if not isinstance(rewards, Mapping):
-            return rewards
-        if source not in rewards:
-            raise ValueError(f"compute_score: expected data_source one of {sorted(rewards)}, found {source!r}")
-        return rewards[source]
+        return make(info.get("question") or info.get("prompt") or source, truth, info, group)
 
     def compute_score(
         data_source: str | None = None,
@@ -129,12 +116,16 @@ def verl_compute_score(
         texts, sources = list(solution_strs), [str(source) for source in data_sources]
         truths = [None] * len(texts) if ground_truths is None else ground_truths
         infos = [None] * len(texts) if extra_infos is None else extra_infos
-        examples = [example(*row) for row in zip(sources, truths, infos, strict=True)]
+        make = Examples()
+        examples = [example(make, *row) for row in zip(sources, truths, infos, strict=True)]
         values: list[float | None] = [None] * len(texts)
         for source in dict.fromkeys(sources):
+            if isinstance(rewards, Mapping) and source not in rewards:
+                raise ValueError(f"compute_score: expected data_source one of {sorted(rewards)}, found {source!r}")
+            reward = rewards[source] if isinstance(rewards, Mapping) else rewards
             rows = [i for i, of in enumerate(sources) if of == source]
             own = [examples[i] for i in rows], [texts[i] for i in rows]
-            for i, value in zip(rows, judged(of_source(source), *own, "verl", strip_reasoning), strict=True):
+            for i, value in zip(rows, judged(reward, *own, "verl", strip_reasoning), strict=True):
                 values[i] = value
         numbers = [as_number(value, excluded, "verl") for value in values]
         return {"score": numbers[0], "judged": float(values[0] is not None)} if single else numbers

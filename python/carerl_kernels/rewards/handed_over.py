@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from json import dumps
 from typing import Any
 
+from .._json import plain
 from ..task import BatchReward, Example, RewardError, checked_rewards, group_numbers
 from .reasoning import StripReasoning
 from .reasoning import strip_reasoning as answer_of
@@ -53,28 +54,11 @@ def as_number(value: float | None, excluded: float | None, trainer: str) -> floa
     return excluded
 
 
-def plain(value: Any) -> Any:
-    """Python's own numbers, texts, lists and dicts for numpy's and torch's, as parquet files and tensors hold them."""
-    if isinstance(value, Mapping):
-        return {k: plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    if hasattr(value, "tolist") and hasattr(value, "dtype"):
-        return plain(value.tolist())  # of a scalar: the number
-    return value
-
-
 def as_text(answer: Any) -> str | None:
-    """A right answer as text; None for none, and for what is no single one."""
-    answer = plain(answer)
+    """A right answer, of plain values, as text; None for none, and for what is no single one."""
     while isinstance(answer, list) and len(answer) == 1:
         answer = answer[0]
     return None if answer is None or isinstance(answer, (list, dict)) else str(answer)
-
-
-def as_example(prompt: Any, answer: Any, info: Mapping[str, Any], group: Hashable = None) -> Example:
-    prompt = plain(prompt)
-    return Example(prompt if isinstance(prompt, str) else tuple(dict(m) for m in prompt), as_text(answer), info, group)
 
 
 class Examples:
@@ -87,5 +71,6 @@ class Examples:
         prompt, answer, info = plain(prompt), plain(answer), plain(info)
         key = (dumps([prompt, answer, info], sort_keys=True, default=repr), group)
         if key not in self._seen:
-            self._seen[key] = as_example(prompt, answer, info, group)
+            messages = prompt if isinstance(prompt, str) else tuple(prompt)
+            self._seen[key] = Example(messages, as_text(answer), info, group)
         return self._seen[key]

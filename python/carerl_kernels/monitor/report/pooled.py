@@ -47,7 +47,7 @@ def damages(record: RunRecord, *, parts: bool = False, after: int = 0, until: in
     for step, acting, found in _windows(record, parts):
         if not after < step <= (record.last_step if until is None else until):
             continue
-        odd, even = (found.get(part) or {} for part in ("odd", "even"))
+        odd, even = (found.get(part, {}) for part in ("odd", "even"))
         for name in odd:
             if name in even:
                 total = sums.setdefault((acting, name), [0.0, 0.0, 0, 0])
@@ -63,9 +63,8 @@ def _windows(record: RunRecord, parts: bool) -> Iterator[tuple[int, str, Mapping
         if not parts:
             yield step, str(split.get("acting") or "run"), split
             continue
-        for name, part in (split.get("by") or {}).items():
-            if isinstance(part, Mapping):
-                yield step, name, part
+        for name, part in split.get("by", {}).items():
+            yield step, name, part
 
 
 def conflict_and_curvature(record: RunRecord) -> list[Matrix | Chart]:
@@ -130,6 +129,4 @@ def balance(record: RunRecord) -> tuple[list[Chart], list[Mapping[str, Any]]]:
         *curves(record, "Prompts drawn anew", "redrawn.*", redrawn, smoothed=True),
         *curves(record, "Prompts that agree", "agreed.*", agreed, smoothed=True, percent=True),
     ]
-    told = [found.get("decisions") for _, found in record.found("monitor", "balance")]
-    decisions = [decision for found in told if isinstance(found, list) for decision in found]
-    return charts, decisions
+    return charts, [one for _, decisions in record.found("monitor", "balance", "decisions") for one in decisions]

@@ -89,8 +89,7 @@ class RunRecord:
         seen: dict[str, None] = dict.fromkeys((self.config or {}).get("domains", ()))
         for line in self.lines:
             for key in ("eval", "rewards"):
-                if isinstance(line.get(key), Mapping):  # elsewhere these may be one number
-                    seen.update(dict.fromkeys(line[key]))
+                seen.update(dict.fromkeys(line.get(key, ())))
         return list(seen)
 
     @cached_property
@@ -108,38 +107,35 @@ class RunRecord:
 
     @property
     def last_step(self) -> int:
-        return int(self.lines[-1]["step"])
+        step: int = self.lines[-1]["step"]
+        return step
 
     def series(self, *keys: str) -> list[tuple[int, float]]:
-        """(step, value) wherever `line[keys[0]][keys[1]]...` is a number."""
-        return [
-            (step, float(value))
-            for step, value in self._values(*keys)
-            if isinstance(value, (int, float)) and not isinstance(value, bool)
-        ]
+        """(step, number) wherever `line[keys[0]][keys[1]]...` is there."""
+        return [(step, float(value)) for step, value in self.found(*keys)]
 
-    def found(self, *keys: str) -> list[tuple[int, Mapping[str, Any]]]:
-        """(step, mapping) wherever there is one."""
-        return [(step, value) for step, value in self._values(*keys) if isinstance(value, Mapping)]
+    def found(self, *keys: str) -> list[tuple[int, Any]]:
+        """(step, value) wherever `line[keys[0]][keys[1]]...` is there; values have the forms of `shape.LINE`."""
+        out = []
+        for line in self.lines:
+            value: Any = line
+            for key in keys:
+                value = (value or {}).get(key)
+            if value is not None:
+                out.append((line["step"], value))
+        return out
 
     @cached_property
     def alerts(self) -> list[Mapping[str, Any]]:
         """Of the monitor, in order."""
-        return [a for _, told in self._values("monitor", "alerts") if isinstance(told, list) for a in told]
-
-    def _values(self, *keys: str) -> Iterator[tuple[int, Any]]:
-        for line in self.lines:
-            value: Any = line
-            for key in keys:
-                value = value.get(key) if isinstance(value, Mapping) else None
-            yield int(line["step"]), value
+        return [alert for _, alerts in self.found("monitor", "alerts") for alert in alerts]
 
 
 def _spans(lines: list[dict[str, Any]]) -> list[Span]:
     spans: list[Span] = []
     for line in lines:
-        name, step = line.get("stage"), int(line["step"])
-        if not isinstance(name, str):
+        name, step = line.get("stage"), line["step"]
+        if name is None:
             continue
         if spans and spans[-1].name == name:
             spans[-1] = Span(name, spans[-1].first, step)

@@ -6,7 +6,7 @@ Where a run recorded nothing, they write what it would need into `record.missing
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 from .chart import Chart, Line, Matrix, line_chart
 from .curves import SHARE, curves, moving
@@ -42,9 +42,8 @@ def interference(record: RunRecord) -> list[Matrix | Chart]:
         names.update(dict.fromkeys(gradients.get("norm", ())))
         for a, row in gradients.get("cosine", {}).items():
             for b, value in row.items():
-                if value is not None:
-                    pairs.setdefault((a, b), []).append((step, value))
-                    pairs.setdefault((b, a), []).append((step, value))
+                pairs.setdefault((a, b), []).append((step, value))
+                pairs.setdefault((b, a), []).append((step, value))
     order = [n for n in names if n != "batch"]
     batch = {n: pairs["batch", n] for n in order if ("batch", n) in pairs}
     if not order:
@@ -126,15 +125,14 @@ def reward_shares(record: RunRecord) -> list[Chart]:
 def _variance_shares(record: RunRecord) -> dict[str, list[tuple[int, float]]]:
     """Each domain's share of the squared distances of a batch's rewards to their prompts' means."""
     out: dict[str, list[tuple[int, float]]] = {}
-    for line in record.lines:
-        variance, share = line.get("reward_variance"), line.get("batch_share")
-        if not (isinstance(variance, Mapping) and isinstance(share, Mapping)):
-            continue
-        weighed = {n: v * share[n] for n, v in variance.items() if v is not None and share.get(n) is not None}
+    shares = dict(record.found("batch_share"))
+    for step, variance in record.found("reward_variance"):
+        share = shares.get(step, {})
+        weighed = {n: v * share[n] for n, v in variance.items() if n in share}
         total = sum(weighed.values())
         for name, value in weighed.items():
             if total > 0:
-                out.setdefault(name, []).append((int(line["step"]), value / total))
+                out.setdefault(name, []).append((step, value / total))
     return out
 
 
@@ -165,9 +163,9 @@ def guard_activity(record: RunRecord) -> list[Matrix | Chart]:
     columns = list(dict.fromkeys(n for r in reports.values() for n in r["domains"]))
     ends = [(stage, [report["domains"].get(n, {}) for n in columns]) for stage, report in reports.items()]
     displaced = [(stage, [d.get("net_displacement") for d in found]) for stage, found in ends]
-    captured = [(stage, [(d.get("capture") or {}).get("displacement") for d in found]) for stage, found in ends]
+    captured = [(stage, [d.get("capture", {}).get("displacement") for d in found]) for stage, found in ends]
     last, kinds = list(reports.values())[-1], ["aligned", "conflicting", "orthogonal"]
-    energies = [(n, [(d.get("energy") or {}).get(kind) for kind in kinds]) for n, d in last["domains"].items()]
+    energies = [(n, [d.get("energy", {}).get(kind) for kind in kinds]) for n, d in last["domains"].items()]
     along = "Along each protected domain's directions, relative to the recorded stage's own displacement."
     held = "Share of the recorded stage's squared displacement that its directions hold: what the guard can see of it."
     classes = "Of all updates that the guard saw: along and against what each domain's stage did, and neither."
@@ -180,7 +178,7 @@ def guard_activity(record: RunRecord) -> list[Matrix | Chart]:
         )
         if any(c is not None for _, cells in matrix.rows for c in cells)
     ]
-    windows = last.get("open_windows") or []
+    windows = last.get("open_windows")
     if windows:
         record.notes.append(f"Open windows at the end, protected by nothing: {', '.join(windows)}.")
     return out
@@ -193,9 +191,8 @@ def run_cost(record: RunRecord) -> tuple[list[tuple[str, float, float, int]], st
     """Per phase its name, seconds, share and number; and a sentence."""
     seconds: dict[str, float] = {}
     for _, phases in record.found("seconds"):
-        for phase, value in phases.items() if isinstance(phases, Mapping) else ():
-            if isinstance(value, (int, float)):
-                seconds[phase] = seconds.get(phase, 0.0) + value
+        for phase, value in phases.items():
+            seconds[phase] = seconds.get(phase, 0.0) + value
     total = sum(seconds.values())
     if total <= 0:
         return [], ""

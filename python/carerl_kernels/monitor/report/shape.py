@@ -83,14 +83,14 @@ def _fit(value: Any, shape: Any, place: str, faults: list[str]) -> Any:
         return printable(value)
     if shape == FLAG and isinstance(value, bool):
         return value
-    if isinstance(shape, list) and isinstance(value, (list, tuple)):
+    if isinstance(shape, list) and isinstance(value, list):
         return list(_entries(value, shape[0], place, faults))
     if isinstance(shape, Mapping) and isinstance(value, Mapping):
         out = {}
         for name, part in value.items():
-            known = shape.get(name, shape.get(EACH, _MISSING)) if isinstance(name, str) else _MISSING
+            known = shape.get(name, shape.get(EACH, _MISSING))
             if known is _MISSING:
-                out[printable(str(name))] = part
+                out[printable(name)] = part
                 continue
             fitted = _fit(part, known, f"{place}.{name}" if place else name, faults)
             if fitted is not _MISSING:

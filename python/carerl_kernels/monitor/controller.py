@@ -18,13 +18,15 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from dataclasses import KW_ONLY, asdict, dataclass, fields
+from typing import Any, Literal
+
+import pydantic
+from pydantic import Field
 
 _log = logging.getLogger(__name__)
 
 By = Literal["share", "weight"]
-_SETTINGS = ("by", "limit", "gain", "raise_at", "release_at", "rise", "fall", "hold", "errors")
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Decision:
         return f"{self.domain}, {points} its baseline at step {self.step}: factor {self.before:.2f} -> {self.after:.2f}"
 
 
+@pydantic.dataclasses.dataclass(eq=False)
 class Controller:
     """Factors of the domains' shares of the batch, or of their weights in the loss; see the module's text.
 
@@ -63,48 +66,33 @@ class Controller:
         errors: standard errors that are taken off a drop: "best" is the best of many evaluations, and chance made some of them.
 
     Raises:
-        ValueError: an argument out of range.
+        pydantic.ValidationError: an argument out of range; the message names it and says what was expected.
     """
 
-    def __init__(
-        self,
-        domains: Sequence[str],
-        *,
-        by: By = "share",
-        limit: float = 4.0,
-        gain: float = 20.0,
-        raise_at: float = 0.02,
-        release_at: float = 0.005,
-        rise: float = 1.5,
-        fall: float = 1.1,
-        hold: float = 1.4,
-        errors: float = 2.0,
-    ) -> None:
-        distinct = len(domains) > 1 and len(set(domains)) == len(domains) and not isinstance(domains, str)
-        for name, ok, found in (
-            ("domains", distinct, domains),
-            ("by", by in get_args(By), by),
-            ("limit", 1 < limit < math.inf, limit),
-            ("gain", gain > 0, gain),
-            ("raise_at", 0 <= release_at < raise_at < 1, (release_at, raise_at)),
-            ("rise", 1 < rise < math.inf, rise),
-            ("fall", 1 < fall < math.inf, fall),
-            ("hold", 1 <= hold < math.inf, hold),
-            ("errors", errors >= 0, errors),
-        ):
-            if not ok:
-                raise ValueError(f"Controller: {name} out of range, found {found!r}")
-        self.domains = tuple(domains)
-        self.by: By = by
-        self.limit, self.gain, self.errors = limit, gain, errors
-        self.raise_at, self.release_at, self.rise, self.fall, self.hold = raise_at, release_at, rise, fall, hold
+    domains: list[str] = Field(min_length=2)
+    _: KW_ONLY
+    by: By = "share"
+    limit: float = Field(default=4.0, gt=1, allow_inf_nan=False)
+    gain: float = Field(default=20.0, gt=0)
+    raise_at: float = Field(default=0.02, gt=0, lt=1)
+    release_at: float = Field(default=0.005, ge=0)
+    rise: float = Field(default=1.5, gt=1, allow_inf_nan=False)
+    fall: float = Field(default=1.1, gt=1, allow_inf_nan=False)
+    hold: float = Field(default=1.4, ge=1, allow_inf_nan=False)
+    errors: float = Field(default=2.0, ge=0)
+
+    def __post_init__(self) -> None:
+        if len(set(self.domains)) < len(self.domains):
+            raise ValueError(f"domains: expected distinct names, found {', '.join(self.domains)}")
+        if self.release_at >= self.raise_at:
+            raise ValueError(f"expected release_at below raise_at, found {self.release_at} and {self.raise_at}")
         self.factors = dict.fromkeys(self.domains, 1.0)
         self._acting = dict.fromkeys(self.domains, False)
 
     @property
     def settings(self) -> dict[str, Any]:
         """What decides its numbers, as JSON gives it back."""
-        return {"domains": list(self.domains), **{name: getattr(self, name) for name in _SETTINGS}}
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def weights(self, names: Sequence[str]) -> dict[str, float]:
         """Factors of these domains divided by their mean, so that raising one lowers the others."""

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from .._files import write_bytes_atomically
 from .._json import parse_json
@@ -29,23 +29,24 @@ from .prompts import completion_text
 from .reasoning import StripReasoning
 
 
-class RowScorer(Protocol):
+class RowScorer:
     """What scores rows; `settings` is everything besides the row that decides a reward."""
 
     settings: dict[str, Any]
 
     def check(self, row: Mapping[str, Any]) -> None:
         """Refuses (ValueError) a row that cannot be scored, before anything is."""
-        ...
 
-    def stream(self, rows: Sequence[Mapping[str, Any]]) -> AsyncIterator[tuple[int, dict[str, Any]]]: ...
+    def stream(self, rows: Sequence[Mapping[str, Any]]) -> AsyncIterator[tuple[int, dict[str, Any]]]:
+        """Results as they are ready, each with its row's number."""
+        raise NotImplementedError
 
     def summary(self) -> list[str]:
         """What is told at the end."""
-        ...
+        return []
 
 
-class JudgeRows:
+class JudgeRows(RowScorer):
     """Rows scored by a language model.
 
     Args:
@@ -69,9 +70,6 @@ class JudgeRows:
             "strip_reasoning": scorer.strip_reasoning,
         }
 
-    def check(self, row: Mapping[str, Any]) -> None:
-        """A judge takes any prompt, response and answer."""
-
     async def stream(self, rows: Sequence[Mapping[str, Any]]) -> AsyncIterator[tuple[int, dict[str, Any]]]:
         items = (Item(r["prompt"], completion_text(r["response"]), _answer(r)) for r in rows)
         async for number, score in self.scorer.stream(items):
@@ -92,7 +90,7 @@ class JudgeRows:
         return lines
 
 
-class VerifierRows:
+class VerifierRows(RowScorer):
     """Rows scored by a verifier, several at once in threads; the scores keep what it does with reasoning traces."""
 
     def __init__(
@@ -128,9 +126,6 @@ class VerifierRows:
                     yield await ready
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
-
-    def summary(self) -> list[str]:
-        return []
 
 
 def _answer(row: Mapping[str, Any]) -> str | None:

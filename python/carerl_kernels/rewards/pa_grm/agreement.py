@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from .scorer import Score
 
 
@@ -13,17 +15,9 @@ def rank_agreement(values: Sequence[float], truth: Sequence[float]) -> float:
     """Kendall's tau-b between two rankings of the same things, in [-1, 1]; 0 when one of them has no order at all."""
     if len(values) != len(truth):
         raise ValueError(f"rank_agreement: expected equally many numbers, found {len(values)} and {len(truth)}")
-    agree = ties_v = ties_t = pairs = 0
-    for i in range(len(values)):
-        for j in range(i):
-            a = (values[i] > values[j]) - (values[i] < values[j])
-            b = (truth[i] > truth[j]) - (truth[i] < truth[j])
-            agree += a * b
-            ties_v += a == 0
-            ties_t += b == 0
-            pairs += 1
-    scale = math.sqrt((pairs - ties_v) * (pairs - ties_t))
-    return agree / scale if scale else 0.0
+    orders = [np.sign(np.subtract.outer(v, v)) for v in (values, truth)]  # [n, n]: of every pair, which one is larger
+    scale = math.sqrt(math.prod(np.count_nonzero(order) for order in orders))
+    return float((orders[0] * orders[1]).sum()) / scale if scale else 0.0
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import torch
+
 from ..._loop import run_sync
 from ..log import LOGGER
+from ..normalize import standardized
 from ..prompts import Prompt, prompt_text
 from ..reasoning import StripReasoning, graded_text
 from .backend import Backend, BackendError, BackendRefusedError
@@ -279,18 +281,9 @@ class Scorer:
 
 def by_group(scores: Sequence[Score], groups: Sequence[object]) -> list[Score]:
     """Scores whose reward is the place among their group's: Phi((reward - mean) / std), 1/2 in a group without spread."""
-    rewards: dict[object, list[float]] = {}
-    for score, group in zip(scores, groups, strict=True):
-        if score.reward is not None:
-            rewards.setdefault(group, []).append(score.reward)
-    out = []
-    for score, group in zip(scores, groups, strict=True):
-        if score.reward is None:
-            out.append(score)
-            continue
-        own = rewards[group]
-        mean = sum(own) / len(own)
-        std = math.sqrt(sum((r - mean) ** 2 for r in own) / max(1, len(own) - 1))
-        z = (score.reward - mean) / std if std > 1e-9 else 0.0
-        out.append(replace(score, reward=0.5 * (1 + math.erf(z / math.sqrt(2)))))
-    return out
+    numbers = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+    judged = torch.tensor([score.reward is not None for score in scores], dtype=torch.bool)
+    rewards = torch.tensor([score.reward or 0.0 for score in scores], dtype=torch.float64)
+    z = standardized(rewards, torch.tensor([numbers[group] for group in groups], dtype=torch.long), judged)
+    places = torch.special.ndtr(z).tolist()
+    return [s if s.reward is None else replace(s, reward=place) for s, place in zip(scores, places, strict=True)]

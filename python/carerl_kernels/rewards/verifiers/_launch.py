@@ -216,6 +216,15 @@ def talk(launched: Launched, stdin: bytes, seconds: float, limit: int) -> tuple[
     return full, out, err
 
 
+def parsed_object(line: str | bytes | None) -> dict[str, Any] | None:
+    """The JSON object that a program wrote as a line; None for anything else that it may be."""
+    try:
+        found = None if line is None else json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def own_interpreter() -> str:
     """The one that runs this, outside of its virtual environment."""
     return getattr(sys, "_base_executable", None) or sys.executable

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..log import LOGGER
 from ..reasoning import StripReasoning, graded_text
+from ._launch import parsed_object
 from .fences import extract_code
 from .sandbox import Outcome, Sandbox, SandboxError
 
@@ -138,7 +139,7 @@ class CodeTests:
         ended = self.sandbox.run(_CALLS, stdin, {"solution.py": program}, parts=len(tests), budget=budget)
         results: list[bool] = []
         for test, line in zip(tests, ended.stdout.split("\n")[:-1], strict=False):
-            answer = _parsed(line)
+            answer = parsed_object(line) or {}
             right = "value" in answer and _same(answer["value"], test["expected"], self.tolerance)
             if not right:
                 said = answer.get("failed") or answer.get("error") or f"returned {line[:200]}"
@@ -181,15 +182,6 @@ def _problem(test: Any) -> str | None:
         except (TypeError, ValueError) as error:
             return f"expected values that JSON knows ({error})"
     return None
-
-
-def _parsed(line: str) -> Mapping[str, Any]:
-    """A line of the program as an object; anything else it may be is an empty one."""
-    try:
-        answer = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}
-    return answer if isinstance(answer, dict) else {}
 
 
 def _as_expected(ended: Outcome, test: Mapping[str, Any]) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..log import LOGGER
 from ..reasoning import StripReasoning, graded_text
 from .answers import Answer, beginnings, committed_answer, is_words, same_words
-from .numbers import Number, last_measure, number, plain, same_number
+from .numbers import Number, last_measure, number, plain, same_number, undelimited
 from .worker import Failed, Worker
 
 if TYPE_CHECKING:
@@ -134,12 +134,7 @@ def _read(answer: str) -> _Gold:
 
 def formula(text: str) -> str:
     """Mathematics as people write it, as LaTeX without its delimiters."""
-    text = plain(text).strip().strip("*`_").rstrip(".,;:").strip()
-    for begin, end in (("$$", "$$"), ("\\(", "\\)"), ("\\[", "\\]"), ("$", "$")):
-        if text.startswith(begin) and text.endswith(end) and len(text) > len(begin) + len(end):
-            text = text[len(begin) : -len(end)].strip()
-            break
-    text = _NAMES.sub(r"\\\1", text)
+    text = _NAMES.sub(r"\\\1", undelimited(plain(text).strip().strip("*`_")))
     for pattern, instead in _REWRITES:
         text = pattern.sub(instead, text)
     return text

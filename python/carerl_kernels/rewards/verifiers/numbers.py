@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
@@ -17,17 +18,7 @@ _PLAIN = str.maketrans(
     | dict.fromkeys("\u2044\u2215\u00f7", "/")
     | dict.fromkeys("\u00d7\u22c5\u00b7\u2219\u2217", "*")
     | {chr(0xFF01 + i): chr(0x21 + i) for i in range(94) if 0xFF01 + i != 0xFF0D}
-    | {
-        "½": " 1/2",
-        "⅓": " 1/3",
-        "⅔": " 2/3",
-        "¼": " 1/4",
-        "¾": " 3/4",
-        "⅕": " 1/5",
-        "⅛": " 1/8",
-        "⅜": " 3/8",
-        "⅝": " 5/8",
-    }
+    | {c: " " + unicodedata.normalize("NFKC", c).replace("\u2044", "/") for c in "½⅓⅔¼¾⅕⅛⅜⅝"}  # 1/2 and so on
     | {"°": " degrees", "π": r"\pi ", "∞": r"\infty ", "µ": "μ", "٫": ".", "−": "-"}
 )
 _SUPERSCRIPT = re.compile(r"[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]{1,20}")
@@ -134,7 +125,7 @@ def number(text: str, *, attached: bool = False) -> Number | None:
     """
     if len(text) > 4 * LONGEST:
         return None
-    text = " ".join(_undelimited(plain(text).strip(" *_`")).split())
+    text = " ".join(undelimited(plain(text).strip(" *_`")).split())
     if len(text) > LONGEST or not any(c.isdigit() for c in text):
         return None
     named = _NAMED.match(text)
@@ -223,7 +214,7 @@ def _decimal(text: str) -> Fraction:
     return Fraction(text.rstrip(".")) if text.strip("+-.") else Fraction(0)
 
 
-def _undelimited(text: str) -> str:
+def undelimited(text: str) -> str:
     """Without the delimiters of mathematics around it and a full stop behind it; a dollar sign before a number stays."""
     text = text.strip().rstrip(".,;:").strip()
     for begin, end in (("$$", "$$"), ("\\(", "\\)"), ("\\[", "\\]"), ("$", "$"), ("**", "**")):

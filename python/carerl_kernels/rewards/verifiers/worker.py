@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..log import LOGGER
-from ._launch import START_PATIENCE, Launched, own_interpreter
+from ._launch import START_PATIENCE, Launched, own_interpreter, parsed_object
 from ._usage import Usage
 from .sandbox import Sandbox, SandboxError, SandboxLimits
 
@@ -103,7 +103,7 @@ class Worker:
                 found = self._line(timeout / 2)
                 idle = found is None and usage.of_tree(str(pid)) - before < _BUSY
             line = found or b""
-        answer = _parsed(line)
+        answer = parsed_object(line)
         if answer is None:
             self._kill()
         return answer, idle
@@ -128,7 +128,7 @@ class Worker:
             child.stdin.write(self._running.header)
             child.stdin.flush()
             for job in ({}, *self._setup):
-                if (job and not self._send(job)) or _parsed(self._line(2 * START_PATIENCE)) is None:
+                if (job and not self._send(job)) or parsed_object(self._line(2 * START_PATIENCE)) is None:
                     raise SandboxError("it did not start")
         except (SandboxError, OSError) as error:
             self._kill()
@@ -167,14 +167,6 @@ class Worker:
                 running.stop(at_once=True)
             except SandboxError as error:
                 LOGGER.debug("a grader ended: %s", error)
-
-
-def _parsed(line: bytes | None) -> dict[str, Any] | None:
-    try:
-        answer = None if line is None else json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return answer if isinstance(answer, dict) else None
 
 
 @cache

@@ -15,7 +15,7 @@ import weakref
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 from ._json import parse_json
 
@@ -50,6 +50,16 @@ class Answer:
         return parse_json(self.body)
 
 
+class HttpLimits(TypedDict, total=False):
+    """The numbers that `RetryingClient` can be given."""
+
+    max_in_flight: int
+    timeout: float
+    attempts: int
+    backoff: float
+    max_backoff: float
+
+
 class RetryingClient:
     """Posts JSON to one server.
 
@@ -59,13 +69,13 @@ class RetryingClient:
     Args:
         url: What paths are relative to: http or https. A user and password in it are sent as such.
         key: Bearer token, or None. White space around it, as files leave it, is taken off.
+        log: Gets a line (INFO) for every retry.
         max_in_flight: Requests under way at once.
         timeout: Seconds for one attempt, from sending to the last byte.
         attempts: Tries of one request in all.
         backoff: Seconds before the first retry; doubles each time, up to `max_backoff`, each wait drawn between half and the
             whole. A Retry-After header counts instead, up to ten times `max_backoff`.
         max_backoff: Seconds.
-        log: Gets a line (INFO) for every retry.
 
     Attributes:
         url: The address as it was given, for messages: without its password.
@@ -81,12 +91,12 @@ class RetryingClient:
         url: str,
         *,
         key: str | None,
-        max_in_flight: int,
-        timeout: float,
-        attempts: int,
-        backoff: float,
-        max_backoff: float,
         log: logging.Logger,
+        max_in_flight: int = 64,
+        timeout: float = 120.0,
+        attempts: int = 6,
+        backoff: float = 0.5,
+        max_backoff: float = 30.0,
     ) -> None:
         try:
             import httpx

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
-from ..._http import Answer, RetryingClient, TryAgainError, raise_if_transient
+from ..._http import Answer, HttpLimits, RetryingClient, TryAgainError, raise_if_transient
 from ..._json import as_logprob
 from ..log import LOGGER
 from .backend import BackendError, BackendRefusedError, Meter, Reply, Request, Token
@@ -46,14 +46,10 @@ class Endpoint:
         url: Up to and including `/v1`.
         model: The model's name on the server.
         api_key: The key, by default the environment's CARERL_JUDGE_API_KEY, if any.
-        max_in_flight: Requests under way at once.
-        timeout: Seconds for one attempt, from sending to the last byte.
-        attempts: Tries of one request in all.
-        backoff: Seconds before the first retry; doubles each time, up to `max_backoff`, each wait drawn between half
-            and the whole. A Retry-After header counts instead, up to ten times `max_backoff`.
-        max_backoff: Seconds.
         top_logprobs: Alternatives per token to ask for; 0: none.
         price: Per million prompt and completion tokens.
+        limits: Of `RetryingClient`, which says what they mean: max_in_flight, timeout (seconds for one attempt), attempts,
+            backoff, max_backoff.
 
     Raises:
         ImportError: httpx is missing; says what to install.
@@ -65,25 +61,12 @@ class Endpoint:
         model: str,
         *,
         api_key: str | None = None,
-        max_in_flight: int = 64,
-        timeout: float = 120.0,
-        attempts: int = 6,
-        backoff: float = 0.5,
-        max_backoff: float = 30.0,
         top_logprobs: int = 20,
         price: tuple[float, float] = (0.0, 0.0),
+        **limits: Unpack[HttpLimits],
     ) -> None:
         key = os.environ.get("CARERL_JUDGE_API_KEY") if api_key is None else api_key
-        self._client = RetryingClient(
-            url,
-            key=key,
-            max_in_flight=max_in_flight,
-            timeout=timeout,
-            attempts=attempts,
-            backoff=backoff,
-            max_backoff=max_backoff,
-            log=LOGGER,
-        )
+        self._client = RetryingClient(url, key=key, log=LOGGER, **limits)
         self.url = self._client.url
         self.model, self.meter = model, Meter(price)
         self._top_logprobs = top_logprobs

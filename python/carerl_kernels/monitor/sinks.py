@@ -10,12 +10,10 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from .._files import json_line, write_bytes_atomically
-
-if TYPE_CHECKING:
-    from .domain import Alert
+from .domain import Alert
 
 
 class Sink(Protocol):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..task import BatchReward, Example, checked_rewards, group_numbers
-from .normalize import ROUNDING, Running, rank_in_group, spread_of, standardized
+from .normalize import ROUNDING, Running, rank_in_group, standardized
 
 Normalization = Literal["none", "group", "rank", "running"]
 
@@ -74,14 +74,12 @@ class Composition:
 
     Args:
         components: The components, with distinct names.
-        whiten: Divide the sum by its standard deviation over the batch, as GDPO does last: the step size then does not
-            depend on how many components there are.
 
     Raises:
         ValueError: Names repeat, or a gate names no component or itself.
     """
 
-    def __init__(self, components: Sequence[Component], *, whiten: bool = False) -> None:
+    def __init__(self, components: Sequence[Component]) -> None:
         names = [c.name for c in components]
         if not components or len(set(names)) != len(names):
             raise ValueError(f"Composition: expected components with distinct names, found {names}")
@@ -90,7 +88,7 @@ class Composition:
                 raise ValueError(
                     f"Composition: expected the gate of {c.name!r} among the others {names}, found {c.gate!r}"
                 )
-        self.components, self.whiten = tuple(components), whiten
+        self.components = tuple(components)
         self.last: Composed | None = None
         self.__name__ = "composition"
 
@@ -115,12 +113,7 @@ class Composition:
             else:
                 part = v
             parts[c.name] = c.weight * part.where(counts, v.new_zeros(()))
-        total = torch.stack(list(parts.values())).sum(0)
-        if self.whiten:
-            spread = spread_of(total[judged]) if bool(judged.any()) else 0.0
-            if spread > 0:
-                total, parts = total / spread, {name: part / spread for name, part in parts.items()}
-        return Composed(total, parts, judged)
+        return Composed(torch.stack(list(parts.values())).sum(0), parts, judged)
 
     def score_batch(self, examples: Sequence[Example], completions: Sequence[str]) -> list[float | None]:
         """Normalised rewards of a batch, in the groups of `group_numbers`. `last` keeps the parts for reports."""
@@ -151,8 +144,7 @@ class Composition:
     @property
     def compares(self) -> bool:
         """Whether rewards come from comparing completions with one another."""
-        kinds = {c.normalize for c in self.components} & {"group", "rank"}
-        return bool(kinds) or self.whiten or any(getattr(c.reward, "compares", False) for c in self.components)
+        return any(c.normalize in ("group", "rank") or getattr(c.reward, "compares", False) for c in self.components)
 
     def state_dict(self) -> dict[str, Any]:
         """Running statistics, for checkpoints."""

@@ -210,14 +210,19 @@ def score_file(
         asyncio.run(work())
     lines = []
     for row, key in zip(rows, keys, strict=True):
-        result = dict(known[key])
-        lines.append(json.dumps(row | {"reward": result.pop("reward"), "judgement": {"key": key} | result}) + "\n")
+        lines.append(json.dumps(row | _as_written(key, known[key])) + "\n")
     write_bytes_atomically(target, "".join(lines).encode())
     partial.unlink(missing_ok=True)
     rewards = [known[k]["reward"] for k in keys]
     excluded = Counter(str(known[k].get("reason")) for k in keys if known[k]["reward"] is None)
     judged = [r for r in rewards if r is not None]
     return Report(len(rows), len(wanted), excluded, sum(judged) / len(judged) if judged else math.nan)
+
+
+def _as_written(key: str, result: Mapping[str, Any]) -> dict[str, Any]:
+    """A result as both files have it: the reward by itself, all else with the row's key under "judgement"."""
+    rest = {name: value for name, value in result.items() if name != "reward"}
+    return {"reward": result["reward"], "judgement": {"key": key} | rest}
 
 
 def _known(target: Path, partial: Path, wanted: set[str]) -> dict[str, dict[str, Any]]:
@@ -229,12 +234,8 @@ def _known(target: Path, partial: Path, wanted: set[str]) -> dict[str, dict[str,
         for line in path.read_bytes().splitlines():
             try:
                 entry = parse_json(line)
-                if path is target:
-                    judgement = dict(entry["judgement"])
-                    key, result = judgement.pop("key"), {"reward": entry["reward"]} | judgement
-                else:
-                    key, result = entry["key"], entry["result"]
-                    result["reward"]
+                judgement = dict(entry["judgement"])
+                key, result = judgement.pop("key"), {"reward": entry["reward"]} | judgement
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue  # the last line of a run that was killed, or a file that is not ours
             if key in wanted and result["reward"] is not None:
@@ -251,7 +252,7 @@ def _appending(path: Path) -> Iterator[Callable[[str, dict[str, Any]], None]]:
             file.write(b"\n")  # after a line that was cut short
 
         def append(key: str, result: dict[str, Any]) -> None:
-            file.write(json.dumps({"key": key, "result": result}).encode() + b"\n")
+            file.write(json.dumps(_as_written(key, result)).encode() + b"\n")
             file.flush()
 
         yield append

@@ -8,8 +8,8 @@ from typing import Any
 
 from ...grpo.balance import DOMINATES
 from .chart import Chart, Matrix
-from .curves import SHARE, curves
 from .record import RunRecord
+from .sections import SHARE, curves
 
 
 @dataclass(frozen=True)

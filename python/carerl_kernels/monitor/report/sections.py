@@ -1,4 +1,4 @@
-"""The parts of the page below the domains: interference, rewards and shares, guard, cost.
+"""The parts of the page below the domains: interference, rewards and shares, guard, cost; and the curves they are made of.
 
 Where a run recorded nothing, they write what it would need into `record.missing`.
 """
@@ -6,10 +6,10 @@ Where a run recorded nothing, they write what it would need into `record.missing
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
-from .chart import Chart, Line, Matrix, line_chart
-from .curves import SHARE, curves, moving
+from .chart import Chart, Line, Matrix, Points, line_chart, smooth
 from .record import RunRecord, Span
 
 PHASES = {
@@ -24,6 +24,47 @@ PHASES = {
     "save": "checkpoints",
     "other": "training",
 }
+SHARE: dict[str, Any] = {"y_range": (0.0, 1.0), "percent": True}
+
+
+def curves(
+    record: RunRecord,
+    title: str,
+    of: str | Mapping[str, Points],
+    caption: str = "",
+    names: Sequence[str] | None = None,
+    *,
+    smoothed: bool = False,
+    **look: Any,
+) -> list[Chart]:
+    """A chart with a line per name; none where nothing of it was recorded.
+
+    Args:
+        record: What is known of the run.
+        title, caption: Those of the figure.
+        of: Where the figures are in a line of the metrics, "*" standing for the name ("monitor.budget.step.*"); or the
+            points of every name.
+        names: The lines' names; the domains by default.
+        smoothed: A moving average over a thirtieth of the run.
+        look: Further arguments of `line_chart`.
+    """
+    window = moving(record) if smoothed else 1
+    lines = []
+    for i, name in enumerate(record.domains if names is None else names):
+        if isinstance(of, str):
+            points: Points = record.series(*(name if key == "*" else key for key in of.split(".")))
+        else:
+            points = of.get(name, [])
+        lines.append(Line(name, smooth(points, window), i))
+    if not any(line.points for line in lines):
+        return []
+    return [line_chart(title, lines, stages=record.stages, caption=caption, **look)]
+
+
+def moving(record: RunRecord) -> int:
+    """Steps of the moving average."""
+    return max(1, len(record.lines) // 30)
+
 
 # -------------------------------------------------------------------------------------------------------------- interference
 

@@ -7,11 +7,12 @@ import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from ..._loop import run_sync
+from ...task import Example, group_numbers
 from ..log import LOGGER
 from ..normalize import standardized
 from ..prompts import Prompt, prompt_text
@@ -23,9 +24,6 @@ from .judge import Judge, Verdict
 from .protocol import Limits, Protocol
 from .signs import REPORT, signs, without_signs
 from .untrusted import Controls
-
-if TYPE_CHECKING:
-    from ...task import Example
 
 Calibration = Literal["scale", "anchors", "group"]
 OnSigns = Literal["lower", "zero", "note"]
@@ -269,8 +267,6 @@ class Scorer:
             BackendRefusedError: The backend refuses whatever it is asked. All else that a server does wrong is a None.
             OSError: The cache's file cannot be read or written.
         """
-        from ...task import group_numbers
-
         items = [Item(e.prompt, text, e.answer) for e, text in zip(examples, completions, strict=True)]
         return [s.reward for s in run_sync(self.score_all(items, groups=group_numbers(examples)))]
 

@@ -6,20 +6,19 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ...task import Example
 from ..log import LOGGER
 from ..reasoning import StripReasoning, graded_text
 from ._launch import parsed_object
 from .fences import extract_code
 from .sandbox import Outcome, Sandbox, SandboxError
 
-if TYPE_CHECKING:
-    from ...task import Example
-
 _CALLS = Path(__file__).with_name("_calls.py").read_text(encoding="utf-8")
 _ASSERT = "_assert.py"
 _MARK = "all tests passed"
+_TOLERANCE = 1e-6  # of numbers that a call returns
 _KINDS = ("stdout", "call", "assert")
 _MISTAKEN = {"arg", "arguments", "input", "inputs", "kwarg", "output", "outputs", "result", "return", "returns"}
 
@@ -32,8 +31,8 @@ class CodeTests:
     - {"stdin": text, "stdout": text}: the program is run; what it prints is compared line by line, blanks at the ends of
       lines and blank lines at the end aside.
     - {"call": name, "args": [...], "kwargs": {...}, "expected": value}: the function, or method of a class Solution, is called;
-      values are JSON (a tuple is a list), numbers compared to `tolerance`. Each call has the sandbox's limits of time to
-      itself.
+      values are JSON (a tuple is a list), numbers compared to a relative and absolute tolerance of 1e-6. Each call has the
+      sandbox's limits of time to itself.
     - {"assert": program text}: run after the solution in its module, passed if it ends without an exception. The weakest kind:
       a solution can look at the tests, or end the interpreter and look like success; prefer the others.
 
@@ -42,7 +41,6 @@ class CodeTests:
     Args:
         sandbox: Where programs run; by default one that refuses to run anything without isolation.
         partial: The share of tests passed instead of all or nothing.
-        tolerance: Relative and absolute, of numbers.
         budget: Seconds, of processor time and of the clock, that all tests of a completion may take; those beyond have
             failed.
         strip_reasoning: See `rewards.reasoning.strip_reasoning`; an unfinished trace is worth 0.
@@ -55,12 +53,11 @@ class CodeTests:
         sandbox: Sandbox | None = None,
         *,
         partial: bool = False,
-        tolerance: float = 1e-6,
         budget: float = 60.0,
         strip_reasoning: StripReasoning = True,
     ) -> None:
         self.sandbox = sandbox or Sandbox()
-        self.partial, self.tolerance, self.budget = partial, tolerance, budget
+        self.partial, self.budget = partial, budget
         self.strip_reasoning = strip_reasoning
         self.__name__ = "code_tests"
 
@@ -121,7 +118,10 @@ class CodeTests:
                 break
             ended = self._run(program, test, left)
             left -= ended.used
-            passed[i] = _as_expected(ended, test)
+            if ended.status == "ok" and "stdout" in test:
+                passed[i] = _lines(ended.stdout) == _lines(str(test["stdout"]))
+            elif ended.status == "ok":
+                passed[i] = ended.stdout.endswith("\n" + _MARK)
             if not passed[i]:
                 LOGGER.debug("test %d failed: %s %s", i, ended.status, ended.stderr[-500:])
                 if not self.partial:
@@ -140,7 +140,7 @@ class CodeTests:
         results: list[bool] = []
         for test, line in zip(tests, ended.stdout.split("\n")[:-1], strict=False):
             answer = parsed_object(line) or {}
-            right = "value" in answer and _same(answer["value"], test["expected"], self.tolerance)
+            right = "value" in answer and _same(answer["value"], test["expected"])
             if not right:
                 said = answer.get("failed") or answer.get("error") or f"returned {line[:200]}"
                 LOGGER.debug("%s: %s", test["call"], said)
@@ -184,17 +184,11 @@ def _problem(test: Any) -> str | None:
     return None
 
 
-def _as_expected(ended: Outcome, test: Mapping[str, Any]) -> bool:
-    if "stdout" in test and ended.status == "ok":
-        return _lines(ended.stdout) == _lines(str(test["stdout"]))
-    return ended.status == "ok" and ended.stdout.endswith("\n" + _MARK)
-
-
 def _lines(text: str) -> str:
     return "\n".join(line.rstrip() for line in text.split("\n")).rstrip("\n")
 
 
-def _same(found: Any, expected: Any, tolerance: float) -> bool:
+def _same(found: Any, expected: Any) -> bool:
     """Equality of JSON values; true is not 1, and lists may have been tuples."""
     if isinstance(found, bool) or isinstance(expected, bool) or found is None or expected is None:
         return found is expected
@@ -202,19 +196,19 @@ def _same(found: Any, expected: Any, tolerance: float) -> bool:
         if isinstance(found, int) and isinstance(expected, int):
             return found == expected
         try:
-            return math.isclose(found, expected, rel_tol=tolerance, abs_tol=tolerance)
+            return math.isclose(found, expected, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
         except OverflowError:  # an integer beyond every float
             return False
     if isinstance(expected, (list, tuple)):
         return (
             isinstance(found, list)
             and len(found) == len(expected)
-            and all(_same(a, b, tolerance) for a, b in zip(found, expected, strict=True))
+            and all(_same(a, b) for a, b in zip(found, expected, strict=True))
         )
     if isinstance(expected, dict):
         return (
             isinstance(found, dict)
             and found.keys() == {str(k) for k in expected}
-            and all(_same(found[str(k)], v, tolerance) for k, v in expected.items())
+            and all(_same(found[str(k)], v) for k, v in expected.items())
         )
     return type(found) is type(expected) and found == expected

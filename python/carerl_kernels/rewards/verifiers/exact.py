@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from ...task import Example
 from ..reasoning import StripReasoning, graded_text
-
-if TYPE_CHECKING:
-    from ...task import Example
 
 
 def exact_match(example: Example, completion: str, *, strip_reasoning: StripReasoning = True) -> float:

@@ -6,13 +6,11 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ...task import Example
 from ..reasoning import StripReasoning, graded_text
 from .fences import fenced_blocks
-
-if TYPE_CHECKING:
-    from ...task import Example
 
 Check = Callable[..., bool]
 CHECKS: dict[str, Check] = {}

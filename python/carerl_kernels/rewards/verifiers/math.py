@@ -7,16 +7,13 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from ...task import Example
 from ..log import LOGGER
 from ..reasoning import StripReasoning, graded_text
 from .answers import Answer, beginnings, committed_answer, is_words, same_words
 from .numbers import Number, last_measure, number, plain, same_number, undelimited
 from .worker import Failed, Worker
-
-if TYPE_CHECKING:
-    from ...task import Example
 
 # What people write without LaTeX, as LaTeX.
 _NAMES = re.compile(

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, get_args
 import typer
 
 from ._command import Json, plain_errors, show_json, size
-from .basis_record import record
+from ._rows import read_rows
+from .basis_record import load, record
 
 basis = typer.Typer(
     help="Basis files: record, inspect, validate, merge, quantize; plan what a kind costs.", no_args_is_help=True
@@ -144,7 +145,22 @@ def validate(
 ) -> None:
     """Does a basis explain fresh gradients of its domain better than random directions? Similar is not functional."""
     with plain_errors("basis validate", "train"):
-        result = _validate(file, model, prompts, batch, gradients, seed)
+        from .guard.validate import validate as validated
+        from .logprobs import answer_loss
+        from .subspace import StoredBasis
+        from .task import Example
+        from .text import special_tokens
+
+        stored = StoredBasis.load(file)
+        rows = read_rows(prompts, ("prompt", "answer"))
+        examples = [Example(row["prompt"], answer=str(row["answer"])) for row in rows]
+        network, tokenizer = load(model)
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(name in stored.info.names)
+        tokens = special_tokens(tokenizer, network)
+        batches = [examples[i : i + batch] for i in range(0, len(examples) - batch + 1, batch)][:gradients]
+        losses = [partial(answer_loss, network, tokenizer, part, tokens) for part in batches]
+        result = validated(stored, network, losses, seed)
     if as_json:
         show_json(result.as_dict())
         return
@@ -153,28 +169,6 @@ def validate(
         f"(95 % interval {result.low:.2%} to {result.high:.2%})"
     )
     typer.echo(f"  random directions of equal number: {result.random:.2%}; verdict: {result.verdict}")
-
-
-def _validate(file: Path, folder: Path, prompts: Path, batch: int, gradients: int, seed: int) -> Any:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from ._rows import read_rows
-    from .grpo import Example
-    from .guard.validate import validate as validated
-    from .logprobs import answer_loss
-    from .subspace import StoredBasis
-    from .text import special_tokens
-
-    stored = StoredBasis.load(file)
-    examples = [Example(row["prompt"], answer=str(row["answer"])) for row in read_rows(prompts, ("prompt", "answer"))]
-    network = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-    for name, parameter in network.named_parameters():
-        parameter.requires_grad_(name in stored.info.names)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    tokens = special_tokens(tokenizer, network)
-    batches = [examples[i : i + batch] for i in range(0, len(examples) - batch + 1, batch)][:gradients]
-    losses = [partial(answer_loss, network, tokenizer, part, tokens) for part in batches]
-    return validated(stored, network, losses, seed)
 
 
 basis.command()(record)

@@ -56,7 +56,7 @@ def record(
         rows = list(read_rows(prompts, ("prompt",), check))
         if not rows:
             raise ValueError(f"prompts {prompts}: expected at least one row, found none")
-        network, tokenizer = _load(model, dtype, device)
+        network, tokenizer = load(model, dtype, device)
         shown = [encode(tokenizer, row["prompt"]) for row in rows]
         if answers == "given":
             end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -113,7 +113,12 @@ def _check_answer(row: dict[str, Any], field: str) -> None:
         )
 
 
-def _load(folder: Path, dtype: str, device: str) -> tuple[Any, Any]:
+def load(folder: Path, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
+    """Model, without dropout, and tokenizer of a folder.
+
+    Raises:
+        FileNotFoundError, ValueError: There is none that loads, or no such device; says so under the option's name.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -126,7 +131,7 @@ def _load(folder: Path, dtype: str, device: str) -> tuple[Any, Any]:
         raise ValueError(f"--device: expected a device that is there, found {device!r} ({error})") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=getattr(torch, dtype))
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype)
     except Exception as error:  # whatever a damaged folder makes transformers raise
         raise ValueError(f"model {folder}: expected a model and a tokenizer that load, found {error}") from error
     return model.to(where).eval(), tokenizer

@@ -38,7 +38,14 @@ def collect() -> dict[str, Any]:
     """Everything `carerl info --json` prints. Needs no compiler, GPU or optional package, and imports none."""
     return {
         "versions": {"carerl_kernels": __version__, "python": platform.python_version(), **_versions()},
-        "machine": _machine(),
+        "machine": {
+            "platform": f"{platform.system()} {platform.machine()}",
+            "cpu_isa": _host_call("select_isa"),
+            "cpu_isas_supported": _host_call("supported_isas"),
+            "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        },
         "build": _host_call("build_info"),
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         "backends": {
@@ -67,17 +74,6 @@ def _host_call(name: str) -> Any:
         return None
     except RuntimeError as error:
         return str(error)
-
-
-def _machine() -> dict[str, Any]:
-    return {
-        "platform": f"{platform.system()} {platform.machine()}",
-        "cpu_isa": _host_call("select_isa"),
-        "cpu_isas_supported": _host_call("supported_isas"),
-        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-    }
 
 
 def _served(op: str) -> dict[str, Any]:

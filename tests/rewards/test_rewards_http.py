@@ -265,7 +265,6 @@ def test_tokens_and_cost_are_counted(server):
     assert meter.calls == 2 and meter.prompt_tokens == prompt and meter.completion_tokens > 20
     assert meter.cost == pytest.approx((2 * prompt + 10 * meter.completion_tokens) / 1e6)
     assert str(meter).startswith(f"2 calls, {prompt} + ") and "cost" in s.usage()
-    assert meter.as_dict()["cost"] == meter.cost
 
 
 # ------------------------------------------------------------------------------------------------------------ steering

@@ -54,7 +54,8 @@ class MonitorCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = state.global_step
-        saved = _processes().on_first(lambda: self._saved(args, step)) if step else None
+        processes = Ranks(dist.group.WORLD if dist.is_available() and dist.is_initialized() else None)
+        saved = processes.on_first(lambda: self._saved(args, step)) if step else None
         if saved is not None:
             self.monitor.load_state_dict(saved)
             self._logs, self._next = {}, step + 1
@@ -126,8 +127,3 @@ class MonitorCallback(TrainerCallback):
             logs, self._logs = self._logs, {}
             self.monitor.step(step, logs, losses=self._values if self.losses else None)
             self._next = step + 1
-
-
-def _processes() -> Ranks:
-    """All that train together, whatever spreads the model over them."""
-    return Ranks(dist.group.WORLD if dist.is_available() and dist.is_initialized() else None)

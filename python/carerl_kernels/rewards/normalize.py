@@ -58,7 +58,7 @@ class Running:
         v = values.double()
         centre = float(v.median())
         apart = (v - centre).abs().clamp(max=torch.finfo(torch.float64).max)
-        own = spread_of(v)
+        own = moments(v)[1]
         self.strange = self.strange + 1 if own < self.std / 100 else 0 if own else self.strange
         if own and self.strange >= self.STRANGE:
             self.weight, self.std, self.strange = 0.0, 0.0, 0
@@ -69,10 +69,10 @@ class Running:
         before = self.decay * self.weight
         self.weight = before + 1 - self.decay
         old, new = before / self.weight, (1 - self.decay) / self.weight
-        mean = mean_of(v)
+        mean, spread = moments(v)
         # variance of the mixture, without squaring what may be 1e200
         self.std = math.hypot(
-            math.sqrt(old) * self.std, math.sqrt(new) * spread_of(v), math.sqrt(old * new) * (mean - self.mean)
+            math.sqrt(old) * self.std, math.sqrt(new) * spread, math.sqrt(old * new) * (mean - self.mean)
         )
         self.mean = old * self.mean + new * mean
 
@@ -90,17 +90,11 @@ class Running:
             setattr(self, name, state[name])
 
 
-def mean_of(values: Tensor) -> float:
-    """Of finite values, however large."""
-    size = float(values.abs().max())
-    return float((values / size).mean()) * size if size else 0.0
-
-
-def spread_of(values: Tensor) -> float:
-    """Of finite values around their mean, however large or close; 0 where they differ by rounding alone."""
-    size = float(values.abs().max())
-    spread = float((values / size).std(correction=0)) if size else 0.0
-    return spread * size if spread > ROUNDING else 0.0
+def moments(values: Tensor) -> tuple[float, float]:
+    """Mean and standard deviation of finite values, however large; the latter is 0 where they differ by rounding alone."""
+    size = float(values.abs().max()) or 1.0
+    spread = float((values / size).std(correction=0))
+    return float((values / size).mean()) * size, spread * size if spread > ROUNDING else 0.0
 
 
 def standardized(values: Tensor, groups: Tensor, judged: Tensor) -> Tensor:

@@ -13,9 +13,8 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,14 +196,19 @@ def score_file(
     first = {k: i for i, k in reversed(list(enumerate(keys)))}
 
     async def work() -> None:
-        done = 0
-        with _appending(partial) as append:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "ab") as file:
+            if file.tell() and not partial.read_bytes().endswith(b"\n"):
+                file.write(b"\n")  # after a line that was cut short
+            done = 0
             async for number, result in scorer.stream([rows[first[k]] for k in wanted]):
                 known[wanted[number]] = result
-                append(wanted[number], result)
+                file.write(json.dumps(_as_written(wanted[number], result)).encode() + b"\n")
+                file.flush()  # a killed run loses nothing it was paid for
                 done += 1
                 if progress is not None:
                     progress(done, len(wanted), result)
+            os.fsync(file.fileno())
 
     if wanted:
         asyncio.run(work())
@@ -241,19 +245,3 @@ def _known(target: Path, partial: Path, wanted: set[str]) -> dict[str, dict[str,
             if key in wanted and result["reward"] is not None:
                 known[key] = result
     return known
-
-
-@contextmanager
-def _appending(path: Path) -> Iterator[Callable[[str, dict[str, Any]], None]]:
-    """Appends results to the partial file, each flushed: a killed run loses nothing it was paid for."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
-        if file.tell() and not path.read_bytes().endswith(b"\n"):
-            file.write(b"\n")  # after a line that was cut short
-
-        def append(key: str, result: dict[str, Any]) -> None:
-            file.write(json.dumps(_as_written(key, result)).encode() + b"\n")
-            file.flush()
-
-        yield append
-        os.fsync(file.fileno())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 from ..._errors import PlainError
@@ -75,12 +75,10 @@ class Backend(Protocol):
     @property
     def model(self) -> str:
         """Names the model in cache keys and traces."""
-        ...
 
     @property
     def meter(self) -> Meter:
         """What was used so far."""
-        ...
 
     async def complete(self, request: Request) -> Reply:
         """One reply.
@@ -89,7 +87,6 @@ class Backend(Protocol):
             BackendError: None, after retries.
             BackendRefusedError: None, and there will never be one.
         """
-        ...
 
 
 @dataclass
@@ -119,12 +116,6 @@ class Meter:
         self.prompt_tokens += prompt_tokens
         self.completion_tokens += completion_tokens
         LOGGER.debug("judge call %d: %d prompt and %d completion tokens", self.calls, prompt_tokens, completion_tokens)
-
-    def as_dict(self) -> dict[str, float]:
-        """For records."""
-        values = asdict(self)
-        del values["price"]
-        return values | {"cost": self.cost}
 
     def __str__(self) -> str:
         text = f"{self.calls} calls, {self.prompt_tokens} + {self.completion_tokens} tokens"

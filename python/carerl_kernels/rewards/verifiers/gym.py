@@ -19,7 +19,8 @@ from ...task import Domain, Example
 from ..log import LOGGER
 from ..reasoning import StripReasoning, graded_text
 from .answers import tagged_answer
-from .worker import Failed, Worker
+from .sandbox import SandboxError
+from .worker import Worker
 
 # Ready mixtures: what a small model can begin to learn, by skill.
 GYM_DOMAINS: dict[str, tuple[str, ...]] = {
@@ -136,7 +137,7 @@ class GymReward:
         job = {"task": task, "answer": answer, "entry": _packed(example.info["entry"]), "seconds": 0.8 * self.timeout}
         try:
             graded = self._worker.ask(job | {"evaluates": evaluates(task)})
-        except Failed as error:
+        except SandboxError as error:
             LOGGER.warning("not judged: %s", error)
             return None
         if graded is None:

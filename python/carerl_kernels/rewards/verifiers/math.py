@@ -13,7 +13,8 @@ from ..log import LOGGER
 from ..reasoning import StripReasoning, graded_text
 from .answers import Answer, beginnings, committed_answer, is_words, same_words
 from .numbers import Number, last_measure, number, plain, same_number, undelimited
-from .worker import Failed, Worker
+from .sandbox import SandboxError
+from .worker import Worker
 
 # What people write without LaTeX, as LaTeX.
 _NAMES = re.compile(
@@ -76,7 +77,7 @@ class MathMatch:
         if gold.number is None and not gold.words:
             try:
                 self._verified(gold, example, None)
-            except Failed as error:
+            except SandboxError as error:
                 LOGGER.warning("not checked: %s", error)
 
     def __call__(self, example: Example, completion: str) -> float | None:
@@ -98,7 +99,7 @@ class MathMatch:
                 return float(same_number(gold.number, found))
         try:
             return float(self._verified(gold, example, answer))
-        except Failed as error:
+        except SandboxError as error:
             LOGGER.warning("not judged: %s", error)
             return None
 

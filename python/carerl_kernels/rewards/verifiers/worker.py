@@ -26,10 +26,6 @@ MAX_REPLY = 1 << 20
 _BUSY = 0.1  # seconds of processor time below which a silent grader was kept waiting by the machine
 
 
-class Failed(RuntimeError):
-    """The grader cannot be run, or the machine is too busy for it; says nothing about the text."""
-
-
 class Worker:
     """A grader that answers JSON lines with JSON lines.
 
@@ -75,14 +71,14 @@ class Worker:
         """The grader's answer; None if it took too long over this job, or died of it.
 
         Raises:
-            Failed: No grader can be had, or the machine is too busy.
+            SandboxError: No grader can be had, or the machine is too busy.
         """
         with self._lock:
             for patience in (1.0, 4.0):
                 answer, idle = self._ask_once(job, patience * self.timeout)
                 if answer is not None or not idle:
                     return answer
-        raise Failed("the machine is too busy for the grader")
+        raise SandboxError("the machine is too busy for the grader")
 
     def close(self) -> None:
         """Ends the process; the next call starts another."""
@@ -132,7 +128,7 @@ class Worker:
                     raise SandboxError("it did not start")
         except (SandboxError, OSError) as error:
             self._kill()
-            raise Failed(f"the grader cannot be run: {error}") from error
+            raise SandboxError(f"the grader cannot be run: {error}") from error
 
     def _send(self, job: Mapping[str, Any]) -> bool:
         assert self._running is not None and self._running.child.stdin is not None

@@ -124,10 +124,6 @@ def _float(digits: str) -> float:
     return value
 
 
-def _constant(name: str) -> float:
-    raise ValueError(f"expected finite numbers, found {name}")
-
-
 def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, value in pairs:
@@ -137,10 +133,9 @@ def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
-_PLAIN = json.JSONDecoder(parse_float=_float, parse_int=_integer, parse_constant=_constant)
-_UNIQUE = json.JSONDecoder(
-    parse_float=_float, parse_int=_integer, parse_constant=_constant, object_pairs_hook=_no_twins
-)
+_FINITE: dict[str, Any] = {"parse_float": _float, "parse_int": _integer, "parse_constant": _float}
+_PLAIN = json.JSONDecoder(**_FINITE)
+_UNIQUE = json.JSONDecoder(**_FINITE, object_pairs_hook=_no_twins)
 _LENIENT = json.JSONDecoder(
     parse_float=lambda digits: value if math.isfinite(value := float(digits)) else None,
     parse_int=lambda digits: int(digits) if len(digits) <= DIGITS else None,

@@ -85,7 +85,11 @@ class AdvantageBalance(TrainerCallback):
             shares = {name: square / total if total > 0 else 0.0 for name, square in energy.items()}
             logs |= {f"domain/{name}/step_share": share for name, share in shares.items()}
             logs["domination"] = domination_of(shares)
-            self._tell(shares)
+            self._recent = [*self._recent, shares][-LOUD_OVER:]
+            told = None if self._warned else loud(self._recent, "scale_rewards='group'")
+            if told is not None:
+                self._warned = True
+                _log.warning("%s", told)
         return advantages, logs
 
     def _energy(self, advantages: Tensor, ids: Tensor, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
@@ -95,13 +99,6 @@ class AdvantageBalance(TrainerCallback):
         sums.index_add_(0, ids, torch.stack([squares, torch.ones_like(squares)], 1))
         found = reduce(sums).tolist()
         return {name: square for name, (square, count) in zip(self.names, found, strict=True) if count}
-
-    def _tell(self, shares: dict[str, float]) -> None:
-        self._recent = [*self._recent, shares][-LOUD_OVER:]
-        told = None if self._warned else loud(self._recent, "scale_rewards='group'")
-        if told is not None:
-            self._warned = True
-            _log.warning("%s", told)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.norms is not None and state.is_world_process_zero:

@@ -84,10 +84,6 @@ class GuardCallback(TrainerCallback):
         """Whether the trainer's clipping has to wait for the guard's edit."""
         return self.guard is not None and self.guard.apply_to == "grad"
 
-    def owner(self) -> str | Collection[str] | None:
-        """Whose step comes next."""
-        return self._domain() if callable(self._domain) else self._domain
-
     def metrics(self) -> dict[str, float]:
         """The guard's report as flat numbers for a log."""
         return {} if self.guard is None else flat_numbers(self.guard.report())
@@ -140,7 +136,8 @@ class GuardCallback(TrainerCallback):
                 with guard.probe(name):
                     self.probe_loss(kwargs["model"], name).backward()
         if self._domain is not None:
-            self._step.enter_context(guard.domain(self.owner()))
+            domain = self._domain() if callable(self._domain) else self._domain
+            self._step.enter_context(guard.domain(domain))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Corrects the weights where the optimizer is not followed."""

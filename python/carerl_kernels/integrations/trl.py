@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,7 +99,7 @@ class CareMixin(_Trainer):
         self._balance = AdvantageBalance(balance, self.domain_names)
         self.add_callback(self._balance)
         self.own_answers: OwnAnswers | None = None
-        self._rewards: Tensor | None = None  # of the generation batch, by function, of all processes
+        self._rewards: Any = None  # of the generation batch, by function, of all processes
         if self_rehearsal_weight:
             self.own_answers = OwnAnswers(self, self_rehearsal_weight, self_rehearsal_size, self_rehearsal_batch)
             self.add_callback(self.own_answers)
@@ -116,27 +117,24 @@ class CareMixin(_Trainer):
             self._signature_columns = [*self._signature_columns, self.domain_column]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if not self.domain_names:
-            output = super()._generate_and_score_completions(inputs)
-            if self.model.training:
-                self._keep_right(output, ["all"] * len(inputs))
-            return output
-        ids = torch.tensor([self._domain_id(row) for row in inputs], device=self.accelerator.device)
-        self._batch_ids = self.accelerator.gather(ids)
+        ids: Tensor | None = None
+        if self.domain_names:
+            ids = torch.tensor([self._domain_id(row) for row in inputs], device=self.accelerator.device)
+            self._batch_ids = self.accelerator.gather(ids)
         output = super()._generate_and_score_completions(inputs)
-        output["domain_ids"] = ids  # shuffled and split with the batch by TRL
-        if self.model.training:
-            total = lambda sums: self.accelerator.reduce(sums, "sum")  # noqa: E731
+        if ids is not None:
+            output["domain_ids"] = ids  # shuffled and split with the batch by TRL
+        if not self.model.training:
+            return output
+        if ids is not None:
+            total = partial(self.accelerator.reduce, reduction="sum")
             output["advantages"], logs = self._balance.weigh(output["advantages"], ids, total)
             for key, value in logs.items():
                 self._mode_metrics()[key].append(value)
-            self._keep_right(output, [self.domain_names[i] for i in ids.tolist()])
+        if self.own_answers is not None:
+            names = ["all"] * len(inputs) if ids is None else [self.domain_names[i] for i in ids.tolist()]
+            self.own_answers.see(output, self._rewards, names)
         return output
-
-    def _keep_right(self, output: dict[str, Any], domains: list[str]) -> None:
-        """The run's own right answers, of this process's rows."""
-        if self.own_answers is not None and self._rewards is not None:
-            self.own_answers.see(output, self._rewards, domains)
 
     def _domain_id(self, row: Mapping[str, Any]) -> int:
         """Place of a row's domain in `domain_names`; -1 for none, which only evaluation may have."""

@@ -118,14 +118,13 @@ def guarded(
                 self.guard.recorded().save(path)
 
         def load_checkpoint(self, local_path: Any, *args: Any, **kwargs: Any) -> None:
-            guard = self.guard
-            folder = None if guard is None or local_path is None else _state_folder(guard, Path(local_path), stage)
+            guard = self.guard if local_path is not None else None
+            there = guard is not None and _has_state(guard, Path(local_path), stage)
             super().load_checkpoint(local_path, *args, **kwargs)
-            if guard is None or local_path is None:
-                return
-            guard.rebase()  # other weights than those it was attached to
-            if folder is not None:
-                load_state(guard, folder)
+            if guard is not None:
+                guard.rebase()  # other weights than those it was attached to
+            if guard is not None and there:
+                load_state(guard, Path(local_path))
 
     GuardedEngine.__name__ = GuardedEngine.__qualname__ = f"Guarded{base.__name__}"
     return GuardedEngine
@@ -136,18 +135,16 @@ def _first() -> bool:
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
-def _state_folder(guard: CapabilityGuard, folder: Path, stage: str | None) -> Path | None:
-    """The folder if the guard's state is in it; a stage does not go on without what was recorded of it."""
+def _has_state(guard: CapabilityGuard, folder: Path, stage: str | None) -> bool:
+    """Whether the guard's state is in the folder; a stage does not go on without what was recorded of it."""
     path = state_path(guard, folder)
-    if path.exists():
-        return folder
-    if stage is not None:
+    if not path.exists() and stage is not None:
         raise FileNotFoundError(
             f"recording stage {stage!r}: expected the guard's state in {path}, which save_checkpoint of this engine "
             "writes, found none: the stage's file would hold the later steps only. Load a checkpoint of this stage, or "
             "start a stage from weights with model.path and without resuming"
         )
-    return None
+    return path.exists()
 
 
 def _check(engine: Any) -> None:

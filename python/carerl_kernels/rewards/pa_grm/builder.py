@@ -95,9 +95,8 @@ class ProtocolBuilder:
         try:
             return self._checked(Protocol.model_validate(last_object(reply.text)[0]))
         except ValidationError as error:
-            raise ValueError(_first(error)) from error
-        except ValueError as error:
-            raise ValueError(str(error).split("\n", 1)[0]) from error
+            problem = error.errors(include_url=False)[0]  # the first says enough, in one line
+            raise ValueError(f"{'.'.join(map(str, problem['loc'])) or 'JSON'}: {problem['msg']}") from error
 
     def _checked(self, protocol: Protocol) -> Protocol:
         least, most = self.limits.criteria
@@ -113,9 +112,3 @@ class ProtocolBuilder:
         if self.limits.examples and (protocol.poor_answer is None or protocol.good_answer is None):
             raise ValueError("expected poor_answer and good_answer")
         return protocol
-
-
-def _first(error: ValidationError) -> str:
-    """The first problem of a validation, in one line."""
-    problem = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, problem['loc'])) or 'JSON'}: {problem['msg']}"

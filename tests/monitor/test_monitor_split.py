@@ -246,7 +246,7 @@ def test_shares_of_the_step_are_those_of_dense_arithmetic(kind):
             p.grad = a + b
         inside = [p.grad.clone() for p in model.parameters()]
         for name, part in parts.items():
-            with budget.around(name, optimizer):
+            with budget.around_part(name, optimizer):
                 for p, g in zip(model.parameters(), part, strict=True):
                     p.grad = g.clone()
         assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), inside, strict=True))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -127,8 +126,7 @@ class CareMixin(_Trainer):
         if not self.model.training:
             return output
         if ids is not None:
-            total = partial(self.accelerator.reduce, reduction="sum")
-            output["advantages"], logs = self._balance.weigh(output["advantages"], ids, total)
+            output["advantages"], logs = self._balance.weigh(output["advantages"], ids, self.accelerator.reduce)
             for key, value in logs.items():
                 self._mode_metrics()[key].append(value)
         if self.own_answers is not None:

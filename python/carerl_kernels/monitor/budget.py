@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from ..subspace.shards import local
 from .gradients import GradientKeeper, gradient_gram
 
 
-class StepBudget:
+class StepBudget(GradientKeeper):
     """Keeps the gradient of every domain of a batch until the optimizer has stepped, and says what share of the step is whose.
 
     Costs while kept: N numbers per domain, and a backward pass of each, which only looks.
@@ -25,25 +25,18 @@ class StepBudget:
     """
 
     def __init__(self, model: nn.Module | Iterable[tuple[str, nn.Parameter]]) -> None:
-        self._keeper = GradientKeeper(model)
+        super().__init__(model)
         self._optimizer: torch.optim.Optimizer | None = None
         self.directions: dict[str, list[Tensor]] = {}
 
-    @property
-    def kept(self) -> bool:
-        """Whether there is something to measure."""
-        return bool(self._keeper.kept)
-
-    @contextmanager
-    def around(self, name: str, optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
+    def around_part(self, name: str, optimizer: torch.optim.Optimizer | None) -> AbstractContextManager[None]:
         """Around the backward pass of one domain's part of the loss; what `p.grad` held is put back.
 
         Args:
             optimizer: The optimizer whose step follows; None: gradients are compared as they are.
         """
         self._optimizer = optimizer
-        with self._keeper.around(name, training=False):
-            yield
+        return self.around(name, training=False)
 
     @torch.no_grad()
     def measure(self) -> dict[str, dict[str, float]]:
@@ -54,7 +47,7 @@ class StepBudget:
             the root of its second moments: an update's worth of each domain. `directions` holds these (without second
             moments the gradients), pointing downhill.
         """
-        kept, self._keeper.kept = self._keeper.kept, {}
+        kept, self.kept = self.kept, {}
         names, gradients = list(kept), list(kept.values())
         shares = {"gradient": self._shares(names, gradients)}
         if (scales := self._scales()) is not None:
@@ -67,7 +60,7 @@ class StepBudget:
         return shares
 
     def _shares(self, names: Sequence[str], gradients: Sequence[Sequence[Tensor]]) -> dict[str, float]:
-        squares = gradient_gram(gradients, self._keeper.shards).diagonal().clamp_min(0).tolist()
+        squares = gradient_gram(gradients, self.shards).diagonal().clamp_min(0).tolist()
         total = sum(squares)
         return {name: square / total if total > 0 else 0.0 for name, square in zip(names, squares, strict=True)}
 
@@ -77,7 +70,7 @@ class StepBudget:
             return None
         groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
         out = []
-        for p in self._keeper.parameters:
+        for p in self.parameters:
             state, group = self._optimizer.state.get(p, {}), groups.get(id(p), {})
             second = state.get("exp_avg_sq")
             if not isinstance(second, Tensor) or second.shape != p.shape or "step" not in state:

@@ -327,7 +327,7 @@ class DriftMonitor:
         """
         self._gradient_keeper()
         assert self._budget is not None
-        with self._clock.timed("gradients"), self._budget.around(name, optimizer):
+        with self._clock.timed("gradients"), self._budget.around_part(name, optimizer):
             yield
 
     def keep_gradients(self, name: str) -> None:

@@ -13,7 +13,6 @@ import os
 import signal
 import stat
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -79,7 +78,6 @@ class Outcome:
             signal.
         code: Exit code, negative for a signal; None when it was stopped.
         stdout, stderr: What it wrote, up to the limit.
-        seconds: Wall-clock time, set-up included.
         used: Seconds that count against a budget: of processor time of the whole tree, or of the clock if those are more.
     """
 
@@ -87,7 +85,6 @@ class Outcome:
     code: int | None
     stdout: str
     stderr: str
-    seconds: float
     used: float = 0.0
 
 
@@ -199,7 +196,6 @@ def _run(
     """One run; None if the machine, not the program, used the time up."""
     budget = min(budget, max(1, parts) * max(limits.wall, limits.cpu))
     cpu = min(float(limits.cpu), budget)
-    started = time.monotonic()
     bounds = Bounds(limits.memory, min(limits.wall, budget), cpu, budget, _PATIENCE * limits.wall, parts)
     resources = limits.resources(budget if parts else cpu)
     launched = Launched(python, isolated, resources, packages, files, disk=limits.disk, bounds=bounds)
@@ -209,12 +205,11 @@ def _run(
         full, out, err = talk(launched, stdin.encode(errors="surrogatepass"), most, limits.output)
     finally:
         ended = launched.stop(at_once=full)
-    seconds = time.monotonic() - started
     stdout, stderr = out.decode(errors="replace"), err.decode(errors="replace")
     used = max(ended.get("cpu", 0.0), ended.get("clock", 0.0))
 
     def outcome(status: Status, code: int | None = None) -> Outcome:
-        return Outcome(status, code, stdout, stderr, seconds, used)
+        return Outcome(status, code, stdout, stderr, used)
 
     if full:
         return outcome("output")

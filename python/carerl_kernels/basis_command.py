@@ -84,7 +84,7 @@ def _deviation(gram: Any) -> float:
 
 
 def _orthonormality(stored: Any) -> float:
-    """The same of `U U^T`, over coefficient rows."""
+    """Largest deviation of a flat basis from orthonormality: of `U U^T` over each row of coefficients, from the identity."""
     import torch
 
     from .subspace.merge import segments_of

@@ -19,11 +19,13 @@ DIPPED = 0.05  # of the score range: what came back is looked into from here on
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Attributes:
-    run: the directory.
-    lost: who fell or never rose.
-    causes: strongest first; empty where nothing is lost.
-    notes: what could not be looked into, and what would have to be recorded.
+    """What a run lost, and the likeliest causes.
+
+    Attributes:
+        run: the directory.
+        lost: who fell or never rose.
+        causes: strongest first; empty where nothing is lost.
+        notes: what could not be looked into, and what would have to be recorded.
     """
 
     run: str

@@ -54,10 +54,12 @@ class Component:
 
 @dataclass(frozen=True)
 class Composed:
-    """Attributes:
-    total: [B] float64, the weighted sum; 0 where not judged.
-    parts: Per component [B], weighted and normalised; they sum to `total`.
-    judged: [B] bool; False where a component has no value.
+    """The composed rewards of a batch, and what each component contributes.
+
+    Attributes:
+        total: [B] float64, the weighted sum; 0 where not judged.
+        parts: Per component [B], weighted and normalised; they sum to `total`.
+        judged: [B] bool; False where a component has no value.
     """
 
     total: Tensor
@@ -183,9 +185,11 @@ class Share:
 
 @dataclass(frozen=True)
 class Domination:
-    """Attributes:
-    domains: Largest share first.
-    effective: Number of domains that equal shares of energy would mean, 1 / sum of squares.
+    """Which domains drive the gradient; as text it is a table.
+
+    Attributes:
+        domains: Largest share first.
+        effective: As many domains with equal shares of the energy would be as concentrated: 1 / sum of squared shares.
     """
 
     domains: tuple[Share, ...]

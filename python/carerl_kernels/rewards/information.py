@@ -73,7 +73,7 @@ class InformationGain:
         return [min(self.max_gain, max(-self.max_gain, g)) for g in gains]
 
     def __call__(self, example: Example, completion: str) -> float | None:
-        """One gain."""
+        """The gain of one completion; see `score_batch`."""
         return self.score_batch([example], [completion])[0]
 
     @torch.no_grad()

@@ -134,9 +134,13 @@ def _answer(row: Mapping[str, Any]) -> str | None:
 
 @dataclass(frozen=True)
 class Report:
-    """Attributes:
-    asked: Scored in this run, the others were known.
-    excluded: Rows without a reward, by reason.
+    """What `score_file` did.
+
+    Attributes:
+        rows: Rows of the input.
+        asked: Different rows that this run scored; earlier runs had scored the others.
+        excluded: Numbers of rows without a reward, by reason.
+        mean: Mean reward of the rows that have one.
     """
 
     rows: int

@@ -15,20 +15,10 @@ LARGEST, SMALLEST = 1e100, 1e-100  # what a chart can do arithmetic with; below 
 
 _NUMBERS = {EACH: NUMBER}
 _SPLIT = {"norm": NUMBER, "odd": _NUMBERS, "even": _NUMBERS}
-_PER_DOMAIN = (
-    "eval",
-    "rewards",
-    "reward_variance",
-    "agreed",
-    "batch_share",
-    "step_share",
-    "weight",
-    "redrawn",
-    "seconds",
-)
+_BY_NAME = ("eval", "rewards", "reward_variance", "agreed", "batch_share", "step_share", "weight", "redrawn", "seconds")
 LINE: dict[str, Any] = {
     "stage": TEXT,
-    **dict.fromkeys(_PER_DOMAIN, _NUMBERS),
+    **dict.fromkeys(_BY_NAME, _NUMBERS),
     **dict.fromkeys(("domination", "lr", "grad_norm", "clip_fraction", "entropy", "informative", "skipped"), NUMBER),
     "monitor": {
         "alpha": NUMBER,

@@ -162,13 +162,10 @@ class Endpoint:
         if refusal or ended == "content_filter":
             self.meter.failures += 1
             raise BackendError(f"{self.url}: the model refuses to answer ({self._client.short(str(refusal or ended))})")
-        # half a surrogate pair can be neither stored nor sent on
-        text = self._clean((text or "").encode(errors="replace").decode())
+        text = (text or "").encode(errors="replace").decode()  # half a surrogate pair can be neither stored nor sent on
+        if len(self._client.key or "") >= _SECRET:  # a server may quote the key; a shorter one is a word like any other
+            text = self._client.redact(text)
         return Reply(text, complete=ended != "length", tokens=tokens)
-
-    def _clean(self, text: str) -> str:
-        """A reply without the key, should a server put it there. A short one is a word like any other."""
-        return self._client.redact(text) if len(self._client.key or "") >= _SECRET else text
 
     def _paid(self, usage: Any) -> None:
         """Counts a call; a usage that is none counts no tokens."""

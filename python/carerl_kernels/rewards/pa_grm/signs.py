@@ -90,14 +90,8 @@ _GRADING = re.compile(
     r"disqualif\w{0,12}|instructions?|ignore|disregard)\b",
     re.IGNORECASE,
 )
-_SPEAKS_ON = (
-    "override",
-    "address",
-    "demand",
-    "role",
-    "delimiter",
-    "control",
-)  # the next sentence may be what they lead up to
+# The sentence after one of these may be what it leads up to.
+_SPEAKS_ON = ("override", "address", "demand", "role", "delimiter", "control")
 
 _END = re.compile(r"(?<=[.!?。！？])[ \t]++|\n")
 _FENCE = re.compile(r"[ \t]{0,8}+(`{3,}+|~{3,}+)(.{0,80})")

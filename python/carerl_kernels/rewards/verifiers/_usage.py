@@ -37,7 +37,7 @@ class Usage:
         return total + sum(self._seconds(pid) for pid in pids)
 
     def _seconds(self, pid: str) -> float:
-        """Of processor time of one process, and of the children that it has waited for."""
+        """Seconds of processor time of one process, and of the children that it has waited for."""
         fields = self._read(f"{pid}/stat").rpartition(")")[2].split()
         return sum(map(int, fields[11:15])) / _TICKS if len(fields) > 14 else 0.0
 
@@ -93,7 +93,7 @@ class Usage:
             os.close(place)
 
     def _names(self, place: str) -> list[str]:
-        """What numbers a directory has."""
+        """The names in a directory of /proc that are numbers: its processes, or threads."""
         try:
             directory = os.open(
                 place if self._proc is not None else f"/proc/{place}", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._proc

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from ...grpo.balance import DOMINATES
@@ -43,28 +44,20 @@ def damages(record: RunRecord, *, parts: bool = False, after: int = 0, until: in
             happened.
         after, until: only windows that ended after the one and not after the other of these steps.
     """
-    sums: dict[tuple[str, str], list[float]] = {}
-    for step, acting, found in _windows(record, parts):
-        if not after < step <= (record.last_step if until is None else until):
-            continue
-        odd, even = (found.get(part, {}) for part in ("odd", "even"))
-        for name in odd:
-            if name in even:
-                total = sums.setdefault((acting, name), [0.0, 0.0, 0, 0])
-                total[0], total[1], total[2], total[3] = total[0] + odd[name], total[1] + even[name], total[2] + 1, step
-    return [
-        Damage(acting, name, odd / n, even / n, int(n), int(last))
-        for (acting, name), (odd, even, n, last) in sums.items()
-    ]
-
-
-def _windows(record: RunRecord, parts: bool) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
+    until = record.last_step if until is None else until
+    changes: dict[tuple[str, str], list[tuple[float, float, int]]] = {}
     for step, split in record.found("monitor", "split"):
-        if not parts:
-            yield step, str(split.get("acting") or "run"), split
-            continue
-        for name, part in split.get("by", {}).items():
-            yield step, name, part
+        windows = split.get("by", {}) if parts else {split.get("acting") or "run": split}
+        for acting, window in windows.items() if after < step <= until else ():
+            odd, even = (window.get(part, {}) for part in ("odd", "even"))
+            for name in odd:
+                if name in even:
+                    changes.setdefault((acting, name), []).append((odd[name], even[name], step))
+    out = []
+    for (acting, name), rows in changes.items():
+        odds, evens, steps = zip(*rows, strict=True)
+        out.append(Damage(acting, name, fmean(odds), fmean(evens), len(rows), steps[-1]))
+    return out
 
 
 def conflict_and_curvature(record: RunRecord) -> list[Matrix | Chart]:

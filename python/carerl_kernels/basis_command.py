@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -49,9 +51,6 @@ def inspect(files: Annotated[list[Path], typer.Argument(help="Basis files.")], a
 
 
 def _facts(path: Path) -> dict[str, Any]:
-    from dataclasses import asdict
-    from math import prod
-
     from .subspace import DomainBasis, StoredBasis
 
     stored = StoredBasis.load(path)

@@ -117,7 +117,7 @@ class DomainLosses:
         part["advantages"][count:] = 0
         tokens = float(_mask(part).sum() / _mask(inputs).sum().clamp(min=1))
         sequences = size / len(ids)
-        metrics.begin(tokens)
+        metrics.tokens.append(tokens)
         loss = trainer._compute_loss(model, part)
         kind = trainer.loss_type
         share = sequences if kind in ROW_MEANS else tokens if kind == "bnpo" else 1.0
@@ -198,11 +198,7 @@ class _Metrics:
     def __init__(self, trainer: Any):
         self.metrics = trainer._mode_metrics()
         self.before = {key: len(values) for key, values in self.metrics.items()}
-        self.tokens: list[float] = []
-
-    def begin(self, tokens: float) -> None:
-        """The call to come is for this share of the tokens."""
-        self.tokens.append(tokens)
+        self.tokens: list[float] = []  # of each call, its share of the tokens
 
     def merge(self) -> None:
         """Means weighted by tokens; smallest and largest values by themselves."""

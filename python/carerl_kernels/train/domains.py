@@ -178,15 +178,17 @@ class Words(DomainSpec):
 
     Args:
         task: Its name; None: the domain's.
+        shots: Solved examples in every prompt.
     """
 
     kind: Literal["words"]
     task: str | None = None
+    shots: int = Field(default=2, ge=0)
 
     def plain(self, name: str, folder: Path, cache: Path | None) -> Domain:
         from ..tasks.words import word_domain
 
-        return word_domain(name, self.task or name, self.seed, self.probes)
+        return word_domain(name, self.task or name, self.seed, self.probes, self.shots)
 
 
 class Rows(DomainSpec):

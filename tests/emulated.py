@@ -80,7 +80,7 @@ def library() -> None:
     binding = [*FLAGS, "-O1", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(torch_dir / "include"),
                f"-DCARERL_OPS_NAMESPACE={NAMESPACE}", "-DCARERL_OPS_KEY=CPU"]  # fmt: skip
     objects: list[tuple[Path, Sequence[str]]] = [
-        (source, [*FLAGS, "-O2", "-fsanitize=alignment"]) for source in KERNELS
+        (source, [*FLAGS, "-O1", "-fsanitize=alignment"]) for source in KERNELS
     ]
     objects += [(ROOT / "csrc/ops" / name, binding) for name in ("cuda.cpp", "checks.cpp")]
     objects += [(EMULATOR / "emulator.cpp", [*FLAGS, "-O2", "-DEMULATOR_CHECKS_ALIGNMENT"])]

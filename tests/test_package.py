@@ -17,6 +17,7 @@ import carerl_kernels
 import pytest
 import torch
 from carerl_kernels import _load, _ops, info
+from carerl_kernels.cli import app
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -153,8 +154,8 @@ def test_info_prints():
     run = subprocess.run([sys.executable, "-m", "carerl_kernels", "info"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert all(op in run.stdout for op in _ops.OP_NAMES)
-    run = subprocess.run([sys.executable, "-m", "carerl_kernels", "info", "--json"], capture_output=True, text=True)
-    assert json.loads(run.stdout)["versions"]["carerl_kernels"] == carerl_kernels.__version__
+    printed = CliRunner().invoke(app, ["info", "--json"]).stdout
+    assert json.loads(printed)["versions"]["carerl_kernels"] == carerl_kernels.__version__
 
 
 def test_info_prints_without_a_native_part(monkeypatch, capsys):
@@ -168,8 +169,6 @@ def test_info_prints_without_a_native_part(monkeypatch, capsys):
 
 
 def test_a_command_names_the_extra_it_needs(monkeypatch):
-    from carerl_kernels.cli import app
-
     for name in (
         "transformers",
         "carerl_kernels.study.demo",

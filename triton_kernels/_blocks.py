@@ -2,7 +2,7 @@
 
 The kernels are bound by memory. A tile is as wide as the 128 threads of a program reading 16 bytes each; as many rows are
 taken side by side as fit into some 64 accumulators per thread, so that about eight independent 16-byte loads are in
-flight per thread, more than enough to cover the latency of HBM at half occupancy. `tests/test_triton_codegen.py` reads
+flight per thread, more than enough to cover the latency of HBM at half occupancy. `tests/ops/test_triton_codegen.py` reads
 from the machine code that these sizes spill nothing.
 """
 

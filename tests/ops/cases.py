@@ -73,6 +73,26 @@ def covering(**changes: Sequence) -> list[Case]:
     return cases
 
 
+def spread(cases: Sequence[Case], values: Sequence[str]) -> list[tuple[Case, str]]:
+    """Gives every case one value of a further factor; what pairs of values are then still missing come with a second one."""
+
+    def pairs(case: Case, value: str) -> set:
+        return {(f.name, getattr(case, f.name), value) for f in fields(Case)}
+
+    open_pairs = set().union(*(pairs(case, value) for case in cases for value in values))
+    chosen = []
+    for at, case in enumerate(cases):
+        gain = [len(pairs(case, value) & open_pairs) for value in values]
+        ties = [value for value, g in zip(values, gain, strict=True) if g == max(gain)]
+        chosen.append((case, ties[at % len(ties)]))
+        open_pairs -= pairs(*chosen[-1])
+    for case, value in itertools.product(cases, values):
+        if pairs(case, value) & open_pairs:
+            chosen.append((case, value))
+            open_pairs -= pairs(case, value)
+    return chosen
+
+
 def directions(rng: np.random.Generator, domains: int, slots: int, n: int, geometry: str) -> np.ndarray:
     """Rows `[D, k, N]` of about unit length; slots are independent, domains overlap pairwise as the geometry says."""
     own = rng.standard_normal((domains, slots, n)) / max(n, 1) ** 0.5

@@ -98,14 +98,24 @@ def test_bits_do_not_depend_on_the_number_of_threads(basis, grad):
             assert same_bits(value, other[name]), name
 
 
-WORKER = """
-import sys, torch
+# A process picks its set when it imports the package; torch is imported once, by the one that they are forked from.
+WORKERS = """
+import os, sys
+from pathlib import Path
+import pytest, torch
 sys.path.insert(0, sys.argv[1])
-import test_native_cpu as t
-kinds = [("fp32", "fp32"), ("bf16", "fp16"), ("int8", "bf16"), ("fp16", "fp32"), ("fp8", "fp32")]
-results = {f"{b}-{g}-{n}": t.every_result(n, b, g) for n in (5, 1003, 70_001) for b, g in kinds}
-results |= {grad: t.every_matrix_result(grad) for grad in ("fp32", "bf16", "fp16")}
-torch.save(results, sys.argv[2])
+for name in sys.argv[3:]:
+    if os.fork():
+        if os.wait()[1]:
+            sys.exit(f"{name} failed")
+        continue
+    os.environ["CARERL_CPU_ISA"] = name
+    import test_native_cpu as t
+    kinds = [("fp32", "fp32"), ("bf16", "fp16"), ("int8", "bf16"), ("fp16", "fp32"), ("fp8", "fp32")]
+    results = {f"{b}-{g}-{n}": t.every_result(n, b, g) for n in (5, 1003, 70_001) for b, g in kinds}
+    results |= {grad: t.every_matrix_result(grad) for grad in ("fp32", "bf16", "fp16")}
+    torch.save(results, Path(sys.argv[2]) / f"{name}.pt")
+    break
 """
 
 
@@ -113,12 +123,8 @@ def test_instruction_sets_agree(tmp_path):
     names = importlib.import_module("carerl_kernels._host").supported_isas()
     if len(names) < 2:
         pytest.skip(f"this CPU supports {names[0]} only")
-    found = {}
-    for name in names:
-        file = tmp_path / f"{name}.pt"
-        env = {**os.environ, "CARERL_CPU_ISA": name}
-        subprocess.run([sys.executable, "-c", WORKER, str(Path(__file__).parent), str(file)], env=env, check=True)
-        found[name] = torch.load(file)
+    subprocess.run([sys.executable, "-c", WORKERS, str(Path(__file__).parent), str(tmp_path), *names], check=True)
+    found = {name: torch.load(tmp_path / f"{name}.pt") for name in names}
     for name in names[1:]:
         for case, results in found[names[0]].items():
             for what, value in results.items():

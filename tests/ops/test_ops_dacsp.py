@@ -6,7 +6,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from cases import Case, build, build_list, covering
+from cases import Case, build, build_list, covering, spread
 from helpers import DTYPES, FP32_UNIT, assert_within, dot_bound, edit_bound, same_bits, to64
 
 CASES = covering()
@@ -45,8 +45,8 @@ def check(found, g, rows, weights, root, dtype) -> None:
     assert_within(edited.reshape(expected.shape), expected, edited_bound(g, rows, gains, root, dtype), "G'")
 
 
-@COMBINE
-@pytest.mark.parametrize("case", CASES, ids=str)
+# The frame acts on coefficients, whatever they were summed from: it is one more factor of the pairs.
+@pytest.mark.parametrize(("case", "combine"), spread(CASES, ("sum", "symmetric")), ids=str)
 def test_scalar_weights_match_dense(op, case, combine):
     x = build(case, op.device)
     threshold = between(x.g @ x.rows.T)
@@ -66,8 +66,7 @@ def draw_weights(x, threshold: float, device: str) -> tuple[list[torch.Tensor], 
     return tensors, [to64(w) for w in tensors]
 
 
-@COMBINE
-@pytest.mark.parametrize("case", CASES[1::3], ids=str)
+@pytest.mark.parametrize(("case", "combine"), spread(CASES[1::3], ("sum", "symmetric")), ids=str)
 def test_weights_of_every_row_match_dense(op, case, combine):
     x = build(case, op.device)
     tensors, weights = draw_weights(x, between(x.g @ x.rows.T), op.device)

@@ -85,9 +85,19 @@ def test_edit_list_matches_dense(op, grad, basis, per_tensor):
     assert x.bases.unchanged()
 
 
-@PER_TENSOR
-@pytest.mark.parametrize("overload", ["rotate_.list", "edit_rotate_.list"])
-@pytest.mark.parametrize(("grad", "basis"), [("fp32", "fp32"), ("bf16", "bf16"), ("fp32", "bf16")])
+# The grouping chooses the core of a tensor, whether gradients are edited on the way what is done with them: of these two and the
+# dtypes every pair.
+@pytest.mark.parametrize(
+    ("overload", "grad", "basis", "per_tensor"),
+    [
+        ("rotate_.list", "fp32", "fp32", False),
+        ("rotate_.list", "bf16", "bf16", True),
+        ("rotate_.list", "fp32", "bf16", True),
+        ("edit_rotate_.list", "fp32", "fp32", True),
+        ("edit_rotate_.list", "bf16", "bf16", False),
+        ("edit_rotate_.list", "fp32", "bf16", False),
+    ],
+)
 def test_rotate_list_matches_dense_and_skips_gaps(op, overload, grad, basis, per_tensor):
     x = build_list(grad, basis, op.device, dk=(2, 5))
     shape = (len(x.grads), 4, 6) if per_tensor else (4, 6)

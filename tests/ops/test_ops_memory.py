@@ -7,7 +7,7 @@ import torch
 from helpers import CLEAR, Backend, resident
 
 N = 8_000_000  # a gradient in bf16 is 16 MB, a fp32 copy of it 32 MB, one of the bases 64 MB
-N_EMULATED = 3_000_000  # kernels that are a hundred times slower, and have neither chunks nor threads
+N_EMULATED = 1_500_000  # kernels that are a hundred times slower, and have neither chunks nor threads
 
 
 def elements(op: Backend) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -184,9 +185,10 @@ def test_raw_lines_survive_a_kill(tmp_path):
 
 
 def test_a_study_goes_on_where_it_stopped_and_repeats_itself(tiny, tmp_path):
+    tiny.write_text(TINY.replace("seeds: [0, 1]", "seeds: [0]"))
     grid, out = Grid.load(tiny), tmp_path / "out"
     cells = list(grid.cells())
-    assert len(cells) == 2 * (4 + 3 * 2 + 3)  # none has four learning rates, three others two
+    assert len(cells) == 4 + 3 * 2 + 3  # none has four learning rates, three others two
     ran = []
 
     def note(key, kind, payload):
@@ -203,19 +205,19 @@ def test_a_study_goes_on_where_it_stopped_and_repeats_itself(tiny, tmp_path):
         assert len(r.scores) == 4
         assert np.isfinite(r.scores).all() and 0 < np.min(r.scores) <= np.max(r.scores) < 1
         assert (r.touched is not None) == r.variant.startswith(("remove", "probed"))
-    same_start = {json.dumps(r.scores[0]) for r in everything if r.seed == 0}
-    assert len(same_start) == 1
-    firsts = {r.variant: r.scores[1] for r in everything if r.seed == 0}
+    assert len({json.dumps(r.scores[0]) for r in everything}) == 1
+    firsts = {r.variant: r.scores[1] for r in everything}
     assert firsts["remove@0.5"] == firsts["rehearsal@0.5"] == firsts["none@0.5"] != firsts["interpolate@0.5"]
 
 
 def test_command_runs_reports_compares(tiny, tmp_path):
+    tiny.write_text(re.sub(r"methods: \[.*?\]", "methods: [none, remove]", TINY))  # every method has its cells above
     out = tmp_path / "out"
     chosen = ("--preset", tiny, "--out", out, "--workers", 1)
     ran = carerl(*chosen)
     assert ran.exit_code == 0, ran.output
     assert (out / "tiny.png").read_bytes()[:4] == b"\x89PNG"
-    assert len((out / "cells.csv").read_text().splitlines()) == 27
+    assert len((out / "cells.csv").read_text().splitlines()) == 13
     refused = carerl(*chosen)
     assert refused.exit_code == 1
     assert "--resume" in refused.output
@@ -226,7 +228,7 @@ def test_command_runs_reports_compares(tiny, tmp_path):
     one = carerl("--preset", tiny, "--out", tmp_path / "one", "--cell", "tiny/remove@0.5/0", "--data", out / RAW)
     assert "against its own record: equal" in one.output
     listed = carerl(*chosen, "--list").output.splitlines()
-    assert len(listed) == 26
+    assert len(listed) == 12
     assert all(line.startswith("done") for line in listed)
     nothing = carerl("--preset", tiny, "--out", tmp_path / "none", "--report")
     assert nothing.exit_code == 1 and "found none" in nothing.output

@@ -271,7 +271,7 @@ def test_line_is_fitted():
 
 
 def test_sweep_on_tiny_shapes():
-    found = sweep({"N": [tiny(Case("dacsp_", k=k)) for k in (1, 2)]}, Bandwidth(PROBE), rounds=2)
+    found = sweep({"N": [tiny(Case("dacsp_", k=k)) for k in (1, 2)]}, Bandwidth(PROBE), seconds=1e-9)
     assert [p["K"] for p in found["N"]["points"]] == [3, 6]
 
 

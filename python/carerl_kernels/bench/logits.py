@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .cost import Case
 from .expect import BASELINE_TOLERANCE, STORED_TOLERANCE, WrongResult, judged, relative
-from .variants import OURS, Variant, line_of
+from .variants import NOT_RUN, OURS, Variant, compiled
 
 TEMPERATURE = 0.7
 ROWS_AT_ONCE = 32  # of the sharp version: fp32 rows that stay in a last-level cache
@@ -111,19 +111,13 @@ class LogitsCase:
 
     def variants(self, compiling: bool) -> tuple[dict[str, Variant], dict[str, str]]:
         """Competitors, ours first, and why others are missing."""
-        forward = self.case.op == "token_logprobs"
-        found = self._forward() if forward else self._backward()
-        if not forward:
-            return found, {}
-        if not compiling:
-            return found, {"compiled": "not run in this preset"}
-        torch._dynamo.reset()
-        try:
-            call = _named(torch.compile(textbook, dynamic=False), self.logits, self.ids)
-            self.check("compiled", call(), exact=False)
-            return {**found, "compiled": Variant(call)}, {}
-        except Exception as error:  # as for the other ops: no compiler shall end the run
-            return found, {"compiled": f"failed: {line_of(error)}"}
+        if self.case.op != "token_logprobs":
+            return self._backward(), {}
+        make = lambda: _named(torch.compile(textbook, dynamic=False), self.logits, self.ids)  # noqa: E731
+        way = compiled(make, self.reset, self) if compiling else NOT_RUN
+        if isinstance(way, str):
+            return self._forward(), {"compiled": way}
+        return {**self._forward(), "compiled": way}, {}
 
     def _forward(self) -> dict[str, Variant]:
         x, op = (self.logits, self.ids), torch.ops.carerl.token_logprobs

@@ -13,9 +13,9 @@ import torch
 from .cases import Inputs
 from .cost import Case
 from .expect import Expectation
-from .measure import Spread
+from .measure import Spread, measure
 from .probe import Bandwidth
-from .variants import OURS, ours
+from .variants import OURS, Variant, ours
 
 SMALL = 64  # elements
 
@@ -86,9 +86,12 @@ def sweep_cases(op: str = "dacsp_", largest: int = 8_000_000) -> dict[str, list[
 
 
 def sweep(
-    axes: dict[str, list[Case]], bandwidth: Bandwidth, rounds: int = 7, say: Callable[[str], None] = lambda text: None
+    axes: dict[str, list[Case]],
+    bandwidth: Bandwidth,
+    seconds: float = 0.5,
+    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Times our op alone along every axis and fits a line to each.
+    """Times our op alone along every axis, for about so many seconds a case, and fits a line to each.
 
     Returns:
         per axis `points` and `line`.
@@ -97,25 +100,13 @@ def sweep(
     for axis, cases in axes.items():
         points: list[dict[str, Any]] = []
         for case in cases:
-            seconds = _time_alone(case, bandwidth, rounds)
-            points.append({"N": case.N, "K": case.K, "bytes": case.bytes, "seconds": seconds})
-            say(f"{case.name}: {seconds.median * 1e3:.3g} ms, {case.bytes / seconds.median / 1e9:.1f} GB/s")
+            x = Inputs(case)
+            own = measure(x, {OURS: Variant(ours(x), exact=True)}, {}, Expectation(x), bandwidth, seconds).variants[
+                OURS
+            ]
+            points.append({"N": case.N, "K": case.K, "bytes": case.bytes, "seconds": own.seconds})
+            say(f"{case.name}: {own.seconds.median * 1e3:.3g} ms, {own.gbps:.1f} GB/s")
         line = Line.fit([p["bytes"] for p in points], [p["seconds"].median for p in points])
         say(f"over {axis}: {line}")
         out[axis] = {"points": points, "line": line}
     return out
-
-
-def _time_alone(case: Case, bandwidth: Bandwidth, rounds: int) -> Spread:
-    x = Inputs(case)
-    expectation, call, times = Expectation(x), ours(x), []
-    for turn in range(rounds + 1):
-        x.reset()
-        bandwidth.evict()
-        started = time.perf_counter()
-        outputs = call()
-        elapsed = time.perf_counter() - started
-        expectation.check(OURS, outputs, exact=True)
-        if turn:  # the first one warms up
-            times.append(elapsed)
-    return Spread.of(times)

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from .cost import short
 from .expect import Expectation, WrongResult
 
 OURS = "carerl"
+NOT_RUN = "not run in this preset"
 
 
 @dataclass
@@ -119,16 +121,16 @@ def sharpest(x: Inputs, expectation: Expectation) -> Variant | str:
     return Variant(ways[fastest], note=fastest)
 
 
-def compiled(x: Inputs, expectation: Expectation) -> Variant | str:
-    """torch.compile of the textbook version, compiled here; a sentence when that fails."""
+def compiled(make: Callable[[], Callable[[], dict[str, Any]]], reset: Callable[[], None], checks: Any) -> Variant | str:
+    """What `make` gives through torch.compile, compiled here; a sentence when that fails."""
     torch._dynamo.reset()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            call = textbook_call(x, compiled=True)
+            call = make()
             for _ in range(2):
-                x.reset()
-                expectation.check("compiled", call(), exact=False)
+                reset()
+                checks.check("compiled", call(), exact=False)
         return Variant(call)
     except Exception as error:  # anything: compilers fail in many ways, and none of them shall end the run
         return f"failed: {line_of(error)}"
@@ -140,7 +142,8 @@ def variants(x: Inputs, expectation: Expectation, compiling: bool = True) -> tup
     missing: dict[str, str] = {}
     others: dict[str, Variant | str] = {"textbook": _listed(x, expectation), "sharp": sharpest(x, expectation)}
     if x.case.op != "pca_update_" and not x.tensors:  # nothing to fuse around an SVD; a list is flattened outside
-        others["compiled"] = compiled(x, expectation) if compiling else "not run in this preset"
+        make = partial(textbook_call, x, compiled=True)
+        others["compiled"] = compiled(make, x.reset, expectation) if compiling else NOT_RUN
     for name, variant in others.items():
         if isinstance(variant, str):
             missing[name] = variant

@@ -8,7 +8,6 @@ from ..task import BatchReward, Domain, Example, RewardError
 from ..text import SpecialTokens, encode_answers, encode_prompts, special_tokens
 from .config import GRPOConfig, Stage, lr_factor
 from .evaluate import evaluate, example_scores
-from .learner import Guard
 from .losses import LossStats, kl_k3, policy_loss
 from .reward_statistics import informative_fraction, reward_statistics
 from .rollout import Batch, prompt_counts, rollout
@@ -24,7 +23,6 @@ __all__ = [
     "Example",
     "GRPOConfig",
     "GRPOTrainer",
-    "Guard",
     "LossStats",
     "RewardError",
     "Rollout",

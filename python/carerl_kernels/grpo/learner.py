@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..guard import CapabilityGuard
 from ..guard.editors import Editor, assign_combined, spread_editor
 from ..guard.gradients import local_gradients
 from ..logprobs import answer_loss
@@ -30,32 +31,6 @@ from .rundir import rng_state, set_rng_state
 from .sampling import ModelSampler, Sampler
 from .update import accumulate_gradients, frozen_logprobs
 from .watch import Monitor, show_gradients
-
-
-class Guard(Protocol):
-    """What the trainer asks of a guard (`carerl_kernels.CapabilityGuard` provides it)."""
-
-    def add(self, basis: Any) -> Any: ...
-    def attach(self, optimizer: torch.optim.Optimizer) -> Any: ...
-    def detach(self) -> Any: ...
-    def stage(self, name: str, path: Any = None) -> AbstractContextManager[Any]: ...
-    def domain(self, name: str | None) -> AbstractContextManager[Any]: ...
-    def probe(self, name: str) -> AbstractContextManager[Any]: ...
-    def protect(self, name: str, batches: Any, path: Any = None, *, progress: bool = True) -> Any: ...
-    def mixed(self) -> Any: ...
-    def meets_mixed(self, domains: Collection[str]) -> None: ...
-    def probes_due(self) -> bool: ...
-    def gradient_norm(self, norm: float) -> None: ...
-    def settle(self) -> Any: ...
-    def report(self) -> Mapping[str, Any]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: Any) -> Any: ...
-
-    @property
-    def history(self) -> list[str]: ...
-
-    @property
-    def seconds(self) -> Mapping[str, float]: ...
 
 
 class Learner:
@@ -86,7 +61,7 @@ class Learner:
         tokenizer: Any,
         domains: Mapping[str, Domain],
         config: GRPOConfig,
-        guard: Guard | None,
+        guard: CapabilityGuard | None,
         monitor: Monitor | None = None,
         editor: Editor | None = None,
         sampler: Sampler | None = None,
@@ -311,7 +286,7 @@ class Learner:
         self.clock.add("guard", own)
         self.clock.add("step", max(wall - own, 0.0))
 
-    def _probe(self, guard: Guard) -> None:
+    def _probe(self, guard: CapabilityGuard) -> None:
         """Show the guard which way each earlier domain's own loss falls now, on its stored examples.
 
         The guard keeps the training gradients aside inside `probe`, so this may come between backward and step.

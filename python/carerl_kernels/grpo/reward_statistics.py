@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 
@@ -54,8 +53,5 @@ def reward_statistics(
 
 def informative_fraction(rewards: Tensor, group_ids: Tensor) -> float:
     """Share of groups with at least two different rewards, the only ones that move the policy."""
-    groups = torch.unique(group_ids)
-    if groups.numel() == 0:
-        return 0.0
-    differing = [bool((rewards[group_ids == g] != rewards[group_ids == g][0]).any()) for g in groups]
-    return sum(differing) / len(differing)
+    differing = [len(rewards[group_ids == g].unique()) > 1 for g in group_ids.unique()]
+    return sum(differing) / len(differing) if differing else 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -189,29 +189,20 @@ class Sampler(Protocol):
 
 
 class ModelSampler:
-    """Samples from the model that is trained. Under FSDP2 every process holds the whole parameters meanwhile."""
+    """Samples from the model that is trained; under FSDP2 inside `held` alone."""
 
     def __init__(self, model: Any, tokens: SpecialTokens) -> None:
         self.model, self.tokens = model, tokens
 
     def __call__(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], **settings: Any) -> Rollout:
-        with self.held() as draw:
-            return draw(prompts, seeds, **settings)
-
-    @contextmanager
-    def held(self) -> Iterator[Sampler]:
-        """See the function."""
-
-        def draw(prompts: Sequence[Sequence[int]], seeds: Sequence[int], **settings: Any) -> Rollout:
-            return sample(self.model, prompts, self.tokens, seeds=seeds, **settings)
-
-        with gathered(self.model):
-            yield draw
+        return sample(self.model, prompts, self.tokens, seeds=seeds, **settings)
 
 
-def held(sampler: Sampler) -> AbstractContextManager[Sampler]:
-    """A sampler for the length of a block, of whose calls every process may make a different number."""
-    return sampler.held() if isinstance(sampler, ModelSampler) else nullcontext(sampler)
+@contextmanager
+def held(sampler: Sampler) -> Iterator[Sampler]:
+    """A sampler of whose calls every process may make a different number: under FSDP2 each holds all parameters meanwhile."""
+    with gathered(sampler.model) if isinstance(sampler, ModelSampler) else nullcontext():
+        yield sampler
 
 
 def choose(logp: Tensor, uniform: Tensor) -> Tensor:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from .endpoint import EndpointSampler
 from .parallel import Ranks
-from .progress import PhaseClock, quiet_transformers
+from .progress import quiet_transformers
 from .rundir import gather_whole, model_tensors
-from .sampling import Sampler, SamplerError
+from .sampling import SamplerError
+
+if TYPE_CHECKING:
+    from .learner import Learner
 
 
 def write_model(
@@ -41,19 +44,12 @@ def write_model(
 class Serving:
     """The trainer's side of a sampler: pushes weights when they are due. Does nothing for a model that samples itself.
 
-    Args:
-        sampler, model, tokenizer: Of the run.
-        ranks: Processes that share the model; the first one talks to the engine.
-        keep: Checkpoints that are kept: their weights in the engine stay on the disk, to be served again.
-        clock: Counts the time as "push".
+    The first process talks to the engine. Weights that kept checkpoints have in it stay on the disk, to be served again.
     """
 
-    def __init__(
-        self, sampler: Sampler, model: nn.Module, tokenizer: Any, ranks: Ranks, keep: int, clock: PhaseClock
-    ) -> None:
-        self.sampler = sampler if isinstance(sampler, EndpointSampler) else None
-        self.model, self.tokenizer, self.ranks, self.keep = model, tokenizer, ranks, keep
-        self.clock = clock
+    def __init__(self, learner: Learner) -> None:
+        self.sampler = learner.sampler if isinstance(learner.sampler, EndpointSampler) else None
+        self.learner, self.ranks = learner, learner.ranks
         self._needed: list[int] = []
 
     def refresh(self, step: int, *, fresh: bool = False) -> None:
@@ -61,9 +57,10 @@ class Serving:
         sampler = self.sampler
         if sampler is None or not (sampler.due(step) or (fresh and sampler.served != step)):
             return
-        push = lambda write: sampler.push(step, write)  # noqa: E731
-        with self.clock("push"):
-            write_model(self.model, self.tokenizer, sampler.path(step), self.ranks, sampler.dtype, push)
+        learner, path = self.learner, sampler.path(step)
+        with learner.clock("push"):
+            push = partial(sampler.push, step)
+            write_model(learner.model, learner.tokenizer, path, self.ranks, sampler.dtype, push)
         sampler.served = step
         if self.ranks.first:
             sampler.forget({step, *self._needed})
@@ -90,7 +87,7 @@ class Serving:
         if self.sampler is None:
             return {}
         if self.sampler.served is not None:
-            self._needed = [*self._needed, self.sampler.served][-self.keep :]
+            self._needed = [*self._needed, self.sampler.served][-self.learner.config.keep_checkpoints :]
         return {"served": self.sampler.served, "needed": list(self._needed)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 from .._files import write_json
+from ..guard import CapabilityGuard
 from ..guard.editors import EDITORS, Editor
 from ..task import Domain, domain_table
 from .config import COSMETIC_FIELDS, GRPOConfig, Stage, lr_factor, stage_names
 from .evaluate import example_scores, held_out_losses, mean_score
 from .frozen import EarlierWeights
-from .learner import Guard, Learner
+from .learner import Learner
 from .parallel import spread_optimizer, spread_state
 from .plots import plot_accuracy, plot_training
 from .progress import StageProgress
@@ -72,7 +73,7 @@ class GRPOTrainer:
         domains: Sequence[Domain],
         config: GRPOConfig | None = None,
         *,
-        guard: Guard | None = None,
+        guard: CapabilityGuard | None = None,
         monitor: Monitor | None = None,
         editor: Editor | Literal["guard"] | None = None,
         run_dir: Path | str | None = None,
@@ -102,9 +103,8 @@ class GRPOTrainer:
         self.directory = None if run_dir is None else RunDirectory(run_dir, self.ranks)
         self._recipe = recipe
         self._clock = self._learner.clock
-        keep = self.config.keep_checkpoints
         self._views = DomainViews(self._learner, None if self.directory is None else self.directory.path / "bases")
-        self._serving = Serving(self._learner.sampler, model, tokenizer, self.ranks, keep, self._clock)
+        self._serving = Serving(self._learner)
         self.seconds = self._clock.totals
         self._make_optimizer = make_optimizer or partial(
             torch.optim.AdamW, lr=self.config.lr, betas=self.config.betas, weight_decay=self.config.weight_decay
@@ -151,7 +151,7 @@ class GRPOTrainer:
                 if self._by_domain(stage):
                     self._views.load(self.guard, name, stage.domains)
                 else:
-                    self.guard.add(self._basis_path(name))
+                    self.guard.add(self._basis_path(name))  # type: ignore[arg-type]  # there is one: it goes on from files
         if state is not None and first == len(stages):
             self._restore(state)
         with StageProgress(self.config.progress and self.ranks.first) as progress:

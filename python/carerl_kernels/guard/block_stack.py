@@ -43,7 +43,7 @@ class BlockStack(FactoredStack):
 
     def _by_domain(self, number: int) -> list[Tensor]:
         """Overlaps of the left and of the right factors of a group, `[G, D, r, D, r]` each."""
-        grams = [gram for gram in (self._left_grams[number], self._right_grams[number]) if gram is not None]
+        grams = [gram for side in self.grams.values() if (gram := side[number]) is not None]
         return [gram.unflatten(2, (-1, self.layout.k)).unflatten(1, (-1, self.layout.k)) for gram in grams]
 
     def _frame(self, own: str | None) -> Frame:

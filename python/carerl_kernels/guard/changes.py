@@ -6,9 +6,8 @@ The projection is that of :class:`~carerl_kernels.guard.input_stack.InputStack` 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,9 +75,6 @@ class Confined:
     # files that were not copied, because they may hold weights of another format
     left_out: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)  # sentences
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     def shares(self) -> None:
         """From sums of squares, as they are gathered, to shares and norms."""

@@ -98,8 +98,8 @@ class StepCorrection:
         sums = torch.zeros(2, stack.rows, dtype=q.dtype, device=q.device)
         touched = torch.zeros(stack.rows, dtype=q.dtype, device=q.device)
         free = ~stack.active(own)
-        # Coefficients of input bases outnumber their directions by far: block by block they stay in the caches.
-        for rows in stack.blocks:
+        # Coefficients of input bases outnumber their directions by far: chunk by chunk they stay in the caches.
+        for rows in stack.chunks:
             before, start = self.q_prev[rows], self.q_start[rows]
             c = torch.where(finite, before - q[rows], 0.0)
             x = self._decide(c, own, total, finite, rows)
@@ -171,7 +171,7 @@ class StepCorrection:
     def _decide(
         self, c: Tensor, own: str | None, total: Tensor | None, finite: Tensor, rows: slice = slice(None)
     ) -> Tensor:
-        """The correction of all rows or a block, given its raw coefficients and, where known, the squared norm of the step."""
+        """The correction of all rows or a chunk, given its raw coefficients and, where known, the squared norm of the step."""
         return decide(
             self.settings.rule,
             c,

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ..subspace.recorder import StageRecorder
-from ..subspace.shards import local
 from .gradients import finite_parts, gradients
 from .memory import Memory
 from .optimizers import Census, inside_another_step, refuse_copies, second_weights
@@ -21,13 +20,10 @@ class Following:
     """The hooks of attached optimizers. Of several, the first to step begins a step, and it is over when all of them took it.
 
     Args:
-        parameters: guarded ones.
-        memory, recording, census: The memory, recording and census of the guard.
         owner: says whose step it is.
         seconds: The guard's seconds per part, which are counted up here.
 
     Attributes:
-        parameters: The guarded parameters.
         max_grad_norm: grad mode: clips the edited gradient.
         edited: the gradient of the step to come was edited already, one domain at a time.
         restored: state was loaded: the next attach or stage goes on instead of starting afresh.
@@ -45,7 +41,7 @@ class Following:
         seconds: dict[str, float],
     ):
         self.parameters, self._memory, self._recording, self._census = parameters, memory, recording, census
-        self._owner, self._seconds = owner, seconds
+        self._owner, self._seconds, self.locals = owner, seconds, recording.locals
         self.max_grad_norm = memory.settings.max_grad_norm
         self.edited = self.restored = self.known_finite = False
         self.communication = {"elements_last_step": 0, "all_reduces_last_step": 0}
@@ -86,12 +82,8 @@ class Following:
             self._end()
         self._memory.settle(self.locals())
 
-    def locals(self) -> list[Tensor]:
-        """The parts of the parameters that live here, sharing their memory."""
-        return [local(p) for p in self.parameters]
-
     def gradients(self) -> list[Tensor]:
-        """Theirs; see :func:`carerl_kernels.guard.gradients.gradients`."""
+        """Of the guarded parameters; see :func:`carerl_kernels.guard.gradients.gradients`."""
         return gradients(self.parameters, self._memory.layout.names)
 
     def finite(self, tensors: Sequence[Tensor]) -> bool:

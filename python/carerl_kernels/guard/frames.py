@@ -161,7 +161,7 @@ class Frame:
         return cls(active, spans, far, sign)
 
     def part(self, rows: slice) -> Frame:
-        """The frame of a block of coefficient rows."""
+        """The frame of a chunk of coefficient rows."""
         first, last, _ = rows.indices(self.reach.shape[0])
         if (first, last) == (0, self.reach.shape[0]):
             return self

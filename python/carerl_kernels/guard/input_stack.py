@@ -17,7 +17,7 @@ from .factored_stack import FactoredStack
 from .frames import Frame, reach
 from .rules import RuleParams
 
-BLOCK = {"cpu": 1 << 20, "cuda": 256 << 20}
+CHUNK = {"cpu": 1 << 20, "cuda": 256 << 20}
 """Bytes of coefficients of input bases that are decided on at a time: a CPU keeps them in cache, a GPU wants few launches."""
 DEPENDENT = 1e-9
 """Eigenvalues of an overlap below this share of the largest: what directions span beyond the others is rounding."""
@@ -53,13 +53,9 @@ class InputStack(FactoredStack):
         shards = self.layout.shards
         left = [group.rows for group in self.layout.groups if group.side == "left"]
         if shards.sharded and left:
-            for rows, part in zip(
-                left,
-                shards.sum_(torch.cat([coeffs[rows] for rows in left])).split(
-                    [rows.stop - rows.start for rows in left]
-                ),
-                strict=True,
-            ):
+            sizes = [rows.stop - rows.start for rows in left]
+            summed = shards.sum_(torch.cat([coeffs[rows] for rows in left]))
+            for rows, part in zip(left, summed.split(sizes), strict=True):
                 coeffs[rows] = part
 
     def acting(self, domain: str) -> float:
@@ -83,9 +79,9 @@ class InputStack(FactoredStack):
         return self._recorded[domain]
 
     @property
-    def blocks(self) -> Sequence[slice]:
-        """Whole matrices of about BLOCK bytes of coefficients together, or parts of one matrix."""
-        most = max(1, BLOCK.get(self.device.type, BLOCK["cuda"]) // (8 * max(self.rows, 1)))
+    def chunks(self) -> Sequence[slice]:
+        """Whole matrices of about CHUNK bytes of coefficients together, or parts of one matrix."""
+        most = max(1, CHUNK.get(self.device.type, CHUNK["cuda"]) // (8 * max(self.rows, 1)))
         cuts = [0]
         for group in self.layout.groups:
             for start in range(group.first, group.rows.stop, max(group.each, 1)):
@@ -148,7 +144,7 @@ class InputStack(FactoredStack):
         self._kept, self._acting, self._boxes, self._held = [], [], None, {}
         self._spans, self._projectors = [], {}
         for number, group in enumerate(self.layout.groups):
-            factors = self.left[number] if group.side == "left" else self.right[number]
+            factors = self.factors[group.side][number]
             assert factors is not None
             found = self._present(number).any(0)
             self._kept.append(found.nonzero().squeeze(1))
@@ -264,11 +260,7 @@ class InputStack(FactoredStack):
     def measure(self, parameters: Sequence[Tensor], domain: str | None = None) -> Tensor:
         width = self.rows if domain is None else self.layout.width
         out = torch.zeros(self.layout.T, width, dtype=torch.float32, device=self.device)
-        with full_precision(self.device):
-            for number, group in enumerate(self.layout.groups):
-                if group.m:
-                    self._coefficients(out, number, group, parameters, domain)
-        self._sum_(out)
+        self._fill_(out, parameters, domain)
         return out
 
     def confine_(
@@ -286,7 +278,7 @@ class InputStack(FactoredStack):
                 columns, directions, root, far = self._box(number, own)
                 if not group.m or not columns.numel():
                     continue
-                most = max(1, BLOCK.get(self.device.type, BLOCK["cuda"]) // (4 * group.each * columns.numel()))
+                most = max(1, CHUNK.get(self.device.type, CHUNK["cuda"]) // (4 * group.each * columns.numel()))
                 for at in _runs([index not in exempt for index in group.indices], most):
                     energy += self._confine_(
                         group,
@@ -392,8 +384,7 @@ class InputStack(FactoredStack):
         return x @ self._gram(number)[matrices]
 
     def _gram(self, number: int) -> Tensor:
-        gram = self._right_grams[number]
-        gram = self._left_grams[number] if gram is None else gram
+        gram = self.grams[self.layout.groups[number].side][number]
         assert gram is not None
         return gram
 

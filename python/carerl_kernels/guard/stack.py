@@ -86,8 +86,8 @@ class Stack(ABC, Generic[L, B]):
         return torch.ones(self.layout.T, self.layout.width, dtype=torch.bool, device=self.device)
 
     @property
-    def blocks(self) -> Sequence[slice]:
-        """Coefficient rows that are decided on at a time, together all of them; no row has to do with those of other blocks."""
+    def chunks(self) -> Sequence[slice]:
+        """Coefficient rows that are decided on at a time, together all of them; no row has to do with those of other chunks."""
         return (slice(0, self.layout.T),)
 
     def columns(self, domain: str) -> slice:
@@ -207,7 +207,7 @@ class Stack(ABC, Generic[L, B]):
 
     @abstractmethod
     def overlap_times(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
-        """`S x`, all of it `[T, K]` or one of the blocks."""
+        """`S x`, all of it `[T, K]` or one of the chunks."""
 
     @abstractmethod
     def memory(self) -> int:
@@ -218,7 +218,7 @@ class Stack(ABC, Generic[L, B]):
         return self.summed(self.own_sums(values))
 
     def own_sums(self, values: Tensor, rows: slice = slice(None)) -> Tensor:
-        """What all rows here, or those of a block, add to the sums."""
+        """What all rows here, or those of a chunk, add to the sums."""
         return values.sum(-2)
 
     def summed(self, sums: Tensor) -> Tensor:

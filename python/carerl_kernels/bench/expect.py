@@ -145,7 +145,6 @@ class Expectation:
 
         Args:
             variant: who computed it, for the message.
-            outputs: see the class.
             exact: what we promise of our own ops, instead of what is let pass in a baseline (its errors are reported).
 
         Raises:

@@ -131,9 +131,8 @@ class GuardResult:
     guarded_seconds: Spread
     guard_seconds: Spread
     share: Spread
-    once_seconds: (
-        Spread  # of attaching the guard and of its first step, in which it searches optimizers for copies of weights
-    )
+    # of attaching the guard and of its first step, in which it searches optimizers for copies of weights
+    once_seconds: Spread
     peak_without: int | None
     peak_with: int | None
 
@@ -149,10 +148,8 @@ def guard_overhead(
     """Measures every setting that this machine has the packages and the memory for.
 
     Args:
-        printer: says what is going on.
         settings: LoRA ones first, they leave the model as it was.
         rounds: of one period of guarded steps after a plain one.
-        load: gives model and tokenizer.
         new_tokens: sampled per completion.
         prompts: at least two.
 

@@ -136,7 +136,6 @@ class Mixture:
     """What the configuration's `balance` makes of the mixed batches of a run, and what is told of them.
 
     Args:
-        config, ranks: Of the trainer.
         monitor: The monitor whose controller acts, or None.
         norms_known: Whether gradients of single domains are told to `see`: an editor combines them.
 

@@ -57,7 +57,6 @@ class EndpointSampler:
         engine: The engine whose calls reload weights.
         folder: Weights for the engine are written to "served" in it, and older ones there removed: a folder of this run alone.
         sync_every: Steps between two pushes of weights; 1: completions always come from the present ones.
-        device: Where the tokens go.
         api_key: The key, by default the environment's CARERL_SAMPLER_API_KEY, if any.
         reload_timeout: Seconds for the engine to read weights.
         max_gap: Largest mean |log-probability in training - from the engine| that is still believed, in nats per token, where
@@ -232,7 +231,6 @@ class EndpointSampler:
         """Has the engine load the weights of a step; older ones on the disk go, except those it had before.
 
         Args:
-            step: The step whose weights these are.
             write: Writes a model folder; None: it is there.
 
         Raises:

@@ -36,12 +36,8 @@ def example_scores(
 
     Args:
         model, tokenizer, tokens: The policy, its tokenizer, and its padding, end and banned ids.
-        domain: With eval_examples.
-        max_new_tokens: The sampler's limit.
         num_samples: Completions per example (sampled mode).
-        temperature: The temperature of the sampled mode.
         batch_size: Sequences at once.
-        seed: The seed of the sampled mode.
         sampler: Writes the completions; the model itself if None.
         ranks: Processes that share the model: each evaluates its share of the examples, the first one judges.
 

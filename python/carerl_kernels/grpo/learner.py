@@ -37,12 +37,6 @@ class Learner:
     """Model, sampler and random state of a run; turns prompt counts into one update.
 
     Args:
-        model: Policy.
-        tokenizer: Its tokenizer.
-        domains: The domains, by name.
-        config: Settings.
-        guard: Or None.
-        monitor: Or None.
         editor: Makes one gradient out of one per domain of the batch, or None: their sum.
         sampler: Writes the completions; the model itself if None.
 

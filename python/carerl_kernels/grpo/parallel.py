@@ -33,10 +33,6 @@ class Ranks:
     Args:
         group: Process group; None: this process alone.
         device: Where numbers to be summed live (a GPU for NCCL).
-
-    Attributes:
-        rank: The rank of this process.
-        size: The number of processes in the group.
     """
 
     def __init__(self, group: Any = None, device: torch.device | None = None) -> None:
@@ -143,7 +139,6 @@ def shard(model: nn.Module, precision: Precision = "fp32", device: str | None = 
 
     Args:
         model: Each of its repeated blocks becomes a unit that is gathered on its own.
-        precision: The precision of forward and backward.
         device: "cuda" moves each block to this process's GPU as it is split; None: where the model is.
     """
     from torch.distributed.device_mesh import init_device_mesh

@@ -155,9 +155,7 @@ def rollout(
 
     Args:
         model, tokenizer, tokens: The policy, its tokenizer, and its padding, end and banned ids.
-        domains: By name.
         counts: Prompts per domain name.
-        config: Sampling and advantage settings.
         rng: Draws prompts and their seeds, alike in every process.
         sampler: Writes the completions; the model itself if None.
         ranks: Processes that share the model. Each samples its share of the prompts; the first one judges all of them, so

@@ -82,7 +82,6 @@ def load_tensors(path: Path, own: Mapping[str, Tensor], put: Callable[[str, Tens
     """Copy stored tensors into `own` ones in place (optimizers keep pointing at the same parameters).
 
     Args:
-        path: The path of `save_tensors`.
         own: This run's tensors, by name; each process reads its parts of sharded ones.
         put: Called with name and value (this process's part) instead of copying.
 

@@ -24,8 +24,6 @@ def write_model(
     """Writes the model in transformers' own format, weights gathered; every process calls it.
 
     Args:
-        model, tokenizer, ranks: Of the run.
-        folder: Where.
         dtype: The dtype of the floating-point weights; None: as they are.
         then: Called in the first process instead, with a function that writes into a folder.
     """

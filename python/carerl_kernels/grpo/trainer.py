@@ -38,8 +38,6 @@ class GRPOTrainer:
     Args:
         model: Any transformers causal LM, spread over processes by `parallel.shard` or whole. Losses run in the mode (train
             or eval) it arrives in.
-        tokenizer: Its tokenizer.
-        domains: What can be trained and evaluated.
         config: Settings; defaults if None.
         guard: Edits what the optimizer does to protect earlier domains; None trains plainly.
         monitor: Sees every line of metrics and the scores behind every evaluation; what it says of them is the line's
@@ -119,7 +117,6 @@ class GRPOTrainer:
         """Train the stages in order.
 
         Args:
-            stages: What to train, and for how long.
             resume: Continue the run in `run_dir` from its latest checkpoint, or start it when there is none yet. The
                 result is bitwise that of an uninterrupted run on the same machine, number of processes and threads (timings
                 aside); with another number of processes it differs by rounding. Model, tokenizer, domains and guard must be

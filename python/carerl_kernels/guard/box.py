@@ -34,7 +34,6 @@ class Box:
 
     Args:
         stack: directions of all domains.
-        names: The names of the parameters.
         bounds: how far "bounded" lets rows move; None: nowhere ("remove").
         every: steps of a segment between corrections.
         statistics: counts updates and corrections, where energy is tracked; a copy of the parameters is kept for it.

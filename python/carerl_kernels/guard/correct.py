@@ -86,7 +86,6 @@ class StepCorrection:
         corrected there, so errors do not accumulate.
 
         Args:
-            parameters: local parts, after the step.
             own: the step's domain.
             snapshot: of the parameters before the step, where energy is tracked.
         """

@@ -142,7 +142,7 @@ class Frame:
     """
 
     def __init__(self, active: Tensor, spans: Sequence[Span], reach: Tensor, sign: Tensor | None = None):
-        self.active, self.spans, self.reach, self.sign = active, tuple(spans), reach, sign
+        self.spans, self.reach, self.sign = tuple(spans), reach, sign
         self._columns = active.nonzero().squeeze(1)  # once per set of active rows, never in a step
         self._parts: dict[tuple[int, int], Frame] = {}
 

@@ -30,7 +30,6 @@ class InputStack(FactoredStack):
     nothing is sent. Of the r columns of a domain those that no matrix of a group has take no part in products.
 
     Args:
-        layout, device: see :class:`Stack`.
         room: directions of all domains together that a matrix has at most, as a share of its inputs. Those with the smallest
             shares of their own domain's inputs become zero, whatever the order in which domains came.
     """

@@ -167,7 +167,6 @@ class Recording:
         """Feeds the recordings of this step's domain, and tells the others that it was not theirs.
 
         Args:
-            own: the step's domain.
             gradient: of every parameter; nothing where nobody looks at it.
             stage: whether the stage's recorder is fed here, and not by the edit.
 

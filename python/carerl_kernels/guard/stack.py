@@ -320,7 +320,6 @@ class RowStack(Stack[Layout, DomainBasis]):
         Args:
             grads: whole, finite or left alone.
             own: domain whose rows do not act.
-            params: weights.
             floor: smallest coefficient whose sign counts.
 
         Returns:

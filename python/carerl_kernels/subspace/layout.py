@@ -42,7 +42,6 @@ class Layout:
 
     Attributes:
         names, shapes: The names and shapes of the whole parameters, in order.
-        kind: "flat" or "per_matrix".
         k: directions per domain and coefficient row.
         offsets: first element of each parameter within a local row; multiples of 128, zero-padded between.
         size: N, elements of a local row including padding.

@@ -59,7 +59,6 @@ class MatrixLayout:
 
     Attributes:
         names, shapes: The names and shapes of the whole parameters, in order.
-        kind: "block" or "input".
         k: rank r.
         T: coefficient rows here.
         shards: what of every parameter lives here.

@@ -199,11 +199,7 @@ class Moments:
 
     def __init__(self, accumulator: Accumulator, sides: Mapping[str, Side], batches: int):
         self.batches = batches  # shown, over all processes
-        self.uncoverable: dict[
-            str, tuple[str, ...]
-        ] = {}  # weights used in no product with an input, by which operators
-        self.free: tuple[str, ...] = ()  # labels of matrices of which nothing was seen (unseen="free"): no directions
-        self.idle: tuple[str, ...] = ()  # labels of experts that no token was routed to: no directions either
+        self.uncoverable: frozenset[str] = frozenset()  # weights used in no product with an input
         self._guessed = dict(sides)
         self._counts = accumulator.counts
         self._sums: dict[Use, list[tuple[Sum, int]]] = {}
@@ -302,7 +298,6 @@ class Moments:
         Args:
             layout: A layout of kind "input"; its k is the rank.
             energy: keep the fewest directions with this share of the inputs' energy, at most r.
-            architecture: class name of the model, for the fingerprint.
             parameters: local parts, as they are now.
             start: of the stage, to measure how far it moved along the directions; None: moved by 0, no stage was recorded.
             steps: The number of steps of the stage; by default the batches shown.

@@ -111,14 +111,13 @@ def _settle(
     """What of the covered weights was not seen: idle experts, weights without products, and the rest, which is refused."""
     labels = [name for group in layout.groups for name in layout.labels(group)]
     missing = [name for name in labels if not moments.saw(name)]
-    seen = {name for name in labels if moments.saw(name)}
-    families = {_family(name) for name in seen}
-    idle = [name for name in missing if _family(name) != name and _family(name) in families]
-    rest = [name for name in missing if name not in set(idle)]
+    families = {_family(name) for name in labels if moments.saw(name)}
+    # Experts that no token was routed to have no directions, and nothing is said of them.
+    rest = [name for name in missing if _family(name) == name or _family(name) not in families]
     unused = {name: sorted(other[name]) for name in dict.fromkeys(unlabel(n)[0] for n in rest) if name in other}
     free = [name for name in rest if unlabel(name)[0] not in unused]
     unseen_names = some(list(dict.fromkeys(unlabel(name)[0] for name in free)))
-    moments.idle, moments.uncoverable, moments.free = tuple(idle), {n: tuple(o) for n, o in unused.items()}, tuple(free)
+    moments.uncoverable = frozenset(unused)
     if free and unseen == "error":
         raise ValueError(
             f"expected inputs of every covered weight, found none of {unseen_names}; show batches that use them, pass run= where "

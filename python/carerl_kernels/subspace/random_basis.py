@@ -26,7 +26,6 @@ def random_basis(
 
     Args:
         seed: Seed of the directions; those of factored bases depend on the domain's name, too.
-        architecture: Class name of the model that the basis is for.
         dtype: Storage of row directions; factors are float32.
     """
     info = BasisInfo.of(layout, domain, architecture=architecture, displacement_capture=layout.chance)

@@ -24,8 +24,6 @@ class Recorder:
     what the recorder itself has.
 
     Args:
-        domain: name of the domain.
-        layout: where the parameters lie.
         parameters: the tensors themselves (of sharded ones, the local parts), at the start of the stage.
         architecture: class name of the model, for the fingerprint.
     """

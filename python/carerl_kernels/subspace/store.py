@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 FORMAT = "carerl-basis"
 FORMAT_VERSION = 2
+SCALE_BLOCK = 128  # elements of int8 and float8 directions that share one scale
 
 
 class BasisError(ValueError):
@@ -173,17 +174,16 @@ class DomainBasis(StoredBasis, kinds=("flat", "per_matrix")):
     scales: Tensor | None = None
     layout: Layout | None = None
 
-    def quantized(self, block: int = 128, dtype: torch.dtype = torch.int8) -> DomainBasis:
+    def quantized(self, dtype: torch.dtype = torch.int8) -> DomainBasis:
         """The same basis with block-scaled directions, a quarter of fp32's memory.
 
         Args:
-            block: elements per scale, a power of two of at least 32.
             dtype: int8 (relative error .0065) or float8_e4m3fn (.026).
         """
         if self.directions.dtype == dtype:
             return self
         rows = self.dequantized().directions.unsqueeze(0)
-        codes, scales = torch.ops.carerl.quantize_bases(rows, block, dtype)
+        codes, scales = torch.ops.carerl.quantize_bases(rows, SCALE_BLOCK, dtype)
         return replace(self, directions=codes[0], scales=scales[0])
 
     def dequantized(self) -> DomainBasis:

@@ -51,10 +51,6 @@ class Entry:
     shape: tuple[int, ...]
     offset: int
 
-    @property
-    def numel(self) -> int:
-        return prod(self.shape)
-
 
 class Weights:
     """The tensors of a directory with safetensors files, or of one such file.

@@ -58,7 +58,6 @@ class DomainSpec(BaseModel):
         """The domain.
 
         Args:
-            name: The name of the domain.
             folder: What relative paths of data are relative to: the recipe's.
             cache: File for what a judge was paid for, where the recipe names none; None: memory.
 

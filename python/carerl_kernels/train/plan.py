@@ -21,7 +21,6 @@ class RunPlan:
     parameters, trainable: The numbers of all parameters of the model and of the trained ones.
     processes: Planned for.
     sequences: Sampled and trained on per step, at most `tokens` of them written.
-    steps: The number of steps in all stages.
     memory: Bytes per process, by purpose, all of them there at once at worst.
     guard: The guard's own plan, or None.
     notes: What the numbers leave out.
@@ -47,10 +46,6 @@ class RunPlan:
 
 def plan_run(recipe: Recipe, processes: int = 1) -> RunPlan:
     """Plans a recipe.
-
-    Args:
-        recipe: The recipe from `load_recipe`.
-        processes: The processes that share the model.
 
     Raises:
         OSError: The model's config cannot be had.

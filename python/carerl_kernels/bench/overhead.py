@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.benchmark import Timer
 
 from .cases import Inputs
 from .cost import Case
@@ -39,16 +39,12 @@ def call_overhead(rounds: int = 15, calls: int = 1000) -> dict[str, Spread]:
         "dacsp_.list of 2": lambda: ops.dacsp_.list(y.tensors, y.bases, y.offsets, 1.0, 1.0, 0.0),
         "gram": lambda: ops.gram(x.bases, x.grads),
     }
-    times: dict[str, list[float]] = {name: [] for name in competitors}
-    for call in competitors.values():
-        for _ in range(20):
-            call()
+    threads = torch.get_num_threads()
+    timers = {name: Timer("call()", globals={"call": call}, num_threads=threads) for name, call in competitors.items()}
+    times: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(rounds):
-        for name, call in competitors.items():
-            started = time.perf_counter()
-            for _ in range(calls):
-                call()
-            times[name].append((time.perf_counter() - started) / calls * 1e6)
+        for name, timer in timers.items():
+            times[name].append(timer.timeit(calls).mean * 1e6)
     return {name: Spread.of(values) for name, values in times.items()}
 
 

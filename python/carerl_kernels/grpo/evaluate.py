@@ -22,7 +22,6 @@ def example_scores(
     *,
     max_new_tokens: int,
     num_samples: int = 1,
-    temperature: float = 1.0,
     batch_size: int = 256,
     seed: int = 0,
     sampler: Sampler | None = None,
@@ -31,8 +30,8 @@ def example_scores(
     """Success on each of `domain.eval_examples`, in order: (sum of scores, completions judged).
 
     With eval_mode "exact": the probability at temperature 1 of writing the answer and stopping, as one judged completion.
-    With "sampled": the rewards of `num_samples` completions per example (without those that could not be judged), drawn with
-    seeds of their own so that evaluating more or less often changes nothing in training.
+    With "sampled": the rewards of `num_samples` completions per example at temperature 1 (without those that cannot be judged),
+    drawn with seeds of their own so that evaluating more or less often changes nothing in training.
 
     Args:
         model, tokenizer, tokens: The policy, its tokenizer, and its padding, end and banned ids.
@@ -67,7 +66,7 @@ def example_scores(
                 [(seed * 1_000_003 + j) % 2**31 for j in part],
                 num_samples=num_samples,
                 max_new_tokens=max_new_tokens,
-                temperature=temperature,
+                temperature=1.0,
             )
             rows = decode(tokenizer, rollout.completions())
             texts += [rows[j * num_samples : (j + 1) * num_samples] for j in range(len(part))]

@@ -45,7 +45,7 @@ class FrozenWeights:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The model has the frozen weights, and is in eval mode, for the length of a block; bit by bit its own afterwards."""
+        """Inside, the model has the frozen weights, and is in eval mode; afterwards it has its own again, bit by bit."""
         training = self.model.training
         self._exchange()
         self.model.eval()

@@ -30,7 +30,7 @@ from .rollout import Batch, rollout
 from .rundir import rng_state, set_rng_state
 from .sampling import ModelSampler, Sampler
 from .update import accumulate_gradients, frozen_logprobs
-from .watch import Monitor, show_gradients
+from .watch import Monitor
 
 
 class Learner:
@@ -167,8 +167,9 @@ class Learner:
         evaluated: bool,
         fixed: Mapping[str, Tensor | None],
     ) -> None:
-        """Between backward and step: the gradients that the monitor wants to see. The step's own stay where they are, and random
-        numbers (of dropout) are drawn again by what follows: watched or not, training is the same."""
+        """Between backward and step: the gradients that the monitor wants to see, which it keeps until its next step: that of the
+        batch, and those of the domains' losses on their stored examples. The step's own stay where they are, and random numbers
+        (of dropout) are drawn again by what follows: watched or not, training is the same."""
         domains_due = batch.mixed and monitor.domains_due(evaluated)
         if not (domains_due or monitor.gradients_due()):
             return
@@ -178,7 +179,11 @@ class Learner:
                 more: dict[str, Any] = {**fixed, "of": rows, "ranks": self.ranks}
                 accumulate_gradients(self.model, batch, batch.of(name, rows), self.tokens, self.config, **more)
         if monitor.gradients_due():
-            show_gradients(monitor, self.model, self.tokenizer, self.tokens, self.domains)
+            monitor.keep_gradients("batch")
+            for name, domain in self.domains.items():
+                if domain.probe_examples:
+                    with monitor.gradients(name, training=False):
+                        answer_loss(self.model, self.tokenizer, domain.probe_examples, self.tokens).backward()
         set_rng_state(kept)
 
     def _gradients(

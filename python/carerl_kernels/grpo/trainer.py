@@ -29,7 +29,7 @@ from .rundir import CheckpointError, RunDirectory, nested_tuples, rng_state, set
 from .sampling import Sampler
 from .serving import Serving, write_model
 from .views import DomainViews
-from .watch import Monitor, per_example
+from .watch import Monitor, Scores
 
 
 class GRPOTrainer:
@@ -279,15 +279,17 @@ class GRPOTrainer:
         if evaluate:
             self._serving.refresh(self._step, fresh=True)
         kept = rng_state()  # verifiers may draw from the global generators: how often we look must change nothing
-        scores = self._evaluate() if evaluate else None
-        if scores is not None:
-            line["eval"] = {name: mean_score(values) for name, values in scores.items()}
+        scores: Scores | None = None  # of every example, None where no completion of it was judged
+        if evaluate:
+            found = self._evaluate()
+            line["eval"] = {name: mean_score(values) for name, values in found.items()}
+            scores = {name: [total / count if count else None for total, count in of] for name, of in found.items()}
         if self.monitor is not None:
             with self._clock("monitor"):
-                found = self.monitor.step(
+                said = self.monitor.step(
                     line["step"],
                     line,
-                    scores=None if scores is None else per_example(scores),
+                    scores=scores,
                     losses=lambda: held_out_losses(
                         self.model,
                         self.tokenizer,
@@ -298,8 +300,8 @@ class GRPOTrainer:
                     ),
                     acting=line["stage"],
                 )
-            if found:
-                line["monitor"] = found
+            if said:
+                line["monitor"] = said
         set_rng_state(kept)
         return line
 

@@ -73,7 +73,7 @@ class StepCorrection:
 
     def settle_probes(self) -> None:
         """Takes in the probes since the last step."""
-        for name in self.probes.pending():
+        for name in list(self.probes.sums):
             columns = self.stack.columns(name)
             probe = self.state["probe"][:, columns]
             probe.copy_(self.probes.settle(name, probe, self.stack))
@@ -139,8 +139,10 @@ class StepCorrection:
             if recorder is None:
                 c, x = stack.dacsp_(grads, own, self.params, self._floor(total))
             else:
-                self._literal = LiteralRecording.of(stack, recorder, self._literal)
-                c, x = self._literal.step(grads, own, self.params)
+                literal = self._literal
+                if literal is None or literal.recorder is not recorder or literal.made_of is not stack.bases:
+                    literal = self._literal = LiteralRecording(stack, recorder)
+                c, x = literal.step(grads, own, self.params)
             overlapped = stack.overlap_times(x)
         else:
             c = stack.project(grads)  # [T, K]
@@ -217,13 +219,7 @@ class LiteralRecording:
         recorder.pca.rows = self._bases[D, :width]
         rows = torch.arange((D + 1) * self._bases.shape[1], device=stack.device).view(D + 1, -1)
         self._acting, self._recorded = rows[:D, :k].flatten(), rows[D, :width]
-        self._made_of = stack.bases
-
-    @classmethod
-    def of(cls, stack: RowStack, recorder: StageRecorder, before: LiteralRecording | None) -> LiteralRecording:
-        """The one for this stack and recorder: that of the step before, where nothing has changed."""
-        same = before is not None and before.recorder is recorder and before._made_of is stack.bases
-        return before if same and before is not None else cls(stack, recorder)
+        self.made_of = stack.bases
 
     def step(self, grads: Sequence[Tensor], own: str | None, params: RuleParams) -> tuple[Tensor, Tensor]:
         """Records a gradient and edits it in place.

@@ -74,9 +74,10 @@ class GramEditor(Editor):
         D, device = len(rows), rows[0][0].device
         grams = torch.zeros(max(modules) + 1, D, D, dtype=torch.float64, device=device)
         for index, module in enumerate(modules):
+            flat = [own[index].reshape(-1).float() for own in rows]
             for i in range(D):
                 for j in range(i + 1):
-                    grams[module, i, j] += _dot(rows[i][index], rows[j][index]).to(device)
+                    grams[module, i, j] += torch.dot(flat[i], flat[j]).double().to(device)
         if self.shards is not None:
             self.shards.sum_(grams)
         grams = grams + grams.mT - torch.diag_embed(grams.diagonal(dim1=-2, dim2=-1))
@@ -88,10 +89,6 @@ class GramEditor(Editor):
                 total.add_(rows[i][index], alpha=weights[module][i])
             out.append(total)
         return out
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.dot(a.reshape(-1).float(), b.reshape(-1).float()).double()
 
 
 class PCGrad(GramEditor):

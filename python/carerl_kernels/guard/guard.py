@@ -152,11 +152,7 @@ class CapabilityGuard(Protection):
 
     @contextmanager
     def stage(
-        self,
-        name: str,
-        path: Path | str | None = None,
-        inputs: Iterable[Any] | None = None,
-        **shown: Any,
+        self, name: str, path: Path | str | None = None, inputs: Iterable[Any] | None = None, **shown: Any
     ) -> Iterator[Recorder]:
         """Records a stage: on exit what it learned becomes history.
 

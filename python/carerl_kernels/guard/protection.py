@@ -151,11 +151,7 @@ class Protection:
         if not len(self.stack):
             self._adapt(moments.layout(self.layout, self._locals()))
         basis = moments.basis(
-            self.layout,
-            name,
-            energy=self.settings.energy,
-            architecture=self.architecture,
-            parameters=self._locals(),
+            self.layout, name, energy=self.settings.energy, architecture=self.architecture, parameters=self._locals()
         )
         self.add(basis)
         if path is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..text import right_pad
 
@@ -77,13 +78,16 @@ def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on a device; mappings of other types become dictionaries."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
+    """The batch with its tensors on a device, and with plain dictionaries."""
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), bare(batch))
+
+
+def bare(batch: Any) -> Any:
+    """The batch with plain dictionaries, as torch takes trees of tensors, in place of mappings of other types."""
     if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
+        return {key: bare(value) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
-        parts = [to_device(value, device) for value in batch]
+        parts = map(bare, batch)
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     return batch
 

@@ -16,7 +16,7 @@ from ..thin import full_precision, times, times_transposed
 from .factored import FactoredBasis
 from .fingerprint import hash_parameters
 from .matrices import Group, MatrixLayout, Side, some, unlabel
-from .start import StageStart
+from .recorder import StageStart
 from .store import BasisInfo
 
 EXACT = 1024

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .batches import BATCH
+from .batches import BATCH, bare
 
 Item = tuple[Any, list[bool]]
 """A call with one sequence, tensors on the CPU; and which of its leaves are the sequence's own, the others belong to all."""
@@ -32,7 +32,7 @@ class Reservoir:
 
     def offer(self, batch: Any) -> None:
         """Sequences of the step that is being prepared."""
-        leaves, spec = pytree.tree_flatten(_bare(batch))
+        leaves, spec = pytree.tree_flatten(bare(batch))
         sizes = [t.shape[0] for t in leaves if isinstance(t, Tensor) and t.dim()]
         size = sizes[0] if sizes else 1
         for at in range(size):
@@ -84,15 +84,6 @@ class Reservoir:
         self.items, self.seen = kept["items"], kept["seen"]
         self._random.setstate(kept["random"])
         self.drop()
-
-
-def _bare(batch: Any) -> Any:
-    """A batch of plain dictionaries and tuples."""
-    if isinstance(batch, Mapping):
-        return {key: _bare(value) for key, value in batch.items()}
-    if isinstance(batch, tuple | list) and not hasattr(batch, "_fields"):
-        return type(batch)(_bare(value) for value in batch)
-    return batch
 
 
 def _cut(leaves: list[Any], spec: Any, size: int, at: int) -> Item:

@@ -129,6 +129,12 @@ class StoredBasis(ABC):
     def _parts(self) -> dict[str, Part]:
         """What to write, or the part of it that is here."""
 
+    def _empty(self, path: Path) -> BasisError:
+        return BasisError(
+            f"{path}: the basis of domain {self.info.domain!r} has no directions, all of them are zero: it would protect "
+            "nothing; record the domain again"
+        )
+
     @abstractmethod
     def quantized(self) -> StoredBasis:
         """The same directions in fewer bytes."""
@@ -203,10 +209,7 @@ class DomainBasis(StoredBasis, kinds=("flat", "per_matrix")):
 
     def _parts(self) -> dict[str, Part]:
         basis = self if self.layout is None else self.dequantized()  # blocks of codes straddle the parts
-        parts = {
-            "singular_values": Part.whole(basis.singular_values),
-            "displacement": Part.whole(basis.displacement),
-        }
+        parts = {"singular_values": Part.whole(basis.singular_values), "displacement": Part.whole(basis.displacement)}
         if basis.scales is not None:
             parts["scales"] = Part.whole(basis.scales)
         if self.layout is None:
@@ -246,10 +249,7 @@ class DomainBasis(StoredBasis, kinds=("flat", "per_matrix")):
             if t is not None and t.is_floating_point() and not all(bool(row.float().isfinite().all()) for row in t):
                 raise BasisError(f"{path}: damaged basis file: {what} is not finite")
         if self.layout is None and not any(bool(row.float().any()) for row in self.directions):
-            raise BasisError(
-                f"{path}: the basis of domain {self.info.domain!r} has no directions, all of them are zero: it would protect "
-                "nothing; record the domain again"
-            )
+            raise self._empty(path)
 
     def check_model(self, layout: Any, architecture: str) -> None:
         super().check_model(layout, architecture)

@@ -14,19 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .moments import Accumulator
 from .rows import Rows
 from .sites import plain_name
-from .terms import (
-    Leaf,
-    Product,
-    Term,
-    Weight,
-    at,
-    broadcast,
-    locate,
-    names_of,
-    picked,
-    viewed,
-    without_memory,
-)
+from .terms import Leaf, Product, Term, Weight, at, broadcast, locate, names_of, picked, viewed, without_memory
 
 _VIEWS = {
     *("alias", "as_strided", "detach", "diagonal", "expand", "lift_fresh", "movedim", "permute", "reshape", "select"),

@@ -6,16 +6,28 @@ import random
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from .._rows import read_rows
 from ..grpo.rundir import nested_tuples
 from ..rewards.reasoning import StripReasoning
 from ..task import Domain, Example, checked_rewards
 from ..tasks.split import Reward, domain_of, split_domain
+
+
+def holding(placeholder: str, ask: str) -> str:
+    """The text, if it holds the placeholder.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if placeholder not in ask:
+        raise ValueError(f"expected {placeholder} in it, where the data go")
+    return ask
 
 
 class DomainSpec(BaseModel):
@@ -102,13 +114,10 @@ class NoisyReward:
 
     def score_batch(self, examples: Sequence[Example], completions: Sequence[str]) -> list[float | None]:
         rewards = checked_rewards(self.name, self.reward, examples, completions)
-        return [None if r is None else self.scale * (r + self._draw()) for r in rewards]
+        return [None if r is None else self.scale * (r + self.rng.gauss(0.0, self.noise)) for r in rewards]
 
     def evaluate_batch(self, examples: Sequence[Example], completions: Sequence[str]) -> list[float | None]:
         return checked_rewards(self.name, self.reward, examples, completions, training=False)
-
-    def _draw(self) -> float:
-        return self.rng.gauss(0.0, self.noise) if self.noise else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         inner = self.reward.state_dict() if hasattr(self.reward, "state_dict") else None
@@ -133,16 +142,11 @@ class Gym(DomainSpec):
     kind: Literal["gym"]
     tasks: tuple[str, ...] | None = None
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    ask: str | None = None
+    ask: Annotated[str, AfterValidator(partial(holding, "{question}"))] | None = None
     train_size: int = Field(default=10_000, ge=1)
     eval_size: int = Field(default=64, ge=1)
     timeout: float = Field(default=5.0, gt=0)
     allow_unisolated: bool = False
-
-    @field_validator("ask")
-    @classmethod
-    def _asks_the_question(cls, ask: str | None) -> str | None:
-        return _with_placeholder(ask, "{question}")
 
     def plain(self, name: str, folder: Path, cache: Path | None) -> Domain:
         from ..rewards.verifiers import gym_domain
@@ -202,12 +206,7 @@ class Rows(DomainSpec):
     train: Path
     eval: Path | None = None
     eval_size: int = Field(default=64, ge=0)
-    ask: str | None = None
-
-    @field_validator("ask")
-    @classmethod
-    def _asks_the_prompt(cls, ask: str | None) -> str | None:
-        return _with_placeholder(ask, "{prompt}")
+    ask: Annotated[str, AfterValidator(partial(holding, "{prompt}"))] | None = None
 
     @abstractmethod
     def reward(self, cache: Path | None) -> Reward:
@@ -358,9 +357,3 @@ AnyDomain = Annotated[
     Gym | Characters | Words | Exact | Math | Instructions | Code | Judged,
     Field(discriminator="kind", description="by kind"),
 ]
-
-
-def _with_placeholder(ask: str | None, placeholder: str) -> str | None:
-    if ask is not None and placeholder not in ask:
-        raise ValueError(f"expected {placeholder} in it, where the data go")
-    return ask

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from torch import nn
 
 from .._command import size
-from ..grpo.parallel import blocks
+from ..grpo.parallel import layers
 from ..subspace.layout import RowKind
 from .models import shapes
 from .recipe import Recipe
@@ -71,7 +71,7 @@ def plan_run(recipe: Recipe, processes: int = 1) -> RunPlan:
         memory["weights of an earlier step"] = kept * share(trainable) * item
     if sharded:
         passes = recipe.sampler is None or train.updates_per_step > 1 or train.kl_beta > 0
-        units = [sum(p.numel() for p in b.parameters()) for b in blocks(model)] or [whole]
+        units = [sum(p.numel() for p in b.parameters()) for b in layers(model)] or [whole]
         memory["gathered weights"] = computed * (whole if passes else whole - sum(units) + 2 * max(units))
     if recipe.sampler is None:
         memory["cache of sampling"] = _cache(config, own, train.max_new_tokens, computed)

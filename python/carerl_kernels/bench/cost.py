@@ -41,24 +41,16 @@ bounds."""
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one shape.
+    """One op at one shape."""
 
-    Attributes:
-        op: name in the schema, with `.list` for the multi-tensor form.
-        D, k: domains and rows per domain. `rotate_` and `pca_update_` work on one domain.
-        B: gradients. N: elements of each, the padding between tensors of a list included.
-        grad, basis: dtypes of gradients and bases.
-        tensors: number of tensors of a list form, 0 for a single tensor.
-    """
-
-    op: str
-    D: int = 3
-    k: int = 8
-    B: int = 1
-    N: int = 8_000_000
+    op: str  # name in the schema, with `.list` for the multi-tensor form
+    D: int = 3  # domains; `rotate_` and `pca_update_` work on one
+    k: int = 8  # rows per domain
+    B: int = 1  # gradients
+    N: int = 8_000_000  # elements of each, the padding between tensors of a list included
     grad: torch.dtype = torch.float32
     basis: torch.dtype = torch.float32
-    tensors: int = 0
+    tensors: int = 0  # number of tensors of a list form, 0 for a single tensor
 
     @property
     def packet(self) -> str:

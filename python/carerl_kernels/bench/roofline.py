@@ -36,19 +36,14 @@ warps (mma.sync) attain less than the data sheet's rate on everything since Hopp
 
 @dataclass(frozen=True)
 class Device:
-    """Figures of a data sheet.
-
-    Attributes:
-        bandwidth: bytes per second of device memory. fp32: operations per second on the ordinary cores, fp64 and tf32 in
-            tensor cores (dense), an addition and a multiplication counting as two. source: where the figures stand.
-    """
+    """Figures of a data sheet."""
 
     name: str
-    bandwidth: float
-    fp32: float
-    fp64: float
+    bandwidth: float  # bytes per second of device memory
+    fp32: float  # operations per second on the ordinary cores, an addition and a multiplication counting as two
+    fp64: float  # the same in tensor cores, dense
     tf32: float
-    source: str
+    source: str  # where the figures stand
 
 
 DEVICES = {
@@ -180,19 +175,12 @@ GUARDS: tuple[tuple[str, Kind, int, torch.dtype], ...] = (
 
 @dataclass(frozen=True)
 class Overhead:
-    """An acting step of the guard beside a training step, on one of :data:`GPUS` GPUs.
+    """An acting step of the guard beside a training step, on one of :data:`GPUS` GPUs."""
 
-    Attributes:
-        setting: What the guard's bases are.
-        bases: Bytes of directions per GPU.
-        guard: Seconds of an acting step.
-        step: Seconds of a training step's forward and backward passes.
-    """
-
-    setting: str
-    bases: float
-    guard: float
-    step: float
+    setting: str  # what the guard's bases are
+    bases: float  # bytes of directions per GPU
+    guard: float  # seconds of an acting step
+    step: float  # seconds of a training step's forward and backward passes
 
 
 def overhead(name: str) -> list[Overhead]:

@@ -22,21 +22,13 @@ NOT_RUN = "not run in this preset"
 
 @dataclass
 class Variant:
-    """One way of computing a case.
+    """One way of computing a case."""
 
-    Attributes:
-        call: computes on the inputs as they are, and returns outputs for :class:`Expectation`.
-        reset: puts back what `call` changed beyond the inputs (untimed).
-        exact: see :meth:`Expectation.check`.
-        note: said beside the result.
-        expectation: another one than the case's, where the inputs differ.
-    """
-
-    call: Callable[[], dict[str, Any]]
-    reset: Callable[[], None] = lambda: None
-    exact: bool = False
-    note: str = ""
-    expectation: Expectation | None = None
+    call: Callable[[], dict[str, Any]]  # computes on the inputs as they are; outputs are as in :class:`Expectation`
+    reset: Callable[[], None] = lambda: None  # puts back what `call` changed beyond the inputs (untimed)
+    exact: bool = False  # see :meth:`Expectation.check`
+    note: str = ""  # said beside the result
+    expectation: Expectation | None = None  # another one than the case's, where the inputs differ
 
 
 def ours(x: Inputs) -> Callable[[], dict[str, Any]]:

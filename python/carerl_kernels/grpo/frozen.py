@@ -68,14 +68,11 @@ class EarlierWeights:
     """The frozen weights of a run, on the disk as long as a checkpoint needs them.
 
     The configuration says whether and with what the KL term compares, and where a stage ends.
-
-    Attributes:
-        reference: The weights of the KL term; None without one.
     """
 
     def __init__(self, model: nn.Module, config: GRPOConfig, directory: RunDirectory | None) -> None:
         self.model, self.config, self.directory = model, config, directory
-        self.reference: FrozenWeights | None = None
+        self.reference: FrozenWeights | None = None  # the weights of the KL term
         self._start: FrozenWeights | None = None
         self._reference_step: int | None = None
         self._start_step: int | None = None

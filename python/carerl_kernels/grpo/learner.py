@@ -40,11 +40,6 @@ class Learner:
         editor: Makes one gradient out of one per domain of the batch, or None: their sum.
         sampler: Writes the completions; the model itself if None.
 
-    Attributes:
-        by_domain: The guard acts on each domain's part of a batch, with the directions of the others.
-        takes_rows: Whether one backward pass over a mixed batch is tried; no longer once the model turned out to use its weights
-            in a way that cannot be told row by row.
-
     Raises:
         ValueError: Nothing to train, no end-of-sequence token, or fewer prompts in a step than processes.
     """
@@ -62,8 +57,10 @@ class Learner:
     ) -> None:
         self.model, self.tokenizer, self.domains, self.config = model, tokenizer, domains, config
         self.guard, self.monitor, self.editor = guard, monitor, editor
-        self.by_domain = False
-        self.takes_rows = True
+        self.by_domain = False  # the guard acts on each domain's part of a batch, with the directions of the others
+        self.takes_rows = (
+            True  # one backward pass over a mixed batch is tried, until weights turn out to be used in another way
+        )
         self.tokens = special_tokens(tokenizer, model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:

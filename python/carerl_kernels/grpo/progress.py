@@ -23,15 +23,11 @@ def quiet_transformers() -> Iterator[None]:
 
 
 class PhaseClock:
-    """Wall-clock seconds per named phase. Host time: GPU work counts where the host waits for it.
-
-    Attributes:
-        totals: Seconds per phase since the beginning.
-    """
+    """Wall-clock seconds per named phase. Host time: GPU work counts where the host waits for it."""
 
     def __init__(self) -> None:
-        self.totals: dict[str, float] = {}
-        self._seconds: dict[str, float] = {}
+        self.totals: dict[str, float] = {}  # since the beginning
+        self._seconds: dict[str, float] = {}  # since the last drain
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:

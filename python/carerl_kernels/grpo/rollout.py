@@ -22,21 +22,13 @@ from .sampling import ModelSampler, Rollout, Sampler, held, joined
 
 @dataclass
 class Judged:
-    """What B completions earned; completions of one prompt are adjacent.
+    """What B completions earned; completions of one prompt are adjacent."""
 
-    Attributes:
-        texts: B decoded completions.
-        rewards: [B] float64; NaN where the reward is None. Such rows have advantage 0 and are in no statistic.
-        group_ids: [B] number of the prompt.
-        advantages: [B] float32.
-        domains: B domain names.
-    """
-
-    texts: list[str]
-    rewards: Tensor
-    group_ids: Tensor
-    advantages: Tensor
-    domains: list[str]
+    texts: list[str]  # B decoded completions
+    rewards: Tensor  # [B] float64; NaN where the reward is None. Such rows have advantage 0 and are in no statistic
+    group_ids: Tensor  # [B] number of the prompt
+    advantages: Tensor  # [B] float32
+    domains: list[str]  # B domain names
 
     @property
     def domain(self) -> str | None:
@@ -62,24 +54,16 @@ class Judged:
 
 @dataclass
 class Batch(Judged):
-    """The completions that this process sampled, and what those of all processes earned.
+    """The completions that this process sampled, and what those of all processes earned."""
 
-    Attributes:
-        rollout: Tokens and log-probabilities.
-        rows: Their row numbers in `whole`.
-        whole: The step's completions of all processes, alike in each of them; the same rows when there is one process.
-        drawn: [B] rewards of what was drawn first, before prompts whose rewards all agreed gave way to others: those say how good
-            the policy is, `whole` says what it learns from.
-        redrawn: Prompts drawn anew, per domain.
-        prompts: What was asked, by group id.
-    """
-
-    rollout: Rollout
-    rows: list[int]
-    whole: Judged
+    rollout: Rollout  # tokens and log-probabilities
+    rows: list[int]  # their row numbers in `whole`
+    whole: Judged  # the step's completions of all processes, alike in each of them; the same rows when there is one process
+    # [B] rewards of what was drawn first, before prompts whose rewards all agreed gave way to others: those say how good the
+    # policy is, `whole` says what it learns from
     drawn: Tensor
-    redrawn: dict[str, int]
-    prompts: list[Example] = field(default_factory=list)
+    redrawn: dict[str, int]  # prompts drawn anew, per domain
+    prompts: list[Example] = field(default_factory=list)  # what was asked, by group id
 
     @property
     def mixed(self) -> bool:

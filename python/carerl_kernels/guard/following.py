@@ -22,13 +22,6 @@ class Following:
     Args:
         owner: says whose step it is.
         seconds: The guard's seconds per part, which are counted up here.
-
-    Attributes:
-        max_grad_norm: grad mode: clips the edited gradient.
-        edited: the gradient of the step to come was edited already, one domain at a time.
-        restored: state was loaded: the next attach or stage goes on instead of starting afresh.
-        known_finite: the gradients of the step to come are finite: somebody has their norm.
-        communication: numbers summed over processes and all-reduces of the last step.
     """
 
     def __init__(
@@ -42,8 +35,10 @@ class Following:
     ):
         self.parameters, self._memory, self._recording, self._census = parameters, memory, recording, census
         self._owner, self._seconds, self.locals = owner, seconds, recording.locals
-        self.max_grad_norm = memory.settings.max_grad_norm
-        self.edited = self.restored = self.known_finite = False
+        self.max_grad_norm = memory.settings.max_grad_norm  # grad mode: clips the edited gradient
+        self.edited = False  # the gradient of the step to come was edited already, one domain at a time
+        self.restored = False  # state was loaded: the next attach or stage goes on instead of starting afresh
+        self.known_finite = False  # the gradients of the step to come are finite: somebody has their norm
         self.communication = {"elements_last_step": 0, "all_reduces_last_step": 0}
         self._optimizers: list[torch.optim.Optimizer] = []
         self._handles: list[Any] = []

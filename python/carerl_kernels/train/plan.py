@@ -17,24 +17,17 @@ from .recipe import Recipe
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Attributes:
-    parameters, trainable: The numbers of all parameters of the model and of the trained ones.
-    processes: Planned for.
-    sequences: Sampled and trained on per step, at most `tokens` of them written.
-    memory: Bytes per process, by purpose, all of them there at once at worst.
-    guard: The guard's own plan, or None.
-    notes: What the numbers leave out.
-    """
+    """What a run will do, and what it needs."""
 
-    parameters: int
-    trainable: int
-    processes: int
-    sequences: int
-    tokens: int
-    steps: int
-    memory: dict[str, int]
-    guard: dict[str, Any] | None
-    notes: tuple[str, ...]
+    parameters: int  # of the model
+    trainable: int  # of them trained
+    processes: int  # planned for
+    sequences: int  # sampled and trained on per step
+    tokens: int  # written in them, at most
+    steps: int  # of all stages
+    memory: dict[str, int]  # bytes per process, by purpose, all of them there at once at worst
+    guard: dict[str, Any] | None  # the guard's own plan
+    notes: tuple[str, ...]  # what the numbers leave out
 
     @property
     def total(self) -> int:

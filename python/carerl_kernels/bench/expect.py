@@ -144,7 +144,6 @@ class Expectation:
         """Errors, if they are small enough.
 
         Args:
-            variant: who computed it, for the message.
             exact: what we promise of our own ops, instead of what is let pass in a baseline (its errors are reported).
 
         Raises:

@@ -134,7 +134,6 @@ def guard_overhead(
         settings: LoRA ones first, they leave the model as it was.
         rounds: of one period of guarded steps after a plain one.
         new_tokens: sampled per completion.
-        prompts: at least two.
 
     Raises:
         RuntimeError: the packages of SmolLM2-135M are missing; names them.

@@ -28,9 +28,6 @@ class Bandwidth:
 
     Args:
         size: bytes of the buffer; smaller only in tests.
-
-    Attributes:
-        source: the way chosen.
     """
 
     def __init__(self, size: int = PROBE_BYTES):

@@ -43,13 +43,11 @@ def run_bench(
     Args:
         preset: "quick" (under a minute on a quiet machine), "full", "sweep" (time against N and K) or "llm" (the
             guard on a training step of SmolLM2-135M).
-        json_path: file for everything measured.
         png_path: file for the roofline picture (quick and full).
         ops: only these ops (of "llm": settings whose names contain one of these); all by default.
         own_cases: instead of the preset's.
         seconds: of timed rounds per case, instead of the preset's.
         probe_bytes: buffer of the bandwidth probe.
-        printer: where to print; a terminal by default.
 
     Returns:
         what the JSON file holds: `environment`, and `cases` or what the preset measures instead.

@@ -37,7 +37,6 @@ def example_scores(
         model, tokenizer, tokens: The policy, its tokenizer, and its padding, end and banned ids.
         num_samples: Completions per example (sampled mode).
         batch_size: Sequences at once.
-        sampler: Writes the completions; the model itself if None.
         ranks: Processes that share the model: each evaluates its share of the examples, the first one judges.
 
     Raises:

@@ -36,10 +36,6 @@ from .watch import Monitor
 class Learner:
     """Model, sampler and random state of a run; turns prompt counts into one update.
 
-    Args:
-        editor: Makes one gradient out of one per domain of the batch, or None: their sum.
-        sampler: Writes the completions; the model itself if None.
-
     Raises:
         ValueError: Nothing to train, no end-of-sequence token, or fewer prompts in a step than processes.
     """
@@ -95,13 +91,11 @@ class Learner:
         """Sample a batch and take every optimizer step on it.
 
         Args:
-            optimizer: Over this model's parameters, learning rate set.
             counts: Prompts per domain name.
             owner: The domain whose steps these are to the guard: the stage's name, also where some prompts are replayed from
                 earlier domains, for the stage records its own steps and every other domain's directions act on them.
             earlier: Names of the domains of earlier stages, whose stored answers are rehearsed.
             mixed: Whether it is a step of a mixed stage, whose advantages have a default of their own.
-            evaluated: Whether an evaluation follows, for the monitor.
 
         Returns:
             Metrics of the step (without timings; those are in `clock`).

@@ -193,7 +193,6 @@ class RunDirectory:
         """Compare settings with those the run was started with.
 
         Args:
-            settings: The settings, as given to `start`.
             cosmetic: Names under "config" that may differ.
 
         Raises:

@@ -150,10 +150,6 @@ class Box:
         apart = self.anchor[:, self.stack.columns(domain)] - self.stack.measure(parameters, domain)
         return float(self.stack.column_sums(apart.double().square()).sum().sqrt())
 
-    def memory(self) -> int:
-        """Bytes of the anchors."""
-        return self.anchor.numel() * self.anchor.element_size()
-
     def adopt(self, parameters: Sequence[Tensor], kept: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """After a change of the stack: anchors of domains that stay, given with what acted before, go on; others begin here.
 

@@ -161,16 +161,6 @@ class FactoredStack(Stack[MatrixLayout, FactoredBasis]):
     def pack_(self, rows: Tensor, parts: Any) -> None:
         self.layout.pack_(rows, parts)
 
-    def memory(self) -> int:
-        by_group = [t for part in (self.factors, self.grams) for side in part.values() for t in side if t is not None]
-        moved = [t for by_name in self._moved.values() for t in by_name.values()]
-        kept = (*by_group, *self._more_factors(), *moved, *(self._oriented or ()))
-        return sum(t.numel() * t.element_size() for t in kept) + self._frames_memory()
-
-    def _more_factors(self) -> list[Tensor]:
-        """What is kept beside the factors as they are stored."""
-        return []
-
     # What differs.
 
     @abstractmethod

@@ -31,10 +31,6 @@ class Span:
         out.rows = slice(0, last - first)
         return out
 
-    def tensors(self) -> list[Tensor]:
-        """What it keeps."""
-        return []
-
 
 class DenseSpan(Span):
     """From overlaps `[G, A, A]` float64, `each` coefficient rows to one of them."""
@@ -60,9 +56,6 @@ class DenseSpan(Span):
         out.each = min(self.each, last - first)
         out.root = self.root[first // self.each : -(-last // self.each)]
         return out
-
-    def tensors(self) -> list[Tensor]:
-        return [self.root]
 
 
 class PackedSpan(DenseSpan):
@@ -115,9 +108,6 @@ class PairSpan(Span):
         turned = (even * x + odd * y, odd * x + even * y)
         out = [U @ z @ V.mT for (U, V), z in zip(self._turns, turned, strict=True)]
         return torch.stack(out, dim=-3).flatten(-3)
-
-    def tensors(self) -> list[Tensor]:
-        return [t for pair in (*self._turns, self._root) for t in pair]
 
 
 def reach(root: Tensor, overlap: Tensor) -> Tensor:
@@ -193,8 +183,3 @@ class Frame:
             out = torch.zeros_like(coeffs)
             out[..., self._columns] = mapped
         return out if self.sign is None else out.mul_(self.sign)
-
-    def memory(self) -> int:
-        """Bytes of what it keeps."""
-        kept = {t.data_ptr(): t for span in self.spans for t in span.tensors()}
-        return sum(t.numel() * t.element_size() for t in (*kept.values(), self.reach))

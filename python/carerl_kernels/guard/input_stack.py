@@ -118,13 +118,6 @@ class InputStack(FactoredStack):
         for at in group.chunks(self.device):
             yield at, slice(at.start * group.each, at.stop * group.each)
 
-    def _more_factors(self) -> list[Tensor]:
-        recorded = [t for b in self._recorded.values() for part in (b.left, b.right, b.moved) for t in part.values()]
-        boxes = [] if self._boxes is None else [t for box in self._boxes[1].values() for t in box[1:]]
-        boxes += [held for held, *_ in self._held.values()]
-        boxes += [*self._spans, *(t for projectors in self._projectors.values() for t in projectors)]
-        return [acting for acting in self._acting if acting.shape[2] < self.rows] + recorded + boxes
-
     def put(self, basis: FactoredBasis, parameters: Sequence[Tensor]) -> None:
         self._check_kind(basis)
         domain, before = basis.info.domain, self._room

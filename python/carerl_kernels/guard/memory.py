@@ -15,7 +15,7 @@ from .box import Box
 from .build import new_stack
 from .correct import StepCorrection, rule_params
 from .probes import Probes
-from .report import DomainReport
+from .report import DomainReport, bytes_held
 from .settings import Settings
 from .stack import Stack, noise_floor
 from .statistics import Statistics
@@ -135,7 +135,7 @@ class Memory:
 
     def bytes(self) -> int:
         """Of directions, anchors and what belongs to them in this process."""
-        return self.stack.memory() + (0 if self.box is None else self.box.memory())
+        return bytes_held(self.stack, None if self.box is None else self.box.anchor)
 
     # ------------------------------------------------------------------------------------------------------------- state
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from .memory import Memory
     from .optimizers import Census
     from .recording import Recording
+
+
+PACKAGE = __name__.partition(".")[0]
 
 
 class DomainReport(TypedDict):
@@ -96,6 +100,28 @@ def report_of(
         "memory": memory.bytes(),
         "covered": layout.covered / layout.parameters,
     }
+
+
+def bytes_held(*holders: Any) -> int:
+    """Bytes of the tensors that objects of this package hold in this process, each memory once."""
+    found: dict[tuple[torch.device, int], int] = {}
+    seen: set[int] = set()
+    todo = list(holders)
+    while todo:
+        held = todo.pop()
+        if id(held) in seen:
+            continue
+        seen.add(id(held))
+        if isinstance(held, Tensor):
+            memory = held.untyped_storage()
+            found[held.device, memory.data_ptr()] = memory.nbytes()
+        elif isinstance(held, Mapping):
+            todo += held.values()
+        elif isinstance(held, list | tuple):
+            todo += held
+        elif type(held).__module__.startswith(PACKAGE):
+            todo += vars(held).values()
+    return sum(found.values())
 
 
 def flat_numbers(report: Mapping[str, Any]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from ..linalg import dacsp_core
 from ..subspace.layout import Layout
 from ..subspace.matrices import MatrixLayout
 from ..subspace.store import BasisError, BasisInfo, DomainBasis, StoredBasis
-from .frames import Frame
+from .frames import DenseSpan, Frame
 from .rules import RuleParams, beyond
 
 ROUNDING = {
@@ -209,10 +209,6 @@ class Stack(ABC, Generic[L, B]):
     def overlap_times(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
         """`S x`, all of it `[T, K]` or one of the chunks."""
 
-    @abstractmethod
-    def memory(self) -> int:
-        """Bytes of directions, overlaps and cached frames in this process."""
-
     def column_sums(self, values: Tensor) -> Tensor:
         """Sums `[..., K]` over all coefficient rows of values `[..., T, K]`, those of other processes included."""
         return self.summed(self.own_sums(values))
@@ -235,9 +231,6 @@ class Stack(ABC, Generic[L, B]):
 
     def pack_(self, rows: Tensor, parts: Any) -> None:
         rows.copy_(parts)
-
-    def _frames_memory(self) -> int:
-        return sum(frame.memory() for frame in self._frames.values())
 
 
 class RowStack(Stack[Layout, DomainBasis]):
@@ -350,7 +343,9 @@ class RowStack(Stack[Layout, DomainBasis]):
         """R `[T, K, K]` float64 of the rows that act on a domain's steps, zero for the others."""
         root = torch.zeros(self.layout.T, self.rows, self.rows, dtype=torch.float64, device=self.device)
         columns = self.active(own).nonzero().squeeze(1)
-        root[:, columns.unsqueeze(1), columns] = self.frame(own).spans[0].tensors()[0]
+        (span,) = self.frame(own).spans
+        assert isinstance(span, DenseSpan)
+        root[:, columns.unsqueeze(1), columns] = span.root
         return root
 
     @property
@@ -361,7 +356,3 @@ class RowStack(Stack[Layout, DomainBasis]):
 
     def overlap_times(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
         return (self.overlap[rows] @ x.unsqueeze(-1)).squeeze(-1)
-
-    def memory(self) -> int:
-        tensors = [self.bases, self.overlap] + ([] if self.scales is None else [self.scales])
-        return sum(t.numel() * t.element_size() for t in tensors) + self._frames_memory()

@@ -129,7 +129,6 @@ class Accumulator:
         """Input vectors of a matrix.
 
         Args:
-            use: the matrix and the side.
             inputs: `[..., K]`; must not change before :meth:`settle`.
             keep: bool, shaped as the rows; None: all count.
             n: elements of an input vector of this matrix.

@@ -27,7 +27,6 @@ class StageStart:
     stage's displacement needs them once, at the end, and memory has no room for them.
 
     Args:
-        domain: for messages.
         shards: what of every parameter lives here.
     """
 

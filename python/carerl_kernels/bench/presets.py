@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from .._errors import one_of
 from .cost import Case
 
 F32, BF16, F16, I8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
@@ -24,10 +25,9 @@ def chosen_of(available: Sequence[Case], ops: Sequence[str]) -> list[Case]:
     Raises:
         ValueError: an op that no case has.
     """
-    known = {case.op for case in available} | {case.packet for case in available}
+    known = sorted({case.op for case in available} | {case.packet for case in available})
     for op in ops:
-        if op not in known:
-            raise ValueError(f"op: expected one of {', '.join(sorted(known))}, found {op!r}")
+        one_of("op", op, known)
     return [case for case in available if not ops or case.op in ops or case.packet in ops]
 
 

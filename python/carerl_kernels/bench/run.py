@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .._errors import one_of
 from .._files import write_json
 from .cases import Inputs
 from .cost import Case, short
@@ -56,8 +57,7 @@ def run_bench(
         ValueError: an unknown preset or op.
         BenchError: wrong or impossible results, named; raised after everything else was measured and written.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, found {preset!r}")
+    one_of("preset", preset, PRESETS)
     if preset == "sweep" and len(ops) > 1:
         raise ValueError(f"op: expected one for the sweep, found {', '.join(ops)}")
     settings = []

@@ -21,10 +21,11 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
+from .._errors import at_least, one_of
 from .._http import RetryingClient, TryAgainError, raise_if_transient
 from .._json import as_logprob
 from ..text import SpecialTokens, left_pad, right_pad
@@ -87,10 +88,8 @@ class EndpointSampler:
     ) -> None:
         key = os.environ.get("CARERL_SAMPLER_API_KEY") if api_key is None else api_key
         self._client = RetryingClient(url, key=key, log=LOGGER, **(LIMITS | limits))
-        if engine not in ("vllm", "sglang"):
-            raise ValueError(f"engine: expected 'vllm' or 'sglang', found {engine!r}")
-        if sync_every < 1:
-            raise ValueError(f"sync_every: expected at least 1, found {sync_every}")
+        one_of("engine", engine, get_args(Engine))
+        at_least("sync_every", sync_every, 1)
         self.url, self.model, self.tokens, self.engine = self._client.url, model, tokens, engine
         self.folder = Path(folder).resolve() / "served"
         self.sync_every, self.reload_timeout = sync_every, reload_timeout

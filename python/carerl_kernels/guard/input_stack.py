@@ -231,12 +231,10 @@ class InputStack(FactoredStack):
         return [torch.zeros(f.shape[0], group.each, f.shape[2], device=self.device) for group, f in sizes]
 
     def along(self, parts: Sequence[Tensor], own: str | None) -> list[Tensor]:
-        """See :class:`Stack`."""
         with full_precision(self.device):
             return [part @ projector for part, projector in zip(parts, self.projectors(own), strict=True)]
 
     def remove_(self, tensors: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
-        """See :class:`Stack`."""
         shards = self.layout.shards
         with full_precision(self.device):
             for group, Q, part in zip(self.layout.groups, self.spans, parts, strict=True):

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from .._errors import one_of
 from ..subspace import StoredBasis
 from ..subspace.fingerprint import hash_parameters
 from ..subspace.kinds import KINDS, kind_of, rank_of
@@ -237,8 +238,8 @@ class Protection:
     def _known(self, name: str, recorded: bool = False) -> None:
         if recorded:  # its numbers will be needed: better asked for now than when the stage ends
             self.settings.numbers_of(name)
-        if self.domains is not None and name not in self.domains:
-            raise ValueError(f"domain: expected one of {', '.join(self.domains)}, found {name!r}")
+        if self.domains is not None:
+            one_of("domain", name, self.domains)
         self._seen[name] = None
 
     def _locals(self) -> list[Tensor]:

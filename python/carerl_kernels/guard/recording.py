@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._errors import at_least
 from ..subspace.kinds import KINDS
 from ..subspace.layout import Layout
 from ..subspace.matrices import MatrixLayout
 from ..subspace.recorder import Recorder
 from ..subspace.store import StoredBasis
 from .build import new_stack
-from .settings import Settings, at_least
+from .settings import Settings
 from .stack import Stack, noise_floor
 
 LEAST = 8

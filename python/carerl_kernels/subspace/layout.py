@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from .._errors import one_of
 from .._ops import SEGMENT
 from .shards import Shards, local
 
@@ -68,8 +69,7 @@ class Layout:
             ValueError: no tensors, an unknown kind, k < 1, or a tensor that is not dense, not floating, or sharded in another
                 way than along dimension 0.
         """
-        if kind not in get_args(RowKind):
-            raise ValueError(f"basis kind: expected one of {', '.join(get_args(RowKind))}, found {kind!r}")
+        one_of("basis kind", kind, get_args(RowKind))
         named, shards = checked(named, k, group)
         offsets, end = [], 0
         for piece in shards.pieces:

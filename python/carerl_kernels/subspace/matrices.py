@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from .._errors import one_of
 from ..thin import workspace
 from .layout import checked
 from .shards import Shards, local
@@ -91,8 +92,7 @@ class MatrixLayout:
         Raises:
             ValueError: as :meth:`Layout.of`; no matrix among the tensors; parts of matrices that are not whole rows.
         """
-        if kind not in get_args(FactoredKind):
-            raise ValueError(f"basis kind: expected one of {', '.join(get_args(FactoredKind))}, found {kind!r}")
+        one_of("basis kind", kind, get_args(FactoredKind))
         parts, shards = checked(named, k, group)
         if group is not None and shards.sharded:
             raise ValueError(

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .._errors import one_of
 from .batches import Positions, call, prepared, text_positions, to_device
 from .matrices import MatrixLayout, some, unlabel
 from .moments import Accumulator, Moments, sketch_width
@@ -59,8 +60,7 @@ def observe(
     Raises:
         ValueError: no batch; a covered weight that no batch reached; inputs that are not finite.
     """
-    if unseen not in ("error", "free"):
-        raise ValueError(f"unseen: expected 'error' or 'free', found {unseen!r}")
+    one_of("unseen", unseen, ("error", "free"))
     inner = unwrapped(model)
     group = group if group is not None else layout.shards.group
     named = [(plain_name(name), p) for name, p in inner.named_parameters()]

@@ -138,8 +138,7 @@ class Learner:
                 if math.isfinite(norm):
                     if self.monitor is not None:
                         with self.clock("monitor"):
-                            fixed = {"old_logp": old_logp, "ref_logp": ref_logp}
-                            self._show(self.monitor, batch, rows, optimizer, evaluated, fixed)
+                            self._show(batch, rows, optimizer, evaluated, old_logp=old_logp, ref_logp=ref_logp)
                     if self.recorder is not None:
                         sampled = batch.rollout.select(rows)
                         self.recorder.see({"input_ids": sampled.input_ids, "attention_mask": sampled.attention_mask})
@@ -150,17 +149,13 @@ class Learner:
         return self._metrics(batch, losses, norms, stats, gap, skipped)
 
     def _show(
-        self,
-        monitor: Monitor,
-        batch: Batch,
-        rows: Tensor,
-        optimizer: torch.optim.Optimizer,
-        evaluated: bool,
-        fixed: Mapping[str, Tensor | None],
+        self, batch: Batch, rows: Tensor, optimizer: torch.optim.Optimizer, evaluated: bool, **fixed: Tensor | None
     ) -> None:
         """Between backward and step: the gradients that the monitor wants to see, which it keeps until its next step: that of the
         batch, and those of the domains' losses on their stored examples. The step's own stay where they are, and random numbers
         (of dropout) are drawn again by what follows: watched or not, training is the same."""
+        monitor = self.monitor
+        assert monitor is not None
         domains_due = batch.mixed and monitor.domains_due(evaluated)
         if not (domains_due or monitor.gradients_due()):
             return

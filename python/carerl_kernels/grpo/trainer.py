@@ -157,8 +157,7 @@ class GRPOTrainer:
                 self._record({**line, "seconds": self._clock.drain()})
                 self._checkpoint(0, 0)
             for i in range(first, len(stages)):
-                progress.start(names[i], stages[i].steps, offset)
-                self._run_stage(stages, i, names[i], offset, state, progress)
+                self._run_stage(stages, i, offset, state, progress)
                 state, offset = None, 0
         self._finish(stages, names)
         return self.history
@@ -166,15 +165,10 @@ class GRPOTrainer:
     # ---- stages
 
     def _run_stage(
-        self,
-        stages: list[Stage],
-        index: int,
-        name: str,
-        offset: int,
-        state: dict[str, Any] | None,
-        progress: StageProgress,
+        self, stages: list[Stage], index: int, offset: int, state: dict[str, Any] | None, progress: StageProgress
     ) -> None:
-        stage, config = stages[index], self.config
+        stage, name, config = stages[index], stage_names(stages)[index], self.config
+        progress.start(name, stage.steps, offset)
         if self._optimizer is None or config.fresh_optimizer:
             self._optimizer = self._make_optimizer(self._learner.parameters)
         optimizer = self._optimizer

@@ -268,15 +268,16 @@ class InputStack(FactoredStack):
                 columns, directions, root, far = self._box(number, own)
                 if not group.m or not columns.numel():
                     continue
+                left = group.side == "left"
                 most = max(1, CHUNK.get(self.device.type, CHUNK["cuda"]) // (4 * group.each * columns.numel()))
                 for at in _runs([index not in exempt for index in group.indices], most):
-                    energy += self._confine_(
-                        group,
-                        self.layout.local(group, parameters, at),
-                        directions[at],
-                        self._anchors(number, group, anchor, columns, root, at),
-                        *self._bounds(group, at, columns, far, bounds, tight),
-                    )
+                    matrices = self.layout.local(group, parameters, at)
+                    here = self._anchors(number, group, anchor, columns, root, at)
+                    box = self._bounds(group, at, columns, far, bounds, tight)
+                    if left and self.layout.shards.sharded:
+                        energy += self._confine_spread(matrices, directions[at], here, *box)
+                    else:
+                        energy += torch.ops.carerl.input_confine_(matrices, directions[at], here, *box, left).sum()
         return energy
 
     def _anchors(self, number: int, group: Group, anchor: Tensor, columns: Tensor, root: Tensor, at: slice) -> Tensor:
@@ -327,21 +328,12 @@ class InputStack(FactoredStack):
         against, along = (t[columns].float() * size for t in (bounds.lower, bounds.upper))
         return torch.where(moved < 0, along, against), torch.where(moved < 0, against, along)
 
-    def _confine_(
-        self,
-        group: Group,
-        matrices: Sequence[Tensor],
-        directions: Tensor,
-        anchor: Tensor,
-        lower: Tensor | None,
-        upper: Tensor | None,
+    def _confine_spread(
+        self, matrices: Sequence[Tensor], directions: Tensor, anchor: Tensor, lower: Tensor | None, upper: Tensor | None
     ) -> Tensor:
-        """Some matrices of a group; the energy of what was taken out of them."""
-        left, shards = group.side == "left", self.layout.shards
-        if not (left and shards.sharded):
-            return torch.ops.carerl.input_confine_(matrices, directions, anchor, lower, upper, left).sum()
-        # Columns of a sharded matrix are spread over processes: nothing can be decided before they are summed.
-        d = anchor - shards.sum_(torch.ops.carerl.input_project(matrices, directions, left))
+        """Columns of a sharded matrix are spread over processes: nothing can be decided before they are summed."""
+        shards = self.layout.shards
+        d = anchor - shards.sum_(torch.ops.carerl.input_project(matrices, directions, True))
         x = d if lower is None or upper is None else d - torch.minimum(torch.maximum(d, -lower), upper)
         x = torch.where(x.isfinite().all(-1, keepdim=True), x, 0.0)
         add_product_(matrices, directions.mT, x)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .. import _load
 from .cases import Inputs
@@ -100,19 +101,12 @@ def bandwidth(device: torch.device, size: int = FLUSHED) -> dict[str, float]:
 def moved_to(x: Inputs | LogitsCase, device: torch.device) -> None:
     """Every tensor of the inputs to the device, the expected values stay."""
     for name, value in vars(x).items():
-        if name in ("expected", "sampled"):
-            continue
-        if isinstance(value, Tensor):
-            setattr(x, name, value.to(device))
-        elif isinstance(value, list) and value and isinstance(value[0], Tensor):
-            setattr(x, name, [tensor.to(device) for tensor in value])
+        if name not in ("expected", "sampled"):
+            setattr(x, name, pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), value))
 
 
-def on_host(outputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: [tensor.cpu() for tensor in value] if isinstance(value, list) else value.cpu()
-        for name, value in outputs.items()
-    }
+def on_host(outputs: dict[str, Any]) -> dict[str, Any]:
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.cpu(), outputs)
 
 
 def measure_case(

@@ -22,8 +22,8 @@ show); `make gpu-check` measures it on the device and compares with that instead
 
 STREAMED = {
     "project": 0.98, "edit_": 0.97, "dacsp_": 0.97,  # 64 to 128 bytes in flight a thread, nothing waits for another
-    "token_logprobs": 0.95, "token_logprobs_backward": 0.95,  # 32 a thread, eight blocks on a multiprocessor
-    # 64 in flight a thread, and then all of a block wait for the tile and for each other: the other blocks read on.
+    "token_logprobs": 0.95, "token_logprobs_backward": 0.95,  # 32 a thread, eight thread blocks on a multiprocessor
+    # 64 in flight a thread, and then all threads of a block wait for the tile and for each other: other blocks read on.
     "gram": 0.85, "rotate_": 0.8, "edit_rotate_": 0.8, "pca_update_": 0.82,
     "input_project": 0.85, "input_confine_": 0.75, "input_dacsp_": 0.75,  # the matrix is read again, in part from L2
 }  # fmt: skip
@@ -90,7 +90,7 @@ def predict(case: Case, device: Device, bandwidth: float | None = None) -> Predi
 
 
 def operations(case: Case) -> dict[str, float]:
-    """Operations by unit, those on padding included: Gram matrices are summed in fp64 over blocks of eight rows, inputs of
+    """Operations by unit, those on padding included: Gram matrices are summed in fp64 over eight rows at a time, inputs of
     matrices in tf32 over 32 directions, whose fp32 numbers are two terms each; all else is fp32."""
     op = case.packet
     if op.startswith("input_"):

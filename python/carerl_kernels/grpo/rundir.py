@@ -40,13 +40,9 @@ class CheckpointError(PlainError):
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters (tied ones once) and persistent buffers by name."""
+    persistent = model.state_dict().keys()
     tensors = {n: p.detach() for n, p in model.named_parameters()}
-    for prefix, module in model.named_modules():
-        transient = module._non_persistent_buffers_set
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in transient:
-                tensors[f"{prefix}.{name}" if prefix else name] = buffer.detach()
-    return tensors
+    return tensors | {n: b.detach() for n, b in model.named_buffers(remove_duplicate=False) if n in persistent}
 
 
 def save_weights(path: Path, model: nn.Module) -> None:

@@ -76,9 +76,9 @@ class PackedSpan(DenseSpan):
 
 
 class PairSpan(Span):
-    """R of two domains' blocks, in closed form.
+    """R of two domains' block directions, in closed form.
 
-    Blocks overlap by the Kronecker product of A = U_1^T U_2 and B = V_1^T V_2. In the singular vectors of both,
+    These overlap by the Kronecker product of A = U_1^T U_2 and B = V_1^T V_2. In the singular vectors of both,
     `A = P a Q^T` and `B = P' b Q'^T`, S falls apart into 2 x 2 matrices with ones on the diagonal and s = a_i b_j beside
     it, whose eigenvalues are 1 + s and 1 - s: no matrix of r^2 x r^2 is ever built.
 

@@ -156,8 +156,8 @@ class CapabilityGuard(Protection):
     ) -> Iterator[Recorder]:
         """Records a stage: on exit what it learned becomes history.
 
-        Steps inside belong to this domain unless `guard.domain` says otherwise; only its own steps are recorded. If the
-        block raises, nothing becomes history.
+        Steps inside belong to this domain unless `guard.domain` says otherwise; only its own steps are recorded. An
+        exception inside makes no history.
 
         Args:
             path: safetensors file to write on exit, atomically.
@@ -221,9 +221,7 @@ class CapabilityGuard(Protection):
                 yield
             started = time.perf_counter()
             if all(p.grad is None for p in self.parameters):
-                raise RuntimeError(
-                    f"probe of {name!r}: expected a gradient, found none; call loss.backward() inside the block"
-                )
+                raise RuntimeError(f"probe of {name!r}: expected a gradient, found none; call loss.backward() inside")
             with torch.no_grad():
                 a = self.stack.project(self._following.gradients(), name)
             # A probe that is not finite leaves the sign of the one before.

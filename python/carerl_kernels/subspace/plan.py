@@ -23,7 +23,7 @@ from .moments import exact, sketch_width
 from .sites import guess_sides
 
 OVERSAMPLED_ROWS = 4  # what StreamingPCA stores beyond k while recording
-STATE = 5  # float64 per coefficient of rows and blocks: q_prev, q_start, the rule's, and where q and correction go
+STATE = 5  # float64 per coefficient of row and block bases: q_prev, q_start, the rule's, and where q and correction go
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a guard sees of a mixed stage's domains: one batch of each, prompts with the model's own completions.
+"""What a guard is shown of each domain of a mixed stage: one batch of prompts with the model's own completions.
 
 bases/STAGE.before/DOMAIN.safetensors    directions the stage began with, of domains the guard did not know
 bases/STAGE/DOMAIN.safetensors           the same of all its domains when it had ended: what is history for what follows

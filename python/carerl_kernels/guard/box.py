@@ -24,7 +24,7 @@ OFF = 0.01
 
 
 class Box:
-    """Anchors of all protected directions, and when to go back to them.
+    """Anchors of all protected directions, and when the parameters are put back into the box around them.
 
     Steps of one domain in a row are a *segment*: the domain's own directions do not act on it, and at its end their anchors
     move by what it moved. A mixed batch belongs to nobody, and all directions act.
@@ -149,19 +149,6 @@ class Box:
         """Norm of the net displacement along a domain's directions since its anchors were taken."""
         apart = self.anchor[:, self.stack.columns(domain)] - self.stack.measure(parameters, domain)
         return float(self.stack.column_sums(apart.double().square()).sum().sqrt())
-
-    def adopt(self, parameters: Sequence[Tensor], kept: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """After a change of the stack: anchors of domains that stay, given with what acted before, go on; others begin here.
-
-        Args:
-            kept: For every domain its anchors `[T, width]` and what of them acted `[T, width]`.
-        """
-        self.anchor = self.stack.measure(parameters)
-        for name, (anchor, acted) in kept.items():
-            columns, same = self.stack.columns(name), self.stack.present(name) & acted
-            self.anchor[:, columns] = torch.where(same, anchor, self.anchor[:, columns])
-
-    # ----------------------------------------------------------------------------------------------------------- adapters
 
     def _fresh(self, parameters: Sequence[Tensor]) -> Iterator[int]:
         """A of every adapter that adds nothing on protected inputs: B is zero, or A is off the directions already."""

@@ -58,19 +58,6 @@ class StepCorrection:
             out |= {"q_prev": self.q_prev, "q_start": self.q_start}
         return out
 
-    def adopt(self, parameters: Sequence[Tensor], kept: Mapping[str, tuple[Mapping[str, Tensor], Tensor]]) -> None:
-        """On a changed stack: what was remembered of domains that stay goes on; the rest begins here.
-
-        Args:
-            kept: For every domain its part of :meth:`remembered` and what of it acted `[T, width]`.
-        """
-        self.rebase(parameters)
-        now = self.remembered()
-        for name, (before, acted) in kept.items():
-            columns, same = self.stack.columns(name), self.stack.present(name) & acted
-            for what, rows in before.items():
-                now[what][:, columns] = torch.where(same, rows, now[what][:, columns])
-
     def settle_probes(self) -> None:
         """Takes in the probes since the last step."""
         for name in list(self.probes.sums):

@@ -64,7 +64,7 @@ class Following:
             ]
 
     def detach(self) -> None:
-        """Takes them off."""
+        """Takes the hooks off again."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._optimizers = [], []

@@ -72,22 +72,28 @@ class Memory:
         self.rebase(parameters)
 
     def adopt(self, basis: StoredBasis, parameters: Sequence[Tensor]) -> None:
-        """Takes a domain in; those of other domains go on."""
+        """Takes a domain in. What is remembered of others goes on where their directions act as before; the rest begins here."""
         self.settle(parameters)
-        stack = self.stack
-        stay = [name for name in self.history if name != basis.info.domain]
-        acted = {name: stack.present(name) for name in stay}
-        remembered = self.steps.remembered() if self.box is None else {"anchor": self.box.anchor}
+        stack, before = self.stack, self._remembered()
         kept = {
-            name: ({what: rows[:, stack.columns(name)].clone() for what, rows in remembered.items()}, acted[name])
-            for name in stay
+            name: ({what: rows[:, stack.columns(name)].clone() for what, rows in before.items()}, stack.present(name))
+            for name in self.history
+            if name != basis.info.domain
         }
         stack.put(basis, parameters)
         self._renew()
         if self.box is None:
-            self.steps.adopt(parameters, kept)
+            self.steps.rebase(parameters)
         else:
-            self.box.adopt(parameters, {name: (parts["anchor"], acts) for name, (parts, acts) in kept.items()})
+            self.box.anchor = stack.measure(parameters)
+        for name, (parts, acted) in kept.items():
+            columns, same = stack.columns(name), stack.present(name) & acted
+            for what, rows in self._remembered().items():
+                rows[:, columns] = torch.where(same, parts[what], rows[:, columns])
+
+    def _remembered(self) -> Mapping[str, Tensor]:
+        """What is remembered per coefficient `[T, K]`."""
+        return self.steps.remembered() if self.box is None else {"anchor": self.box.anchor}
 
     def rebase(self, parameters: Sequence[Tensor]) -> None:
         """Counts from the present parameters on."""

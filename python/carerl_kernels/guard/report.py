@@ -27,7 +27,7 @@ class DomainReport(TypedDict):
         capture: share of what was recorded that the directions hold: "gradient" of the energy of gradients or inputs,
             "displacement" of the squared displacement of the stage (None without one).
         acting: share of what its directions hold that acts: less than 1 where `room` was short.
-        steps: recorded.
+        steps: of the recorded stage, or batches that were shown.
     """
 
     energy: dict[str, float | None] | None
@@ -93,7 +93,7 @@ def report_of(
         "touched_share": statistics.touched_share,
         "domains": {name: memory.domain(name, parameters) for name in history},
         "open_windows": [n for n in seen if n not in history] + [n for n in history if memory.blind(n)],
-        "unguarded": census.report(),
+        "unguarded": {reason: dict(found) for reason, found in census.free.items()},
         "recording": {name: newcomer.as_dict() for name, newcomer in recording.newcomers.items()},
         **({"probes": memory.probes.report(history)} if settings.rule == "probed" else {}),
         "communication": {"elements": layout.shards.elements, "all_reduces": layout.shards.calls},

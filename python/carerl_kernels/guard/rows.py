@@ -23,7 +23,7 @@ Place = tuple[int, int]
 
 
 class RowWatch:
-    """Hooks on linear layers and embeddings that gather, for input bases, what :class:`MixedGradient` needs.
+    """Hooks on linear layers and embeddings that gather what :class:`MixedGradient` takes out, where bases are of inputs.
 
     Args:
         places: modules, each with the place of its weight.

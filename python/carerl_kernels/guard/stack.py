@@ -214,11 +214,11 @@ class Stack(ABC, Generic[L, B]):
         return self.summed(self.own_sums(values))
 
     def own_sums(self, values: Tensor, rows: slice = slice(None)) -> Tensor:
-        """What all rows here, or those of a chunk, add to the sums."""
+        """Sums over the coefficient rows that are this process's to count, all of them or those of a chunk."""
         return values.sum(-2)
 
     def summed(self, sums: Tensor) -> Tensor:
-        """Own sums of all processes together."""
+        """:meth:`own_sums` added up over all processes."""
         return sums
 
     def all_finite(self, coeffs: Tensor) -> Tensor:

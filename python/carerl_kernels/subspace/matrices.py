@@ -212,7 +212,7 @@ class MatrixLayout:
     def each(
         self, group: Group, tensors: Sequence[Tensor] | Callable[[int], Tensor], at: slice = slice(None)
     ) -> Iterator[Tensor]:
-        """The same one at a time.
+        """The matrices of :meth:`local` one at a time.
 
         Args:
             tensors: of all parameters, or a function that gives one; asked once where slices of one follow each other.

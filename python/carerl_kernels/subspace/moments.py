@@ -151,7 +151,7 @@ class Accumulator:
             self.counts[use] = self.counts[use] + counts if use in self.counts else counts
 
     def settle(self) -> None:
-        """Takes in what waits: before tensors change in place, and at the end."""
+        """Takes in the tensors that wait: called before tensors change in place, and at the end."""
         for waiting in self._waiting.values():
             self._take(waiting)
         self._waiting.clear()

@@ -42,8 +42,8 @@ def observe(
 ) -> Moments:
     """Shows batches to a model and sums up the inputs of every covered weight, however it is used.
 
-    The pass is the caller's in nothing: no gradients, eager, without dropout and autocast, and afterwards modes, random numbers
-    and compiled code are as they were. Of a padded batch only text counts. Under FSDP2 every process calls it, each with
+    The pass is without gradients, eager, and without dropout and autocast, whatever the caller has set; afterwards modes, random
+    numbers and compiled code are as they were. Of a padded batch only text counts. Under FSDP2 every process calls it, each with
     its own share of the batches; a process that runs out shows its last one again, uncounted, until all are done.
 
     Args:

@@ -22,7 +22,7 @@ _FOLDS = {
 
 
 class Rows:
-    """The positions of a batch that count, wherever their vectors go.
+    """Which positions of a batch count, known also of the tensors that a model makes of them.
 
     A tensor is known by its shape where that says enough: `[B, T, ...]`, `[T, B, ...]`, `[B*T, ...]`, `[T, ...]`. Rows
     that were gathered from such tensors, as experts of a mixture get them, are known by the index, and stay known through

@@ -219,12 +219,8 @@ def run_gpu(ops: Sequence[str] = (), say: Callable[[str], None] = print, competi
         for case in chosen:
             results.append(measure_case(case, device, found["name"], rates, competing=competing))
             say(line(results[-1]))
-    return {
-        "device": found,
-        "bandwidth": rates,
-        "serves": {result["op"]: serving(result["op"]) for result in results},
-        "results": results,
-    }
+    serves = {result["op"]: serving(result["op"]) for result in results}
+    return {"device": found, "bandwidth": rates, "serves": serves, "results": results}
 
 
 def serving(op: str) -> str:

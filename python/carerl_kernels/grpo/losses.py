@@ -89,12 +89,8 @@ def policy_loss(
     Raises:
         ValueError: Shapes that do not belong together, an unknown kind, or a missing argument of this kind.
     """
-    if (
-        logp.dim() != 2
-        or old_logp.shape != logp.shape
-        or mask.shape != logp.shape
-        or advantages.shape != logp.shape[:1]
-    ):
+    alike = old_logp.shape == mask.shape == logp.shape and advantages.shape == logp.shape[:1]
+    if logp.dim() != 2 or not alike:
         raise ValueError(
             "policy_loss: expected logp, old_logp, mask [B, L] and advantages [B], found "
             f"{tuple(logp.shape)}, {tuple(old_logp.shape)}, {tuple(mask.shape)}, {tuple(advantages.shape)}"

@@ -222,15 +222,8 @@ def rollout(
     sampled = joined(parts, tokens.pad)
     if len(parts) > 1:
         sampled = sampled.select(torch.tensor([place[i] * size + j for i in mine for j in range(size)], device=device))
-    return Batch(
-        **vars(whole.select(rows)),
-        rollout=sampled,
-        rows=rows,
-        whole=whole,
-        drawn=drawn,
-        redrawn=redrawn,
-        prompts=examples,
-    )
+    own = vars(whole.select(rows))
+    return Batch(**own, rollout=sampled, rows=rows, whole=whole, drawn=drawn, redrawn=redrawn, prompts=examples)
 
 
 def agree(rewards: Sequence[float | None]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +20,17 @@ if TYPE_CHECKING:
 
 
 def write_model(
-    model: Any, tokenizer: Any, folder: Path, ranks: Ranks, dtype: torch.dtype | None = None, then: Any = None
+    model: Any,
+    tokenizer: Any,
+    ranks: Ranks,
+    then: Callable[[Callable[[Path], None]], None],
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Writes the model in transformers' own format, weights gathered; every process calls it.
+    """The model in transformers' own format, weights gathered; every process calls it.
 
     Args:
+        then: Called in the first process with a function that writes into a folder.
         dtype: The dtype of the floating-point weights; None: as they are.
-        then: Called in the first process instead, with a function that writes into a folder.
     """
     weights = gather_whole(model_tensors(model), ranks)  # tied ones once, as transformers has it
     if dtype is not None:
@@ -36,7 +41,7 @@ def write_model(
             model.save_pretrained(path, state_dict=weights)
             tokenizer.save_pretrained(path)
 
-    ranks.on_first(lambda: write(folder) if then is None else then(write))
+    ranks.on_first(partial(then, write))
 
 
 class Serving:
@@ -55,10 +60,9 @@ class Serving:
         sampler = self.sampler
         if sampler is None or not (sampler.due(step) or (fresh and sampler.served != step)):
             return
-        learner, path = self.learner, sampler.path(step)
+        learner, push = self.learner, partial(sampler.push, step)
         with learner.clock("push"):
-            push = partial(sampler.push, step)
-            write_model(learner.model, learner.tokenizer, path, self.ranks, sampler.dtype, push)
+            write_model(learner.model, learner.tokenizer, self.ranks, push, sampler.dtype)
         sampler.served = step
         if self.ranks.first:
             sampler.forget({step, *self._needed})

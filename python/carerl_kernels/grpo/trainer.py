@@ -186,14 +186,8 @@ class GRPOTrainer:
                 )
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                counts = prompt_counts(
-                    stage.domains,
-                    earlier,
-                    config.prompts_per_step,
-                    config.replay_fraction,
-                    done,
-                    self._mixture.shares(stage),
-                )
+                replayed, shares = config.replay_fraction, self._mixture.shares(stage)
+                counts = prompt_counts(stage.domains, earlier, config.prompts_per_step, replayed, done, shares)
                 last = done + 1 == stage.steps
                 due = last or (config.eval_every > 0 and (done + 1) % config.eval_every == 0)
                 self._serving.refresh(self._step)
@@ -417,7 +411,8 @@ class GRPOTrainer:
         if self.directory is None:
             return
         if hasattr(self.model, "save_pretrained"):
-            write_model(self.model, self.tokenizer, self.directory.path / "model", self.ranks)
+            folder = self.directory.path / "model"
+            write_model(self.model, self.tokenizer, self.ranks, lambda write: write(folder))
         if not self.config.plots or not self.ranks.first:
             return
         ends = list(zip(accumulate(s.steps for s in stages), names, strict=True))

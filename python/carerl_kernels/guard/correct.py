@@ -115,13 +115,9 @@ class StepCorrection:
             recorder: of a stage that takes the gradient in on the way, where :meth:`fuses` says so.
         """
         stack = self.stack
-        total = None
-        if (
-            self.settings.track_energy
-            or max_grad_norm is not None
-            or (stack.rounding and self.settings.rule == "instant")
-        ):
-            total = squared_norm(stack, grads)
+        rounded = stack.rounding and self.settings.rule == "instant"
+        asked = rounded or self.settings.track_energy or max_grad_norm is not None
+        total = squared_norm(stack, grads) if asked else None
         if isinstance(stack, RowStack) and self.fuses(max_grad_norm):
             if recorder is None:
                 c, x = stack.dacsp_(grads, own, self.params, self._floor(total))

@@ -201,15 +201,8 @@ class Layout:
         """`tensor <- scale*(tensor + mix U)` in place; mix `[T, D*k]`, scale `[T]`."""
         mix, scale = mix.float(), scale.float()
         for call, some, offsets in self.over(tensors):
-            torch.ops.carerl.edit_.list(
-                some,
-                bases,
-                offsets,
-                mix[call.index(mix.device)],
-                scale[call.index(scale.device)],
-                scales,
-                call.per_tensor,
-            )
+            rows = call.index(mix.device)
+            torch.ops.carerl.edit_.list(some, bases, offsets, mix[rows], scale[rows], scales, call.per_tensor)
 
     def edit_rotate_(self, tensors: Sequence[Tensor], bases: Tensor, mix: Tensor, domain: int, q: Tensor) -> None:
         """`tensor <- tensor + mix U` and `U_domain <- q [U_domain; tensor]` of the tensor as it was, in one pass."""

@@ -207,10 +207,9 @@ def copied(template: Weights, out: Path | str) -> Iterator[tuple[Copy, list[str]
         raise FileExistsError(
             f"{out}: expected a new or empty directory, found one with files in it; choose another --out"
         )
-    beside = {"prefix": f".{out.name}.", "suffix": ".tmp", "dir": out.parent}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(**beside, ignore_cleanup_errors=True) as temporary:
+        with tempfile.TemporaryDirectory(".tmp", f".{out.name}.", out.parent, ignore_cleanup_errors=True) as temporary:
             folder = Path(temporary) / "copy"
             folder.mkdir()
             for file in template.files:

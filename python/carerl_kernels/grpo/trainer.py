@@ -273,19 +273,13 @@ class GRPOTrainer:
             line["eval"] = {name: mean_score(values) for name, values in found.items()}
             scores = {name: [total / count if count else None for total, count in of] for name, of in found.items()}
         if self.monitor is not None:
+            losses = partial(held_out_losses, self.model, self.tokenizer, self.domains.values(), self._learner.tokens)
             with self._clock("monitor"):
                 said = self.monitor.step(
                     line["step"],
                     line,
                     scores=scores,
-                    losses=lambda: held_out_losses(
-                        self.model,
-                        self.tokenizer,
-                        self.domains.values(),
-                        self._learner.tokens,
-                        batch_size=self.config.eval_batch_size,
-                        ranks=self.ranks,
-                    ),
+                    losses=partial(losses, batch_size=self.config.eval_batch_size, ranks=self.ranks),
                     acting=line["stage"],
                 )
             if said:
@@ -294,24 +288,18 @@ class GRPOTrainer:
         return line
 
     def _evaluate(self) -> dict[str, list[tuple[float, int]]]:
-        config = self.config
+        config, tokens = self.config, self._learner.tokens
+        settings: dict[str, Any] = {
+            "max_new_tokens": config.max_new_tokens,
+            "num_samples": config.eval_samples,
+            "batch_size": config.eval_batch_size,
+            "seed": config.seed,
+            "sampler": self._learner.sampler,
+            "ranks": self.ranks,
+        }
+        evaluated = [domain for domain in self.domains.values() if domain.eval_examples]
         with self._clock("eval"):
-            return {
-                name: example_scores(
-                    self.model,
-                    self.tokenizer,
-                    domain,
-                    self._learner.tokens,
-                    max_new_tokens=config.max_new_tokens,
-                    num_samples=config.eval_samples,
-                    batch_size=config.eval_batch_size,
-                    seed=config.seed,
-                    sampler=self._learner.sampler,
-                    ranks=self.ranks,
-                )
-                for name, domain in self.domains.items()
-                if domain.eval_examples
-            }
+            return {d.name: example_scores(self.model, self.tokenizer, d, tokens, **settings) for d in evaluated}
 
     # ---- records
 

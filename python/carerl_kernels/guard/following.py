@@ -35,7 +35,6 @@ class Following:
     ):
         self.parameters, self._memory, self._recording, self._census = parameters, memory, recording, census
         self._owner, self._seconds, self.locals = owner, seconds, recording.locals
-        self.max_grad_norm = memory.settings.max_grad_norm  # grad mode: clips the edited gradient
         self.edited = False  # the gradient of the step to come was edited already, one domain at a time
         self.restored = False  # state was loaded: the next attach or stage goes on instead of starting afresh
         self.known_finite = False  # the gradients of the step to come are finite: somebody has their norm
@@ -142,7 +141,7 @@ class Following:
         if memory.box is None:
             memory.steps.settle_probes()
         if edits:
-            memory.steps.edit_gradients(grads, own, self.max_grad_norm, together)
+            memory.steps.edit_gradients(grads, own, memory.max_grad_norm, together)
 
     def _recorded_while_edited(self, own: str | None) -> StageRecorder | None:
         """The recorder that a fused edit of this step's gradient serves, too."""
@@ -150,7 +149,7 @@ class Following:
         if not isinstance(stage, StageRecorder) or stage.domain != own or settings.record_every > 1:
             return None
         exact = settings.basis_dtype == torch.float32 and not self._recording.newcomers
-        return stage if exact and self._memory.steps.fuses(self.max_grad_norm) else None
+        return stage if exact and self._memory.steps.fuses(self._memory.max_grad_norm) else None
 
     def _unscale(self, optimizer: torch.optim.Optimizer) -> None:
         """A fused optimizer under GradScaler divides inside its step: what looks at gradients before has to divide now."""

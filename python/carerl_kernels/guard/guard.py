@@ -72,11 +72,11 @@ class CapabilityGuard(Protection):
     @property
     def max_grad_norm(self) -> float | None:
         """See the class; a trainer that clips may hand its limit over."""
-        return self._following.max_grad_norm
+        return self.memory.max_grad_norm
 
     @max_grad_norm.setter
     def max_grad_norm(self, limit: float | None) -> None:
-        self._following.max_grad_norm = limit
+        self.memory.max_grad_norm = limit
 
     # ----------------------------------------------------------------------------------------------- where it attaches
 
@@ -309,7 +309,7 @@ class CapabilityGuard(Protection):
         """
         stage = self._recording.stage
         with torch.no_grad():
-            state = self.memory.state_dict(self._locals(), self.max_grad_norm)
+            state = self.memory.state_dict(self._locals())
         return {**state, "seen": list(self._seen), "recorder": None if stage is None else stage.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -319,7 +319,7 @@ class CapabilityGuard(Protection):
             ValueError: the state is of an earlier version, has another history or rule than this guard, or belongs to other
                 weights than those the model has now.
         """
-        self.memory.load_state_dict(state, self._locals(), self.max_grad_norm)
+        self.memory.load_state_dict(state, self._locals())
         self._seen.update(dict.fromkeys(state["seen"]))
         if state["recorder"] is not None:
             name = state["recorder"]["domain"]

@@ -32,6 +32,7 @@ class Memory:
 
     def __init__(self, layout: Any, settings: Settings, device: torch.device):
         self.settings, self.device = settings, device
+        self.max_grad_norm = settings.max_grad_norm  # grad mode: clips the edited gradient
         self.statistics, self.probes = Statistics(), Probes(settings.probe_every, settings.probe_adaptive)
         self.steps_here = 0  # since displacements were last counted from zero
         self._moved: dict[str, float | None] = {}  # what the last stage moved along every domain's directions
@@ -145,14 +146,14 @@ class Memory:
 
     # ------------------------------------------------------------------------------------------------------------- state
 
-    def state_dict(self, parameters: Sequence[Tensor], max_grad_norm: float | None) -> dict[str, Any]:
+    def state_dict(self, parameters: Sequence[Tensor]) -> dict[str, Any]:
         """What is needed to go on exactly, and of which weights."""
         if self.box is not None and len(self.stack):
             self.box.account(parameters)
         return {
             "version": VERSION,
             "history": self.history,
-            "settings": self._deciding(max_grad_norm),
+            "settings": self._deciding(),
             "weights": hash_parameters(parameters, self.layout.shards),
             "correction": self.correction.state_dict(),
             "probes": self.probes.state_dict(),
@@ -161,9 +162,7 @@ class Memory:
             "moved": dict(self._moved),
         }
 
-    def load_state_dict(
-        self, state: Mapping[str, Any], parameters: Sequence[Tensor], max_grad_norm: float | None
-    ) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], parameters: Sequence[Tensor]) -> None:
         """Goes on from :meth:`state_dict`.
 
         Raises:
@@ -176,7 +175,7 @@ class Memory:
             )
         for name, saved, here in (
             ("history", state["history"], self.history),
-            ("settings", state["settings"], self._deciding(max_grad_norm)),
+            ("settings", state["settings"], self._deciding()),
         ):
             if saved != here:
                 raise ValueError(
@@ -194,9 +193,9 @@ class Memory:
         self.statistics.load_state_dict(state["statistics"])
         self.steps_here, self._moved = state["steps_here"], dict(state["moved"])
 
-    def _deciding(self, max_grad_norm: float | None) -> dict[str, Any]:
+    def _deciding(self) -> dict[str, Any]:
         """What decides how steps are corrected."""
         kind = self.layout.kind
         room = {"room": self.settings.room} if KINDS[kind].sees == "inputs" else {}
-        mine = {"max_grad_norm": max_grad_norm, "kind": kind, "k": self.layout.k}
+        mine = {"max_grad_norm": self.max_grad_norm, "kind": kind, "k": self.layout.k}
         return {**self.settings.deciding(), **mine, **room}

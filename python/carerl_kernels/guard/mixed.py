@@ -33,7 +33,7 @@ class MixedGradient:
         seconds: dict[str, float],
         known: Callable[[str], None],
     ):
-        rule, limit = memory.settings.rule, following.max_grad_norm
+        rule, limit = memory.settings.rule, memory.max_grad_norm
         if rule not in ("bounded", "remove"):
             raise ValueError(
                 f"mixed batches: expected rule 'bounded' or 'remove', found {rule!r}; what others' directions hold "

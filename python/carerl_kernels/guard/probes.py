@@ -35,13 +35,17 @@ class Probes:
     """
 
     def __init__(self, every: int, adaptive: bool = False):
-        self.every = self.interval = every
-        self.adaptive = adaptive
-        self.agreement: dict[str, float] = {}  # of the last two rounds, per domain
+        self.every, self.adaptive = every, adaptive
         self.rounds = 0
         self.seconds = 0.0  # backward passes included, unlike those of the guard's report
-        self._age: dict[str, int] = {}  # steps since the domain's last round
+        self.restart()
+
+    def restart(self) -> None:
+        """A new stage: nothing is known."""
+        self.interval = self.every
+        self.agreement: dict[str, float] = {}  # of the last two rounds, per domain
         self.sums: dict[str, Tensor] = {}  # of the round under way
+        self._age: dict[str, int] = {}  # steps since the domain's last round
         self._noisy: set[str] = set()
 
     def add(self, name: str, coefficients: Tensor) -> None:
@@ -104,11 +108,6 @@ class Probes:
             "agreement": dict(self.agreement),
             "fallback": self.distrusted(names),
         }
-
-    def restart(self) -> None:
-        """A new stage: nothing is known."""
-        self.interval, self.agreement = self.every, {}
-        self._age, self.sums, self._noisy = {}, {}, set()
 
     def state_dict(self) -> dict[str, Any]:
         return {

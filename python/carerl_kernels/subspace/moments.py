@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -92,16 +93,11 @@ def sketch_width(r: int) -> int:
     return 2 * r + 16
 
 
-_OMEGAS: dict[tuple[int, int, torch.device], Tensor] = {}
-
-
+@functools.cache
 def omega(n: int, width: int, device: torch.device) -> Tensor:
     """The random matrix `[n, width]` of sketches, float32, orthonormal columns: always the same."""
-    key = (n, width, device)
-    if key not in _OMEGAS:
-        drawn = torch.randn(n, width, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
-        _OMEGAS[key] = torch.linalg.qr(drawn)[0].float().to(device)
-    return _OMEGAS[key]
+    drawn = torch.randn(n, width, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    return torch.linalg.qr(drawn)[0].float().to(device)
 
 
 @dataclass

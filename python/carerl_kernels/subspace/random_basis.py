@@ -69,7 +69,5 @@ def _factors(layout: MatrixLayout, seed: int, info: BasisInfo) -> FactoredBasis:
 
 
 def _columns(rows: int, r: int, draw: torch.Generator) -> Tensor:
-    columns = torch.zeros(rows, r)
     width = min(rows, r)
-    columns[:, :width] = orthonormal(torch.randn(rows, width, generator=draw))
-    return columns
+    return torch.nn.functional.pad(orthonormal(torch.randn(rows, width, generator=draw)), (0, r - width))

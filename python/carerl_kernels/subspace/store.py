@@ -281,13 +281,9 @@ def _part(layout: Layout, k: int, read: Callable[[slice], Tensor]) -> Tensor:
 def _dequantized(codes: Tensor, scales: Tensor, columns: int, start: int = 0) -> Tensor:
     """float32 columns from block-scaled ones that begin at `start` of rows with this many columns."""
     block = block_of("dequantized", columns, scales.shape[-1])
-    out = codes.float()
-    stop = start + codes.shape[-1]
-    for first in range(start // block, -(-stop // block), 1 << 16):
-        last = min(first + (1 << 16), -(-stop // block))
-        a, b = max(first * block, start), min(last * block, stop)
-        factors = scales[:, first:last].repeat_interleave(block, dim=1)
-        out[:, a - start : b - start] *= factors[:, a - first * block : b - first * block]
+    out, places = codes.float(), torch.arange(start, start + codes.shape[-1], device=codes.device)
+    for part, at in zip(out.split(1 << 20, dim=1), places.split(1 << 20), strict=True):
+        part *= scales[:, at // block]
     return out
 
 

@@ -25,8 +25,7 @@ from .losses import LossStats
 from .own_answers import OwnAnswers
 from .parallel import Ranks, whole
 from .progress import PhaseClock
-from .reward_statistics import informative_fraction
-from .rollout import Batch, rollout
+from .rollout import Batch, informative_fraction, rollout
 from .rundir import rng_state, set_rng_state
 from .sampling import ModelSampler, Sampler
 from .update import accumulate_gradients, frozen_logprobs

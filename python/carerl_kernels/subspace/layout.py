@@ -110,10 +110,7 @@ class Layout:
         """Number of parameters, whole and without padding."""
         return sum(piece.numel for piece in self.shards.pieces)
 
-    @property
-    def covered(self) -> int:
-        """Parameters that a basis of this kind has directions for: all."""
-        return self.parameters
+    covered = parameters  # those that a basis of this kind has directions for: all
 
     @property
     def covered_names(self) -> tuple[str, ...]:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .config import GRPOConfig, Stage
 from .parallel import Ranks
+from .progress import Monitor
 from .rollout import Batch
-from .watch import Monitor
 
 _log = logging.getLogger(__name__)
 

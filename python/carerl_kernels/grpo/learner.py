@@ -24,12 +24,11 @@ from .frozen import FrozenWeights
 from .losses import LossStats
 from .own_answers import OwnAnswers
 from .parallel import Ranks, whole
-from .progress import PhaseClock
+from .progress import Monitor, PhaseClock
 from .rollout import Batch, informative_fraction, rollout
 from .rundir import rng_state, set_rng_state
 from .sampling import ModelSampler, Sampler
 from .update import accumulate_gradients, frozen_logprobs
-from .watch import Monitor
 
 
 class Learner:

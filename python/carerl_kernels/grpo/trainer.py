@@ -23,13 +23,12 @@ from .frozen import EarlierWeights
 from .learner import Learner
 from .parallel import spread_optimizer, spread_state
 from .plots import plot_accuracy, plot_training
-from .progress import StageProgress
+from .progress import Monitor, Scores, StageProgress
 from .rollout import prompt_counts
 from .rundir import CheckpointError, RunDirectory, nested_tuples, rng_state, set_rng_state
 from .sampling import Sampler
 from .serving import Serving, write_model
 from .views import DomainViews
-from .watch import Monitor, Scores
 
 
 class GRPOTrainer:

@@ -41,17 +41,12 @@ PYBIND11_MODULE(_host, m) {
         "The one in use: the last of supported_isas(), or CARERL_CPU_ISA. RuntimeError where that is not supported.");
   py::class_<BandwidthProbe>(
       m, "BandwidthProbe",
-      "Times passes over a buffer with all threads at once.\n\n"
+      "Times passes that read a buffer with all threads at once, in the fastest of some patterns.\n\n"
       "Args:\n    bytes: size of the buffer; take far more than the last-level cache.\n"
       "    threads: 0 for all CPUs.\n\n"
-      "read, copy and triad return bytes per second of one pass; what a pass reads and what it writes\n"
-      "both count, as they do in benchmarks of kernels.")
+      "read returns bytes per second of one pass.")
       .def(py::init(&make_probe), py::arg("bytes") = size_t{512} << 20, py::arg("threads") = 0)
       .def_property_readonly("bytes", &BandwidthProbe::bytes)
       .def_property_readonly("threads", &BandwidthProbe::threads)
-      .def(
-          "read", [](BandwidthProbe& p) { return p.bytes() / p.read(); }, py::call_guard<py::gil_scoped_release>())
-      .def(
-          "copy", [](BandwidthProbe& p) { return p.bytes() / p.copy(); }, py::call_guard<py::gil_scoped_release>())
-      .def("triad", [](BandwidthProbe& p) { return p.bytes() / p.triad(); }, py::call_guard<py::gil_scoped_release>());
+      .def("read", [](BandwidthProbe& p) { return p.bytes() / p.read(); }, py::call_guard<py::gil_scoped_release>());
 }

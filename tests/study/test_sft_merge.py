@@ -7,6 +7,7 @@ import pytest
 import torch
 from carerl_kernels.study import sft
 from carerl_kernels.study.cells import Record, run_cells
+from carerl_kernels.study.costs import beyond
 from carerl_kernels.study.grid import Grid
 from carerl_kernels.study.tables import FRONT, at_equal_new, measures_table, rows_of
 from carerl_kernels.tasks import texts
@@ -100,6 +101,26 @@ def test_two_tasks_start_from_one_checkpoint(grid, tmp_path):
     assert len({tuple(r.scores[2]) for r in records}) == 3
 
 
+def test_what_others_do_with_two_supervised_tasks(grid, tmp_path):
+    """A refresh goes on from the plain end; experts start where everything starts, and what is made of them is something else."""
+    names = ["two/none@1/0", "two/refresh@1/0", "two/arithmetic@1/0", "two/ties-sft@1/0", "two/distill@1/0"]
+    cells = [grid.cell(name) for name in names]
+    plain, refresh, sums, ties, distilled = run_cells(cells, tmp_path)
+    assert refresh.scores[:3] == plain.scores and refresh.stages == [*plain.stages, ["backwards"]]
+    assert refresh.scores[3][0] != refresh.scores[2][0]
+    assert sums.scores[:3] == ties.scores[:3] and sums.scores[1] == plain.scores[1]
+    assert sums.scores[2] != plain.scores[2] != sums.scores[0]
+    assert len({tuple(r.scores[3]) for r in (sums, ties, distilled)}) == 3
+    assert distilled.scores[3] != distilled.scores[0] and distilled.stages[-1] == ["backwards", "shortest"]
+    assert [beyond(cell).split(" sequences")[0] for cell in cells] == [
+        "",
+        "8",
+        "stores 2 models",
+        "stores 2 models",
+        "64",
+    ]
+
+
 def test_merged_experts(grid, tmp_path):
     """Experts do not depend on how they are merged; the sum at scale 0 is the start."""
     cell = grid.cell("sums/none@1/0")
@@ -121,6 +142,8 @@ def test_merged_experts(grid, tmp_path):
         ("sums/rehearsal@1/0", "nothing of earlier domains|read stored examples"),
         ("sums/input-bounded@1/0", "expected shown examples of every domain"),
         ("sums/alone@1/0", "in settings of kind grpo, found merge"),
+        ("one/arithmetic@1/0", "two or more tasks, no text"),
+        ("two/distill@0.5/0", "no guard, and @1"),
     ],
 )
 def test_what_would_be_ignored_is_refused(grid, name, message):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from itertools import islice
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..grpo.rundir import load_tensors, save_tensors
 from ..guard import CapabilityGuard
 from ..tasks import texts
 from ..tasks.smollm2 import load_smollm2
-from ..tasks.texts import TEXT, Batch
+from ..tasks.texts import TEXT, Batch, Pair
 from ..train import recipe
 from ..train.models import add_lora
 from ..train.run import build_guard
@@ -54,6 +54,7 @@ class Recipe(recipe.Section):
         lora: Adapters; None: all parameters are trained.
         guard: From the second stage on, of shown examples of the ones before.
         scale: Of the learning rate from the second stage on: before it there is nothing to lose.
+        refresh: After the last stage the tasks before it are trained again, for this share of their steps, in turn.
         seed: Of the examples, and of adapters.
     """
 
@@ -63,6 +64,7 @@ class Recipe(recipe.Section):
     lora: recipe.Lora | None = None
     guard: recipe.GuardSpec | None = None
     scale: float = Field(default=1.0, gt=0)
+    refresh: float = Field(default=0.0, ge=0)
     seed: int = 0
 
     @model_validator(mode="after")
@@ -86,6 +88,7 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
         stages, scores and extras, as `cells.Record` has them.
     """
     bed, domains = Bed(cell, cache, report), cell.recipe.stages
+    stages = [[domain] for domain in domains]
     measured = [bed.measure()]
     for index, domain in enumerate(domains):
         if domain != TEXT:
@@ -93,12 +96,11 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
         measured.append(bed.measure() if domain != TEXT else measured[-1])
         if domain != domains[-1]:
             bed.remember(domain)
-    return {
-        **bed.figures(),
-        "stages": [[domain] for domain in domains],
-        "scores": [[at[d] for d in domains] for at in measured],
-        "extras": {name: [at[name] for at in measured] for name in measured[0] if name not in domains},
-    }
+    if cell.recipe.refresh:
+        stages.append([domain for domain in domains[:-1] if domain != TEXT])
+        bed.refresh(stages[-1])
+        measured.append(bed.measure())
+    return bed.found(stages, measured)
 
 
 class Bed:
@@ -134,6 +136,9 @@ class Bed:
         self.seconds = 0.0
         # What was measured of the weights as they are; None where a method had a hand in them.
         self.known: Path | None = cache / "sft" / "start.json"
+        self.plainly: tuple[
+            str, ...
+        ] = ()  # the stages that led to these weights, while nothing else had a hand in them
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
@@ -194,15 +199,15 @@ class Bed:
 
     def stage(self, index: int, domain: str) -> None:
         """Train a stage, with what the method does from the second one on."""
-        start = {n: p.detach().clone() for n, p in self.trained.items()}
+        start = self.weights()
         part = self.recipe.train.stage_interpolation
         guarded = self.guard is not None and self.guard.settings.every < self.recipe.steps
         if index == 0 or not (guarded or self.actor):
-            self.plain(index, domain)
+            self.plain(domain, self.rate(index))
         else:
             if self.actor is not None:
                 self.actor.turn(self.recipe.stages[index - 1])
-            self.train(domain, self.rate(index), self.guard, self.actor)
+            self.train([domain], self.rate(index), guard=self.guard, actor=self.actor)
             self.known = None
         if index and self.guard is not None:
             self.guard.confine_()
@@ -213,6 +218,16 @@ class Bed:
                     p.copy_(torch.lerp(start[n], p, part))
             self.known = None
 
+    def found(self, stages: list[list[str]], measured: list[dict[str, float]]) -> dict[str, Any]:
+        """What a cell returns, of what was measured before everything and at the end of every stage."""
+        domains = self.recipe.stages
+        return {
+            **self.figures(),
+            "stages": stages,
+            "scores": [[at[d] for d in domains] for at in measured],
+            "extras": {name: [at[name] for at in measured] for name in measured[0] if name not in domains},
+        }
+
     def figures(self) -> dict[str, Any]:
         """Seconds of the guard over those of the training that it guarded, nothing where it looked at checkpoints alone; or
         what an actor says of itself."""
@@ -222,38 +237,83 @@ class Bed:
             return {}
         return {"guard_share": self.guard.seconds["act"] / self.seconds}
 
-    def plain(self, index: int, domain: str) -> None:
+    def alone(self) -> Iterator[str]:
+        """Every task; the model has meanwhile learned it from the start, and nothing else, and in the end is as at the start."""
+        start, known = self.weights(), self.known
+        for domain in self.recipe.stages:
+            self.plain(domain, self.recipe.train.lr)
+            yield domain
+            self.load(start)
+            self.known, self.plainly = known, ()
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of what is trained."""
+        return {n: p.detach().clone() for n, p in self.trained.items()}
+
+    @torch.no_grad()
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Give the model weights that are not known to be those of a plain run."""
+        for n, p in self.trained.items():
+            p.copy_(weights[n])
+        self.known = None
+
+    def plain(self, domain: str, lr: float) -> None:
         """Train a stage with nothing else, or load what that came to from weights that were trained plainly."""
         if self.known is None:
-            self.train(domain, self.rate(index))
+            self.train([domain], lr)
             return
         recipe = self.recipe
-        done = "-".join(f"{d}@{self.rate(i):g}" for i, d in enumerate(recipe.stages[: index + 1]) if d != TEXT)
+        self.plainly = *self.plainly, f"{domain}@{lr:g}"
         adapters = "" if recipe.lora is None else f"-lora{recipe.lora.r}"
-        path = self.cache / "sft" / f"{done}{adapters}-{recipe.steps}-{recipe.seed}.safetensors"
+        name = f"{'-'.join(self.plainly)}{adapters}-{recipe.steps}-{recipe.seed}.safetensors"
+        path = self.cache / "sft" / name
         self.known = path.with_suffix(".json")
         if path.exists():
             load_tensors(path, self.trained)
             return
-        self.train(domain, self.rate(index))
+        self.train([domain], lr)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(path, self.trained, Ranks.of(self.model))
+
+    def refresh(self, domains: list[str]) -> None:
+        """A short further stage on these tasks in turn."""
+        self.train(domains, self.rate(1), steps=max(1, round(self.recipe.refresh * self.recipe.steps * len(domains))))
+        self.known = None
 
     def rate(self, index: int) -> float:
         """A stage's learning rate: the cell's scales all but the first's, before which there is nothing to lose."""
         return self.recipe.train.lr * (self.recipe.scale if index else 1.0)
 
-    def train(self, domain: str, lr: float, guard: CapabilityGuard | None = None, actor: Actor | None = None) -> None:
-        """Supervised steps on the task's answers; the learning rate falls linearly to a tenth."""
+    def train(
+        self,
+        domains: Sequence[str],
+        lr: float,
+        *,
+        steps: int | None = None,
+        guard: CapabilityGuard | None = None,
+        actor: Actor | None = None,
+        loss_of: Callable[[str, list[Pair]], Tensor] | None = None,
+    ) -> None:
+        """Steps on tasks in turn; the learning rate falls linearly to a tenth.
+
+        Args:
+            domains: The tasks.
+            lr: Of the first step.
+            steps: How many; None: as many as a stage has.
+            guard, actor: What has a hand in them.
+            loss_of: Of a task and a batch of its examples; None: cross-entropy on their answers.
+        """
         started = time.perf_counter()
-        steps = self.recipe.steps
+        steps = steps or self.recipe.steps
+        loss_of = loss_of or self.answer_loss
         optimizer = torch.optim.AdamW(self.trained.values(), lr=lr, weight_decay=0.0, fused=True)
-        examples = texts.task_pairs(domain, str(self.recipe.seed), apart=self.pairs[domain])
+        examples = {d: texts.task_pairs(d, str(self.recipe.seed), apart=self.pairs[d]) for d in domains}
         if guard is not None:
             guard.attach(optimizer)
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = lr * (1 - 0.9 * step / steps)
-            loss(self.model, texts.pairs_batch(self.tokenizer, islice(examples, BATCH))).backward()
+            domain = domains[step % len(domains)]
+            loss_of(domain, list(islice(examples[domain], BATCH))).backward()
             if actor is not None:
                 actor.before(optimizer)
             optimizer.step()
@@ -264,6 +324,10 @@ class Bed:
         if guard is not None:
             guard.detach()
             self.seconds += time.perf_counter() - started
+
+    def answer_loss(self, domain: str, pairs: list[Pair]) -> Tensor:
+        """Mean nats of the answers."""
+        return loss(self.model, texts.pairs_batch(self.tokenizer, pairs))
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Easy verifiable tasks on pairs of words, for a pretrained model: few-shot prompts, the first line of a completion counts."""
+"""Easy verifiable tasks on pairs of words, for a pretrained model; the first line of a completion counts."""
 
 from __future__ import annotations
 
@@ -21,12 +21,20 @@ TASKS: dict[str, Callable[[str, str], str]] = {
     "swap": lambda a, b: f"{b} {a}",
     "alphabet": min,
 }
-PAIRS, SHOWN = 160, 2
+PAIRS = 160
 EVAL_EXAMPLES = 24
 
 
-def word_domain(name: str, task: str, seed: int, stored: int) -> Domain:
-    """A task on two words, the name and two examples in every prompt; `stored` of the training examples are stored.
+def word_domain(name: str, task: str, seed: int, stored: int, shots: int = 2) -> Domain:
+    """A task on two words. Prompts begin with the name and as many solved examples as `shots`; without any, prompts of several
+    tasks differ by the name alone.
+
+    Args:
+        name: Of the domain.
+        task: A key of `TASKS`.
+        seed: Of the pairs.
+        stored: How many of the training examples are stored.
+        shots: Solved examples in every prompt.
 
     Raises:
         ValueError: There is no such task, or not as much to store.
@@ -35,8 +43,8 @@ def word_domain(name: str, task: str, seed: int, stored: int) -> Domain:
         raise ValueError(f"domain {name!r}: expected task {', '.join(TASKS)}, found {task!r}")
     rng, words, answer = random.Random(f"{name}-{seed}"), WORDS.split(), TASKS[task]
     pairs = [rng.sample(words, 2) for _ in range(PAIRS)]
-    shown = "".join(f"{name}: {a} {b} -> {answer(a, b)}\n" for a, b in pairs[:SHOWN])
-    examples = [Example(f"{shown}{name}: {a} {b} ->", f" {answer(a, b)}") for a, b in pairs[SHOWN:]]
+    shown = "".join(f"{name}: {a} {b} -> {answer(a, b)}\n" for a, b in pairs[:shots])
+    examples = [Example(f"{shown}{name}: {a} {b} ->", f" {answer(a, b)}") for a, b in pairs[shots:]]
     held_out = examples[:EVAL_EXAMPLES]
     shown_there = {example.prompt for example in held_out}
     train = [example for example in examples[EVAL_EXAMPLES:] if example.prompt not in shown_there]

@@ -163,11 +163,12 @@ class Words(DomainSpec):
 
     kind: Literal["words"]
     task: str | None = None  # its name; None: the domain's
+    shots: int = Field(default=2, ge=0)  # solved examples in every prompt
 
     def plain(self, name: str, folder: Path, cache: Path | None) -> Domain:
         from ..tasks.words import word_domain
 
-        return word_domain(name, self.task or name, self.seed, self.probes)
+        return word_domain(name, self.task or name, self.seed, self.probes, self.shots)
 
 
 class Rows(DomainSpec):

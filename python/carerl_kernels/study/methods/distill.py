@@ -3,7 +3,8 @@
 Half of every stage's steps trains an expert on its domain alone, all from the start that methods share. The other half trains the
 student from the same start: it samples completions of its own on the prompts of all domains, in equal shares, and learns by the
 reverse KL divergence, KL(student || expert of the prompt's domain), of the whole distribution at every token that it wrote. So
-the run samples as many completions as one in sequence does.
+the run samples as many completions as one in sequence does. In settings of kind "sft" experts learn from answers, and the student
+still from what it samples itself.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from ...grpo import special_tokens
 from ...grpo.config import lr_factor
 from ...grpo.rollout import prompt_counts, rollout
 from ...grpo.rundir import load_weights, save_weights
-from ...grpo.sampling import Rollout
-from ...text import position_ids
+from ...grpo.sampling import Rollout, sample
+from ...tasks.texts import Pair
+from ...text import SpecialTokens, position_ids
 from ...train.recipe import RecipeError
 from . import Addition, Extra
+from .merged import apart
 
 if TYPE_CHECKING:
     from ...train.run import Run
@@ -39,10 +42,13 @@ class Method(Addition):
     share: Of every stage's steps that trains experts.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("grpo",)
+    kinds: ClassVar[tuple[str, ...]] = ("grpo", "sft")
     share: float = Field(default=0.5, gt=0, lt=1)
 
     def check(self, recipe: Any, source: str) -> None:
+        if not hasattr(recipe, "model"):
+            apart(recipe, f"{source}: add: distill")
+            return
         domains = [stage.domain for stage in recipe.stages]
         train = recipe.train
         if any(stage.mixed for stage in recipe.stages) or len(set(domains)) < max(2, len(domains)):
@@ -63,6 +69,8 @@ class Method(Addition):
             )
 
     def run(self, cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any]:
+        if cell.setting.kind == "sft":
+            return self._supervised(cell, cache, report)
         from ..grpo import opened, start_of
         from ..merge import scores, trained_alone
 
@@ -84,12 +92,51 @@ class Method(Addition):
             found.append(scores(bed, names))
         return {"stages": [*([name] for name in names), names], "scores": found}
 
+    def _supervised(self, cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any]:
+        from ..sft import Bed
+
+        short = replace(cell)
+        short.recipe = cell.recipe.model_copy(update={"steps": self._experts(cell.recipe)})
+        bed, tasks = Bed(short, cache, report), list(cell.recipe.stages)
+        measured, teachers = [bed.measure()], {}
+        for task in bed.alone():
+            measured.append(bed.measure())
+            teachers[task] = deepcopy(bed.model)
+        torch.manual_seed(cell.seed)
+
+        def divergence(task: str, pairs: list[Pair]) -> Tensor:
+            prompts, answers = (
+                [bed.tokenizer(text)["input_ids"] for text in texts] for texts in zip(*pairs, strict=True)
+            )
+            end = answers[0][-1]  # of the line
+            own = sample(bed.model, prompts, SpecialTokens(end, (end,)), max_new_tokens=max(map(len, answers)))
+            student = token_logprobs(bed.model, own, (), 1.0)
+            with torch.no_grad():
+                expert = token_logprobs(teachers[task], own, (), 1.0)
+            return reverse_kl(student, expert, own.completion_mask).mean()
+
+        bed.train(tasks, cell.recipe.train.lr, steps=self._student(cell.recipe), loss_of=divergence)
+        bed.known = None
+        return bed.found([*([task] for task in tasks), tasks], [*measured, bed.measure()])
+
+    def _experts(self, recipe: Any) -> int:
+        """Steps of an expert, supervised."""
+        return max(1, round(self.share * recipe.steps))
+
+    def _student(self, recipe: Any) -> int:
+        """Steps of the student, supervised."""
+        return max(1, len(recipe.stages) * (recipe.steps - self._experts(recipe)))
+
     def _split(self, stages: Any) -> tuple[tuple[Any, ...], int]:
         """Stages of the experts, and steps of the student."""
         halves = tuple(replace(stage, steps=max(1, round(self.share * stage.steps))) for stage in stages)
         return halves, max(1, sum(stage.steps for stage in stages) - sum(stage.steps for stage in halves))
 
     def extra(self, recipe: Any) -> Extra:
+        if not hasattr(recipe, "model"):
+            from ..sft import BATCH
+
+            return Extra(forward=2 * self._student(recipe) * BATCH, stores=f"{len(recipe.stages)} models")
         train, (halves, steps) = recipe.train, self._split(recipe.stages)
         return Extra(forward=steps * train.prompts_per_step * train.group_size, stores=f"{len(halves)} models")
 

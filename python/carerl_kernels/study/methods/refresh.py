@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
+from ...tasks.texts import TEXT
 from ...train.recipe import RecipeError
 from . import Addition, Extra
 
@@ -25,11 +26,12 @@ class Method(Addition):
     share: Of every earlier stage's own steps.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("grpo",)
+    kinds: ClassVar[tuple[str, ...]] = ("grpo", "sft")
     share: float = Field(default=0.1, gt=0)
 
     def check(self, recipe: Any, source: str) -> None:
-        if len(recipe.stages) < 2 or any(stage.mixed for stage in recipe.stages) or recipe.guard is not None:
+        mixed = any(getattr(stage, "mixed", False) for stage in recipe.stages)
+        if len(recipe.stages) < 2 or mixed or recipe.guard is not None:
             raise RecipeError(
                 f"{source}: expected two or more stages of one domain each and no guard to go with add: refresh"
             )
@@ -38,7 +40,9 @@ class Method(Addition):
         stages = cell.recipe.stages
         again = replace(cell)
         again.added = Addition()
-        again.recipe = cell.recipe.model_copy(update={"stages": (*stages, self._last(stages))})
+        supervised = cell.setting.kind == "sft"
+        changes = {"refresh": self.share} if supervised else {"stages": (*stages, self._last(stages))}
+        again.recipe = cell.recipe.model_copy(update=changes)
         return super().run(again, cache, report)
 
     def _last(self, stages: Any) -> Any:
@@ -48,6 +52,11 @@ class Method(Addition):
 
     def extra(self, recipe: Any) -> Extra:
         train = recipe.train
+        if hasattr(recipe, "refresh"):
+            from ..sft import BATCH
+
+            again = [stage for stage in recipe.stages[:-1] if stage != TEXT]
+            return Extra(both=max(1, round(self.share * recipe.steps * len(again))) * BATCH)
         return Extra(trained=self._last(recipe.stages).steps * train.prompts_per_step * train.group_size)
 
     def keeps(self, recipe: Any) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._clock import Clock
 from ..guard import CapabilityGuard
 from ..guard.editors import Editor, assign_combined, spread_editor
 from ..guard.gradients import local_gradients
@@ -24,7 +25,7 @@ from .frozen import FrozenWeights
 from .losses import LossStats
 from .own_answers import OwnAnswers
 from .parallel import Ranks, whole
-from .progress import Monitor, PhaseClock
+from .progress import Monitor
 from .rollout import Batch, informative_fraction, rollout
 from .rundir import rng_state, set_rng_state
 from .sampling import ModelSampler, Sampler
@@ -73,7 +74,7 @@ class Learner:
         self.reference: FrozenWeights | None = None
         self.recorder: Any = None  # of the guard's stage in progress: told what every step is made of
         self.mixture = Mixture(config, monitor, self.ranks, norms_known=editor is not None)
-        self.clock = PhaseClock()
+        self.clock = Clock()
         self.own_answers = OwnAnswers(self)
 
     def step(
@@ -109,20 +110,20 @@ class Learner:
             rng=self.rng,
             sampler=self.sampler,
             ranks=self.ranks,
-            phase=self.clock,
+            phase=self.clock.timed,
             advantages=config.advantage_mode(mixed),
         )
-        with self.clock("reward"):
+        with self.clock.timed("reward"):
             self.own_answers.see(batch)
         self.mixture.weigh(batch)
-        with self.clock("loss"):
+        with self.clock.timed("loss"):
             old_logp, ref_logp = self._fixed_logprobs(batch)
         losses: list[float] = []
         norms: list[float] = []
         gap, skipped, stats = 0.0, 0, LossStats()
         for _ in range(config.inner_epochs):
             for rows in self._minibatches(batch):
-                with self.clock("loss"):
+                with self.clock.timed("loss"):
                     optimizer.zero_grad(set_to_none=True)
                     loss, part, part_gap = self._gradients(batch, rows, old_logp, ref_logp)
                     self._rehearse(earlier)
@@ -135,7 +136,7 @@ class Learner:
                 gap += part_gap
                 if math.isfinite(norm):
                     if self.monitor is not None:
-                        with self.clock("monitor"):
+                        with self.clock.timed("monitor"):
                             self._show(batch, rows, optimizer, evaluated, old_logp=old_logp, ref_logp=ref_logp)
                     if self.recorder is not None:
                         sampled = batch.rollout.select(rows)
@@ -254,11 +255,11 @@ class Learner:
     def _optimizer_step(self, optimizer: torch.optim.Optimizer, owner: str, norm: float) -> None:
         guard = self.guard
         if guard is None:
-            with self.clock("step"):
+            with self.clock.timed("step"):
                 optimizer.step()
             return
         if guard.probes_due():
-            with self.clock("probe"):
+            with self.clock.timed("probe"):
                 self._probe(guard)
         before = sum(guard.seconds.values())
         start = time.perf_counter()
@@ -266,8 +267,8 @@ class Learner:
         with nullcontext() if self.by_domain else guard.domain(owner):
             optimizer.step()
         wall, own = time.perf_counter() - start, sum(guard.seconds.values()) - before
-        self.clock.add("guard", own)
-        self.clock.add("step", max(wall - own, 0.0))
+        self.clock.spend("guard", own)
+        self.clock.spend("step", max(wall - own, 0.0))
 
     def _probe(self, guard: CapabilityGuard) -> None:
         """Show the guard which way each earlier domain's own loss falls now, on its stored examples.

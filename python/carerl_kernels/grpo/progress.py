@@ -1,8 +1,7 @@
-"""Who watches a run: live progress on a terminal, the clock behind the timings, and what is asked of a drift monitor."""
+"""Who watches a run: live progress on a terminal, and what is asked of a drift monitor."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
@@ -20,32 +19,6 @@ def quiet_transformers() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-class PhaseClock:
-    """Wall-clock seconds per named phase. Host time: GPU work counts where the host waits for it."""
-
-    def __init__(self) -> None:
-        self.totals: dict[str, float] = {}  # since the beginning
-        self._seconds: dict[str, float] = {}  # since the last drain
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add(name, time.perf_counter() - start)
-
-    def add(self, name: str, seconds: float) -> None:
-        """Count seconds measured elsewhere."""
-        self.totals[name] = self.totals.get(name, 0.0) + seconds
-        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
-
-    def drain(self) -> dict[str, float]:
-        """Seconds per phase since the last drain."""
-        seconds, self._seconds = self._seconds, {}
-        return seconds
 
 
 class StageProgress:

@@ -61,7 +61,7 @@ class Serving:
         if sampler is None or not (sampler.due(step) or (fresh and sampler.served != step)):
             return
         learner, push = self.learner, partial(sampler.push, step)
-        with learner.clock("push"):
+        with learner.clock.timed("push"):
             write_model(learner.model, learner.tokenizer, self.ranks, push, sampler.dtype)
         sampler.served = step
         if self.ranks.first:

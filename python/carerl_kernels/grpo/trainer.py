@@ -102,7 +102,7 @@ class GRPOTrainer:
         self._clock = self._learner.clock
         self._views = DomainViews(self._learner, None if self.directory is None else self.directory.path / "bases")
         self._serving = Serving(self._learner)
-        self.seconds = self._clock.totals
+        self.seconds = self._clock.seconds
         self._make_optimizer = make_optimizer or partial(
             torch.optim.AdamW, lr=self.config.lr, betas=self.config.betas, weight_decay=self.config.weight_decay
         )
@@ -195,7 +195,7 @@ class GRPOTrainer:
                 self._step += 1
                 if last:
                     if self.guard is not None:
-                        with self._clock("guard"):
+                        with self._clock.timed("guard"):
                             self.guard.settle()  # what is evaluated is what stays
                     self._earlier.interpolate()
                 position = {"step": self._step, "stage": name, "stage_step": done + 1, "lr": lr}
@@ -226,14 +226,14 @@ class GRPOTrainer:
             yield
             return
         if by_domain:
-            with self._clock("guard"):
+            with self._clock.timed("guard"):
                 guard.mixed()  # says what it cannot do before anything is sampled
                 self._serving.refresh(self._step, fresh=True)
                 self._views.before(guard, name, stage.domains, resumed)
         elif stage.mixed:
             guard.meets_mixed(stage.domains)
         with ExitStack() as stack:
-            with self._clock("guard"):
+            with self._clock.timed("guard"):
                 guard.attach(optimizer)
                 stack.callback(guard.detach)
                 if by_domain:
@@ -245,10 +245,10 @@ class GRPOTrainer:
                     self._learner.recorder = stack.enter_context(inside)
                     stack.callback(setattr, self._learner, "recorder", None)
             yield
-            with self._clock("guard"):
+            with self._clock.timed("guard"):
                 stack.close()  # the stage's end makes its basis
         if by_domain and recorded:
-            with self._clock("guard"):
+            with self._clock.timed("guard"):
                 self._serving.refresh(self._step, fresh=True)
                 self._views.after(guard, name, stage.domains)
 
@@ -273,7 +273,7 @@ class GRPOTrainer:
             scores = {name: [total / count if count else None for total, count in of] for name, of in found.items()}
         if self.monitor is not None:
             losses = partial(held_out_losses, self.model, self.tokenizer, self.domains.values(), self._learner.tokens)
-            with self._clock("monitor"):
+            with self._clock.timed("monitor"):
                 said = self.monitor.step(
                     line["step"],
                     line,
@@ -297,7 +297,7 @@ class GRPOTrainer:
             "ranks": self.ranks,
         }
         evaluated = [domain for domain in self.domains.values() if domain.eval_examples]
-        with self._clock("eval"):
+        with self._clock.timed("eval"):
             return {d.name: example_scores(self.model, self.tokenizer, d, tokens, **settings) for d in evaluated}
 
     # ---- records
@@ -385,7 +385,7 @@ class GRPOTrainer:
             **self._earlier.state(),
             "global": self.ranks.gather(rng_state()),
         }
-        with self._clock("save"):
+        with self._clock.timed("save"):
             self.directory.save_checkpoint(self._step, self.model, state, self.config.keep_checkpoints)
 
     def _record(self, line: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._clock import Clock
 from ..subspace.recorder import StageRecorder
 from .gradients import finite_parts, gradients
 from .memory import Memory
@@ -21,7 +22,7 @@ class Following:
 
     Args:
         owner: says whose step it is.
-        seconds: The guard's seconds per part, which are counted up here.
+        clock: of the guard.
     """
 
     def __init__(
@@ -31,10 +32,10 @@ class Following:
         recording: Recording,
         census: Census,
         owner: Callable[[], str | None],
-        seconds: dict[str, float],
+        clock: Clock,
     ):
         self.parameters, self._memory, self._recording, self._census = parameters, memory, recording, census
-        self._owner, self._seconds, self.locals = owner, seconds, recording.locals
+        self._owner, self._clock, self.locals = owner, clock, recording.locals
         self.edited = False  # the gradient of the step to come was edited already, one domain at a time
         self.restored = False  # state was loaded: the next attach or stage goes on instead of starting afresh
         self.known_finite = False  # the gradients of the step to come are finite: somebody has their norm
@@ -125,8 +126,8 @@ class Following:
             elif memory.settings.track_energy:
                 self._snapshot = [p.clone() for p in self.locals()]
         recorded = self._recording.seconds - recorded_before
-        self._seconds["record"] += recorded
-        self._seconds["act"] += time.perf_counter() - started - recorded
+        self._clock.spend("record", recorded)
+        self._clock.spend("act", time.perf_counter() - started - recorded)
 
     def _record_and_edit(self, optimizer: torch.optim.Optimizer, own: str | None) -> None:
         memory = self._memory
@@ -196,7 +197,7 @@ class Following:
         memory.statistics.steps += 1
         memory.steps_here += 1
         memory.probes.step()
-        self._seconds["act"] += time.perf_counter() - started
+        self._clock.spend("act", time.perf_counter() - started)
 
     def _look_for_copies(self) -> None:
         """After a first step optimizers have their state: a second sequence of weights is confined, too, other copies refused."""

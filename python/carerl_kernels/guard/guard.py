@@ -63,9 +63,7 @@ class CapabilityGuard(Protection):
         **options: Unpack[GuardOptions],
     ):
         super().__init__(model, Settings.of({"rule": rule, **options}), process_group)
-        self._following = Following(
-            self.parameters, self.memory, self._recording, self._census, self._own, self.seconds
-        )
+        self._following = Following(self.parameters, self.memory, self._recording, self._census, self._own, self._clock)
         self._current: str | None = _UNSET  # domain of the batch; _UNSET: that of the stage
         self._warned_of_mixed = False
 
@@ -227,7 +225,7 @@ class CapabilityGuard(Protection):
             # A probe that is not finite leaves the sign of the one before.
             if self.rule == "probed" and bool(self.stack.all_finite(a)):
                 self.memory.probes.add(name, a)
-            self.seconds["probe"] += time.perf_counter() - started
+            self._clock.spend("probe", time.perf_counter() - started)
             self.memory.probes.seconds += time.perf_counter() - entered
 
     def probes_due(self) -> bool:
@@ -284,7 +282,7 @@ class CapabilityGuard(Protection):
             ValueError: a rule that looks at signs; a norm limit, which comes after the edit; a recording in progress, for the
                 steps of a mixed batch are nobody's.
         """
-        return MixedGradient(self.memory, self._following, self._recording, self.seconds, self._known)
+        return MixedGradient(self.memory, self._following, self._recording, self._clock, self._known)
 
     def meets_mixed(self, domains: Collection[str]) -> None:
         """Warns, once, that a mixed batch of these domains is about to be held along its own domains' directions."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from .._clock import Clock
 from .._errors import one_of
 from ..subspace import StoredBasis
 from ..subspace.fingerprint import hash_parameters
@@ -53,7 +53,8 @@ class Protection:
         self.layout: Any = KINDS[kind].layout(named, kind, rank_of(kind, settings.k, settings.r), process_group, sides)
         self.data_group = data_group(model, self.layout)
         self.domains = None if settings.domains is None else tuple(settings.domains)
-        self.seconds = {"act": 0.0, "record": 0.0, "probe": 0.0}
+        self._clock = Clock("act", "record", "probe")
+        self.seconds = self._clock.seconds
         self.device = local(self.parameters[0]).device
         self.memory = Memory(self.layout, settings, self.device)
         self._census = Census(dict(named), self.layout.covered_names, inner)
@@ -195,10 +196,9 @@ class Protection:
                 f"confine_: expected rule 'bounded' or 'remove' with apply_to='update', found {self.rule!r} with "
                 f"{self.apply_to!r}, which corrects steps one by one"
             )
-        started = time.perf_counter()
-        if len(self.stack):
-            box.confine_(self._locals())
-        self.seconds["act"] += time.perf_counter() - started
+        with self._clock.timed("act"):
+            if len(self.stack):
+                box.confine_(self._locals())
 
     @torch.no_grad()
     def settle(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..logprobs import answer_logprobs, success_probability
+from ..logprobs import answer_logprobs, evaluating, success_probability
 from ..task import Domain, RewardError
 from ..text import SpecialTokens, decode, encode_prompts
 from .parallel import Ranks, gathered
@@ -102,24 +102,20 @@ def held_out_losses(
     Returns:
         Nats per token, per domain.
     """
-    ranks, out, was_training = ranks or Ranks(), {}, model.training
-    model.eval()
-    try:
-        with gathered(model):
-            for domain in domains:
-                examples = [e for e in domain.eval_examples if e.answer is not None]
-                if not examples:
-                    continue
-                loss, count, mine = 0.0, 0.0, ranks.share(len(examples))
-                for i in range(0, len(mine), batch_size):
-                    chunk = [examples[j] for j in mine[i : i + batch_size]]
-                    logp, mask = answer_logprobs(model, tokenizer, chunk, tokens)
-                    loss -= float(logp.masked_fill(mask == 0, 0.0).double().sum())
-                    count += float(mask.sum())
-                total, number = ranks.sum([loss, count])
-                out[domain.name] = total / number
-    finally:
-        model.train(was_training)
+    ranks, out = ranks or Ranks(), dict[str, float]()
+    with evaluating(model), gathered(model):
+        for domain in domains:
+            examples = [e for e in domain.eval_examples if e.answer is not None]
+            if not examples:
+                continue
+            loss, count, mine = 0.0, 0.0, ranks.share(len(examples))
+            for i in range(0, len(mine), batch_size):
+                chunk = [examples[j] for j in mine[i : i + batch_size]]
+                logp, mask = answer_logprobs(model, tokenizer, chunk, tokens)
+                loss -= float(logp.masked_fill(mask == 0, 0.0).double().sum())
+                count += float(mask.sum())
+            total, number = ranks.sum([loss, count])
+            out[domain.name] = total / number
     return out
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..logprobs import evaluating
 from ..subspace.shards import local
 from .config import GRPOConfig
 from .rundir import RunDirectory, load_tensors, save_tensors
@@ -46,13 +47,11 @@ class FrozenWeights:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Inside, the model has the frozen weights, and is in eval mode; afterwards it has its own again, bit by bit."""
-        training = self.model.training
         self._exchange()
-        self.model.eval()
         try:
-            yield
+            with evaluating(self.model):
+                yield
         finally:
-            self.model.train(training)
             self._exchange()
 
     @torch.no_grad()

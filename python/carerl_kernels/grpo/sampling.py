@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._errors import PlainError
+from ..logprobs import evaluating
 from ..text import SpecialTokens, cache_name, forward_accepts, left_pad, position_ids
 from .parallel import gathered
 
@@ -159,12 +160,8 @@ def sample(
         torch.rand(num_samples, max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         for seed in seeds
     ]
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         return _decode(model, prompts, tokens, num_samples, temperature, top_p, torch.cat(drawn).to(device))
-    finally:
-        model.train(was_training)
 
 
 class SamplerError(PlainError):

@@ -222,13 +222,8 @@ def overhead_table(name: str) -> str:
 def report(name: str) -> str:
     """What `carerl bench --predict` prints and docs/gpu.md holds."""
     device = device_named(name)
-    return "\n".join(
-        [
-            f"{device.name}: {device.bandwidth / 1e12:.2f} TB/s, {device.fp32 / 1e12:g} TFLOP/s fp32, "
-            f"{device.fp64 / 1e12:g} fp64 and {device.tf32 / 1e12:g} tf32 in tensor cores ({device.source})",
-            "",
-            table(name),
-            "",
-            overhead_table(name),
-        ]
+    head = (
+        f"{device.name}: {device.bandwidth / 1e12:.2f} TB/s, {device.fp32 / 1e12:g} TFLOP/s fp32, "
+        f"{device.fp64 / 1e12:g} fp64 and {device.tf32 / 1e12:g} tf32 in tensor cores ({device.source})"
     )
+    return "\n\n".join([head, table(name), overhead_table(name)])

@@ -220,13 +220,15 @@ def apart(edit: Edit, x: Inputs) -> None:
     x.bases[0].copy_(rows)
 
 
-def _seconds(x: Inputs, call: Callable[[], Any]) -> float:
+def seconds(x: Inputs, call: Callable[[], Any], check: Callable[[Any], Any] = lambda outputs: None) -> float:
+    """Of the fastest of three calls, each checked."""
     best = float("inf")
     for _ in range(3):
         x.reset()
         started = time.perf_counter()
-        call()
+        outputs = call()
         best = min(best, time.perf_counter() - started)
+        check(outputs)
     return best
 
 
@@ -241,8 +243,8 @@ def _ways(x: Inputs) -> dict[str, Way]:
     if op == "edit_":
         return {name: partial(edited, edit) for name, edit in edits.items()}
     if op == "dacsp_":
-        first = {name: _seconds(x, partial(way, x)) for name, way in coeffs.items()}
-        second = {name: _seconds(x, partial(edit, x, x.mix, 1.0)) for name, edit in edits.items()}
+        first = {name: seconds(x, partial(way, x)) for name, way in coeffs.items()}
+        second = {name: seconds(x, partial(edit, x, x.mix, 1.0)) for name, edit in edits.items()}
         pairs = sorted(((a, b) for a in first for b in second), key=lambda pair: first[pair[0]] + second[pair[1]])
         return {f"{a} + {b}": partial(ruled, coeffs[a], edits[b]) for a, b in pairs[:3]}
     if op == "gram":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -97,14 +96,7 @@ def sharpest(x: Inputs, expectation: Expectation) -> Variant | str:
     ways = sharp.candidates(x)
     for name, call in ways.items():
         try:
-            best = float("inf")
-            for _ in range(3):
-                x.reset()
-                started = time.perf_counter()
-                outputs = call()
-                best = min(best, time.perf_counter() - started)
-                expectation.check(name, outputs, exact=False)
-            times[name] = best
+            times[name] = sharp.seconds(x, call, partial(expectation.check, name, exact=False))
         except (WrongResult, RuntimeError) as error:
             reasons.append(f"{name}: {line_of(error)}")
     if not times:

@@ -187,15 +187,6 @@ def gathered(model: nn.Module) -> Iterator[None]:
             unit.set_reshard_after_forward(unit is not model, recurse=False)
 
 
-def reshard(model: nn.Module) -> None:
-    """Parameters are what this process holds again: a forward pass without a backward leaves whole copies in the root's place,
-    which do not follow when the parameters are changed."""
-    from torch.distributed.fsdp import FSDPModule
-
-    for unit in (m for m in model.modules() if isinstance(m, FSDPModule)):
-        unit.reshard()
-
-
 def whole(tensor: Tensor) -> Tensor:
     """All of a sharded tensor (a collective call), or the tensor itself."""
     return tensor.detach().full_tensor() if is_sharded_type(tensor) else tensor.detach()  # type: ignore[attr-defined]

@@ -156,7 +156,9 @@ class Box:
         for a, b in self._adapters:
             sums = torch.stack([parameters[i].double().square().sum() for i in (a, b)])
             whole, size = shards.sum_(sums).tolist()
-            if size == 0 or self._inside(self.stack.layout.rows_of(a)) < OFF**2 * whole:
+            rows = self.stack.layout.rows_of(a)
+            held = self.stack.own_sums(self.anchor[rows].double().square(), rows)
+            if size == 0 or self.stack.summed(held).sum() < OFF**2 * whole:
                 yield a
 
     def _settle_adapters(self, parameters: Sequence[Tensor]) -> None:
@@ -173,12 +175,6 @@ class Box:
                 rows = self.stack.layout.rows_of(b)
                 self.anchor[rows] = fresh[rows]
         self._exempt = frozenset(free)
-
-    def _inside(self, rows: slice) -> float:
-        """Energy of what the anchors of a matrix hold."""
-        sums = torch.zeros(self.stack.rows, dtype=torch.float64, device=self.stack.device)
-        sums += self.stack.own_sums(self.anchor[rows].double().square(), rows)
-        return float(self.stack.summed(sums).sum())
 
     # -------------------------------------------------------------------------------------------------------------- state
 

@@ -324,15 +324,9 @@ class RowStack(Stack[Layout, DomainBasis]):
         c = torch.zeros(T, K, dtype=torch.float64, device=self.device)
         for call, some, offsets in self.layout.over(grads):
             rows = call.index(self.device)
-            found, _ = torch.ops.carerl.dacsp_.list_tensor(
-                some,
-                self.bases,
-                offsets,
-                *weights,
-                root[rows] if call.per_tensor else root[call.rows[0]],
-                self.scales,
-                call.per_tensor,
-            )
+            combine, each = root[rows] if call.per_tensor else root[call.rows[0]], call.per_tensor
+            op = torch.ops.carerl.dacsp_.list_tensor
+            found, _ = op(some, self.bases, offsets, *weights, combine, self.scales, each)
             c[rows] = found.view(len(call.rows), K).to(c)
         c = torch.where(active & c.isfinite().all(), c, 0.0)
         aligned, conflict, threshold = (w.double() for w in weights)

@@ -204,18 +204,12 @@ class Layout:
     def edit_rotate_(self, tensors: Sequence[Tensor], bases: Tensor, mix: Tensor, domain: int, q: Tensor) -> None:
         """`tensor <- tensor + mix U` and `U_domain <- q [U_domain; tensor]` of the tensor as it was, in one pass."""
         mix, q = mix.float(), q.float()
+        seed = 0  # no random rounding: rows are float32
         for call, some, offsets in self.over(tensors):
-            torch.ops.carerl.edit_rotate_.list(
-                some,
-                bases,
-                offsets,
-                mix[call.index(mix.device)],
-                mix.new_ones(len(call.rows)),
-                domain,
-                (q[call.index(q.device)] if call.per_tensor else q[call.rows[0]]).contiguous(),
-                call.per_tensor,
-                0,  # no random rounding: rows are float32
-            )
+            rows, ones = call.index(mix.device), mix.new_ones(len(call.rows))
+            turn = (q[rows] if call.per_tensor else q[call.rows[0]]).contiguous()
+            each = call.per_tensor
+            torch.ops.carerl.edit_rotate_.list(some, bases, offsets, mix[rows], ones, domain, turn, each, seed)
 
     def rotate_(self, bases: Tensor, tensors: Sequence[Tensor], q: Tensor) -> None:
         """`U <- q [U; g]` in place on one domain's rows `[k, N]`; q `[T, k', k+1]`."""

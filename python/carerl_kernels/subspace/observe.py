@@ -20,6 +20,7 @@ from .batches import Positions, call, prepared, text_positions, to_device
 from .matrices import MatrixLayout, some, unlabel
 from .moments import Accumulator, Moments, sketch_width
 from .rows import Rows
+from .shards import reshard
 from .sites import guess_sides, plain_name, unwrapped
 from .watch import Watch
 
@@ -194,11 +195,7 @@ def _quiet(model: nn.Module) -> Iterator[None]:
             torch.backends.mha.set_fastpath_enabled(fast)
             for module in training:
                 module.training = True
-            for module in model.modules():
-                # FSDP2's root keeps its parameters gathered until a backward pass, which does not come here
-                reshard: Any = getattr(module, "reshard", None)
-                if reshard is not None and hasattr(module, "set_reshard_after_forward"):
-                    reshard()
+            reshard(model)
 
 
 @contextmanager

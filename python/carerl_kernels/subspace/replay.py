@@ -11,11 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .batches import Reservoir
 from .factored import FactoredBasis
 from .matrices import MatrixLayout
 from .observe import observe, same_random_numbers
 from .recorder import Recorder
-from .reservoir import Reservoir
 
 SEQUENCES = 64
 """Sequences of a stage that are kept and shown at its end, over all processes."""

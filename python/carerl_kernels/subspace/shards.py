@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_sharded_type(tensor: Tensor) -> bool:
@@ -50,6 +50,14 @@ def local(tensor: Tensor) -> Tensor:
     if is_sharded_type(tensor):
         return tensor.detach().to_local()  # type: ignore[attr-defined]
     return tensor.detach()
+
+
+def reshard(model: nn.Module) -> None:
+    """Parameters are what this process holds again: a forward pass without a backward leaves whole copies in the place of FSDP2's
+    root, which do not follow when the parameters are changed."""
+    for module in model.modules():
+        if hasattr(module, "set_reshard_after_forward"):  # asked by name, for the same reason
+            module.reshard()  # type: ignore[operator]
 
 
 class Shards:

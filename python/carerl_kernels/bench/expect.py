@@ -155,9 +155,7 @@ class Expectation:
         case = self.x.case
         if not exact:
             return BASELINE_TOLERANCE
-        stored = STORED_TOLERANCE[case.grad if case.basis == torch.int8 else case.basis]
-        if name == "grads":
-            stored = STORED_TOLERANCE[case.grad]
+        stored = STORED_TOLERANCE[case.grad if name == "grads" or case.basis == torch.int8 else case.basis]
         if case.op.startswith("pca_update_"):
             # Small coefficients of large vectors, amplified by the gaps of the spectrum.
             return 20 * stored

@@ -18,12 +18,11 @@ from torch.utils import _pytree as pytree
 
 from .. import _load
 from .cases import Inputs
-from .cost import Case
+from .cost import Case, chosen_of
 from .expect import Expectation, WrongResult
 from .gpu_others import ways
 from .logits import LogitsCase
 from .measure import Spread
-from .presets import chosen_of
 from .roofline import cases, device_named, predict
 from .variants import OURS, line_of, ours
 

@@ -12,11 +12,10 @@ import torch
 from .._errors import one_of
 from .._files import write_json
 from .cases import Inputs
-from .cost import Case, short
+from .cost import PRESETS, Case, cases, chosen_of, compiling, short
 from .expect import Expectation, WrongResult
 from .logits import LogitsCase
 from .measure import CaseResult, ImpossibleResult, measure
-from .presets import PRESETS, cases, chosen_of, compiling
 from .probe import PROBE_BYTES, Bandwidth, environment
 from .show import Printer, roofline
 from .variants import variants

@@ -292,11 +292,10 @@ class RowStack(Stack[Layout, DomainBasis]):
         return DomainBasis(self.infos[domain], self.bases[at], self._spectra[domain], moved, scales, layout)
 
     def project(self, tensors: Sequence[Tensor], domain: str | None = None, out: Tensor | None = None) -> Tensor:
-        if domain is None:
-            return self.layout.project(tensors, self.bases, self.scales)
-        at = self.names.index(domain)
-        scales = None if self.scales is None else self.scales[at : at + 1]
-        return self.layout.project(tensors, self.bases[at : at + 1], scales)
+        at = slice(None)
+        if domain is not None:
+            at = slice(self.names.index(domain), self.names.index(domain) + 1)
+        return self.layout.project(tensors, self.bases[at], None if self.scales is None else self.scales[at])
 
     def edit_(self, tensors: Sequence[Tensor], mix: Tensor, scale: Tensor | None = None) -> None:
         if scale is None:

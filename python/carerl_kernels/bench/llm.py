@@ -133,7 +133,6 @@ def guard_overhead(
     Args:
         settings: LoRA ones first, they leave the model as it was.
         rounds: of one period of guarded steps after a plain one.
-        new_tokens: sampled per completion.
 
     Raises:
         RuntimeError: the packages of SmolLM2-135M are missing; names them.

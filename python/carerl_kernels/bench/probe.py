@@ -25,9 +25,6 @@ class Bandwidth:
 
     Several ways of reading are tried, the native probe of the `_host` module (if it was built) and two torch reductions,
     and the fastest stays: a ceiling should be one.
-
-    Args:
-        size: bytes of the buffer; smaller only in tests.
     """
 
     def __init__(self, size: int = PROBE_BYTES):

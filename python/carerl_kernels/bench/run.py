@@ -45,9 +45,7 @@ def run_bench(
             guard on a training step of SmolLM2-135M).
         png_path: file for the roofline picture (quick and full).
         ops: only these ops (of "llm": settings whose names contain one of these); all by default.
-        own_cases: instead of the preset's.
         seconds: of timed rounds per case, instead of the preset's.
-        probe_bytes: buffer of the bandwidth probe.
 
     Returns:
         what the JSON file holds: `environment`, and `cases` or what the preset measures instead.

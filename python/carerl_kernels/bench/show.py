@@ -128,16 +128,11 @@ def roofline(results: Sequence[CaseResult], environment: Mapping[str, Any], path
     """
     figure = new_figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.add_subplot()
-    marks = {
-        OURS: ("o", "tab:blue"),
-        "sharp": ("^", "tab:orange"),
-        "compiled": ("s", "tab:green"),
-        "textbook": ("v", "tab:red"),
-    }
+    colours = {OURS: "tab:blue", "sharp": "tab:orange", "compiled": "tab:green", "textbook": "tab:red"}
     intensities = [result.case.flops / result.case.bytes for result in results] or [1.0]
     ends = [min(intensities) / 1.5, max(intensities) * 1.5]
     axes.plot(ends, [environment["bandwidth_gbps"] * end for end in ends], "k-", lw=1, label="streaming read")
-    for name, (mark, colour) in marks.items():
+    for mark, (name, colour) in zip("o^sv", colours.items(), strict=True):
         shown = [(r.case, r.variants[name]) for r in results if name in r.variants]
         if shown:
             x = [case.flops / case.bytes for case, _ in shown]

@@ -140,12 +140,7 @@ class GRPOConfig(BaseModel):
     @property
     def sampling(self) -> dict[str, Any]:
         """Settings of a `Sampler`."""
-        return {
-            "num_samples": self.group_size,
-            "max_new_tokens": self.max_new_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-        }
+        return {"num_samples": self.group_size, **self.model_dump(include={"max_new_tokens", "temperature", "top_p"})}
 
     @property
     def updates_per_step(self) -> int:

@@ -35,8 +35,6 @@ def example_scores(
 
     Args:
         model, tokenizer, tokens: The policy, its tokenizer, and its padding, end and banned ids.
-        num_samples: Completions per example (sampled mode).
-        batch_size: Sequences at once.
         ranks: Processes that share the model: each evaluates its share of the examples, the first one judges.
 
     Raises:

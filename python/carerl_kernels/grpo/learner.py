@@ -26,7 +26,7 @@ from .losses import LossStats
 from .own_answers import OwnAnswers
 from .parallel import Ranks, whole
 from .progress import Monitor
-from .rollout import Batch, informative_fraction, rollout
+from .rollout import Batch, informative_fraction, reward_statistics, rollout
 from .rundir import rng_state, set_rng_state
 from .sampling import ModelSampler, Sampler
 from .update import accumulate_gradients, frozen_logprobs
@@ -90,7 +90,6 @@ class Learner:
         """Sample a batch and take every optimizer step on it.
 
         Args:
-            counts: Prompts per domain name.
             owner: The domain whose steps these are to the guard: the stage's name, also where some prompts are replayed from
                 earlier domains, for the stage records its own steps and every other domain's directions act on them.
             earlier: Names of the domains of earlier stages, whose stored answers are rehearsed.
@@ -299,7 +298,7 @@ class Learner:
             "domain": earned.domain,
             "loss": sum(losses) / len(losses),
             "reward": float(batch.drawn[judged].mean()),
-            **batch.statistics(),
+            **reward_statistics(earned.domains, batch.drawn.tolist(), earned.group_ids.tolist()),
             **self.mixture.metrics(batch),
             "excluded": 1.0 - float(judged.double().mean()),
             "informative": informative_fraction(earned.rewards[earned.judged], earned.group_ids[earned.judged]),

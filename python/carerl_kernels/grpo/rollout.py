@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from statistics import pvariance
 from typing import Any
 
 import torch
@@ -74,10 +75,6 @@ class Batch(Judged):
         mine = [self.domains[i] == name for i in rows.tolist()]
         return rows[torch.tensor(mine, dtype=torch.bool, device=rows.device)]
 
-    def statistics(self) -> dict[str, dict[str, float]]:
-        """Mean reward, reward variance within prompts, share of prompts that agree and of completions, per domain."""
-        return reward_statistics(self.whole.domains, self.drawn.tolist(), self.whole.group_ids.tolist())
-
 
 def prompt_counts(
     own: Sequence[str],
@@ -138,7 +135,6 @@ def rollout(
 
     Args:
         model, tokenizer, tokens: The policy, its tokenizer, and its padding, end and banned ids.
-        counts: Prompts per domain name.
         rng: Draws prompts and their seeds, alike in every process.
         sampler: Writes the completions; the model itself if None.
         ranks: Processes that share the model. Each samples its share of the prompts; the first one judges all of them, so
@@ -281,11 +277,7 @@ def reward_statistics(
     for name, by_group in values.items():
         count = sum(map(len, by_group.values()))
         means[name] = sum(map(sum, by_group.values())) / count
-        squares = 0.0
-        for group_rewards in by_group.values():
-            center = sum(group_rewards) / len(group_rewards)
-            squares += sum((r - center) ** 2 for r in group_rewards)
-        variances[name] = squares / count
+        variances[name] = sum(len(own) * pvariance(own) for own in by_group.values()) / count
         agreed[name] = sum(len(set(rewards)) == 1 for rewards in by_group.values()) / len(by_group)
     shares = {name: list(domains).count(name) / len(domains) for name in dict.fromkeys(domains)}
     return {"rewards": means, "reward_variance": variances, "agreed": agreed, "batch_share": shares}

@@ -269,11 +269,5 @@ def _decode(
         mask = torch.cat([mask, step_mask.long()[:, None]], 1)
         position = position + 1
         logits, cache = step(ids_out[-1][:, None], mask, position[:, None], cache)
-    return Rollout(
-        prompt_ids=prompt_ids,
-        prompt_mask=prompt_mask,
-        completion_ids=torch.stack(ids_out, 1),
-        completion_mask=torch.stack(mask_out, 1).long(),
-        logps=torch.stack(logp_out, 1),
-        entropy=torch.stack(entropy_out, 1),
-    )
+    ids, written, logps, entropy = (torch.stack(steps, 1) for steps in (ids_out, mask_out, logp_out, entropy_out))
+    return Rollout(prompt_ids, prompt_mask, ids, written.long(), logps, entropy)

@@ -179,13 +179,12 @@ class Box:
     # -------------------------------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
-        before = None if self._own_before is None else self.stack.unpack(self._own_before)
         return {
             "anchor": self.stack.unpack(self.anchor),
             "waiting": self.waiting,
             "open": self._open,
             "own": self._own,
-            "own_before": before,
+            "own_before": None if self._own_before is None else self.stack.unpack(self._own_before),
             "exempt": sorted(self._exempt),
             "tight": sorted(self._tight),
             "released": self.released,

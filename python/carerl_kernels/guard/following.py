@@ -58,10 +58,8 @@ class Following:
         self._optimizers, self._looked_for_copies, self.edited, self.known_finite = list(optimizers), None, False, False
         self._stepped.clear()
         for optimizer in optimizers:
-            self._handles += [
-                optimizer.register_step_pre_hook(self._before),
-                optimizer.register_step_post_hook(self._after),
-            ]
+            self._handles.append(optimizer.register_step_pre_hook(self._before))
+            self._handles.append(optimizer.register_step_post_hook(self._after))
 
     def detach(self) -> None:
         """Takes the hooks off again."""
@@ -190,10 +188,8 @@ class Following:
             memory.steps.edit_update(self.locals(), self._owner(), self._snapshot)
             self._snapshot = None
         shards, (elements, calls) = memory.layout.shards, self._sent_before
-        self.communication = {
-            "elements_last_step": shards.elements - elements,
-            "all_reduces_last_step": shards.calls - calls,
-        }
+        sent = {"elements_last_step": shards.elements - elements, "all_reduces_last_step": shards.calls - calls}
+        self.communication = sent
         memory.statistics.steps += 1
         memory.steps_here += 1
         memory.probes.step()

@@ -173,13 +173,10 @@ class Memory:
                 f"guard state: expected version {VERSION}, found {state.get('version', 1)}, which remembers other numbers; "
                 "finish the run with the package that wrote it, or start from its weights and basis files without the state"
             )
-        for name, saved, here in (
-            ("history", state["history"], self.history),
-            ("settings", state["settings"], self._deciding()),
-        ):
-            if saved != here:
+        for name, here in (("history", self.history), ("settings", self._deciding())):
+            if state[name] != here:
                 raise ValueError(
-                    f"guard state: expected {name} {saved!r} as saved, found {here!r}; add the same basis files in the "
+                    f"guard state: expected {name} {state[name]!r} as saved, found {here!r}; add the same basis files in the "
                     "same order, and construct the guard with the same settings, first"
                 )
         weights = hash_parameters(parameters, self.layout.shards)

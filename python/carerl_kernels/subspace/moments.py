@@ -48,10 +48,8 @@ class Sum:
     @classmethod
     def zeros(cls, n: int, width: int, device: torch.device) -> Sum:
         columns = n if exact(n, width) else width
-        return cls(
-            torch.zeros(n, columns, dtype=torch.float64, device=device),
-            torch.zeros((), dtype=torch.float64, device=device),
-        )
+        values = torch.zeros(n, columns, dtype=torch.float64, device=device)
+        return cls(values, values.new_zeros(()))
 
     def add(self, rows: Tensor) -> None:
         """Takes in `[T, n]`."""

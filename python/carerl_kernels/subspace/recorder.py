@@ -25,9 +25,6 @@ from .store import BasisInfo, DomainBasis, StoredBasis
 class StageStart:
     """Local parts of the parameters at the start of a stage, in a temporary directory that goes away with this object: the
     stage's displacement needs them once, at the end, and memory has no room for them.
-
-    Args:
-        shards: what of every parameter lives here.
     """
 
     def __init__(self, domain: str, names: Sequence[str], tensors: Sequence[Tensor], shards: Shards):
@@ -86,7 +83,6 @@ class Recorder:
 
     Args:
         parameters: the tensors themselves (of sharded ones, the local parts), at the start of the stage.
-        architecture: class name of the model, for the fingerprint.
     """
 
     def __init__(self, domain: str, layout: Any, parameters: Sequence[Tensor], architecture: str = ""):

@@ -53,7 +53,8 @@ class Learner:
         self.model, self.tokenizer, self.domains, self.config = model, tokenizer, domains, config
         self.guard, self.monitor, self.editor = guard, monitor, editor
         self.by_domain = False  # the guard acts on each domain's part of a batch, with the directions of the others
-        self.takes_rows = True  # one backward pass over a mixed batch is tried, until that turns out not to see all of it
+        # one backward pass over a mixed batch is tried, until it turns out that the model uses weights in another way
+        self.takes_rows = True
         self.tokens = special_tokens(tokenizer, model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:

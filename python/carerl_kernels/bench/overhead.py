@@ -97,9 +97,8 @@ def sweep(
         points: list[dict[str, Any]] = []
         for case in cases:
             x = Inputs(case)
-            own = measure(x, {OURS: Variant(ours(x), exact=True)}, {}, Expectation(x), bandwidth, seconds).variants[
-                OURS
-            ]
+            alone = {OURS: Variant(ours(x), exact=True)}
+            own = measure(x, alone, {}, Expectation(x), bandwidth, seconds).variants[OURS]
             points.append({"N": case.N, "K": case.K, "bytes": case.bytes, "seconds": own.seconds})
             say(f"{case.name}: {own.seconds.median * 1e3:.3g} ms, {own.gbps:.1f} GB/s")
         line = Line.fit([p["bytes"] for p in points], [p["seconds"].median for p in points])

@@ -49,4 +49,4 @@ def load_state(guard: CapabilityGuard, folder: Path) -> None:
         dcp.load(state, checkpoint_id=path)
         guard.load_state_dict(state["guard"])
     else:
-        guard.load_state_dict(torch.load(path, map_location=guard.device, weights_only=False))
+        guard.load_state_dict(torch.load(path, map_location=guard.device, weights_only=True))

@@ -146,7 +146,7 @@ def validate(
     with plain_errors("basis validate", "train"):
         result = _validate(file, model, prompts, batch, gradients, seed)
     if as_json:
-        show_json(result.as_dict())
+        show_json(result)
         return
     typer.echo(
         f"{file}: explains {result.explained:.2%} of {result.gradients} fresh gradients of {result.domain} "

@@ -90,12 +90,12 @@ class InTurn(TrainerCallback):
         theirs = time.perf_counter() - self.start
         trainer = self.trainer
         self.queue[:] = trainer.prompts
-        before = dict(self.learner.clock.totals)
+        before = dict(self.learner.clock.seconds)
         start = time.perf_counter()
         metrics = self.learner.step(self.optimizer, {"all": len(trainer.prompts)}, "all")
         ours = time.perf_counter() - start
         assert metrics["informative"] == 1.0, "a group whose completions are all alike: the work would differ"
-        sampling = self.learner.clock.totals["sample"] - before.get("sample", 0.0)
+        sampling = self.learner.clock.seconds["sample"] - before.get("sample", 0.0)
         row = {
             "theirs": trainer.tokens / theirs,
             "ours": metrics["tokens"] / ours,

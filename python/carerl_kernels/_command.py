@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -44,8 +45,8 @@ def plain_errors(command: str, extra: str, *also: type[Exception], stopped: str 
 
 
 def show_json(data: Any) -> None:
-    """Prints what a command found for other programs."""
-    typer.echo(json.dumps(data, indent=2))
+    """Prints what a command found, dataclasses too, for other programs."""
+    typer.echo(json.dumps(data, indent=2, default=asdict))
 
 
 def size(n: int) -> str:

@@ -161,7 +161,7 @@ def validate(
         losses = [partial(answer_loss, network, tokenizer, part, tokens) for part in batches]
         result = validated(stored, network, losses, seed)
     if as_json:
-        show_json(result.as_dict())
+        show_json(result)
         return
     typer.echo(
         f"{file}: explains {result.explained:.2%} of {result.gradients} fresh gradients of {result.domain} "

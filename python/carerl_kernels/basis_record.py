@@ -86,7 +86,7 @@ def record(
         "prompts": len(rows),
         "tokens": sum(map(len, shown)),
         "matrices": len(ranks),
-        "idle": len(moments.idle),
+        "idle": ranks.count(0),
         "covered": layout.covered / layout.parameters,
         "mean_rank": sum(ranks) / len(ranks),
         "energy": basis.info.gradient_capture,

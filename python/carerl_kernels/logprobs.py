@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +11,17 @@ from torch import Tensor
 
 from .task import Example
 from .text import SpecialTokens, encode_answers, encode_prompts, forward_accepts, left_pad, position_ids, right_pad
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Inside, the model is in eval mode; afterwards it is in its own again."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def completion_logprobs(
@@ -88,12 +100,8 @@ def success_probability(
         max_new_tokens: The sampler's limit: an answer of just that many tokens is cut there and needs no end token, a
             longer one cannot be written and has probability 0. None: no limit.
     """
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         logp, mask = answer_logprobs(model, tokenizer, examples, tokens)
-    finally:
-        model.train(was_training)
     lengths = mask.sum(1)  # with the end token
     if max_new_tokens is not None:
         mask = mask.clone()

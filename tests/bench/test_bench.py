@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from carerl_kernels.bench import cost, measure, presets, probe, run, variants
+from carerl_kernels.bench import cost, measure, probe, run, variants
 from carerl_kernels.bench.cases import Inputs
 from carerl_kernels.bench.cost import Case
 from carerl_kernels.bench.expect import Expectation, WrongResult
@@ -81,7 +81,7 @@ def test_formulas_of_the_documentation(grad):
 
 def test_quick_preset_on_tiny_shapes(tmp_path, quiet, monkeypatch):
     monkeypatch.setattr(run, "compiling", lambda preset, case: case.op == "dacsp_" and case.grad == case.basis == F32)
-    chosen = [tiny(case) for case in presets.cases("quick")]
+    chosen = [tiny(case) for case in cost.cases("quick")]
     run.run_bench(
         "quick",
         tmp_path / "bench.json",
@@ -108,10 +108,10 @@ def test_quick_preset_on_tiny_shapes(tmp_path, quiet, monkeypatch):
 
 
 def test_full_preset_measures_every_op():
-    assert {case.packet for case in presets.cases("full")} == set(cost.OPS)
+    assert {case.packet for case in cost.cases("full")} == set(cost.OPS)
 
 
-@pytest.mark.parametrize("case", [tiny(case) for case in presets.cases("full")], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [tiny(case) for case in cost.cases("full")], ids=lambda case: case.name)
 def test_every_competitor_of_the_full_preset_is_right(case):
     if case.op.startswith("token_logprobs"):
         x = expectation = LogitsCase(case)
@@ -271,7 +271,7 @@ def test_line_is_fitted():
 
 
 def test_sweep_on_tiny_shapes():
-    found = sweep({"N": [tiny(Case("dacsp_", k=k)) for k in (1, 2)]}, Bandwidth(PROBE), rounds=2)
+    found = sweep({"N": [tiny(Case("dacsp_", k=k)) for k in (1, 2)]}, Bandwidth(PROBE), seconds=1e-9)
     assert [p["K"] for p in found["N"]["points"]] == [3, 6]
 
 

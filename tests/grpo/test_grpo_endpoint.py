@@ -205,5 +205,5 @@ def test_an_engine_that_is_not_there_is_named(tokenizer, tmp_path):
     failing = lambda path, answer: {"success": False, "message": "shape"} if "update" in path else answer  # noqa: E731
     with server_of(tokenizer, engine="sglang", alter=failing) as server, pytest.raises(SamplerError, match="shape"):
         trainer(tokenizer, tmp_path / "refused", server.url, engine="sglang").run([Stage("code", 1)])
-    with pytest.raises(ValueError, match="'vllm' or 'sglang'"):
+    with pytest.raises(ValueError, match="engine: expected one of vllm, sglang"):
         trainer(tokenizer, tmp_path, "http://127.0.0.1:9/v1", engine="ollama")

@@ -167,7 +167,7 @@ def test_k3_is_nonnegative_zero_at_equality_and_unbiased():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "ppo"}, "expected kind grpo, dr_grpo, dapo or gspo, found 'ppo'"),
+        ({"kind": "ppo"}, "kind: expected one of grpo, dr_grpo, dapo, gspo, found 'ppo'"),
         ({"kind": "dr_grpo"}, "needs max_tokens"),
         ({"kl_beta": 0.1}, "needs ref_logp of shape \\(2, 3\\), found None"),
     ],

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from carerl_kernels.grpo import GRPOConfig
-from carerl_kernels.grpo.parallel import Ranks, blocks
+from carerl_kernels.grpo.parallel import Ranks, layers
 from carerl_kernels.grpo.sampling import Rollout, choose
 from carerl_kernels.grpo.update import micro_batches
 from processes import start, wait
@@ -196,9 +196,9 @@ def test_inverse_cumulated_probability():
     assert choose(logp - 3.0, uniform).tolist() == [1, 1, 2, 2, 3, 3]  # not normalised: after top-p
 
 
-def test_blocks_are_found_by_name_or_by_length():
+def test_layers_are_found_by_name_or_by_length():
     run = trainer(None, 1, guarded=False)
-    assert [type(b).__name__ for b in blocks(run.model)] == ["Qwen3DecoderLayer"] * 2
-    layers = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(3))
-    assert blocks(torch.nn.Sequential(layers, torch.nn.Linear(2, 2))) == list(layers)
-    assert blocks(torch.nn.Linear(2, 2)) == []
+    assert [type(b).__name__ for b in layers(run.model)] == ["Qwen3DecoderLayer"] * 2
+    listed = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(3))
+    assert layers(torch.nn.Sequential(listed, torch.nn.Linear(2, 2))) == list(listed)
+    assert layers(torch.nn.Linear(2, 2)) == []

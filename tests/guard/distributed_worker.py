@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from carerl_kernels import CapabilityGuard
-from carerl_kernels.guard.input_stack import BLOCK
+from carerl_kernels.guard.input_stack import CHUNK
 from carerl_kernels.monitor import DriftMonitor
 from carerl_kernels.subspace.shards import local
 from guard_helpers import make_model
 
 K, R, BATCH = 4, 2, 16
-BLOCK["cpu"] = 160  # coefficients of a small model are decided on in several blocks, too
+CHUNK["cpu"] = 160  # coefficients of a small model are decided on in several chunks, too
 
 
 class Run:

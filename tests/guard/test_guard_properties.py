@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from carerl_kernels.guard.block_stack import BlockStack
+from carerl_kernels.guard.factored_stack import BlockStack
 from carerl_kernels.guard.frames import Frame
 from carerl_kernels.guard.rules import RuleParams, decide, fresh_state
 from factored_helpers import make_factored

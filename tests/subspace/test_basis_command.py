@@ -11,6 +11,7 @@ import torch
 from carerl_kernels import BasisError, CapabilityGuard, DomainBasis, basis_command
 from carerl_kernels._ops import BASIS_DTYPES
 from carerl_kernels.cli import app
+from carerl_kernels.guard.report import bytes_held
 from carerl_kernels.guard.validate import validate
 from carerl_kernels.subspace import StoredBasis
 from carerl_kernels.subspace.kinds import KINDS
@@ -255,7 +256,7 @@ def test_plan_equals_what_a_guard_really_holds(kind):
         assert planned.directions == stack.bases.nbytes
         kept = stack.bases.nbytes + stack.overlap.nbytes
     else:
-        factors = sum(t.nbytes for t in (*stack.left, *stack.right) if t is not None)
+        factors = sum(t.nbytes for t in (*stack.factors["left"], *stack.factors["right"]) if t is not None)
         kept = planned.directions
         assert kept == factors * (2 if kind == "input" else 1)  # and orthonormal, as they act together
     if kind == "input":
@@ -263,8 +264,9 @@ def test_plan_equals_what_a_guard_really_holds(kind):
     for own in (None, "math", "chat") if kind != "input" else ():
         stack.frame(own)
     assert planned.covered == guard.layout.covered
-    assert stack.memory() - kept <= 1.6 * planned.cores + planned.state  # masks and reaches count with the state
-    assert stack.memory() - kept >= 0.4 * planned.cores
+    # Masks, reaches and spectra count, too: in a model as small as this they are a sizeable part.
+    assert bytes_held(stack) - kept <= 2 * planned.cores + planned.state
+    assert bytes_held(stack) - kept >= 0.4 * planned.cores
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from carerl_kernels import BasisError, CapabilityGuard, DomainBasis
-from carerl_kernels.guard.input_stack import BLOCK
+from carerl_kernels.guard.input_stack import CHUNK
 from carerl_kernels.subspace import FactoredBasis, StoredBasis
 from carerl_kernels.subspace.block import leading_factors
 from carerl_kernels.subspace.random_basis import random_basis
@@ -56,21 +56,21 @@ def test_acting_equals_dense_oracle(kind, rule, overlap):
 
 @pytest.mark.parametrize("numbers", [1, 4, 9, 20, 1000])
 @pytest.mark.parametrize("rule", ["instant", "integrated"])
-def test_deciding_block_by_block_changes_nothing(rule, numbers, monkeypatch):
+def test_deciding_chunk_by_chunk_changes_nothing(rule, numbers, monkeypatch):
     """Of a row, of a few, of several matrices: the same steps, sums and memory as all at once."""
     found = []
     for size in (1 << 20, 8 * 2 * R * numbers):
-        monkeypatch.setitem(BLOCK, "cpu", size)
+        monkeypatch.setitem(CHUNK, "cpu", size)
         walk = FactoredWalk(make_model(), rule, "input", r=R, overlap=0.6, track_energy=True)
-        blocks = walk.guard.stack.blocks
-        assert [b.start for b in blocks[1:]] == [b.stop for b in blocks[:-1]]
-        assert (blocks[0].start, blocks[-1].stop) == (0, walk.layout.T)
+        chunks = walk.guard.stack.chunks
+        assert [b.start for b in chunks[1:]] == [b.stop for b in chunks[:-1]]
+        assert (chunks[0].start, chunks[-1].stop) == (0, walk.layout.T)
         ends = {rows.stop for group in walk.layout.groups for _, _, rows in walk.layout.matrices(group)}
-        for block in blocks:  # whole matrices, or a part of one
-            inside = [end for end in ends if block.start < end < block.stop]
-            assert not inside or {block.start, block.stop} <= ends | {0}
-            assert size == 1 << 20 or block.stop - block.start <= max(numbers, 1)
-        assert len(blocks) == 1 or size < 1 << 20
+        for chunk in chunks:  # whole matrices, or a part of one
+            inside = [end for end in ends if chunk.start < end < chunk.stop]
+            assert not inside or {chunk.start, chunk.stop} <= ends | {0}
+            assert size == 1 << 20 or chunk.stop - chunk.start <= max(numbers, 1)
+        assert len(chunks) == 1 or size < 1 << 20
         assert run(walk) < 3e-6
         report, guard = walk.guard.report(), walk.guard
         found.append(
@@ -82,13 +82,13 @@ def test_deciding_block_by_block_changes_nothing(rule, numbers, monkeypatch):
                 guard.memory.steps.q_start,
             )
         )
-    (a, touched, domains, *q), (b, touched_by_blocks, domains_by_blocks, *q_by_blocks) = found
+    (a, touched, domains, *q), (b, touched_by_chunks, domains_by_chunks, *q_by_chunks) = found
     for x, y in zip(a, b, strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-6)
-    assert touched_by_blocks == pytest.approx(touched, rel=1e-5)
+    assert touched_by_chunks == pytest.approx(touched, rel=1e-5)
     for name, of in domains.items():
-        assert domains_by_blocks[name]["energy"] == pytest.approx(of["energy"], rel=1e-5)
-    torch.testing.assert_close(q_by_blocks, q, rtol=0, atol=1e-6)
+        assert domains_by_chunks[name]["energy"] == pytest.approx(of["energy"], rel=1e-5)
+    torch.testing.assert_close(q_by_chunks, q, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("rule", ["integrated", "bounded"])

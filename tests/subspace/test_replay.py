@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 from carerl_kernels import CapabilityGuard
-from carerl_kernels.subspace.reservoir import Reservoir
+from carerl_kernels.subspace.batches import Reservoir
 from torch import nn
 
 MATH, CHAT, OTHER = (torch.eye(8)[i].repeat(4, 1) for i in (0, 5, 7))

@@ -13,7 +13,7 @@ import yaml
 from carerl_kernels._rows import read_rows
 from carerl_kernels.cli import app
 from carerl_kernels.grpo import Example, answer_loss, special_tokens
-from carerl_kernels.grpo.parallel import blocks
+from carerl_kernels.grpo.parallel import layers
 from carerl_kernels.rewards.verifiers.sandbox import SandboxError
 from carerl_kernels.tasks.characters import character_tokenizer, demo_domains
 from carerl_kernels.text import encode_prompts
@@ -483,7 +483,7 @@ def test_gradient_checkpointing_changes_memory_only():
         model, tokenizer = load_model(spec, [])
         assert model.training == spec.gradient_checkpointing
         passes: list[int] = []
-        blocks(model)[0].self_attn.register_forward_pre_hook(lambda module, args, passes=passes: passes.append(1))
+        layers(model)[0].self_attn.register_forward_pre_hook(lambda module, args, passes=passes: passes.append(1))
         examples = [Example("max(1,2,3)=", "3"), Example("Shout abc!", "ABC")]
         answer_loss(model, tokenizer, examples, special_tokens(tokenizer, model)).backward()
         gradients.append([p.grad for p in model.parameters()])

@@ -32,14 +32,6 @@ class Inputs:
     """Tensors of a case. Gradients have a planted component along every row: coefficients are far above rounding.
 
     Rows are random of unit length: orthonormal up to 1/sqrt(N), which costs what exactly orthonormal ones do.
-
-    Attributes:
-        grads: `[B, N]`; of a list form `[1, N]` before the call, with zeros between the tensors.
-        tensors, offsets: of a list form.
-        bases: `[D, k, N]`; scales: of int8 bases, else None.
-        anchor, bound `[B, K]`: fp32, of input_confine_, where the gradients stand for a matrix.
-        mix `[B, K]`, scale `[B]`, q `[k, k+B]`: fp32, dense (a kernel may skip rows with a zero mix).
-        singular_values: `[k]` float64, of `bases[0]`.
     """
 
     def __init__(self, case: Case, seed: int = 0):
@@ -53,19 +45,21 @@ class Inputs:
         for row in bases.view(-1, n):
             row.normal_(0, n**-0.5, generator=draw)
         bases.mul_(covered) if covered is not None else None
+        # [B, N]; of a list form [1, N] before the call, with zeros between the tensors
         self.grads = torch.empty(b, n, dtype=case.grad).normal_(generator=draw)
         plan = torch.where(torch.rand(b, d * k, generator=draw) < 0.5, -0.5, 0.5) * math.sqrt(n)
         for start in range(0, n, 1 << 20):
             rows = bases.view(d * k, n)[:, start : start + (1 << 20)].float()
             self.grads[:, start : start + (1 << 20)] += (plan @ rows).to(case.grad)
         self.grads.mul_(covered) if covered is not None else None
-        self.bases, self.scales = bases, None
+        self.bases, self.scales = bases, None  # [D, k, N]; scales of int8 bases
         if case.basis == torch.int8:
             self.bases, self.scales = torch.ops.carerl.quantize_bases(bases, SCALE_BLOCK)
+        # mix [B, K], scale [B], q [k, k+B]: dense, for a kernel may skip rows with a zero mix
         self.mix = 0.1 * math.sqrt(n) * torch.randn(b, d * k, generator=draw)
         self.scale = torch.full((b,), SCALE)
         self.q = torch.randn(k, k + b, generator=draw) / math.sqrt(k + b)
-        self.anchor = self.bound = torch.empty(0)
+        self.anchor = self.bound = torch.empty(0)  # [B, K] of input_confine_, where the gradients stand for a matrix
         if case.op == "input_confine_":
             self.anchor = self.grads.float() @ bases.view(d * k, n).float().T
             self.anchor += torch.randn(b, d * k, generator=draw)

@@ -8,9 +8,12 @@ baseline moves beyond this (casts, temporaries), is part of its time and not of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from .._errors import one_of
 
 SCALE_BLOCK = 128  # elements of an int8 basis that share one fp32 scale
 
@@ -41,24 +44,16 @@ bounds."""
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one shape.
+    """One op at one shape."""
 
-    Attributes:
-        op: name in the schema, with `.list` for the multi-tensor form.
-        D, k: domains and rows per domain. `rotate_` and `pca_update_` work on one domain.
-        B: gradients. N: elements of each, the padding between tensors of a list included.
-        grad, basis: dtypes of gradients and bases.
-        tensors: number of tensors of a list form, 0 for a single tensor.
-    """
-
-    op: str
-    D: int = 3
-    k: int = 8
-    B: int = 1
-    N: int = 8_000_000
+    op: str  # name in the schema, with `.list` for the multi-tensor form
+    D: int = 3  # domains; `rotate_` and `pca_update_` work on one
+    k: int = 8  # rows per domain
+    B: int = 1  # gradients
+    N: int = 8_000_000  # elements of each, the padding between tensors of a list included
     grad: torch.dtype = torch.float32
     basis: torch.dtype = torch.float32
-    tensors: int = 0
+    tensors: int = 0  # number of tensors of a list form, 0 for a single tensor
 
     @property
     def packet(self) -> str:
@@ -131,3 +126,75 @@ class Case:
 
 def short(dtype: torch.dtype) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "int8"}[dtype]
+
+
+# --------------------------------------------------------------------------------------------------------- presets
+
+F32, BF16, F16, I8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
+
+PRESETS = ("quick", "full", "llm", "sweep")
+
+
+def cases(preset: str) -> list[Case]:
+    """Cases of `quick` or `full`, all K and N as promised in docs/performance.md."""
+    return _quick() if preset == "quick" else _full()
+
+
+def chosen_of(available: Sequence[Case], ops: Sequence[str]) -> list[Case]:
+    """Cases of the wanted ops, all by default; an op without overload stands for its list form too.
+
+    Raises:
+        ValueError: an op that no case has.
+    """
+    known = sorted({case.op for case in available} | {case.packet for case in available})
+    for op in ops:
+        one_of("op", op, known)
+    return [case for case in available if not ops or case.op in ops or case.packet in ops]
+
+
+def compiling(preset: str, case: Case) -> bool:
+    """Whether torch.compile takes part: it needs seconds per case, so not in every case."""
+    if preset == "quick":
+        return case.op == "dacsp_"
+    return case.op == "token_logprobs" or (case.op in ("dacsp_", "edit_rotate_") and (case.D, case.B) == (3, 1))
+
+
+def _quick() -> list[Case]:
+    n = 2_000_000
+    out = [Case(op, N=n, grad=t, basis=t) for op in ("dacsp_", "edit_rotate_", "project", "edit_") for t in (F32, BF16)]
+    out += [Case(op, N=n, grad=BF16, basis=I8) for op in ("dacsp_", "project", "edit_")]
+    out += [Case(op, D=1, N=n) for op in ("gram", "rotate_", "pca_update_")]
+    one = [("input_project", BF16), ("input_confine_", F32), ("input_confine_", BF16), ("input_dacsp_", BF16)]
+    out += one_sided(one, [(1536, 576)])
+    return [*out, Case("dacsp_.list", N=n, tensors=300), *_logits(256)]
+
+
+def one_sided(ops: list[tuple[str, torch.dtype]], shapes: list[tuple[int, int]]) -> list[Case]:
+    """Matrices [B, N] with 96 directions of their inputs in fp32: three domains of 32."""
+    return [Case(op, D=1, k=96, B=m, N=n, grad=t) for op, t in ops for m, n in shapes]
+
+
+def _logits(tokens: int) -> list[Case]:
+    """Forward and backward over Qwen's vocabulary; D and k mean nothing here."""
+    ops = ("token_logprobs", "token_logprobs_backward")
+    return [Case(op, D=1, k=1, B=tokens, N=151_936, grad=BF16, basis=BF16) for op in ops]
+
+
+def _full() -> list[Case]:
+    main, parts, half = ("dacsp_", "edit_rotate_"), ("project", "edit_"), 4_000_000
+    out = [Case(op, grad=t, basis=t) for op in main for t in (F32, BF16)]
+    out += [Case("dacsp_", grad=t, basis=u) for t, u in ((F16, F16), (BF16, I8), (F32, I8))]
+    out += [Case(op, N=half, grad=t, basis=t) for op in parts for t in (F32, BF16)]
+    out += [Case(op, N=half, grad=BF16, basis=I8) for op in parts]
+    out += [Case("pca_update_", D=1, grad=t, basis=t) for t in (F32, BF16)]
+    out += [Case(op, D=1, N=half, grad=t, basis=t) for op in ("gram", "rotate_") for t in (F32, BF16)]
+    out += [Case("dacsp_", B=4), Case("gram", D=1, B=4, N=half), Case("pca_update_", D=1, B=4, N=1_000_000)]
+    out += [Case(op, D=2, k=64, N=2_000_000, grad=t, basis=t) for op in main for t in (F32, BF16)]
+    out += [Case("dacsp_", D=2, k=64, N=2_000_000, grad=BF16, basis=I8)]
+    out += [Case("pca_update_", D=1, k=68, N=2_000_000)]
+    lists = ((F32, F32), (BF16, BF16), (BF16, I8))
+    out += [Case("dacsp_.list", grad=g, basis=u, tensors=300) for g, u in lists] + [Case("project.list", tensors=300)]
+    smollm2 = [(576, 576), (1536, 576), (576, 1536), (192, 576)]
+    out += one_sided([(op, t) for op in ("input_project", "input_confine_") for t in (F32, BF16)], smollm2)
+    out += one_sided([("input_dacsp_", F32), ("input_dacsp_", BF16)], smollm2[:1])
+    return [*out, *_logits(2048)]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cases import ALIGNED, CONFLICT, THRESHOLD, Inputs
+from .cases import ALIGNED, CONFLICT, OUTPUTS, THRESHOLD, Inputs
 from .cost import SCALE_BLOCK, Case
 
 WINDOW, WINDOWS = 61, 6  # columns each, and how many: odd, so that they straddle vectors, tiles and int8 blocks
@@ -73,10 +73,11 @@ class Expectation:
         self.columns = _columns(x)
         size = self._rows + case.B
         total = torch.zeros(size, size, dtype=torch.float64)
-        wanted = {"project": slice(self._rows, None), "dacsp_": slice(self._rows, None), "gram": slice(None)}
-        wanted["pca_update_"] = slice(None)
-        wanted |= dict.fromkeys(("input_project", "input_confine_", "input_dacsp_"), wanted["project"])
-        at = wanted.get(case.packet)
+        at = None  # which of these products the op needs
+        if case.packet in ("gram", "pca_update_"):
+            at = slice(None)
+        elif case.packet in ("project", "dacsp_", "input_project", "input_confine_", "input_dacsp_"):
+            at = slice(self._rows, None)
         for start in range(0, n if at is not None else 0, CHUNK):
             stack = self._stack(torch.arange(start, min(start + CHUNK, n)))
             total[at] += stack[at] @ stack.mT
@@ -93,33 +94,24 @@ class Expectation:
 
     def _expected(self, total: Tensor, stack: Tensor) -> dict[str, Tensor]:
         x, case = self.x, self.x.case
-        k = case.k
+        op, k = case.packet, case.k
         u, g = stack[: self._rows], stack[self._rows :]
         c = total[self._rows :, : self._rows]
-        gain = (c > THRESHOLD) * (ALIGNED - 1.0) + (c < -THRESHOLD) * (CONFLICT - 1.0)
-        op = case.packet
         if op == "pca_update_":
             weight = torch.cat([x.singular_values, torch.ones(case.B, dtype=torch.float64)])
             values, vectors = torch.linalg.eigh(weight.unsqueeze(1) * total * weight)
             kept = vectors[:, -k:].mT @ (weight.unsqueeze(1) * stack)
             return {"energy": kept.mT @ kept, "singular_values": values[-k:].flip(0).clamp_min(0).sqrt()}
-        turned = x.q.double() @ torch.cat([u[:k], g])
+        found = {"coeffs": c, "gram": total, "rows": x.q.double() @ torch.cat([u[:k], g])}
         if op == "input_confine_":
             d = x.anchor.double() - c
-            return {"grads": g + (d - torch.clamp(d, -x.bound.double(), x.bound.double())) @ u}
-        if op == "input_dacsp_":
-            return {"grads": g + (gain * c) @ u}
-        if op in ("project", "input_project", "gram", "rotate_"):
-            return {
-                "project": {"coeffs": c},
-                "input_project": {"coeffs": c},
-                "gram": {"gram": total},
-                "rotate_": {"rows": turned},
-            }[op]
-        if op == "dacsp_":
-            return {"coeffs": c, "grads": g + (gain * c) @ u}
-        edited = x.scale.double().unsqueeze(1) * (g + x.mix.double() @ u)
-        return {"grads": edited} if op == "edit_" else {"grads": edited, "rows": turned}
+            found["grads"] = g + (d - torch.clamp(d, -x.bound.double(), x.bound.double())) @ u
+        elif op in ("dacsp_", "input_dacsp_"):
+            gain = (c > THRESHOLD) * (ALIGNED - 1.0) + (c < -THRESHOLD) * (CONFLICT - 1.0)
+            found["grads"] = g + (gain * c) @ u
+        elif op in ("edit_", "edit_rotate_"):
+            found["grads"] = x.scale.double().unsqueeze(1) * (g + x.mix.double() @ u)
+        return {name: found[name] for name in OUTPUTS[op]}
 
     def errors(self, outputs: Mapping[str, Any]) -> dict[str, float]:
         """Relative error of each output: norm of the difference over norm of what is expected.
@@ -152,8 +144,6 @@ class Expectation:
         """Errors, if they are small enough.
 
         Args:
-            variant: who computed it, for the message.
-            outputs: see the class.
             exact: what we promise of our own ops, instead of what is let pass in a baseline (its errors are reported).
 
         Raises:
@@ -165,9 +155,7 @@ class Expectation:
         case = self.x.case
         if not exact:
             return BASELINE_TOLERANCE
-        stored = STORED_TOLERANCE[case.grad if case.basis == torch.int8 else case.basis]
-        if name == "grads":
-            stored = STORED_TOLERANCE[case.grad]
+        stored = STORED_TOLERANCE[case.grad if name == "grads" or case.basis == torch.int8 else case.basis]
         if case.op.startswith("pca_update_"):
             # Small coefficients of large vectors, amplified by the gaps of the spectrum.
             return 20 * stored

@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .. import _load
 from .cases import Inputs
-from .cost import Case
+from .cost import Case, chosen_of
 from .expect import Expectation, WrongResult
 from .gpu_others import ways
 from .logits import LogitsCase
 from .measure import Spread
-from .presets import chosen_of
 from .roofline import cases, device_named, predict
 from .variants import OURS, line_of, ours
 
@@ -100,19 +100,12 @@ def bandwidth(device: torch.device, size: int = FLUSHED) -> dict[str, float]:
 def moved_to(x: Inputs | LogitsCase, device: torch.device) -> None:
     """Every tensor of the inputs to the device, the expected values stay."""
     for name, value in vars(x).items():
-        if name in ("expected", "sampled"):
-            continue
-        if isinstance(value, Tensor):
-            setattr(x, name, value.to(device))
-        elif isinstance(value, list) and value and isinstance(value[0], Tensor):
-            setattr(x, name, [tensor.to(device) for tensor in value])
+        if name not in ("expected", "sampled"):
+            setattr(x, name, pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), value))
 
 
-def on_host(outputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: [tensor.cpu() for tensor in value] if isinstance(value, list) else value.cpu()
-        for name, value in outputs.items()
-    }
+def on_host(outputs: dict[str, Any]) -> dict[str, Any]:
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.cpu(), outputs)
 
 
 def measure_case(
@@ -225,12 +218,8 @@ def run_gpu(ops: Sequence[str] = (), say: Callable[[str], None] = print, competi
         for case in chosen:
             results.append(measure_case(case, device, found["name"], rates, competing=competing))
             say(line(results[-1]))
-    return {
-        "device": found,
-        "bandwidth": rates,
-        "serves": {result["op"]: serving(result["op"]) for result in results},
-        "results": results,
-    }
+    serves = {result["op"]: serving(result["op"]) for result in results}
+    return {"device": found, "bandwidth": rates, "serves": serves, "results": results}
 
 
 def serving(op: str) -> str:

@@ -39,25 +39,15 @@ NEW_TOKENS = 48
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained, and what the guard does meanwhile.
+    """What is trained, and what the guard does meanwhile."""
 
-    Attributes:
-        trains: "lora" (rank 16 on every linear layer) or "full".
-        k: directions per domain of flat bases, rank of block and input bases.
-        domains: with a basis, whose directions act; 0 to record only.
-        dtype: of the acting flat bases (factors are fp32).
-        record_every: record every n-th step (flat: k + 4 fp32 rows); 0: act only.
-        basis: "flat", "block" or "input".
-        every: steps between corrections, 8 by default in a guard.
-    """
-
-    trains: str
-    k: int
-    domains: int = 0
-    dtype: torch.dtype = torch.float32
-    record_every: int = 0
+    trains: str  # "lora" (rank 16 on every linear layer) or "full"
+    k: int  # directions per domain of flat bases, rank of block and input bases
+    domains: int = 0  # with a basis, whose directions act; 0 to record only
+    dtype: torch.dtype = torch.float32  # of the acting flat bases (factors are fp32)
+    record_every: int = 0  # record every n-th step (flat: k + 4 fp32 rows); 0: act only
     basis: Literal["flat", "block", "input"] = "flat"
-    every: int = 1
+    every: int = 1  # steps between corrections, 8 by default in a guard
 
     def __str__(self) -> str:
         if self.record_every:
@@ -115,27 +105,19 @@ def settings_named(parts: Sequence[str]) -> list[Setting]:
 
 @dataclass(frozen=True)
 class GuardResult:
-    """One setting.
-
-    Attributes:
-        N: guarded parameters. bases_bytes: memory of acting or recording rows.
-        plain_seconds: steps without the guard. guarded_seconds: with it.
-        guard_seconds: of them spent in the guard. share: per cent of the step, per step.
-        peak_without, peak_with: bytes resident at most in a step; the bases count in the second.
-    """
+    """One setting."""
 
     setting: str
-    N: int
-    bases_bytes: int
-    plain_seconds: Spread
-    guarded_seconds: Spread
-    guard_seconds: Spread
-    share: Spread
-    once_seconds: (
-        Spread  # of attaching the guard and of its first step, in which it searches optimizers for copies of weights
-    )
-    peak_without: int | None
-    peak_with: int | None
+    N: int  # guarded parameters
+    bases_bytes: int  # memory of acting or recording rows
+    plain_seconds: Spread  # steps without the guard
+    guarded_seconds: Spread  # and with it
+    guard_seconds: Spread  # of them spent in the guard
+    share: Spread  # per cent of the step, per step
+    # of attaching the guard and of its first step, in which it searches optimizers for copies of weights
+    once_seconds: Spread
+    peak_without: int | None  # bytes resident at most in a step
+    peak_with: int | None  # the same with the bases
 
 
 def guard_overhead(
@@ -149,12 +131,8 @@ def guard_overhead(
     """Measures every setting that this machine has the packages and the memory for.
 
     Args:
-        printer: says what is going on.
         settings: LoRA ones first, they leave the model as it was.
         rounds: of one period of guarded steps after a plain one.
-        load: gives model and tokenizer.
-        new_tokens: sampled per completion.
-        prompts: at least two.
 
     Raises:
         RuntimeError: the packages of SmolLM2-135M are missing; names them.

@@ -53,43 +53,27 @@ class Spread:
 
 @dataclass(frozen=True)
 class VariantResult:
-    """What one competitor did.
+    """What one competitor did."""
 
-    Attributes:
-        seconds: per call.
-        gbps: GB/s of the bytes counted for the op (what a competitor moves beyond them shows as a lower figure).
-        percent: of the streaming-read bandwidth, against the probe of the same round.
-        ratio: its time over ours in the same round; above 1 means that ours was faster.
-        peak_extra_bytes: growth of the resident set during one call; None where the system does not say, or a call is slow.
-        rounds: in which it took part.
-        errors: largest relative error of each output over all calls.
-        note: for example which way of writing it was the fastest.
-    """
-
-    seconds: Spread
-    gbps: float
-    percent: Spread
-    ratio: Spread
-    peak_extra_bytes: int | None
-    rounds: int
-    errors: dict[str, float]
-    note: str
+    seconds: Spread  # per call
+    gbps: float  # GB/s of the bytes counted for the op: what a competitor moves beyond them shows as a lower figure
+    percent: Spread  # of the streaming-read bandwidth, against the probe of the same round
+    ratio: Spread  # its time over ours in the same round; above 1 means that ours was faster
+    peak_extra_bytes: int | None  # growth of the resident set during one call; None: not known here, or a call is slow
+    rounds: int  # in which it took part
+    errors: dict[str, float]  # largest relative error of each output over all calls
+    note: str  # for example which way of writing it was the fastest
 
 
 @dataclass(frozen=True)
 class CaseResult:
-    """A case with all competitors.
-
-    Attributes:
-        bandwidth: GB/s, streaming reads measured once per round. rounds: number of them.
-        missing: competitors that could not run, and why.
-    """
+    """A case with all competitors."""
 
     case: Case
-    bandwidth: Spread
+    bandwidth: Spread  # GB/s, streaming reads measured once per round
     rounds: int
     variants: dict[str, VariantResult]
-    missing: dict[str, str]
+    missing: dict[str, str]  # competitors that could not run, and why
 
 
 def measure(

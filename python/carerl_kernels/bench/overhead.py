@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.benchmark import Timer
 
 from .cases import Inputs
 from .cost import Case
 from .expect import Expectation
-from .measure import Spread
+from .measure import Spread, measure
 from .probe import Bandwidth
-from .variants import OURS, ours
+from .variants import OURS, Variant, ours
 
 SMALL = 64  # elements
 
@@ -39,16 +39,12 @@ def call_overhead(rounds: int = 15, calls: int = 1000) -> dict[str, Spread]:
         "dacsp_.list of 2": lambda: ops.dacsp_.list(y.tensors, y.bases, y.offsets, 1.0, 1.0, 0.0),
         "gram": lambda: ops.gram(x.bases, x.grads),
     }
-    times: dict[str, list[float]] = {name: [] for name in competitors}
-    for call in competitors.values():
-        for _ in range(20):
-            call()
+    threads = torch.get_num_threads()
+    timers = {name: Timer("call()", globals={"call": call}, num_threads=threads) for name, call in competitors.items()}
+    times: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(rounds):
-        for name, call in competitors.items():
-            started = time.perf_counter()
-            for _ in range(calls):
-                call()
-            times[name].append((time.perf_counter() - started) / calls * 1e6)
+        for name, timer in timers.items():
+            times[name].append(timer.timeit(calls).mean * 1e6)
     return {name: Spread.of(values) for name, values in times.items()}
 
 
@@ -86,9 +82,12 @@ def sweep_cases(op: str = "dacsp_", largest: int = 8_000_000) -> dict[str, list[
 
 
 def sweep(
-    axes: dict[str, list[Case]], bandwidth: Bandwidth, rounds: int = 7, say: Callable[[str], None] = lambda text: None
+    axes: dict[str, list[Case]],
+    bandwidth: Bandwidth,
+    seconds: float = 0.5,
+    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Times our op alone along every axis and fits a line to each.
+    """Times our op alone along every axis, for about so many seconds a case, and fits a line to each.
 
     Returns:
         per axis `points` and `line`.
@@ -97,25 +96,12 @@ def sweep(
     for axis, cases in axes.items():
         points: list[dict[str, Any]] = []
         for case in cases:
-            seconds = _time_alone(case, bandwidth, rounds)
-            points.append({"N": case.N, "K": case.K, "bytes": case.bytes, "seconds": seconds})
-            say(f"{case.name}: {seconds.median * 1e3:.3g} ms, {case.bytes / seconds.median / 1e9:.1f} GB/s")
+            x = Inputs(case)
+            alone = {OURS: Variant(ours(x), exact=True)}
+            own = measure(x, alone, {}, Expectation(x), bandwidth, seconds).variants[OURS]
+            points.append({"N": case.N, "K": case.K, "bytes": case.bytes, "seconds": own.seconds})
+            say(f"{case.name}: {own.seconds.median * 1e3:.3g} ms, {own.gbps:.1f} GB/s")
         line = Line.fit([p["bytes"] for p in points], [p["seconds"].median for p in points])
         say(f"over {axis}: {line}")
         out[axis] = {"points": points, "line": line}
     return out
-
-
-def _time_alone(case: Case, bandwidth: Bandwidth, rounds: int) -> Spread:
-    x = Inputs(case)
-    expectation, call, times = Expectation(x), ours(x), []
-    for turn in range(rounds + 1):
-        x.reset()
-        bandwidth.evict()
-        started = time.perf_counter()
-        outputs = call()
-        elapsed = time.perf_counter() - started
-        expectation.check(OURS, outputs, exact=True)
-        if turn:  # the first one warms up
-            times.append(elapsed)
-    return Spread.of(times)

@@ -25,16 +25,9 @@ class Bandwidth:
 
     Several ways of reading are tried, the native probe of the `_host` module (if it was built) and two torch reductions,
     and the fastest stays: a ceiling should be one.
-
-    Args:
-        size: bytes of the buffer; smaller only in tests.
-
-    Attributes:
-        bytes: read by one :meth:`measure`. source: the way chosen.
     """
 
     def __init__(self, size: int = PROBE_BYTES):
-        self.bytes = size
         self._other = torch.ones(min(2 * cache_bytes(), size) // 4)
         ways = _ways(size)
         rates: dict[str, list[float]] = {name: [] for name in ways}

@@ -22,8 +22,8 @@ show); `make gpu-check` measures it on the device and compares with that instead
 
 STREAMED = {
     "project": 0.98, "edit_": 0.97, "dacsp_": 0.97,  # 64 to 128 bytes in flight a thread, nothing waits for another
-    "token_logprobs": 0.95, "token_logprobs_backward": 0.95,  # 32 a thread, eight blocks on a multiprocessor
-    # 64 in flight a thread, and then all of a block wait for the tile and for each other: the other blocks read on.
+    "token_logprobs": 0.95, "token_logprobs_backward": 0.95,  # 32 a thread, eight thread blocks on a multiprocessor
+    # 64 in flight a thread, and then all threads of a block wait for the tile and for each other: other blocks read on.
     "gram": 0.85, "rotate_": 0.8, "edit_rotate_": 0.8, "pca_update_": 0.82,
     "input_project": 0.85, "input_confine_": 0.75, "input_dacsp_": 0.75,  # the matrix is read again, in part from L2
 }  # fmt: skip
@@ -36,19 +36,14 @@ warps (mma.sync) attain less than the data sheet's rate on everything since Hopp
 
 @dataclass(frozen=True)
 class Device:
-    """Figures of a data sheet.
-
-    Attributes:
-        bandwidth: bytes per second of device memory. fp32: operations per second on the ordinary cores, fp64 and tf32 in
-            tensor cores (dense), an addition and a multiplication counting as two. source: where the figures stand.
-    """
+    """Figures of a data sheet."""
 
     name: str
-    bandwidth: float
-    fp32: float
-    fp64: float
+    bandwidth: float  # bytes per second of device memory
+    fp32: float  # operations per second on the ordinary cores, an addition and a multiplication counting as two
+    fp64: float  # the same in tensor cores, dense
     tf32: float
-    source: str
+    source: str  # where the figures stand
 
 
 DEVICES = {
@@ -95,7 +90,7 @@ def predict(case: Case, device: Device, bandwidth: float | None = None) -> Predi
 
 
 def operations(case: Case) -> dict[str, float]:
-    """Operations by unit, those on padding included: Gram matrices are summed in fp64 over blocks of eight rows, inputs of
+    """Operations by unit, those on padding included: Gram matrices are summed in fp64 over eight rows at a time, inputs of
     matrices in tf32 over 32 directions, whose fp32 numbers are two terms each; all else is fp32."""
     op = case.packet
     if op.startswith("input_"):
@@ -180,19 +175,12 @@ GUARDS: tuple[tuple[str, Kind, int, torch.dtype], ...] = (
 
 @dataclass(frozen=True)
 class Overhead:
-    """An acting step of the guard beside a training step, on one of :data:`GPUS` GPUs.
+    """An acting step of the guard beside a training step, on one of :data:`GPUS` GPUs."""
 
-    Attributes:
-        setting: What the guard's bases are.
-        bases: Bytes of directions per GPU.
-        guard: Seconds of an acting step.
-        step: Seconds of a training step's forward and backward passes.
-    """
-
-    setting: str
-    bases: float
-    guard: float
-    step: float
+    setting: str  # what the guard's bases are
+    bases: float  # bytes of directions per GPU
+    guard: float  # seconds of an acting step
+    step: float  # seconds of a training step's forward and backward passes
 
 
 def overhead(name: str) -> list[Overhead]:
@@ -234,13 +222,8 @@ def overhead_table(name: str) -> str:
 def report(name: str) -> str:
     """What `carerl bench --predict` prints and docs/gpu.md holds."""
     device = device_named(name)
-    return "\n".join(
-        [
-            f"{device.name}: {device.bandwidth / 1e12:.2f} TB/s, {device.fp32 / 1e12:g} TFLOP/s fp32, "
-            f"{device.fp64 / 1e12:g} fp64 and {device.tf32 / 1e12:g} tf32 in tensor cores ({device.source})",
-            "",
-            table(name),
-            "",
-            overhead_table(name),
-        ]
+    head = (
+        f"{device.name}: {device.bandwidth / 1e12:.2f} TB/s, {device.fp32 / 1e12:g} TFLOP/s fp32, "
+        f"{device.fp64 / 1e12:g} fp64 and {device.tf32 / 1e12:g} tf32 in tensor cores ({device.source})"
     )
+    return "\n\n".join([head, table(name), overhead_table(name)])

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
+from .._errors import one_of
 from .._files import write_json
 from .cases import Inputs
-from .cost import Case, short
+from .cost import PRESETS, Case, cases, chosen_of, compiling, short
 from .expect import Expectation, WrongResult
 from .logits import LogitsCase
 from .measure import CaseResult, ImpossibleResult, measure
-from .presets import PRESETS, cases, chosen_of, compiling
 from .probe import PROBE_BYTES, Bandwidth, environment
 from .show import Printer, roofline
 from .variants import variants
@@ -43,13 +43,9 @@ def run_bench(
     Args:
         preset: "quick" (under a minute on a quiet machine), "full", "sweep" (time against N and K) or "llm" (the
             guard on a training step of SmolLM2-135M).
-        json_path: file for everything measured.
         png_path: file for the roofline picture (quick and full).
         ops: only these ops (of "llm": settings whose names contain one of these); all by default.
-        own_cases: instead of the preset's.
         seconds: of timed rounds per case, instead of the preset's.
-        probe_bytes: buffer of the bandwidth probe.
-        printer: where to print; a terminal by default.
 
     Returns:
         what the JSON file holds: `environment`, and `cases` or what the preset measures instead.
@@ -58,8 +54,7 @@ def run_bench(
         ValueError: an unknown preset or op.
         BenchError: wrong or impossible results, named; raised after everything else was measured and written.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, found {preset!r}")
+    one_of("preset", preset, PRESETS)
     if preset == "sweep" and len(ops) > 1:
         raise ValueError(f"op: expected one for the sweep, found {', '.join(ops)}")
     settings = []

@@ -29,32 +29,22 @@ Way = Callable[[Inputs], Tensor | None]
 """Changes the inputs in place as the op does, and returns what it returns."""
 
 
-class Tiles:
-    """Columns of rows and gradients in fp32: views where they are fp32 already, else casts into one small buffer."""
-
-    def __init__(self, rows: Tensor, scales: Tensor | None, grads: Tensor, size: int):
-        self.rows, self.scales, self.grads = rows, scales, grads
-        width = max(size // 4 // (rows.shape[0] + grads.shape[0]) // SCALE_BLOCK, 1) * SCALE_BLOCK
-        self.width = min(width, rows.shape[1])
-        self._rows = None if rows.dtype == torch.float32 else torch.empty(rows.shape[0], self.width)
-        self._grads = None if grads.dtype == torch.float32 else torch.empty(grads.shape[0], self.width)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, slice]]:
-        n = self.rows.shape[1]
-        for start in range(0, n, self.width):
-            at = slice(start, min(start + self.width, n))
-            rows = _cast(self.rows[:, at], self._rows)
-            if self.scales is not None:
-                self._scale(rows, start)
-            yield rows, _cast(self.grads[:, at], self._grads), at
-
-    def _scale(self, rows: Tensor, start: int) -> None:
-        assert self.scales is not None
-        first, whole = start // SCALE_BLOCK, rows.shape[1] // SCALE_BLOCK
-        part = self.scales[:, first : first + whole + 1].unsqueeze(2)
-        rows[:, : whole * SCALE_BLOCK].unflatten(1, (whole, SCALE_BLOCK)).mul_(part[:, :whole])
-        if rows.shape[1] % SCALE_BLOCK:
-            rows[:, whole * SCALE_BLOCK :].mul_(part[:, whole])
+def tiles(rows: Tensor, scales: Tensor | None, grads: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, slice]]:
+    """Columns of rows and gradients in fp32, and where they stand: views where they are fp32 already, else casts into one small
+    buffer."""
+    n = rows.shape[1]
+    width = min(max(size // 4 // (rows.shape[0] + grads.shape[0]) // SCALE_BLOCK, 1) * SCALE_BLOCK, n)
+    buffers = [None if t.dtype == torch.float32 else torch.empty(t.shape[0], width) for t in (rows, grads)]
+    for start in range(0, n, width):
+        at = slice(start, min(start + width, n))
+        u, g = (_cast(t[:, at], buffer) for t, buffer in zip((rows, grads), buffers, strict=True))
+        if scales is not None:
+            first, whole = start // SCALE_BLOCK, u.shape[1] // SCALE_BLOCK
+            part = scales[:, first : first + whole + 1].unsqueeze(2)
+            u[:, : whole * SCALE_BLOCK].unflatten(1, (whole, SCALE_BLOCK)).mul_(part[:, :whole])
+            if u.shape[1] % SCALE_BLOCK:
+                u[:, whole * SCALE_BLOCK :].mul_(part[:, whole])
+        yield u, g, at
 
 
 def _cast(tile: Tensor, buffer: Tensor | None) -> Tensor:
@@ -74,7 +64,7 @@ def _pieces(x: Inputs) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
 def _tiles(x: Inputs, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """fp32 rows and gradients of every tile, and the place of the gradients themselves."""
     for grads, rows, scales in _pieces(x):
-        for u, g, at in Tiles(rows, scales, grads, size):
+        for u, g, at in tiles(rows, scales, grads, size):
             yield u, g, grads[:, at]
 
 
@@ -161,14 +151,14 @@ def rotate_mm(x: Inputs) -> None:
 
 def rotate_tiles(size: int, x: Inputs, q: Tensor | None = None) -> None:
     q, k = x.q if q is None else q, x.case.k
-    for rows, grads, at in Tiles(x.bases[0], None, x.grads, size):
+    for rows, grads, at in tiles(x.bases[0], None, x.grads, size):
         x.bases[0][:, at] = torch.addmm(q[:, k:] @ grads, q[:, :k], rows)
 
 
 def edit_rotate_tiles(size: int, x: Inputs) -> None:
     """One pass over memory: both products of a tile while it is in cache."""
     k, mix = x.case.k, SCALE * x.mix
-    for rows, grads, at in Tiles(x.bases.flatten(0, 1), None, x.grads, size):
+    for rows, grads, at in tiles(x.bases.flatten(0, 1), None, x.grads, size):
         turned = torch.addmm(x.q[:, k:] @ grads, x.q[:, :k], rows[:k])
         x.grads[:, at] = torch.addmm(grads, mix, rows, beta=SCALE)
         x.bases[0][:, at] = turned
@@ -230,13 +220,15 @@ def apart(edit: Edit, x: Inputs) -> None:
     x.bases[0].copy_(rows)
 
 
-def _seconds(x: Inputs, call: Callable[[], Any]) -> float:
+def seconds(x: Inputs, call: Callable[[], Any], check: Callable[[Any], Any] = lambda outputs: None) -> float:
+    """Of the fastest of three calls, each checked."""
     best = float("inf")
     for _ in range(3):
         x.reset()
         started = time.perf_counter()
-        call()
+        outputs = call()
         best = min(best, time.perf_counter() - started)
+        check(outputs)
     return best
 
 
@@ -251,8 +243,8 @@ def _ways(x: Inputs) -> dict[str, Way]:
     if op == "edit_":
         return {name: partial(edited, edit) for name, edit in edits.items()}
     if op == "dacsp_":
-        first = {name: _seconds(x, partial(way, x)) for name, way in coeffs.items()}
-        second = {name: _seconds(x, partial(edit, x, x.mix, 1.0)) for name, edit in edits.items()}
+        first = {name: seconds(x, partial(way, x)) for name, way in coeffs.items()}
+        second = {name: seconds(x, partial(edit, x, x.mix, 1.0)) for name, edit in edits.items()}
         pairs = sorted(((a, b) for a in first for b in second), key=lambda pair: first[pair[0]] + second[pair[1]])
         return {f"{a} + {b}": partial(ruled, coeffs[a], edits[b]) for a, b in pairs[:3]}
     if op == "gram":

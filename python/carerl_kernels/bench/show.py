@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from ..grpo.plots import new_figure
 from .measure import CaseResult, Spread
-from .variants import OURS
+from .variants import NOT_RUN, OURS
 
 if TYPE_CHECKING:
     from .llm import GuardResult
@@ -53,7 +54,7 @@ class Printer:
             + ", ".join(parts)
         )
         for name, reason in result.missing.items():
-            if not reason.startswith("not run"):
+            if reason != NOT_RUN:
                 self.line(f"  [yellow]{name}: {reason}")
 
     def table(self, results: Sequence[CaseResult]) -> None:
@@ -125,22 +126,13 @@ def roofline(results: Sequence[CaseResult], environment: Mapping[str, Any], path
     Every competitor is charged with the operations and bytes of the op, so all of a case lie above each other and the
     vertical distance is the ratio of times.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
-    marks = {
-        OURS: ("o", "tab:blue"),
-        "sharp": ("^", "tab:orange"),
-        "compiled": ("s", "tab:green"),
-        "textbook": ("v", "tab:red"),
-    }
+    figure = new_figure(figsize=(8, 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    colours = {OURS: "tab:blue", "sharp": "tab:orange", "compiled": "tab:green", "textbook": "tab:red"}
     intensities = [result.case.flops / result.case.bytes for result in results] or [1.0]
     ends = [min(intensities) / 1.5, max(intensities) * 1.5]
     axes.plot(ends, [environment["bandwidth_gbps"] * end for end in ends], "k-", lw=1, label="streaming read")
-    for name, (mark, colour) in marks.items():
+    for mark, (name, colour) in zip("o^sv", colours.items(), strict=True):
         shown = [(r.case, r.variants[name]) for r in results if name in r.variants]
         if shown:
             x = [case.flops / case.bytes for case, _ in shown]
@@ -158,4 +150,3 @@ def roofline(results: Sequence[CaseResult], environment: Mapping[str, Any], path
     axes.legend(loc="upper left", fontsize=8)
     axes.grid(alpha=0.3, which="both", lw=0.4)
     figure.savefig(path, dpi=150)
-    plt.close(figure)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,25 +16,18 @@ from .cost import short
 from .expect import Expectation, WrongResult
 
 OURS = "carerl"
+NOT_RUN = "not run in this preset"
 
 
 @dataclass
 class Variant:
-    """One way of computing a case.
+    """One way of computing a case."""
 
-    Attributes:
-        call: computes on the inputs as they are, and returns outputs for :class:`Expectation`.
-        reset: puts back what `call` changed beyond the inputs (untimed).
-        exact: see :meth:`Expectation.check`.
-        note: said beside the result.
-        expectation: another one than the case's, where the inputs differ.
-    """
-
-    call: Callable[[], dict[str, Any]]
-    reset: Callable[[], None] = lambda: None
-    exact: bool = False
-    note: str = ""
-    expectation: Expectation | None = None
+    call: Callable[[], dict[str, Any]]  # computes on the inputs as they are; outputs are as in :class:`Expectation`
+    reset: Callable[[], None] = lambda: None  # puts back what `call` changed beyond the inputs (untimed)
+    exact: bool = False  # see :meth:`Expectation.check`
+    note: str = ""  # said beside the result
+    expectation: Expectation | None = None  # another one than the case's, where the inputs differ
 
 
 def ours(x: Inputs) -> Callable[[], dict[str, Any]]:
@@ -103,14 +96,7 @@ def sharpest(x: Inputs, expectation: Expectation) -> Variant | str:
     ways = sharp.candidates(x)
     for name, call in ways.items():
         try:
-            best = float("inf")
-            for _ in range(3):
-                x.reset()
-                started = time.perf_counter()
-                outputs = call()
-                best = min(best, time.perf_counter() - started)
-                expectation.check(name, outputs, exact=False)
-            times[name] = best
+            times[name] = sharp.seconds(x, call, partial(expectation.check, name, exact=False))
         except (WrongResult, RuntimeError) as error:
             reasons.append(f"{name}: {line_of(error)}")
     if not times:
@@ -119,16 +105,16 @@ def sharpest(x: Inputs, expectation: Expectation) -> Variant | str:
     return Variant(ways[fastest], note=fastest)
 
 
-def compiled(x: Inputs, expectation: Expectation) -> Variant | str:
-    """torch.compile of the textbook version, compiled here; a sentence when that fails."""
+def compiled(make: Callable[[], Callable[[], dict[str, Any]]], reset: Callable[[], None], checks: Any) -> Variant | str:
+    """What `make` gives through torch.compile, compiled here; a sentence when that fails."""
     torch._dynamo.reset()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            call = textbook_call(x, compiled=True)
+            call = make()
             for _ in range(2):
-                x.reset()
-                expectation.check("compiled", call(), exact=False)
+                reset()
+                checks.check("compiled", call(), exact=False)
         return Variant(call)
     except Exception as error:  # anything: compilers fail in many ways, and none of them shall end the run
         return f"failed: {line_of(error)}"
@@ -140,7 +126,8 @@ def variants(x: Inputs, expectation: Expectation, compiling: bool = True) -> tup
     missing: dict[str, str] = {}
     others: dict[str, Variant | str] = {"textbook": _listed(x, expectation), "sharp": sharpest(x, expectation)}
     if x.case.op != "pca_update_" and not x.tensors:  # nothing to fuse around an SVD; a list is flattened outside
-        others["compiled"] = compiled(x, expectation) if compiling else "not run in this preset"
+        make = partial(textbook_call, x, compiled=True)
+        others["compiled"] = compiled(make, x.reset, expectation) if compiling else NOT_RUN
     for name, variant in others.items():
         if isinstance(variant, str):
             missing[name] = variant

@@ -8,10 +8,8 @@ from ..task import BatchReward, Domain, Example, RewardError
 from ..text import SpecialTokens, encode_answers, encode_prompts, special_tokens
 from .config import GRPOConfig, Stage, lr_factor
 from .evaluate import evaluate, example_scores
-from .learner import Guard
 from .losses import LossStats, kl_k3, policy_loss
-from .reward_statistics import informative_fraction, reward_statistics
-from .rollout import Batch, prompt_counts, rollout
+from .rollout import Batch, informative_fraction, prompt_counts, reward_statistics, rollout
 from .rundir import CheckpointError, RunDirectory
 from .sampling import Rollout, nucleus, sample
 from .trainer import GRPOTrainer
@@ -24,7 +22,6 @@ __all__ = [
     "Example",
     "GRPOConfig",
     "GRPOTrainer",
-    "Guard",
     "LossStats",
     "RewardError",
     "Rollout",

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .config import GRPOConfig, Stage
 from .parallel import Ranks
+from .progress import Monitor
 from .rollout import Batch
-from .watch import Monitor
 
 _log = logging.getLogger(__name__)
 
@@ -136,7 +136,6 @@ class Mixture:
     """What the configuration's `balance` makes of the mixed batches of a run, and what is told of them.
 
     Args:
-        config, ranks: Of the trainer.
         monitor: The monitor whose controller acts, or None.
         norms_known: Whether gradients of single domains are told to `see`: an editor combines them.
 

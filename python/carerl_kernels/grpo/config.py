@@ -29,14 +29,10 @@ class GRPOConfig(BaseModel):
 
     # sampling
     prompts_per_step: int = Field(default=16, ge=1)
-    group_size: int = Field(
-        default=8, ge=2, description="completions per prompt; advantages compare them with each other"
-    )
+    group_size: int = Field(default=8, ge=2, description="completions per prompt, which advantages compare")
     max_new_tokens: int = Field(default=256, ge=1)
     temperature: float = Field(default=1.0, gt=0, description="of the policy, in sampling and in the loss alike")
-    top_p: float = Field(
-        default=1.0, gt=0, le=1, description="nucleus of the sampler; log-probabilities stay untruncated"
-    )
+    top_p: float = Field(default=1.0, gt=0, le=1, description="nucleus of sampling; log-probabilities stay untruncated")
 
     # loss
     loss: LossKind = "grpo"
@@ -57,9 +53,7 @@ class GRPOConfig(BaseModel):
         "a guard",
     )
     kl_beta: float = Field(default=0.0, ge=0, description="weight of the k3 estimate of KL(policy || reference)")
-    kl_reference: Literal["start", "stage"] = Field(
-        default="start", description="reference: weights at run or stage start"
-    )
+    kl_reference: Literal["start", "stage"] = Field(default="start", description="weights at run or stage start")
     old_logprobs: Literal["policy", "sampler"] = Field(
         default="policy",
         description="policy: recomputed by the training forward, immune to sampler rounding; sampler: as sampled",
@@ -72,12 +66,8 @@ class GRPOConfig(BaseModel):
         "learned from; gradient: weights under which every domain's gradient has the same norm; controller: the monitor's "
         "raises the share or weight of domains that fall",
     )
-    balance_redraws: int = Field(
-        default=2, ge=1, description="balance shares: times at most that prompts of one step are drawn anew"
-    )
-    balance_limit: float = Field(
-        default=10.0, gt=1, description="balance gradient: weights stay between 1 / this and this"
-    )
+    balance_redraws: int = Field(default=2, ge=1, description="balance shares: redraws of a step's prompts, at most")
+    balance_limit: float = Field(default=10.0, gt=1, description="balance gradient: weights are from 1 / this to this")
 
     # optimisation
     lr: float = Field(default=1e-6, gt=0)
@@ -85,26 +75,18 @@ class GRPOConfig(BaseModel):
     weight_decay: float = Field(default=0.0, ge=0)
     warmup_steps: int = Field(default=5, ge=0, description="per stage")
     decay: Literal["linear", "constant"] = "linear"
-    final_lr_fraction: float = Field(
-        default=0.0, ge=0, le=1, description="of lr, reached after the last step of a stage"
-    )
-    fresh_optimizer: bool = Field(
-        default=True, description="a new optimizer per stage instead of one for the whole run"
-    )
+    final_lr_fraction: float = Field(default=0.0, ge=0, le=1, description="of lr, reached at the end of a stage")
+    fresh_optimizer: bool = Field(default=True, description="a new optimizer per stage instead of one for the run")
     max_grad_norm: float = Field(default=1.0, ge=0, description="0: no clipping")
     inner_epochs: int = Field(default=1, ge=1, description="passes over one batch of rollouts")
     minibatches: int = Field(default=1, ge=1, description="optimizer steps per pass")
-    micro_batch_size: int = Field(
-        default=0, ge=0, description="sequences per forward and backward; 0: the whole minibatch"
-    )
+    micro_batch_size: int = Field(default=0, ge=0, description="sequences per forward and backward; 0: the minibatch")
     micro_batch_tokens: int = Field(
         default=0, ge=0, description="positions (sequences x longest) per forward and backward; 0: no limit"
     )
 
     # data
-    replay_fraction: float = Field(
-        default=0.0, ge=0, lt=1, description="share of the prompts drawn from earlier domains"
-    )
+    replay_fraction: float = Field(default=0.0, ge=0, lt=1, description="share of prompts drawn from earlier domains")
     rehearsal_weight: float = Field(
         default=0.0, ge=0, description="weight of the cross-entropy of earlier domains' stored answers (probe_examples)"
     )
@@ -115,24 +97,18 @@ class GRPOConfig(BaseModel):
         description="weight of the cross-entropy of the run's own right answers, of all domains trained so far; a verifier says "
         "which are right (Domain.verify), a judge only where it is told to",
     )
-    self_rehearsal_size: int = Field(
-        default=256, ge=1, description="of a domain's right answers a uniform sample of so many is kept"
-    )
+    self_rehearsal_size: int = Field(default=256, ge=1, description="right answers kept per domain, a uniform sample")
     stage_interpolation: float = Field(
         default=1.0, gt=0, le=1, description="a stage ends at start + this * (end - start): 1 keeps what was trained"
     )
-    record_last: bool = Field(
-        default=True, description="the guard records the last stage too, for a later run's history"
-    )
+    record_last: bool = Field(default=True, description="the guard records the last stage too, for later runs")
     seed: int = Field(default=0, ge=0, lt=2**31)
 
     # evaluation, records
     eval_every: int = Field(default=0, ge=0, description="steps; 0: only before the run and at the end of each stage")
     eval_samples: int = Field(default=1, ge=1, description="completions per example where accuracy is sampled")
     eval_batch_size: int = Field(default=256, ge=1)
-    checkpoint_every: int = Field(
-        default=0, ge=0, description="steps; stage ends are always saved when a run directory is set"
-    )
+    checkpoint_every: int = Field(default=0, ge=0, description="steps; stage ends are always saved in a run directory")
     keep_checkpoints: int = Field(default=2, ge=1)
     progress: bool = True
     plots: bool = Field(default=True, description="draw PNGs into the run directory at the end")
@@ -164,12 +140,7 @@ class GRPOConfig(BaseModel):
     @property
     def sampling(self) -> dict[str, Any]:
         """Settings of a `Sampler`."""
-        return {
-            "num_samples": self.group_size,
-            "max_new_tokens": self.max_new_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-        }
+        return {"num_samples": self.group_size, **self.model_dump(include={"max_new_tokens", "temperature", "top_p"})}
 
     @property
     def updates_per_step(self) -> int:

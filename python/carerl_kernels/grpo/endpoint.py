@@ -21,10 +21,11 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
+from .._errors import at_least, one_of
 from .._http import RetryingClient, TryAgainError, raise_if_transient
 from .._json import as_logprob
 from ..text import SpecialTokens, left_pad, right_pad
@@ -57,7 +58,6 @@ class EndpointSampler:
         engine: The engine whose calls reload weights.
         folder: Weights for the engine are written to "served" in it, and older ones there removed: a folder of this run alone.
         sync_every: Steps between two pushes of weights; 1: completions always come from the present ones.
-        device: Where the tokens go.
         api_key: The key, by default the environment's CARERL_SAMPLER_API_KEY, if any.
         reload_timeout: Seconds for the engine to read weights.
         max_gap: Largest mean |log-probability in training - from the engine| that is still believed, in nats per token, where
@@ -88,10 +88,8 @@ class EndpointSampler:
     ) -> None:
         key = os.environ.get("CARERL_SAMPLER_API_KEY") if api_key is None else api_key
         self._client = RetryingClient(url, key=key, log=LOGGER, **(LIMITS | limits))
-        if engine not in ("vllm", "sglang"):
-            raise ValueError(f"engine: expected 'vllm' or 'sglang', found {engine!r}")
-        if sync_every < 1:
-            raise ValueError(f"sync_every: expected at least 1, found {sync_every}")
+        one_of("engine", engine, get_args(Engine))
+        at_least("sync_every", sync_every, 1)
         self.url, self.model, self.tokens, self.engine = self._client.url, model, tokens, engine
         self.folder = Path(folder).resolve() / "served"
         self.sync_every, self.reload_timeout = sync_every, reload_timeout
@@ -232,7 +230,6 @@ class EndpointSampler:
         """Has the engine load the weights of a step; older ones on the disk go, except those it had before.
 
         Args:
-            step: The step whose weights these are.
             write: Writes a model folder; None: it is there.
 
         Raises:

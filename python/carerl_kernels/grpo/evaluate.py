@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..logprobs import answer_logprobs, success_probability
+from ..logprobs import answer_logprobs, evaluating, success_probability
 from ..task import Domain, RewardError
 from ..text import SpecialTokens, decode, encode_prompts
 from .parallel import Ranks, gathered
@@ -22,7 +22,6 @@ def example_scores(
     *,
     max_new_tokens: int,
     num_samples: int = 1,
-    temperature: float = 1.0,
     batch_size: int = 256,
     seed: int = 0,
     sampler: Sampler | None = None,
@@ -31,18 +30,11 @@ def example_scores(
     """Success on each of `domain.eval_examples`, in order: (sum of scores, completions judged).
 
     With eval_mode "exact": the probability at temperature 1 of writing the answer and stopping, as one judged completion.
-    With "sampled": the rewards of `num_samples` completions per example (without those that could not be judged), drawn with
-    seeds of their own so that evaluating more or less often changes nothing in training.
+    With "sampled": the rewards of `num_samples` completions per example at temperature 1 (without those that cannot be judged),
+    drawn with seeds of their own so that evaluating more or less often changes nothing in training.
 
     Args:
         model, tokenizer, tokens: The policy, its tokenizer, and its padding, end and banned ids.
-        domain: With eval_examples.
-        max_new_tokens: The sampler's limit.
-        num_samples: Completions per example (sampled mode).
-        temperature: The temperature of the sampled mode.
-        batch_size: Sequences at once.
-        seed: The seed of the sampled mode.
-        sampler: Writes the completions; the model itself if None.
         ranks: Processes that share the model: each evaluates its share of the examples, the first one judges.
 
     Raises:
@@ -71,7 +63,7 @@ def example_scores(
                 [(seed * 1_000_003 + j) % 2**31 for j in part],
                 num_samples=num_samples,
                 max_new_tokens=max_new_tokens,
-                temperature=temperature,
+                temperature=1.0,
             )
             rows = decode(tokenizer, rollout.completions())
             texts += [rows[j * num_samples : (j + 1) * num_samples] for j in range(len(part))]
@@ -108,24 +100,20 @@ def held_out_losses(
     Returns:
         Nats per token, per domain.
     """
-    ranks, out, was_training = ranks or Ranks(), {}, model.training
-    model.eval()
-    try:
-        with gathered(model):
-            for domain in domains:
-                examples = [e for e in domain.eval_examples if e.answer is not None]
-                if not examples:
-                    continue
-                loss, count, mine = 0.0, 0.0, ranks.share(len(examples))
-                for i in range(0, len(mine), batch_size):
-                    chunk = [examples[j] for j in mine[i : i + batch_size]]
-                    logp, mask = answer_logprobs(model, tokenizer, chunk, tokens)
-                    loss -= float(logp.masked_fill(mask == 0, 0.0).double().sum())
-                    count += float(mask.sum())
-                total, number = ranks.sum([loss, count])
-                out[domain.name] = total / number
-    finally:
-        model.train(was_training)
+    ranks, out = ranks or Ranks(), dict[str, float]()
+    with evaluating(model), gathered(model):
+        for domain in domains:
+            examples = [e for e in domain.eval_examples if e.answer is not None]
+            if not examples:
+                continue
+            loss, count, mine = 0.0, 0.0, ranks.share(len(examples))
+            for i in range(0, len(mine), batch_size):
+                chunk = [examples[j] for j in mine[i : i + batch_size]]
+                logp, mask = answer_logprobs(model, tokenizer, chunk, tokens)
+                loss -= float(logp.masked_fill(mask == 0, 0.0).double().sum())
+                count += float(mask.sum())
+            total, number = ranks.sum([loss, count])
+            out[domain.name] = total / number
     return out
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..logprobs import evaluating
 from ..subspace.shards import local
 from .config import GRPOConfig
 from .rundir import RunDirectory, load_tensors, save_tensors
@@ -45,14 +46,12 @@ class FrozenWeights:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The model has the frozen weights, and is in eval mode, for the length of a block; bit by bit its own afterwards."""
-        training = self.model.training
+        """Inside, the model has the frozen weights, and is in eval mode; afterwards it has its own again, bit by bit."""
         self._exchange()
-        self.model.eval()
         try:
-            yield
+            with evaluating(self.model):
+                yield
         finally:
-            self.model.train(training)
             self._exchange()
 
     @torch.no_grad()
@@ -68,14 +67,11 @@ class EarlierWeights:
     """The frozen weights of a run, on the disk as long as a checkpoint needs them.
 
     The configuration says whether and with what the KL term compares, and where a stage ends.
-
-    Attributes:
-        reference: The weights of the KL term; None without one.
     """
 
     def __init__(self, model: nn.Module, config: GRPOConfig, directory: RunDirectory | None) -> None:
         self.model, self.config, self.directory = model, config, directory
-        self.reference: FrozenWeights | None = None
+        self.reference: FrozenWeights | None = None  # the weights of the KL term
         self._start: FrozenWeights | None = None
         self._reference_step: int | None = None
         self._start_step: int | None = None

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._clock import Clock
+from ..guard import CapabilityGuard
 from ..guard.editors import Editor, assign_combined, spread_editor
 from ..guard.gradients import local_gradients
 from ..logprobs import answer_loss
@@ -23,58 +25,15 @@ from .frozen import FrozenWeights
 from .losses import LossStats
 from .own_answers import OwnAnswers
 from .parallel import Ranks, whole
-from .progress import PhaseClock
-from .reward_statistics import informative_fraction
-from .rollout import Batch, rollout
+from .progress import Monitor
+from .rollout import Batch, informative_fraction, reward_statistics, rollout
 from .rundir import rng_state, set_rng_state
 from .sampling import ModelSampler, Sampler
 from .update import accumulate_gradients, frozen_logprobs
-from .watch import Monitor, show_gradients
-
-
-class Guard(Protocol):
-    """What the trainer asks of a guard (`carerl_kernels.CapabilityGuard` provides it)."""
-
-    def add(self, basis: Any) -> Any: ...
-    def attach(self, optimizer: torch.optim.Optimizer) -> Any: ...
-    def detach(self) -> Any: ...
-    def stage(self, name: str, path: Any = None) -> AbstractContextManager[Any]: ...
-    def domain(self, name: str | None) -> AbstractContextManager[Any]: ...
-    def probe(self, name: str) -> AbstractContextManager[Any]: ...
-    def protect(self, name: str, batches: Any, path: Any = None, *, progress: bool = True) -> Any: ...
-    def mixed(self) -> Any: ...
-    def meets_mixed(self, domains: Collection[str]) -> None: ...
-    def probes_due(self) -> bool: ...
-    def gradient_norm(self, norm: float) -> None: ...
-    def settle(self) -> Any: ...
-    def report(self) -> Mapping[str, Any]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: Any) -> Any: ...
-
-    @property
-    def history(self) -> list[str]: ...
-
-    @property
-    def seconds(self) -> Mapping[str, float]: ...
 
 
 class Learner:
     """Model, sampler and random state of a run; turns prompt counts into one update.
-
-    Args:
-        model: Policy.
-        tokenizer: Its tokenizer.
-        domains: The domains, by name.
-        config: Settings.
-        guard: Or None.
-        monitor: Or None.
-        editor: Makes one gradient out of one per domain of the batch, or None: their sum.
-        sampler: Writes the completions; the model itself if None.
-
-    Attributes:
-        by_domain: The guard acts on each domain's part of a batch, with the directions of the others.
-        takes_rows: Whether one backward pass over a mixed batch is tried; no longer once the model turned out to use its weights
-            in a way that cannot be told row by row.
 
     Raises:
         ValueError: Nothing to train, no end-of-sequence token, or fewer prompts in a step than processes.
@@ -86,14 +45,15 @@ class Learner:
         tokenizer: Any,
         domains: Mapping[str, Domain],
         config: GRPOConfig,
-        guard: Guard | None,
+        guard: CapabilityGuard | None,
         monitor: Monitor | None = None,
         editor: Editor | None = None,
         sampler: Sampler | None = None,
     ) -> None:
         self.model, self.tokenizer, self.domains, self.config = model, tokenizer, domains, config
         self.guard, self.monitor, self.editor = guard, monitor, editor
-        self.by_domain = False
+        self.by_domain = False  # the guard acts on each domain's part of a batch, with the directions of the others
+        # one backward pass over a mixed batch is tried, until it turns out that the model uses weights in another way
         self.takes_rows = True
         self.tokens = special_tokens(tokenizer, model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -113,7 +73,7 @@ class Learner:
         self.reference: FrozenWeights | None = None
         self.recorder: Any = None  # of the guard's stage in progress: told what every step is made of
         self.mixture = Mixture(config, monitor, self.ranks, norms_known=editor is not None)
-        self.clock = PhaseClock()
+        self.clock = Clock()
         self.own_answers = OwnAnswers(self)
 
     def step(
@@ -129,13 +89,10 @@ class Learner:
         """Sample a batch and take every optimizer step on it.
 
         Args:
-            optimizer: Over this model's parameters, learning rate set.
-            counts: Prompts per domain name.
             owner: The domain whose steps these are to the guard: the stage's name, also where some prompts are replayed from
                 earlier domains, for the stage records its own steps and every other domain's directions act on them.
             earlier: Names of the domains of earlier stages, whose stored answers are rehearsed.
             mixed: Whether it is a step of a mixed stage, whose advantages have a default of their own.
-            evaluated: Whether an evaluation follows, for the monitor.
 
         Returns:
             Metrics of the step (without timings; those are in `clock`).
@@ -151,20 +108,20 @@ class Learner:
             rng=self.rng,
             sampler=self.sampler,
             ranks=self.ranks,
-            phase=self.clock,
+            phase=self.clock.timed,
             advantages=config.advantage_mode(mixed),
         )
-        with self.clock("reward"):
+        with self.clock.timed("reward"):
             self.own_answers.see(batch)
         self.mixture.weigh(batch)
-        with self.clock("loss"):
+        with self.clock.timed("loss"):
             old_logp, ref_logp = self._fixed_logprobs(batch)
         losses: list[float] = []
         norms: list[float] = []
         gap, skipped, stats = 0.0, 0, LossStats()
         for _ in range(config.inner_epochs):
             for rows in self._minibatches(batch):
-                with self.clock("loss"):
+                with self.clock.timed("loss"):
                     optimizer.zero_grad(set_to_none=True)
                     loss, part, part_gap = self._gradients(batch, rows, old_logp, ref_logp)
                     self._rehearse(earlier)
@@ -177,9 +134,8 @@ class Learner:
                 gap += part_gap
                 if math.isfinite(norm):
                     if self.monitor is not None:
-                        with self.clock("monitor"):
-                            fixed = {"old_logp": old_logp, "ref_logp": ref_logp}
-                            self._show(self.monitor, batch, rows, optimizer, evaluated, fixed)
+                        with self.clock.timed("monitor"):
+                            self._show(batch, rows, optimizer, evaluated, old_logp=old_logp, ref_logp=ref_logp)
                     if self.recorder is not None:
                         sampled = batch.rollout.select(rows)
                         self.recorder.see({"input_ids": sampled.input_ids, "attention_mask": sampled.attention_mask})
@@ -190,16 +146,13 @@ class Learner:
         return self._metrics(batch, losses, norms, stats, gap, skipped)
 
     def _show(
-        self,
-        monitor: Monitor,
-        batch: Batch,
-        rows: Tensor,
-        optimizer: torch.optim.Optimizer,
-        evaluated: bool,
-        fixed: Mapping[str, Tensor | None],
+        self, batch: Batch, rows: Tensor, optimizer: torch.optim.Optimizer, evaluated: bool, **fixed: Tensor | None
     ) -> None:
-        """Between backward and step: the gradients that the monitor wants to see. The step's own stay where they are, and random
-        numbers (of dropout) are drawn again by what follows: watched or not, training is the same."""
+        """Between backward and step: the gradients that the monitor wants to see, which it keeps until its next step: that of the
+        batch, and those of the domains' losses on their stored examples. The step's own stay where they are, and random numbers
+        (of dropout) are drawn again by what follows: watched or not, training is the same."""
+        monitor = self.monitor
+        assert monitor is not None
         domains_due = batch.mixed and monitor.domains_due(evaluated)
         if not (domains_due or monitor.gradients_due()):
             return
@@ -209,7 +162,11 @@ class Learner:
                 more: dict[str, Any] = {**fixed, "of": rows, "ranks": self.ranks}
                 accumulate_gradients(self.model, batch, batch.of(name, rows), self.tokens, self.config, **more)
         if monitor.gradients_due():
-            show_gradients(monitor, self.model, self.tokenizer, self.tokens, self.domains)
+            monitor.keep_gradients("batch")
+            for name, domain in self.domains.items():
+                if domain.probe_examples:
+                    with monitor.gradients(name, training=False):
+                        answer_loss(self.model, self.tokenizer, domain.probe_examples, self.tokens).backward()
         set_rng_state(kept)
 
     def _gradients(
@@ -296,11 +253,11 @@ class Learner:
     def _optimizer_step(self, optimizer: torch.optim.Optimizer, owner: str, norm: float) -> None:
         guard = self.guard
         if guard is None:
-            with self.clock("step"):
+            with self.clock.timed("step"):
                 optimizer.step()
             return
         if guard.probes_due():
-            with self.clock("probe"):
+            with self.clock.timed("probe"):
                 self._probe(guard)
         before = sum(guard.seconds.values())
         start = time.perf_counter()
@@ -308,10 +265,10 @@ class Learner:
         with nullcontext() if self.by_domain else guard.domain(owner):
             optimizer.step()
         wall, own = time.perf_counter() - start, sum(guard.seconds.values()) - before
-        self.clock.add("guard", own)
-        self.clock.add("step", max(wall - own, 0.0))
+        self.clock.spend("guard", own)
+        self.clock.spend("step", max(wall - own, 0.0))
 
-    def _probe(self, guard: Guard) -> None:
+    def _probe(self, guard: CapabilityGuard) -> None:
         """Show the guard which way each earlier domain's own loss falls now, on its stored examples.
 
         The guard keeps the training gradients aside inside `probe`, so this may come between backward and step.
@@ -340,7 +297,7 @@ class Learner:
             "domain": earned.domain,
             "loss": sum(losses) / len(losses),
             "reward": float(batch.drawn[judged].mean()),
-            **batch.statistics(),
+            **reward_statistics(earned.domains, batch.drawn.tolist(), earned.group_ids.tolist()),
             **self.mixture.metrics(batch),
             "excluded": 1.0 - float(judged.double().mean()),
             "informative": informative_fraction(earned.rewards[earned.judged], earned.group_ids[earned.judged]),

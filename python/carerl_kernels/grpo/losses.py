@@ -12,10 +12,12 @@ where the ratio lives and what the sum is divided by:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from .._errors import one_of
 from .config import LossKind
 
 
@@ -87,18 +89,13 @@ def policy_loss(
     Raises:
         ValueError: Shapes that do not belong together, an unknown kind, or a missing argument of this kind.
     """
-    if (
-        logp.dim() != 2
-        or old_logp.shape != logp.shape
-        or mask.shape != logp.shape
-        or advantages.shape != logp.shape[:1]
-    ):
+    alike = old_logp.shape == mask.shape == logp.shape and advantages.shape == logp.shape[:1]
+    if logp.dim() != 2 or not alike:
         raise ValueError(
             "policy_loss: expected logp, old_logp, mask [B, L] and advantages [B], found "
             f"{tuple(logp.shape)}, {tuple(old_logp.shape)}, {tuple(mask.shape)}, {tuple(advantages.shape)}"
         )
-    if kind not in ("grpo", "dr_grpo", "dapo", "gspo"):
-        raise ValueError(f"policy_loss: expected kind grpo, dr_grpo, dapo or gspo, found {kind!r}")
+    one_of("policy_loss: kind", kind, get_args(LossKind))
     if kind == "dr_grpo" and (max_tokens is None or max_tokens < 1):
         raise ValueError(f"policy_loss: dr_grpo divides by B * L_max and needs max_tokens >= 1, found {max_tokens!r}")
     if kl_beta > 0 and (ref_logp is None or ref_logp.shape != logp.shape):

@@ -20,17 +20,13 @@ if TYPE_CHECKING:
 
 
 class OwnAnswers:
-    """Keeps right completions, and adds the gradient of their cross-entropy.
-
-    Attributes:
-        loss: Mean negative log-likelihood per token of what was rehearsed last; None: nothing yet.
-    """
+    """Keeps right completions, and adds the gradient of their cross-entropy."""
 
     def __init__(self, learner: Learner) -> None:
         config = learner.config
         self.learner, self.weight, self.batch = learner, config.self_rehearsal_weight, config.rehearsal_batch
         self.store = PromptStore(config.self_rehearsal_size, config.seed)
-        self.loss: float | None = None
+        self.loss: float | None = None  # mean negative log-likelihood per token of what was rehearsed last
 
     def check(self, domains: Sequence[Domain]) -> None:
         """Before a run: says of which domains no answers will be kept.

@@ -33,10 +33,6 @@ class Ranks:
     Args:
         group: Process group; None: this process alone.
         device: Where numbers to be summed live (a GPU for NCCL).
-
-    Attributes:
-        rank: The rank of this process.
-        size: The number of processes in the group.
     """
 
     def __init__(self, group: Any = None, device: torch.device | None = None) -> None:
@@ -117,9 +113,9 @@ class Ranks:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """The process group that `torchrun` describes in the environment (NCCL on GPUs, gloo otherwise), for the length of a block.
+    """The process group that `torchrun` describes in the environment (NCCL on GPUs, gloo otherwise), inside.
 
-    Without torchrun none is set up; one that `shard` makes inside for a single process ends with the block, too.
+    Without torchrun none is set up; one that `shard` makes inside for a single process ends there, too.
     """
     if dist.is_initialized():
         yield
@@ -142,9 +138,8 @@ def shard(model: nn.Module, precision: Precision = "fp32", device: str | None = 
     run on bfloat16 copies of them and gradients are summed in float32, also on a single process.
 
     Args:
-        model: Each of its repeated blocks becomes a unit that is gathered on its own.
-        precision: The precision of forward and backward.
-        device: "cuda" moves each block to this process's GPU as it is split; None: where the model is.
+        model: Each of its repeated layers becomes a unit that is gathered on its own.
+        device: "cuda" moves each layer to this process's GPU as it is split; None: where the model is.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -157,14 +152,14 @@ def shard(model: nn.Module, precision: Precision = "fp32", device: str | None = 
     policy = MixedPrecisionPolicy()
     if precision == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for block in blocks(model):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+    for layer in layers(model):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     return model
 
 
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a transformer: those its class names, else the children of its longest module list."""
+def layers(model: nn.Module) -> list[nn.Module]:
+    """The repeated layers of a transformer: those its class names, else the children of its longest module list."""
     names = {n for m in model.modules() for n in (getattr(m, "_no_split_modules", None) or ())}
     named = [m for m in model.modules() if type(m).__name__ in names]
     lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
@@ -173,7 +168,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Whole parameters in every process for the length of a block, so that forward passes inside communicate nothing.
+    """Inside, every process has the whole parameters, so that forward passes communicate nothing.
 
     Processes may then run different numbers of them: completions end at different lengths. For passes without gradient.
     """
@@ -190,15 +185,6 @@ def gathered(model: nn.Module) -> Iterator[None]:
             unit.reshard()
             # the root keeps its parameters until its backward, which begins with them
             unit.set_reshard_after_forward(unit is not model, recurse=False)
-
-
-def reshard(model: nn.Module) -> None:
-    """Parameters are what this process holds again: a forward pass without a backward leaves whole copies in the root's place,
-    which do not follow when the parameters are changed."""
-    from torch.distributed.fsdp import FSDPModule
-
-    for unit in (m for m in model.modules() if isinstance(m, FSDPModule)):
-        unit.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -1,11 +1,10 @@
-"""Live progress of a run on a terminal, and the clock behind the timings."""
+"""Who watches a run: live progress on a terminal, and what is asked of a drift monitor."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 
 @contextmanager
@@ -20,36 +19,6 @@ def quiet_transformers() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-class PhaseClock:
-    """Wall-clock seconds per named phase. Host time: GPU work counts where the host waits for it.
-
-    Attributes:
-        totals: Seconds per phase since the beginning.
-    """
-
-    def __init__(self) -> None:
-        self.totals: dict[str, float] = {}
-        self._seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add(name, time.perf_counter() - start)
-
-    def add(self, name: str, seconds: float) -> None:
-        """Count seconds measured elsewhere."""
-        self.totals[name] = self.totals.get(name, 0.0) + seconds
-        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
-
-    def drain(self) -> dict[str, float]:
-        """Seconds per phase since the last drain."""
-        seconds, self._seconds = self._seconds, {}
-        return seconds
 
 
 class StageProgress:
@@ -85,3 +54,28 @@ class StageProgress:
         if "eval" in line:
             note += "  " + "  ".join(f"{d} {v:.3f}" for d, v in line["eval"].items())
         self._bar.update(self._task, advance=1, note=note)
+
+
+Scores = Mapping[str, Sequence[float | None]]
+
+
+class Monitor(Protocol):
+    """`carerl_kernels.monitor.DriftMonitor` provides it."""
+
+    def step(
+        self,
+        step: int,
+        metrics: Any = None,
+        *,
+        scores: Scores | None = None,
+        losses: Callable[[], Mapping[str, float]] | None = None,
+        acting: str | None = None,
+    ) -> dict[str, Any]: ...
+    def rebase(self, domains: Sequence[str]) -> Any: ...
+    def gradients_due(self) -> bool: ...
+    def gradients(self, name: str, *, training: bool = True) -> AbstractContextManager[Any]: ...
+    def keep_gradients(self, name: str) -> Any: ...
+    def domains_due(self, evaluation: bool = False) -> bool: ...
+    def domain(self, name: str, optimizer: Any = None) -> AbstractContextManager[Any]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Any) -> Any: ...

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from statistics import pvariance
 from typing import Any
 
 import torch
@@ -16,27 +17,18 @@ from ..task import Domain, Example, RewardError
 from ..text import SpecialTokens, decode, encode_prompts
 from .config import GRPOConfig
 from .parallel import Ranks
-from .reward_statistics import reward_statistics
 from .sampling import ModelSampler, Rollout, Sampler, held, joined
 
 
 @dataclass
 class Judged:
-    """What B completions earned; completions of one prompt are adjacent.
+    """What B completions earned; completions of one prompt are adjacent."""
 
-    Attributes:
-        texts: B decoded completions.
-        rewards: [B] float64; NaN where the reward is None. Such rows have advantage 0 and are in no statistic.
-        group_ids: [B] number of the prompt.
-        advantages: [B] float32.
-        domains: B domain names.
-    """
-
-    texts: list[str]
-    rewards: Tensor
-    group_ids: Tensor
-    advantages: Tensor
-    domains: list[str]
+    texts: list[str]  # B decoded completions
+    rewards: Tensor  # [B] float64; NaN where the reward is None. Such rows have advantage 0 and are in no statistic
+    group_ids: Tensor  # [B] number of the prompt
+    advantages: Tensor  # [B] float32
+    domains: list[str]  # B domain names
 
     @property
     def domain(self) -> str | None:
@@ -62,24 +54,16 @@ class Judged:
 
 @dataclass
 class Batch(Judged):
-    """The completions that this process sampled, and what those of all processes earned.
+    """The completions that this process sampled, and what those of all processes earned."""
 
-    Attributes:
-        rollout: Tokens and log-probabilities.
-        rows: Their row numbers in `whole`.
-        whole: The step's completions of all processes, alike in each of them; the same rows when there is one process.
-        drawn: [B] rewards of what was drawn first, before prompts whose rewards all agreed gave way to others: those say how good
-            the policy is, `whole` says what it learns from.
-        redrawn: Prompts drawn anew, per domain.
-        prompts: What was asked, by group id.
-    """
-
-    rollout: Rollout
-    rows: list[int]
-    whole: Judged
+    rollout: Rollout  # tokens and log-probabilities
+    rows: list[int]  # their row numbers in `whole`
+    whole: Judged  # the step's completions of all processes, alike in each of them; the same rows when there is one process
+    # [B] rewards of what was drawn first, before prompts whose rewards all agreed gave way to others: those say how good the
+    # policy is, `whole` says what it learns from
     drawn: Tensor
-    redrawn: dict[str, int]
-    prompts: list[Example] = field(default_factory=list)
+    redrawn: dict[str, int]  # prompts drawn anew, per domain
+    prompts: list[Example] = field(default_factory=list)  # what was asked, by group id
 
     @property
     def mixed(self) -> bool:
@@ -90,10 +74,6 @@ class Batch(Judged):
         """Those of this process's rows that belong to a domain."""
         mine = [self.domains[i] == name for i in rows.tolist()]
         return rows[torch.tensor(mine, dtype=torch.bool, device=rows.device)]
-
-    def statistics(self) -> dict[str, dict[str, float]]:
-        """Mean reward, reward variance within prompts, share of prompts that agree and of completions, per domain."""
-        return reward_statistics(self.whole.domains, self.drawn.tolist(), self.whole.group_ids.tolist())
 
 
 def prompt_counts(
@@ -155,9 +135,6 @@ def rollout(
 
     Args:
         model, tokenizer, tokens: The policy, its tokenizer, and its padding, end and banned ids.
-        domains: By name.
-        counts: Prompts per domain name.
-        config: Sampling and advantage settings.
         rng: Draws prompts and their seeds, alike in every process.
         sampler: Writes the completions; the model itself if None.
         ranks: Processes that share the model. Each samples its share of the prompts; the first one judges all of them, so
@@ -240,15 +217,8 @@ def rollout(
     sampled = joined(parts, tokens.pad)
     if len(parts) > 1:
         sampled = sampled.select(torch.tensor([place[i] * size + j for i in mine for j in range(size)], device=device))
-    return Batch(
-        **vars(whole.select(rows)),
-        rollout=sampled,
-        rows=rows,
-        whole=whole,
-        drawn=drawn,
-        redrawn=redrawn,
-        prompts=examples,
-    )
+    own = vars(whole.select(rows))
+    return Batch(**own, rollout=sampled, rows=rows, whole=whole, drawn=drawn, redrawn=redrawn, prompts=examples)
 
 
 def agree(rewards: Sequence[float | None]) -> bool:
@@ -272,3 +242,48 @@ def _rewards(
         for i, value in zip(rows, values, strict=True):
             rewards[i] = value
     return rewards
+
+
+def reward_statistics(
+    domains: Sequence[str], rewards: Sequence[float | None], groups: Sequence[int] | None = None
+) -> dict[str, dict[str, float]]:
+    """Per domain, what decides how much of an update is its own.
+
+    Args:
+        domains: B names, the domain of each completion.
+        rewards: B rewards; None or NaN where there is none.
+        groups: B numbers, the prompt of each completion; None: a domain's completions are one group.
+
+    Returns:
+        "rewards": mean reward; "reward_variance": mean squared distance to the mean of the own group, which is all that
+        group-relative advantages see; "agreed": share of the prompts whose rewards all agree, from which nothing is learned;
+        "batch_share": share of the batch's completions. The first three are there for domains with a judged completion only.
+
+    Raises:
+        ValueError: Different lengths.
+    """
+    groups = [0] * len(rewards) if groups is None else groups
+    if not len(domains) == len(rewards) == len(groups):
+        raise ValueError(
+            f"expected a domain, a reward and a group per completion, found {len(domains)}, {len(rewards)}, {len(groups)}"
+        )
+    values: dict[str, dict[int, list[float]]] = {}
+    for name, group, reward in zip(domains, groups, rewards, strict=True):
+        if reward is not None and not math.isnan(reward):
+            values.setdefault(name, {}).setdefault(group, []).append(reward)
+    means: dict[str, float] = {}
+    variances: dict[str, float] = {}
+    agreed: dict[str, float] = {}
+    for name, by_group in values.items():
+        count = sum(map(len, by_group.values()))
+        means[name] = sum(map(sum, by_group.values())) / count
+        variances[name] = sum(len(own) * pvariance(own) for own in by_group.values()) / count
+        agreed[name] = sum(len(set(rewards)) == 1 for rewards in by_group.values()) / len(by_group)
+    shares = {name: list(domains).count(name) / len(domains) for name in dict.fromkeys(domains)}
+    return {"rewards": means, "reward_variance": variances, "agreed": agreed, "batch_share": shares}
+
+
+def informative_fraction(rewards: Tensor, group_ids: Tensor) -> float:
+    """Share of groups with at least two different rewards, the only ones that move the policy."""
+    differing = [len(rewards[group_ids == g].unique()) > 1 for g in group_ids.unique()]
+    return sum(differing) / len(differing) if differing else 0.0

@@ -40,13 +40,9 @@ class CheckpointError(PlainError):
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters (tied ones once) and persistent buffers by name."""
+    persistent = model.state_dict().keys()
     tensors = {n: p.detach() for n, p in model.named_parameters()}
-    for prefix, module in model.named_modules():
-        transient = module._non_persistent_buffers_set
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in transient:
-                tensors[f"{prefix}.{name}" if prefix else name] = buffer.detach()
-    return tensors
+    return tensors | {n: b.detach() for n, b in model.named_buffers(remove_duplicate=False) if n in persistent}
 
 
 def save_weights(path: Path, model: nn.Module) -> None:
@@ -82,7 +78,6 @@ def load_tensors(path: Path, own: Mapping[str, Tensor], put: Callable[[str, Tens
     """Copy stored tensors into `own` ones in place (optimizers keep pointing at the same parameters).
 
     Args:
-        path: The path of `save_tensors`.
         own: This run's tensors, by name; each process reads its parts of sharded ones.
         put: Called with name and value (this process's part) instead of copying.
 
@@ -194,7 +189,6 @@ class RunDirectory:
         """Compare settings with those the run was started with.
 
         Args:
-            settings: The settings, as given to `start`.
             cosmetic: Names under "config" that may differ.
 
         Raises:

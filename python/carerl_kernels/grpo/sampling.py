@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._errors import PlainError
+from ..logprobs import evaluating
 from ..text import SpecialTokens, cache_name, forward_accepts, left_pad, position_ids
 from .parallel import gathered
 
@@ -159,12 +160,8 @@ def sample(
         torch.rand(num_samples, max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         for seed in seeds
     ]
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         return _decode(model, prompts, tokens, num_samples, temperature, top_p, torch.cat(drawn).to(device))
-    finally:
-        model.train(was_training)
 
 
 class SamplerError(PlainError):
@@ -189,29 +186,20 @@ class Sampler(Protocol):
 
 
 class ModelSampler:
-    """Samples from the model that is trained. Under FSDP2 every process holds the whole parameters meanwhile."""
+    """Samples from the model that is trained; under FSDP2 inside `held` alone."""
 
     def __init__(self, model: Any, tokens: SpecialTokens) -> None:
         self.model, self.tokens = model, tokens
 
     def __call__(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], **settings: Any) -> Rollout:
-        with self.held() as draw:
-            return draw(prompts, seeds, **settings)
-
-    @contextmanager
-    def held(self) -> Iterator[Sampler]:
-        """See the function."""
-
-        def draw(prompts: Sequence[Sequence[int]], seeds: Sequence[int], **settings: Any) -> Rollout:
-            return sample(self.model, prompts, self.tokens, seeds=seeds, **settings)
-
-        with gathered(self.model):
-            yield draw
+        return sample(self.model, prompts, self.tokens, seeds=seeds, **settings)
 
 
-def held(sampler: Sampler) -> AbstractContextManager[Sampler]:
-    """A sampler for the length of a block, of whose calls every process may make a different number."""
-    return sampler.held() if isinstance(sampler, ModelSampler) else nullcontext(sampler)
+@contextmanager
+def held(sampler: Sampler) -> Iterator[Sampler]:
+    """A sampler of whose calls every process may make a different number: under FSDP2 each holds all parameters meanwhile."""
+    with gathered(sampler.model) if isinstance(sampler, ModelSampler) else nullcontext():
+        yield sampler
 
 
 def choose(logp: Tensor, uniform: Tensor) -> Tensor:
@@ -281,11 +269,5 @@ def _decode(
         mask = torch.cat([mask, step_mask.long()[:, None]], 1)
         position = position + 1
         logits, cache = step(ids_out[-1][:, None], mask, position[:, None], cache)
-    return Rollout(
-        prompt_ids=prompt_ids,
-        prompt_mask=prompt_mask,
-        completion_ids=torch.stack(ids_out, 1),
-        completion_mask=torch.stack(mask_out, 1).long(),
-        logps=torch.stack(logp_out, 1),
-        entropy=torch.stack(entropy_out, 1),
-    )
+    ids, written, logps, entropy = (torch.stack(steps, 1) for steps in (ids_out, mask_out, logp_out, entropy_out))
+    return Rollout(prompt_ids, prompt_mask, ids, written.long(), logps, entropy)

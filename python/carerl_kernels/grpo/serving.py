@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from .endpoint import EndpointSampler
 from .parallel import Ranks
-from .progress import PhaseClock, quiet_transformers
+from .progress import quiet_transformers
 from .rundir import gather_whole, model_tensors
-from .sampling import Sampler, SamplerError
+from .sampling import SamplerError
+
+if TYPE_CHECKING:
+    from .learner import Learner
 
 
 def write_model(
-    model: Any, tokenizer: Any, folder: Path, ranks: Ranks, dtype: torch.dtype | None = None, then: Any = None
+    model: Any,
+    tokenizer: Any,
+    ranks: Ranks,
+    then: Callable[[Callable[[Path], None]], None],
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Writes the model in transformers' own format, weights gathered; every process calls it.
+    """The model in transformers' own format, weights gathered; every process calls it.
 
     Args:
-        model, tokenizer, ranks: Of the run.
-        folder: Where.
+        then: Called in the first process with a function that writes into a folder.
         dtype: The dtype of the floating-point weights; None: as they are.
-        then: Called in the first process instead, with a function that writes into a folder.
     """
     weights = gather_whole(model_tensors(model), ranks)  # tied ones once, as transformers has it
     if dtype is not None:
@@ -35,25 +41,18 @@ def write_model(
             model.save_pretrained(path, state_dict=weights)
             tokenizer.save_pretrained(path)
 
-    ranks.on_first(lambda: write(folder) if then is None else then(write))
+    ranks.on_first(partial(then, write))
 
 
 class Serving:
     """The trainer's side of a sampler: pushes weights when they are due. Does nothing for a model that samples itself.
 
-    Args:
-        sampler, model, tokenizer: Of the run.
-        ranks: Processes that share the model; the first one talks to the engine.
-        keep: Checkpoints that are kept: their weights in the engine stay on the disk, to be served again.
-        clock: Counts the time as "push".
+    The first process talks to the engine. Weights that kept checkpoints have in it stay on the disk, to be served again.
     """
 
-    def __init__(
-        self, sampler: Sampler, model: nn.Module, tokenizer: Any, ranks: Ranks, keep: int, clock: PhaseClock
-    ) -> None:
-        self.sampler = sampler if isinstance(sampler, EndpointSampler) else None
-        self.model, self.tokenizer, self.ranks, self.keep = model, tokenizer, ranks, keep
-        self.clock = clock
+    def __init__(self, learner: Learner) -> None:
+        self.sampler = learner.sampler if isinstance(learner.sampler, EndpointSampler) else None
+        self.learner, self.ranks = learner, learner.ranks
         self._needed: list[int] = []
 
     def refresh(self, step: int, *, fresh: bool = False) -> None:
@@ -61,9 +60,9 @@ class Serving:
         sampler = self.sampler
         if sampler is None or not (sampler.due(step) or (fresh and sampler.served != step)):
             return
-        push = lambda write: sampler.push(step, write)  # noqa: E731
-        with self.clock("push"):
-            write_model(self.model, self.tokenizer, sampler.path(step), self.ranks, sampler.dtype, push)
+        learner, push = self.learner, partial(sampler.push, step)
+        with learner.clock.timed("push"):
+            write_model(learner.model, learner.tokenizer, self.ranks, push, sampler.dtype)
         sampler.served = step
         if self.ranks.first:
             sampler.forget({step, *self._needed})
@@ -90,7 +89,7 @@ class Serving:
         if self.sampler is None:
             return {}
         if self.sampler.served is not None:
-            self._needed = [*self._needed, self.sampler.served][-self.keep :]
+            self._needed = [*self._needed, self.sampler.served][-self.learner.config.keep_checkpoints :]
         return {"served": self.sampler.served, "needed": list(self._needed)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -14,21 +14,21 @@ import torch
 from torch import nn
 
 from .._files import write_json
+from ..guard import CapabilityGuard
 from ..guard.editors import EDITORS, Editor
 from ..task import Domain, domain_table
 from .config import COSMETIC_FIELDS, GRPOConfig, Stage, lr_factor, stage_names
 from .evaluate import example_scores, held_out_losses, mean_score
 from .frozen import EarlierWeights
-from .learner import Guard, Learner
+from .learner import Learner
 from .parallel import spread_optimizer, spread_state
 from .plots import plot_accuracy, plot_training
-from .progress import StageProgress
+from .progress import Monitor, Scores, StageProgress
 from .rollout import prompt_counts
 from .rundir import CheckpointError, RunDirectory, nested_tuples, rng_state, set_rng_state
 from .sampling import Sampler
 from .serving import Serving, write_model
 from .views import DomainViews
-from .watch import Monitor, per_example
 
 
 class GRPOTrainer:
@@ -37,8 +37,6 @@ class GRPOTrainer:
     Args:
         model: Any transformers causal LM, spread over processes by `parallel.shard` or whole. Losses run in the mode (train
             or eval) it arrives in.
-        tokenizer: Its tokenizer.
-        domains: What can be trained and evaluated.
         config: Settings; defaults if None.
         guard: Edits what the optimizer does to protect earlier domains; None trains plainly.
         monitor: Sees every line of metrics and the scores behind every evaluation; what it says of them is the line's
@@ -72,7 +70,7 @@ class GRPOTrainer:
         domains: Sequence[Domain],
         config: GRPOConfig | None = None,
         *,
-        guard: Guard | None = None,
+        guard: CapabilityGuard | None = None,
         monitor: Monitor | None = None,
         editor: Editor | Literal["guard"] | None = None,
         run_dir: Path | str | None = None,
@@ -102,10 +100,9 @@ class GRPOTrainer:
         self.directory = None if run_dir is None else RunDirectory(run_dir, self.ranks)
         self._recipe = recipe
         self._clock = self._learner.clock
-        keep = self.config.keep_checkpoints
         self._views = DomainViews(self._learner, None if self.directory is None else self.directory.path / "bases")
-        self._serving = Serving(self._learner.sampler, model, tokenizer, self.ranks, keep, self._clock)
-        self.seconds = self._clock.totals
+        self._serving = Serving(self._learner)
+        self.seconds = self._clock.seconds
         self._make_optimizer = make_optimizer or partial(
             torch.optim.AdamW, lr=self.config.lr, betas=self.config.betas, weight_decay=self.config.weight_decay
         )
@@ -119,7 +116,6 @@ class GRPOTrainer:
         """Train the stages in order.
 
         Args:
-            stages: What to train, and for how long.
             resume: Continue the run in `run_dir` from its latest checkpoint, or start it when there is none yet. The
                 result is bitwise that of an uninterrupted run on the same machine, number of processes and threads (timings
                 aside); with another number of processes it differs by rounding. Model, tokenizer, domains and guard must be
@@ -151,7 +147,7 @@ class GRPOTrainer:
                 if self._by_domain(stage):
                     self._views.load(self.guard, name, stage.domains)
                 else:
-                    self.guard.add(self._basis_path(name))
+                    self.guard.add(self._basis_path(name))  # type: ignore[arg-type]  # there is one: it goes on from files
         if state is not None and first == len(stages):
             self._restore(state)
         with StageProgress(self.config.progress and self.ranks.first) as progress:
@@ -160,8 +156,7 @@ class GRPOTrainer:
                 self._record({**line, "seconds": self._clock.drain()})
                 self._checkpoint(0, 0)
             for i in range(first, len(stages)):
-                progress.start(names[i], stages[i].steps, offset)
-                self._run_stage(stages, i, names[i], offset, state, progress)
+                self._run_stage(stages, i, offset, state, progress)
                 state, offset = None, 0
         self._finish(stages, names)
         return self.history
@@ -169,15 +164,10 @@ class GRPOTrainer:
     # ---- stages
 
     def _run_stage(
-        self,
-        stages: list[Stage],
-        index: int,
-        name: str,
-        offset: int,
-        state: dict[str, Any] | None,
-        progress: StageProgress,
+        self, stages: list[Stage], index: int, offset: int, state: dict[str, Any] | None, progress: StageProgress
     ) -> None:
-        stage, config = stages[index], self.config
+        stage, name, config = stages[index], stage_names(stages)[index], self.config
+        progress.start(name, stage.steps, offset)
         if self._optimizer is None or config.fresh_optimizer:
             self._optimizer = self._make_optimizer(self._learner.parameters)
         optimizer = self._optimizer
@@ -195,14 +185,8 @@ class GRPOTrainer:
                 )
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                counts = prompt_counts(
-                    stage.domains,
-                    earlier,
-                    config.prompts_per_step,
-                    config.replay_fraction,
-                    done,
-                    self._mixture.shares(stage),
-                )
+                replayed, shares = config.replay_fraction, self._mixture.shares(stage)
+                counts = prompt_counts(stage.domains, earlier, config.prompts_per_step, replayed, done, shares)
                 last = done + 1 == stage.steps
                 due = last or (config.eval_every > 0 and (done + 1) % config.eval_every == 0)
                 self._serving.refresh(self._step)
@@ -211,7 +195,7 @@ class GRPOTrainer:
                 self._step += 1
                 if last:
                     if self.guard is not None:
-                        with self._clock("guard"):
+                        with self._clock.timed("guard"):
                             self.guard.settle()  # what is evaluated is what stays
                     self._earlier.interpolate()
                 position = {"step": self._step, "stage": name, "stage_step": done + 1, "lr": lr}
@@ -242,14 +226,14 @@ class GRPOTrainer:
             yield
             return
         if by_domain:
-            with self._clock("guard"):
+            with self._clock.timed("guard"):
                 guard.mixed()  # says what it cannot do before anything is sampled
                 self._serving.refresh(self._step, fresh=True)
                 self._views.before(guard, name, stage.domains, resumed)
         elif stage.mixed:
             guard.meets_mixed(stage.domains)
         with ExitStack() as stack:
-            with self._clock("guard"):
+            with self._clock.timed("guard"):
                 guard.attach(optimizer)
                 stack.callback(guard.detach)
                 if by_domain:
@@ -261,10 +245,10 @@ class GRPOTrainer:
                     self._learner.recorder = stack.enter_context(inside)
                     stack.callback(setattr, self._learner, "recorder", None)
             yield
-            with self._clock("guard"):
+            with self._clock.timed("guard"):
                 stack.close()  # the stage's end makes its basis
         if by_domain and recorded:
-            with self._clock("guard"):
+            with self._clock.timed("guard"):
                 self._serving.refresh(self._step, fresh=True)
                 self._views.after(guard, name, stage.domains)
 
@@ -282,49 +266,39 @@ class GRPOTrainer:
         if evaluate:
             self._serving.refresh(self._step, fresh=True)
         kept = rng_state()  # verifiers may draw from the global generators: how often we look must change nothing
-        scores = self._evaluate() if evaluate else None
-        if scores is not None:
-            line["eval"] = {name: mean_score(values) for name, values in scores.items()}
+        scores: Scores | None = None  # of every example, None where no completion of it was judged
+        if evaluate:
+            found = self._evaluate()
+            line["eval"] = {name: mean_score(values) for name, values in found.items()}
+            scores = {name: [total / count if count else None for total, count in of] for name, of in found.items()}
         if self.monitor is not None:
-            with self._clock("monitor"):
-                found = self.monitor.step(
+            losses = partial(held_out_losses, self.model, self.tokenizer, self.domains.values(), self._learner.tokens)
+            with self._clock.timed("monitor"):
+                said = self.monitor.step(
                     line["step"],
                     line,
-                    scores=None if scores is None else per_example(scores),
-                    losses=lambda: held_out_losses(
-                        self.model,
-                        self.tokenizer,
-                        self.domains.values(),
-                        self._learner.tokens,
-                        batch_size=self.config.eval_batch_size,
-                        ranks=self.ranks,
-                    ),
+                    scores=scores,
+                    losses=partial(losses, batch_size=self.config.eval_batch_size, ranks=self.ranks),
                     acting=line["stage"],
                 )
-            if found:
-                line["monitor"] = found
+            if said:
+                line["monitor"] = said
         set_rng_state(kept)
         return line
 
     def _evaluate(self) -> dict[str, list[tuple[float, int]]]:
-        config = self.config
-        with self._clock("eval"):
-            return {
-                name: example_scores(
-                    self.model,
-                    self.tokenizer,
-                    domain,
-                    self._learner.tokens,
-                    max_new_tokens=config.max_new_tokens,
-                    num_samples=config.eval_samples,
-                    batch_size=config.eval_batch_size,
-                    seed=config.seed,
-                    sampler=self._learner.sampler,
-                    ranks=self.ranks,
-                )
-                for name, domain in self.domains.items()
-                if domain.eval_examples
-            }
+        config, tokens = self.config, self._learner.tokens
+        settings: dict[str, Any] = {
+            "max_new_tokens": config.max_new_tokens,
+            "num_samples": config.eval_samples,
+            "batch_size": config.eval_batch_size,
+            "seed": config.seed,
+            "sampler": self._learner.sampler,
+            "ranks": self.ranks,
+        }
+        evaluated = [domain for domain in self.domains.values() if domain.eval_examples]
+        with self._clock.timed("eval"):
+            return {d.name: example_scores(self.model, self.tokenizer, d, tokens, **settings) for d in evaluated}
 
     # ---- records
 
@@ -411,7 +385,7 @@ class GRPOTrainer:
             **self._earlier.state(),
             "global": self.ranks.gather(rng_state()),
         }
-        with self._clock("save"):
+        with self._clock.timed("save"):
             self.directory.save_checkpoint(self._step, self.model, state, self.config.keep_checkpoints)
 
     def _record(self, line: dict[str, Any]) -> None:
@@ -424,7 +398,8 @@ class GRPOTrainer:
         if self.directory is None:
             return
         if hasattr(self.model, "save_pretrained"):
-            write_model(self.model, self.tokenizer, self.directory.path / "model", self.ranks)
+            folder = self.directory.path / "model"
+            write_model(self.model, self.tokenizer, self.ranks, lambda write: write(folder))
         if not self.config.plots or not self.ranks.first:
             return
         ends = list(zip(accumulate(s.steps for s in stages), names, strict=True))

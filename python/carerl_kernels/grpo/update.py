@@ -85,9 +85,7 @@ def accumulate_gradients(
 
     Args:
         model, tokens: The policy, in whose parameters gradients accumulate, and its padding, end and banned ids.
-        batch: Judged completions.
         rows: [b] row numbers of this minibatch.
-        config: Loss settings.
         old_logp: [B, L] what ratios compare with; None: the policy itself, right for the only update of a batch.
         ref_logp: [B, L] of the frozen reference, or None.
         of: [b'] rows whose number normalises the loss, where `rows` are only some of them; None: `rows`.

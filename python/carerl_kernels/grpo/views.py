@@ -1,4 +1,4 @@
-"""What a guard sees of a mixed stage's domains: one batch of each, prompts with the model's own completions.
+"""What a guard is shown of each domain of a mixed stage: one batch of prompts with the model's own completions.
 
 bases/STAGE.before/DOMAIN.safetensors    directions the stage began with, of domains the guard did not know
 bases/STAGE/DOMAIN.safetensors           the same of all its domains when it had ended: what is history for what follows
@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..guard import CapabilityGuard
 from ..text import encode_prompts
+from .sampling import held
 from .update import micro_batches
 
 if TYPE_CHECKING:
-    from .learner import Guard, Learner
+    from .learner import Learner
 
 
 class DomainViews:
@@ -31,7 +33,7 @@ class DomainViews:
     def __init__(self, learner: Learner, folder: Path | None) -> None:
         self.learner, self.folder = learner, folder
 
-    def before(self, guard: Guard, stage: str, domains: Sequence[str], resumed: bool) -> None:
+    def before(self, guard: CapabilityGuard, stage: str, domains: Sequence[str], resumed: bool) -> None:
         """The domains that the guard has no directions of become history; a stage resumed finds them in their files."""
         for name in domains:
             path = self._path(f"{stage}.before", name)
@@ -40,15 +42,15 @@ class DomainViews:
             elif name not in guard.history:
                 guard.protect(name, self._batches(name, stage), path, progress=False)
 
-    def after(self, guard: Guard, stage: str, domains: Sequence[str]) -> None:
+    def after(self, guard: CapabilityGuard, stage: str, domains: Sequence[str]) -> None:
         """Directions of all the stage's domains, as the model uses them now."""
         for name in domains:
             guard.protect(name, self._batches(name, f"after {stage}"), self._path(stage, name), progress=False)
 
-    def load(self, guard: Guard, stage: str, domains: Sequence[str]) -> None:
+    def load(self, guard: CapabilityGuard, stage: str, domains: Sequence[str]) -> None:
         """What :meth:`after` wrote."""
         for name in domains:
-            guard.add(self._path(stage, name))
+            guard.add(self._path(stage, name))  # type: ignore[arg-type]  # there is one: a resumed run has files
 
     def _path(self, folder: str, domain: str) -> Path | None:
         if self.folder is None:
@@ -63,11 +65,9 @@ class DomainViews:
         examples = learner.domains[name].draw(rng, config.prompts_per_step)
         seeds = [rng.getrandbits(31) for _ in examples]
         mine = learner.ranks.share(len(examples))
-        sampled = learner.sampler(
-            encode_prompts(learner.tokenizer, [examples[i].prompt for i in mine]),
-            [seeds[i] for i in mine],
-            **config.sampling,
-        )
+        prompts = encode_prompts(learner.tokenizer, [examples[i].prompt for i in mine])
+        with held(learner.sampler) as draw:
+            sampled = draw(prompts, [seeds[i] for i in mine], **config.sampling)
         rows = torch.arange(sampled.input_ids.shape[0], device=sampled.input_ids.device)
         for piece in micro_batches(sampled, rows, config):
             part = sampled.select(piece)

@@ -69,11 +69,7 @@ def _check(adapter: Weights, config: Mapping[str, Any]) -> None:
 
 
 def _factor(
-    there: Correspondence,
-    adapter: Weights,
-    portion: Portion,
-    config: Mapping[str, Any],
-    by: Confinement,
+    there: Correspondence, adapter: Weights, portion: Portion, config: Mapping[str, Any], by: Confinement
 ) -> Matrix | None:
     """A of an adapter, to be confined around zero; None where the key is no A."""
     end = next((end for end in _PAIRS if portion.key.endswith(end)), None)

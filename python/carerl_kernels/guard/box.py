@@ -24,7 +24,7 @@ OFF = 0.01
 
 
 class Box:
-    """Anchors of all protected directions, and when to go back to them.
+    """Anchors of all protected directions, and when the parameters are put back into the box around them.
 
     Steps of one domain in a row are a *segment*: the domain's own directions do not act on it, and at its end their anchors
     move by what it moved. A mixed batch belongs to nobody, and all directions act.
@@ -34,7 +34,6 @@ class Box:
 
     Args:
         stack: directions of all domains.
-        names: The names of the parameters.
         bounds: how far "bounded" lets rows move; None: nowhere ("remove").
         every: steps of a segment between corrections.
         statistics: counts updates and corrections, where energy is tracked; a copy of the parameters is kept for it.
@@ -151,30 +150,15 @@ class Box:
         apart = self.anchor[:, self.stack.columns(domain)] - self.stack.measure(parameters, domain)
         return float(self.stack.column_sums(apart.double().square()).sum().sqrt())
 
-    def memory(self) -> int:
-        """Bytes of the anchors."""
-        return self.anchor.numel() * self.anchor.element_size()
-
-    def adopt(self, parameters: Sequence[Tensor], kept: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """After a change of the stack: anchors of domains that stay, given with what acted before, go on; others begin here.
-
-        Args:
-            kept: For every domain its anchors `[T, width]` and what of them acted `[T, width]`.
-        """
-        self.anchor = self.stack.measure(parameters)
-        for name, (anchor, acted) in kept.items():
-            columns, same = self.stack.columns(name), self.stack.present(name) & acted
-            self.anchor[:, columns] = torch.where(same, anchor, self.anchor[:, columns])
-
-    # ----------------------------------------------------------------------------------------------------------- adapters
-
     def _fresh(self, parameters: Sequence[Tensor]) -> Iterator[int]:
         """A of every adapter that adds nothing on protected inputs: B is zero, or A is off the directions already."""
         shards = self.stack.layout.shards
         for a, b in self._adapters:
             sums = torch.stack([parameters[i].double().square().sum() for i in (a, b)])
             whole, size = shards.sum_(sums).tolist()
-            if size == 0 or self._inside(self.stack.layout.rows_of(a)) < OFF**2 * whole:
+            rows = self.stack.layout.rows_of(a)
+            held = self.stack.own_sums(self.anchor[rows].double().square(), rows)
+            if size == 0 or self.stack.summed(held).sum() < OFF**2 * whole:
                 yield a
 
     def _settle_adapters(self, parameters: Sequence[Tensor]) -> None:
@@ -192,22 +176,15 @@ class Box:
                 self.anchor[rows] = fresh[rows]
         self._exempt = frozenset(free)
 
-    def _inside(self, rows: slice) -> float:
-        """Energy of what the anchors of a matrix hold."""
-        sums = torch.zeros(self.stack.rows, dtype=torch.float64, device=self.stack.device)
-        sums += self.stack.own_sums(self.anchor[rows].double().square(), rows)
-        return float(self.stack.summed(sums).sum())
-
     # -------------------------------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
-        before = None if self._own_before is None else self.stack.unpack(self._own_before)
         return {
             "anchor": self.stack.unpack(self.anchor),
             "waiting": self.waiting,
             "open": self._open,
             "own": self._own,
-            "own_before": before,
+            "own_before": None if self._own_before is None else self.stack.unpack(self._own_before),
             "exempt": sorted(self._exempt),
             "tight": sorted(self._tight),
             "released": self.released,

@@ -12,7 +12,7 @@ from ..subspace.kinds import KINDS
 from ..subspace.layout import Layout
 from ..subspace.matrices import MatrixLayout, Side
 from ..subspace.sites import guess_sides, plain_name, unwrapped, wrappers
-from .block_stack import BlockStack
+from .factored_stack import BlockStack
 from .input_stack import InputStack
 from .stack import RowStack, Stack
 

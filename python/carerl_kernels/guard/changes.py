@@ -6,9 +6,8 @@ The projection is that of :class:`~carerl_kernels.guard.input_stack.InputStack` 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,9 +75,6 @@ class Confined:
     # files that were not copied, because they may hold weights of another format
     left_out: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)  # sentences
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     def shares(self) -> None:
         """From sums of squares, as they are gathered, to shares and norms."""
@@ -209,10 +205,7 @@ def _storable(
 
 def _part_of(basis: FactoredBasis, matrices: Sequence[Matrix], k: int) -> FactoredBasis:
     """What a basis has for these matrices, under their numbers and with k columns; nothing where it has no directions."""
-    left: dict[str, Tensor] = {}
-    right: dict[str, Tensor] = {}
-    values: dict[str, Tensor] = {}
-    moved: dict[str, Tensor] = {}
+    left, right, values, moved = (dict[str, Tensor]() for _ in range(4))
     for number, matrix in enumerate(matrices):
         name, unit, (m, n) = str(number), matrix.unit, matrix.end.shape
         assert unit is not None
@@ -228,10 +221,6 @@ def _part_of(basis: FactoredBasis, matrices: Sequence[Matrix], k: int) -> Factor
             moved[name] = pad((rows if unit.rows is None else rows[unit.rows])[matrix.across], wider)
         else:
             moved[name] = torch.zeros(across, k)
-    info = replace(
-        basis.info,
-        k=k,
-        names=tuple(map(str, range(len(matrices)))),
-        shapes=tuple(tuple(matrix.end.shape) for matrix in matrices),
-    )
+    names, shapes = tuple(map(str, range(len(matrices)))), tuple(tuple(matrix.end.shape) for matrix in matrices)
+    info = replace(basis.info, k=k, names=names, shapes=shapes)
     return FactoredBasis(info, left, right, values, moved)

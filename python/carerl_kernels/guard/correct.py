@@ -58,22 +58,9 @@ class StepCorrection:
             out |= {"q_prev": self.q_prev, "q_start": self.q_start}
         return out
 
-    def adopt(self, parameters: Sequence[Tensor], kept: Mapping[str, tuple[Mapping[str, Tensor], Tensor]]) -> None:
-        """On a changed stack: what was remembered of domains that stay goes on; the rest begins here.
-
-        Args:
-            kept: For every domain its part of :meth:`remembered` and what of it acted `[T, width]`.
-        """
-        self.rebase(parameters)
-        now = self.remembered()
-        for name, (before, acted) in kept.items():
-            columns, same = self.stack.columns(name), self.stack.present(name) & acted
-            for what, rows in before.items():
-                now[what][:, columns] = torch.where(same, rows, now[what][:, columns])
-
     def settle_probes(self) -> None:
         """Takes in the probes since the last step."""
-        for name in self.probes.pending():
+        for name in list(self.probes.sums):
             columns = self.stack.columns(name)
             probe = self.state["probe"][:, columns]
             probe.copy_(self.probes.settle(name, probe, self.stack))
@@ -86,7 +73,6 @@ class StepCorrection:
         corrected there, so errors do not accumulate.
 
         Args:
-            parameters: local parts, after the step.
             own: the step's domain.
             snapshot: of the parameters before the step, where energy is tracked.
         """
@@ -98,8 +84,8 @@ class StepCorrection:
         sums = torch.zeros(2, stack.rows, dtype=q.dtype, device=q.device)
         touched = torch.zeros(stack.rows, dtype=q.dtype, device=q.device)
         free = ~stack.active(own)
-        # Coefficients of input bases outnumber their directions by far: block by block they stay in the caches.
-        for rows in stack.blocks:
+        # Coefficients of input bases outnumber their directions by far: chunk by chunk they stay in the caches.
+        for rows in stack.chunks:
             before, start = self.q_prev[rows], self.q_start[rows]
             c = torch.where(finite, before - q[rows], 0.0)
             x = self._decide(c, own, total, finite, rows)
@@ -129,19 +115,17 @@ class StepCorrection:
             recorder: of a stage that takes the gradient in on the way, where :meth:`fuses` says so.
         """
         stack = self.stack
-        total = None
-        if (
-            self.settings.track_energy
-            or max_grad_norm is not None
-            or (stack.rounding and self.settings.rule == "instant")
-        ):
-            total = squared_norm(stack, grads)
+        rounded = stack.rounding and self.settings.rule == "instant"
+        asked = rounded or self.settings.track_energy or max_grad_norm is not None
+        total = squared_norm(stack, grads) if asked else None
         if isinstance(stack, RowStack) and self.fuses(max_grad_norm):
             if recorder is None:
                 c, x = stack.dacsp_(grads, own, self.params, self._floor(total))
             else:
-                self._literal = LiteralRecording.of(stack, recorder, self._literal)
-                c, x = self._literal.step(grads, own, self.params)
+                literal = self._literal
+                if literal is None or literal.recorder is not recorder or literal.made_of is not stack.bases:
+                    literal = self._literal = LiteralRecording(stack, recorder)
+                c, x = literal.step(grads, own, self.params)
             overlapped = stack.overlap_times(x)
         else:
             c = stack.project(grads)  # [T, K]
@@ -171,7 +155,7 @@ class StepCorrection:
     def _decide(
         self, c: Tensor, own: str | None, total: Tensor | None, finite: Tensor, rows: slice = slice(None)
     ) -> Tensor:
-        """The correction of all rows or a block, given its raw coefficients and, where known, the squared norm of the step."""
+        """The correction of all rows or a chunk, given its raw coefficients and, where known, the squared norm of the step."""
         return decide(
             self.settings.rule,
             c,
@@ -218,13 +202,7 @@ class LiteralRecording:
         recorder.pca.rows = self._bases[D, :width]
         rows = torch.arange((D + 1) * self._bases.shape[1], device=stack.device).view(D + 1, -1)
         self._acting, self._recorded = rows[:D, :k].flatten(), rows[D, :width]
-        self._made_of = stack.bases
-
-    @classmethod
-    def of(cls, stack: RowStack, recorder: StageRecorder, before: LiteralRecording | None) -> LiteralRecording:
-        """The one for this stack and recorder: that of the step before, where nothing has changed."""
-        same = before is not None and before.recorder is recorder and before._made_of is stack.bases
-        return before if same and before is not None else cls(stack, recorder)
+        self.made_of = stack.bases
 
     def step(self, grads: Sequence[Tensor], own: str | None, params: RuleParams) -> tuple[Tensor, Tensor]:
         """Records a gradient and edits it in place.

@@ -50,11 +50,15 @@ class GramEditor(Editor):
         weigh: gives weights `[D]` float64 from the Gram matrix `[D, D]` float64 (on the CPU).
         names: of the parameters: one Gram matrix per module instead of one for all, so that conflicts are looked for where
             they are. Parameters that share everything before the last dot belong together.
-        shards: of sharded parameters; None: :func:`spread_editor` sets them.
+
+    Attributes:
+        shards: of sharded parameters; :func:`spread_editor` sets them.
     """
 
-    def __init__(self, weigh: Callable[[Tensor], Tensor], names: Sequence[str] = (), shards: Shards | None = None):
-        self.weigh, self.shards = weigh, shards
+    shards: Shards | None = None
+
+    def __init__(self, weigh: Callable[[Tensor], Tensor], names: Sequence[str] = ()):
+        self.weigh = weigh
         numbers: dict[str, int] = {}
         self._modules = [numbers.setdefault(name.rpartition(".")[0], len(numbers)) for name in names]
 
@@ -70,9 +74,10 @@ class GramEditor(Editor):
         D, device = len(rows), rows[0][0].device
         grams = torch.zeros(max(modules) + 1, D, D, dtype=torch.float64, device=device)
         for index, module in enumerate(modules):
+            flat = [own[index].reshape(-1).float() for own in rows]
             for i in range(D):
                 for j in range(i + 1):
-                    grams[module, i, j] += _dot(rows[i][index], rows[j][index]).to(device)
+                    grams[module, i, j] += torch.dot(flat[i], flat[j]).double().to(device)
         if self.shards is not None:
             self.shards.sum_(grams)
         grams = grams + grams.mT - torch.diag_embed(grams.diagonal(dim1=-2, dim2=-1))
@@ -86,21 +91,17 @@ class GramEditor(Editor):
         return out
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.dot(a.reshape(-1).float(), b.reshape(-1).float()).double()
-
-
 class PCGrad(GramEditor):
     """Projecting conflicting gradients (Yu et al. 2020, arXiv:2001.06782): from each domain's gradient, what opposes another's is
     removed, in random order; the results are averaged.
 
     Args:
         seed: The seed of the domains' order, which has to be the same in every process.
-        names, shards: see :class:`GramEditor`.
+        names: see :class:`GramEditor`.
     """
 
-    def __init__(self, seed: int = 0, names: Sequence[str] = (), shards: Shards | None = None):
-        super().__init__(self._project, names, shards)
+    def __init__(self, seed: int = 0, names: Sequence[str] = ()):
+        super().__init__(self._project, names)
         self._rng = random.Random(seed)
 
     def state_dict(self) -> dict[str, Any]:
@@ -127,8 +128,9 @@ class PCGrad(GramEditor):
 def modular_surgery(model: nn.Module, seed: int = 0) -> PCGrad:
     """Modular gradient surgery (arXiv:2602.02301): PCGrad within every module, because domains that agree over the whole
     model may still fight over one of its layers."""
-    named = trainable(model)
-    return PCGrad(seed, [name for name, _ in named], Shards.of(named))
+    editor = PCGrad(seed, [name for name, _ in trainable(model)])
+    spread_editor(editor, model)
+    return editor
 
 
 EDITORS: dict[str, Callable[[nn.Module, int], Editor]] = {
@@ -162,9 +164,8 @@ class GPM(Editor):
 
     @torch.no_grad()
     def combine(self, gradients: Gradients) -> list[Tensor]:
-        total = GramEditor(lambda gram: torch.full((gram.shape[0],), 1 / gram.shape[0], dtype=torch.float64)).combine(
-            gradients
-        )
+        mean = GramEditor(lambda gram: torch.full((len(gram),), 1 / len(gram), dtype=torch.float64))
+        total = mean.combine(gradients)
         self.guard.remove_(total)
         return total
 

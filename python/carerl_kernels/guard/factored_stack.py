@@ -1,4 +1,4 @@
-"""What acting directions of block and input bases share: factors per weight matrix, and thin products with them."""
+"""Acting directions of block bases, and what they share with those of input bases: factors per weight matrix, thin products."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from ..subspace.factored import FactoredBasis, orthonormal
 from ..subspace.matrices import Group, MatrixLayout
 from ..thin import full_precision
+from .frames import DenseSpan, Frame, PackedSpan, PairSpan, Span
 from .stack import Stack
 
 UNORIENTED = 1e-3
@@ -23,31 +24,30 @@ class FactoredStack(Stack[MatrixLayout, FactoredBasis]):
 
     def __init__(self, layout: MatrixLayout, device: torch.device):
         super().__init__(layout, device)
-        self.left: list[Tensor | None] = [None] * len(layout.groups)  # of each group, `[G, m, D*r]`
-        self.right: list[Tensor | None] = [None] * len(layout.groups)  # `[G, n, D*r]`
+        none = [None] * len(layout.groups)
+        # by side, of each group that has factors there: these `[G, m or n, D*r]`, and their overlaps `[G, D*r, D*r]` float64
+        self.factors: dict[str, list[Tensor | None]] = {"left": list(none), "right": list(none)}
+        self.grams: dict[str, list[Tensor | None]] = {"left": list(none), "right": list(none)}
         # float32, gradient convention; empty for a domain without a stage
         self._moved: dict[str, dict[str, Tensor]] = {}
         self._oriented: tuple[Tensor, Tensor] | None = None
         self._values: dict[str, Mapping[str, Tensor]] = {}
-        self._left_grams: list[Tensor | None] = [None] * len(layout.groups)  # [G, D*r, D*r] float64
-        self._right_grams: list[Tensor | None] = [None] * len(layout.groups)
 
     def _put(self, basis: FactoredBasis, others: list[int], parameters: Sequence[Tensor]) -> None:
         layout, r = self.layout, self.layout.k
         basis = basis.part_of(layout)
         for number, group in enumerate(layout.groups):
-            for side, factors, shards in (("left", basis.left, layout.shards), ("right", basis.right, None)):
+            for side, by_name, shards in (("left", basis.left, layout.shards), ("right", basis.right, None)):
                 if group.side not in ("both", side):
                     continue
-                stored = getattr(self, side)
-                fresh = torch.stack([factors[n].to(self.device, torch.float32) for n in layout.labels(group)])
+                fresh = torch.stack([by_name[n].to(self.device, torch.float32) for n in layout.labels(group)])
                 fresh = orthonormal(fresh, shards)  # also after rounding to bfloat16
-                kept = [] if stored[number] is None else [stored[number].unflatten(2, (-1, r))[:, :, others].flatten(2)]
-                stored[number] = torch.cat([*kept, fresh], dim=2)
-                wide = stored[number].double()
+                before = self.factors[side][number]
+                kept = [] if before is None else [before.unflatten(2, (-1, r))[:, :, others].flatten(2)]
+                factors = self.factors[side][number] = torch.cat([*kept, fresh], dim=2)
+                wide = factors.double()
                 gram = wide.mT @ wide
-                grams = getattr(self, f"_{side}_grams")
-                grams[number] = gram if shards is None else shards.sum_(gram)
+                self.grams[side][number] = gram if shards is None else shards.sum_(gram)
         moved = {name: t.to(self.device, torch.float32) for name, t in basis.moved.items()}
         self._moved[basis.info.domain] = moved if any(bool(t.any()) for t in moved.values()) else {}
         self._values[basis.info.domain] = basis.values
@@ -90,22 +90,21 @@ class FactoredStack(Stack[MatrixLayout, FactoredBasis]):
 
     def get(self, domain: str) -> FactoredBasis:
         r, at = self.layout.k, self.names.index(domain)
-        left: dict[str, Tensor] = {}
-        right: dict[str, Tensor] = {}
+        factors: dict[str, dict[str, Tensor]] = {"left": {}, "right": {}}
         moved = {}
         signed = (self.sign * self.displacement)[:, self.columns(domain)]
         for number, group in enumerate(self.layout.groups):
             for position, name, rows in self.layout.matrices(group):
-                for stored, out in ((self.left[number], left), (self.right[number], right)):
-                    if stored is not None:
-                        out[name] = stored[position, :, at * r : (at + 1) * r]
+                for side, by_group in self.factors.items():
+                    if (stored := by_group[number]) is not None:
+                        factors[side][name] = stored[position, :, at * r : (at + 1) * r]
                 moved[name] = signed[rows].reshape(-1, r)
         layout = self.layout if self.layout.shards.sharded else None
-        return FactoredBasis(self.infos[domain], left, right, self._values[domain], moved, layout)
+        return FactoredBasis(self.infos[domain], **factors, values=self._values[domain], moved=moved, layout=layout)
 
     def _factors(self, number: int, domain: str | None) -> tuple[Tensor | None, Tensor | None]:
         """Factors of a group, of all domains or of one."""
-        both = self.left[number], self.right[number]
+        both = self.factors["left"][number], self.factors["right"][number]
         if domain is None:
             return both
         first = self.names.index(domain) * self.layout.k
@@ -116,13 +115,16 @@ class FactoredStack(Stack[MatrixLayout, FactoredBasis]):
         D, width = len(self) if domain is None else 1, self.layout.width
         if out is None:
             out = torch.empty(self.layout.T, D * width, dtype=torch.float64, device=self.device)
-        out.zero_()
+        self._fill_(out.zero_(), tensors, domain)
+        return out.mul_(self.sign if domain is None else self.sign[:, self.columns(domain)])
+
+    def _fill_(self, out: Tensor, tensors: Sequence[Tensor], domain: str | None) -> None:
+        """Coefficients without orientation, into zeros."""
         with full_precision(self.device):
             for number, group in enumerate(self.layout.groups):
                 if group.m:
                     self._coefficients(out, number, group, tensors, domain)
         self._sum_(out)
-        return out.mul_(self.sign if domain is None else self.sign[:, self.columns(domain)])
 
     def edit_(self, tensors: Sequence[Tensor], mix: Tensor, scale: Tensor | None = None) -> None:
         if scale is not None:
@@ -159,17 +161,6 @@ class FactoredStack(Stack[MatrixLayout, FactoredBasis]):
     def pack_(self, rows: Tensor, parts: Any) -> None:
         self.layout.pack_(rows, parts)
 
-    def memory(self) -> int:
-        factors = [t for t in (*self.left, *self.right) if t is not None]
-        grams = [t for t in (*self._left_grams, *self._right_grams) if t is not None]
-        moved = [t for by_name in self._moved.values() for t in by_name.values()]
-        kept = (*factors, *grams, *self._more_factors(), *moved, *(self._oriented or ()))
-        return sum(t.numel() * t.element_size() for t in kept) + self._frames_memory()
-
-    def _more_factors(self) -> list[Tensor]:
-        """What is kept beside the factors as they are stored."""
-        return []
-
     # What differs.
 
     @abstractmethod
@@ -188,3 +179,65 @@ class FactoredStack(Stack[MatrixLayout, FactoredBasis]):
     @abstractmethod
     def _gram_times(self, number: int, x: Tensor, matrices: slice) -> Tensor:
         """`S x` of some matrices of a group, x `[matrices, rows of each, K]`."""
+
+
+class BlockStack(FactoredStack):
+    """Two-sided blocks: coefficients `U_d^T G V_d` of every domain, r x r each.
+
+    S factors into small matrices: `(d, i, j)` and `(e, k, l)` overlap by `(U_d^T U_e)_ik (V_d^T V_e)_jl`, so `S x` costs
+    next to nothing. A root of S is needed only where several domains act at once: two have one in closed form.
+    """
+
+    def _sum_(self, coeffs: Tensor) -> None:
+        self.layout.shards.sum_(coeffs)
+
+    def _coefficients(
+        self, out: Tensor, number: int, group: Group, tensors: Sequence[Tensor], domain: str | None
+    ) -> None:
+        matrices = self.layout.local(group, tensors)
+        left, right = self._factors(number, domain)
+        domains = len(self) if domain is None else 1
+        out[group.rows] = torch.ops.carerl.block_project(matrices, left, right, domains).flatten(1)
+
+    def _add_(self, number: int, group: Group, tensors: Sequence[Tensor], mix: Tensor) -> None:
+        r = self.layout.k
+        left, right = self._factors(number, None)
+        mixes = mix.view(-1, len(self), r, r)
+        torch.ops.carerl.block_edit_(self.layout.local(group, tensors), left, mixes, right)
+
+    def _gram_times(self, number: int, x: Tensor, matrices: slice) -> Tensor:
+        left, right = (gram[matrices] for gram in self._by_domain(number))
+        half = torch.einsum("gdiek,gekl->gdiel", left, x.reshape(-1, len(self), self.layout.k, self.layout.k))
+        return torch.einsum("gdiel,gdjel->gdij", half, right).reshape(x.shape)
+
+    def _by_domain(self, number: int) -> list[Tensor]:
+        """Overlaps of the left and of the right factors of a group, `[G, D, r, D, r]` each."""
+        grams = [gram for side in self.grams.values() if (gram := side[number]) is not None]
+        return [gram.unflatten(2, (-1, self.layout.k)).unflatten(1, (-1, self.layout.k)) for gram in grams]
+
+    def _frame(self, own: str | None) -> Frame:
+        active = self.active(own)
+        domains = [i for i, name in enumerate(self.names) if name != own]
+        D, width = len(domains), self.layout.width
+        far = torch.zeros(self.layout.T, self.rows, dtype=torch.float64, device=self.device)
+        spans: list[Span] = []
+        columns = active.nonzero().squeeze(1)
+        for number, group in enumerate(self.layout.groups):
+            GL, GR = (gram[:, domains][:, :, :, domains] for gram in self._by_domain(number))
+            if D <= 1:  # orthonormal factors: S is the identity
+                far[group.rows, columns] = 1.0
+                spans.append(Span(group.rows))
+                continue
+            if D == 2:
+                pair = PairSpan(group.rows, GL[:, 0, :, 1], GR[:, 0, :, 1])
+                far[group.rows, columns] = pair.reach
+                spans.append(pair)
+                continue
+            for start in range(0, len(group.indices), 16):  # dense overlaps are large: some matrices at a time
+                overlap = torch.einsum("gdiek,gdjel->gdijekl", GL[start : start + 16], GR[start : start + 16])
+                rows = slice(group.first + start, group.first + start + overlap.shape[0])
+                kind = PackedSpan if self.device.type == "cpu" else DenseSpan
+                span = kind(rows, 1, overlap.reshape(-1, D * width, D * width))
+                far[rows, columns] = span.reach
+                spans.append(span)
+        return Frame(active, spans, far, self.sign)

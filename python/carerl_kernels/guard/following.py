@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._clock import Clock
 from ..subspace.recorder import StageRecorder
-from ..subspace.shards import local
 from .gradients import finite_parts, gradients
 from .memory import Memory
 from .optimizers import Census, inside_another_step, refuse_copies, second_weights
@@ -21,18 +21,8 @@ class Following:
     """The hooks of attached optimizers. Of several, the first to step begins a step, and it is over when all of them took it.
 
     Args:
-        parameters: guarded ones.
-        memory, recording, census: The memory, recording and census of the guard.
         owner: says whose step it is.
-        seconds: The guard's seconds per part, which are counted up here.
-
-    Attributes:
-        parameters: The guarded parameters.
-        max_grad_norm: grad mode: clips the edited gradient.
-        edited: the gradient of the step to come was edited already, one domain at a time.
-        restored: state was loaded: the next attach or stage goes on instead of starting afresh.
-        known_finite: the gradients of the step to come are finite: somebody has their norm.
-        communication: numbers summed over processes and all-reduces of the last step.
+        clock: of the guard.
     """
 
     def __init__(
@@ -42,12 +32,13 @@ class Following:
         recording: Recording,
         census: Census,
         owner: Callable[[], str | None],
-        seconds: dict[str, float],
+        clock: Clock,
     ):
         self.parameters, self._memory, self._recording, self._census = parameters, memory, recording, census
-        self._owner, self._seconds = owner, seconds
-        self.max_grad_norm = memory.settings.max_grad_norm
-        self.edited = self.restored = self.known_finite = False
+        self._owner, self._clock, self.locals = owner, clock, recording.locals
+        self.edited = False  # the gradient of the step to come was edited already, one domain at a time
+        self.restored = False  # state was loaded: the next attach or stage goes on instead of starting afresh
+        self.known_finite = False  # the gradients of the step to come are finite: somebody has their norm
         self.communication = {"elements_last_step": 0, "all_reduces_last_step": 0}
         self._optimizers: list[torch.optim.Optimizer] = []
         self._handles: list[Any] = []
@@ -67,13 +58,11 @@ class Following:
         self._optimizers, self._looked_for_copies, self.edited, self.known_finite = list(optimizers), None, False, False
         self._stepped.clear()
         for optimizer in optimizers:
-            self._handles += [
-                optimizer.register_step_pre_hook(self._before),
-                optimizer.register_step_post_hook(self._after),
-            ]
+            self._handles.append(optimizer.register_step_pre_hook(self._before))
+            self._handles.append(optimizer.register_step_post_hook(self._after))
 
     def detach(self) -> None:
-        """Takes them off."""
+        """Takes the hooks off again."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._optimizers = [], []
@@ -86,12 +75,8 @@ class Following:
             self._end()
         self._memory.settle(self.locals())
 
-    def locals(self) -> list[Tensor]:
-        """The parts of the parameters that live here, sharing their memory."""
-        return [local(p) for p in self.parameters]
-
     def gradients(self) -> list[Tensor]:
-        """Theirs; see :func:`carerl_kernels.guard.gradients.gradients`."""
+        """Of the guarded parameters; see :func:`carerl_kernels.guard.gradients.gradients`."""
         return gradients(self.parameters, self._memory.layout.names)
 
     def finite(self, tensors: Sequence[Tensor]) -> bool:
@@ -139,8 +124,8 @@ class Following:
             elif memory.settings.track_energy:
                 self._snapshot = [p.clone() for p in self.locals()]
         recorded = self._recording.seconds - recorded_before
-        self._seconds["record"] += recorded
-        self._seconds["act"] += time.perf_counter() - started - recorded
+        self._clock.spend("record", recorded)
+        self._clock.spend("act", time.perf_counter() - started - recorded)
 
     def _record_and_edit(self, optimizer: torch.optim.Optimizer, own: str | None) -> None:
         memory = self._memory
@@ -155,7 +140,7 @@ class Following:
         if memory.box is None:
             memory.steps.settle_probes()
         if edits:
-            memory.steps.edit_gradients(grads, own, self.max_grad_norm, together)
+            memory.steps.edit_gradients(grads, own, memory.max_grad_norm, together)
 
     def _recorded_while_edited(self, own: str | None) -> StageRecorder | None:
         """The recorder that a fused edit of this step's gradient serves, too."""
@@ -163,7 +148,7 @@ class Following:
         if not isinstance(stage, StageRecorder) or stage.domain != own or settings.record_every > 1:
             return None
         exact = settings.basis_dtype == torch.float32 and not self._recording.newcomers
-        return stage if exact and self._memory.steps.fuses(self.max_grad_norm) else None
+        return stage if exact and self._memory.steps.fuses(self._memory.max_grad_norm) else None
 
     def _unscale(self, optimizer: torch.optim.Optimizer) -> None:
         """A fused optimizer under GradScaler divides inside its step: what looks at gradients before has to divide now."""
@@ -203,14 +188,12 @@ class Following:
             memory.steps.edit_update(self.locals(), self._owner(), self._snapshot)
             self._snapshot = None
         shards, (elements, calls) = memory.layout.shards, self._sent_before
-        self.communication = {
-            "elements_last_step": shards.elements - elements,
-            "all_reduces_last_step": shards.calls - calls,
-        }
+        sent = {"elements_last_step": shards.elements - elements, "all_reduces_last_step": shards.calls - calls}
+        self.communication = sent
         memory.statistics.steps += 1
         memory.steps_here += 1
         memory.probes.step()
-        self._seconds["act"] += time.perf_counter() - started
+        self._clock.spend("act", time.perf_counter() - started)
 
     def _look_for_copies(self) -> None:
         """After a first step optimizers have their state: a second sequence of weights is confined, too, other copies refused."""

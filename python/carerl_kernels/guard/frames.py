@@ -31,10 +31,6 @@ class Span:
         out.rows = slice(0, last - first)
         return out
 
-    def tensors(self) -> list[Tensor]:
-        """What it keeps."""
-        return []
-
 
 class DenseSpan(Span):
     """From overlaps `[G, A, A]` float64, `each` coefficient rows to one of them."""
@@ -61,9 +57,6 @@ class DenseSpan(Span):
         out.root = self.root[first // self.each : -(-last // self.each)]
         return out
 
-    def tensors(self) -> list[Tensor]:
-        return [self.root]
-
 
 class PackedSpan(DenseSpan):
     """The same map in a quarter of the memory and of the time to read it: the upper triangle in float32.
@@ -83,9 +76,9 @@ class PackedSpan(DenseSpan):
 
 
 class PairSpan(Span):
-    """R of two domains' blocks, in closed form.
+    """R of two domains' block directions, in closed form.
 
-    Blocks overlap by the Kronecker product of A = U_1^T U_2 and B = V_1^T V_2. In the singular vectors of both,
+    These overlap by the Kronecker product of A = U_1^T U_2 and B = V_1^T V_2. In the singular vectors of both,
     `A = P a Q^T` and `B = P' b Q'^T`, S falls apart into 2 x 2 matrices with ones on the diagonal and s = a_i b_j beside
     it, whose eigenvalues are 1 + s and 1 - s: no matrix of r^2 x r^2 is ever built.
 
@@ -116,9 +109,6 @@ class PairSpan(Span):
         out = [U @ z @ V.mT for (U, V), z in zip(self._turns, turned, strict=True)]
         return torch.stack(out, dim=-3).flatten(-3)
 
-    def tensors(self) -> list[Tensor]:
-        return [t for pair in (*self._turns, self._root) for t in pair]
-
 
 def reach(root: Tensor, overlap: Tensor) -> Tensor:
     """`sqrt(diag(R S R))` `[..., A]`: how far a unit displacement along a row is in the frame; 1 without overlap."""
@@ -142,7 +132,7 @@ class Frame:
     """
 
     def __init__(self, active: Tensor, spans: Sequence[Span], reach: Tensor, sign: Tensor | None = None):
-        self.active, self.spans, self.reach, self.sign = active, tuple(spans), reach, sign
+        self.spans, self.reach, self.sign = tuple(spans), reach, sign
         self._columns = active.nonzero().squeeze(1)  # once per set of active rows, never in a step
         self._parts: dict[tuple[int, int], Frame] = {}
 
@@ -161,7 +151,7 @@ class Frame:
         return cls(active, spans, far, sign)
 
     def part(self, rows: slice) -> Frame:
-        """The frame of a block of coefficient rows."""
+        """The frame of a chunk of coefficient rows."""
         first, last, _ = rows.indices(self.reach.shape[0])
         if (first, last) == (0, self.reach.shape[0]):
             return self
@@ -193,8 +183,3 @@ class Frame:
             out = torch.zeros_like(coeffs)
             out[..., self._columns] = mapped
         return out if self.sign is None else out.mul_(self.sign)
-
-    def memory(self) -> int:
-        """Bytes of what it keeps."""
-        kept = {t.data_ptr(): t for span in self.spans for t in span.tensors()}
-        return sum(t.numel() * t.element_size() for t in (*kept.values(), self.reach))

@@ -63,20 +63,18 @@ class CapabilityGuard(Protection):
         **options: Unpack[GuardOptions],
     ):
         super().__init__(model, Settings.of({"rule": rule, **options}), process_group)
-        self._following = Following(
-            self.parameters, self.memory, self._recording, self._census, self._own, self.seconds
-        )
+        self._following = Following(self.parameters, self.memory, self._recording, self._census, self._own, self._clock)
         self._current: str | None = _UNSET  # domain of the batch; _UNSET: that of the stage
         self._warned_of_mixed = False
 
     @property
     def max_grad_norm(self) -> float | None:
         """See the class; a trainer that clips may hand its limit over."""
-        return self._following.max_grad_norm
+        return self.memory.max_grad_norm
 
     @max_grad_norm.setter
     def max_grad_norm(self, limit: float | None) -> None:
-        self._following.max_grad_norm = limit
+        self.memory.max_grad_norm = limit
 
     # ----------------------------------------------------------------------------------------------- where it attaches
 
@@ -152,16 +150,12 @@ class CapabilityGuard(Protection):
 
     @contextmanager
     def stage(
-        self,
-        name: str,
-        path: Path | str | None = None,
-        inputs: Iterable[Any] | None = None,
-        **shown: Any,
+        self, name: str, path: Path | str | None = None, inputs: Iterable[Any] | None = None, **shown: Any
     ) -> Iterator[Recorder]:
         """Records a stage: on exit what it learned becomes history.
 
-        Steps inside belong to this domain unless `guard.domain` says otherwise; only its own steps are recorded. If the
-        block raises, nothing becomes history.
+        Steps inside belong to this domain unless `guard.domain` says otherwise; only its own steps are recorded. An
+        exception inside makes no history.
 
         Args:
             path: safetensors file to write on exit, atomically.
@@ -225,15 +219,13 @@ class CapabilityGuard(Protection):
                 yield
             started = time.perf_counter()
             if all(p.grad is None for p in self.parameters):
-                raise RuntimeError(
-                    f"probe of {name!r}: expected a gradient, found none; call loss.backward() inside the block"
-                )
+                raise RuntimeError(f"probe of {name!r}: expected a gradient, found none; call loss.backward() inside")
             with torch.no_grad():
                 a = self.stack.project(self._following.gradients(), name)
             # A probe that is not finite leaves the sign of the one before.
             if self.rule == "probed" and bool(self.stack.all_finite(a)):
                 self.memory.probes.add(name, a)
-            self.seconds["probe"] += time.perf_counter() - started
+            self._clock.spend("probe", time.perf_counter() - started)
             self.memory.probes.seconds += time.perf_counter() - entered
 
     def probes_due(self) -> bool:
@@ -290,7 +282,7 @@ class CapabilityGuard(Protection):
             ValueError: a rule that looks at signs; a norm limit, which comes after the edit; a recording in progress, for the
                 steps of a mixed batch are nobody's.
         """
-        return MixedGradient(self.memory, self._following, self._recording, self.seconds, self._known)
+        return MixedGradient(self.memory, self._following, self._recording, self._clock, self._known)
 
     def meets_mixed(self, domains: Collection[str]) -> None:
         """Warns, once, that a mixed batch of these domains is about to be held along its own domains' directions."""
@@ -315,7 +307,7 @@ class CapabilityGuard(Protection):
         """
         stage = self._recording.stage
         with torch.no_grad():
-            state = self.memory.state_dict(self._locals(), self.max_grad_norm)
+            state = self.memory.state_dict(self._locals())
         return {**state, "seen": list(self._seen), "recorder": None if stage is None else stage.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -325,7 +317,7 @@ class CapabilityGuard(Protection):
             ValueError: the state is of an earlier version, has another history or rule than this guard, or belongs to other
                 weights than those the model has now.
         """
-        self.memory.load_state_dict(state, self._locals(), self.max_grad_norm)
+        self.memory.load_state_dict(state, self._locals())
         self._seen.update(dict.fromkeys(state["seen"]))
         if state["recorder"] is not None:
             name = state["recorder"]["domain"]

@@ -17,7 +17,7 @@ from .factored_stack import FactoredStack
 from .frames import Frame, reach
 from .rules import RuleParams
 
-BLOCK = {"cpu": 1 << 20, "cuda": 256 << 20}
+CHUNK = {"cpu": 1 << 20, "cuda": 256 << 20}
 """Bytes of coefficients of input bases that are decided on at a time: a CPU keeps them in cache, a GPU wants few launches."""
 DEPENDENT = 1e-9
 """Eigenvalues of an overlap below this share of the largest: what directions span beyond the others is rounding."""
@@ -30,7 +30,6 @@ class InputStack(FactoredStack):
     nothing is sent. Of the r columns of a domain those that no matrix of a group has take no part in products.
 
     Args:
-        layout, device: see :class:`Stack`.
         room: directions of all domains together that a matrix has at most, as a share of its inputs. Those with the smallest
             shares of their own domain's inputs become zero, whatever the order in which domains came.
     """
@@ -53,13 +52,9 @@ class InputStack(FactoredStack):
         shards = self.layout.shards
         left = [group.rows for group in self.layout.groups if group.side == "left"]
         if shards.sharded and left:
-            for rows, part in zip(
-                left,
-                shards.sum_(torch.cat([coeffs[rows] for rows in left])).split(
-                    [rows.stop - rows.start for rows in left]
-                ),
-                strict=True,
-            ):
+            sizes = [rows.stop - rows.start for rows in left]
+            summed = shards.sum_(torch.cat([coeffs[rows] for rows in left]))
+            for rows, part in zip(left, summed.split(sizes), strict=True):
                 coeffs[rows] = part
 
     def acting(self, domain: str) -> float:
@@ -83,9 +78,9 @@ class InputStack(FactoredStack):
         return self._recorded[domain]
 
     @property
-    def blocks(self) -> Sequence[slice]:
-        """Whole matrices of about BLOCK bytes of coefficients together, or parts of one matrix."""
-        most = max(1, BLOCK.get(self.device.type, BLOCK["cuda"]) // (8 * max(self.rows, 1)))
+    def chunks(self) -> Sequence[slice]:
+        """Whole matrices of about CHUNK bytes of coefficients together, or parts of one matrix."""
+        most = max(1, CHUNK.get(self.device.type, CHUNK["cuda"]) // (8 * max(self.rows, 1)))
         cuts = [0]
         for group in self.layout.groups:
             for start in range(group.first, group.rows.stop, max(group.each, 1)):
@@ -123,13 +118,6 @@ class InputStack(FactoredStack):
         for at in group.chunks(self.device):
             yield at, slice(at.start * group.each, at.stop * group.each)
 
-    def _more_factors(self) -> list[Tensor]:
-        recorded = [t for b in self._recorded.values() for part in (b.left, b.right, b.moved) for t in part.values()]
-        boxes = [] if self._boxes is None else [t for box in self._boxes[1].values() for t in box[1:]]
-        boxes += [held for held, *_ in self._held.values()]
-        boxes += [*self._spans, *(t for projectors in self._projectors.values() for t in projectors)]
-        return [acting for acting in self._acting if acting.shape[2] < self.rows] + recorded + boxes
-
     def put(self, basis: FactoredBasis, parameters: Sequence[Tensor]) -> None:
         self._check_kind(basis)
         domain, before = basis.info.domain, self._room
@@ -148,7 +136,7 @@ class InputStack(FactoredStack):
         self._kept, self._acting, self._boxes, self._held = [], [], None, {}
         self._spans, self._projectors = [], {}
         for number, group in enumerate(self.layout.groups):
-            factors = self.left[number] if group.side == "left" else self.right[number]
+            factors = self.factors[group.side][number]
             assert factors is not None
             found = self._present(number).any(0)
             self._kept.append(found.nonzero().squeeze(1))
@@ -243,12 +231,10 @@ class InputStack(FactoredStack):
         return [torch.zeros(f.shape[0], group.each, f.shape[2], device=self.device) for group, f in sizes]
 
     def along(self, parts: Sequence[Tensor], own: str | None) -> list[Tensor]:
-        """See :class:`Stack`."""
         with full_precision(self.device):
             return [part @ projector for part, projector in zip(parts, self.projectors(own), strict=True)]
 
     def remove_(self, tensors: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
-        """See :class:`Stack`."""
         shards = self.layout.shards
         with full_precision(self.device):
             for group, Q, part in zip(self.layout.groups, self.spans, parts, strict=True):
@@ -264,11 +250,7 @@ class InputStack(FactoredStack):
     def measure(self, parameters: Sequence[Tensor], domain: str | None = None) -> Tensor:
         width = self.rows if domain is None else self.layout.width
         out = torch.zeros(self.layout.T, width, dtype=torch.float32, device=self.device)
-        with full_precision(self.device):
-            for number, group in enumerate(self.layout.groups):
-                if group.m:
-                    self._coefficients(out, number, group, parameters, domain)
-        self._sum_(out)
+        self._fill_(out, parameters, domain)
         return out
 
     def confine_(
@@ -286,15 +268,16 @@ class InputStack(FactoredStack):
                 columns, directions, root, far = self._box(number, own)
                 if not group.m or not columns.numel():
                     continue
-                most = max(1, BLOCK.get(self.device.type, BLOCK["cuda"]) // (4 * group.each * columns.numel()))
+                left = group.side == "left"
+                most = max(1, CHUNK.get(self.device.type, CHUNK["cuda"]) // (4 * group.each * columns.numel()))
                 for at in _runs([index not in exempt for index in group.indices], most):
-                    energy += self._confine_(
-                        group,
-                        self.layout.local(group, parameters, at),
-                        directions[at],
-                        self._anchors(number, group, anchor, columns, root, at),
-                        *self._bounds(group, at, columns, far, bounds, tight),
-                    )
+                    matrices = self.layout.local(group, parameters, at)
+                    here = self._anchors(number, group, anchor, columns, root, at)
+                    box = self._bounds(group, at, columns, far, bounds, tight)
+                    if left and self.layout.shards.sharded:
+                        energy += self._confine_spread(matrices, directions[at], here, *box)
+                    else:
+                        energy += torch.ops.carerl.input_confine_(matrices, directions[at], here, *box, left).sum()
         return energy
 
     def _anchors(self, number: int, group: Group, anchor: Tensor, columns: Tensor, root: Tensor, at: slice) -> Tensor:
@@ -345,21 +328,12 @@ class InputStack(FactoredStack):
         against, along = (t[columns].float() * size for t in (bounds.lower, bounds.upper))
         return torch.where(moved < 0, along, against), torch.where(moved < 0, against, along)
 
-    def _confine_(
-        self,
-        group: Group,
-        matrices: Sequence[Tensor],
-        directions: Tensor,
-        anchor: Tensor,
-        lower: Tensor | None,
-        upper: Tensor | None,
+    def _confine_spread(
+        self, matrices: Sequence[Tensor], directions: Tensor, anchor: Tensor, lower: Tensor | None, upper: Tensor | None
     ) -> Tensor:
-        """Some matrices of a group; the energy of what was taken out of them."""
-        left, shards = group.side == "left", self.layout.shards
-        if not (left and shards.sharded):
-            return torch.ops.carerl.input_confine_(matrices, directions, anchor, lower, upper, left).sum()
-        # Columns of a sharded matrix are spread over processes: nothing can be decided before they are summed.
-        d = anchor - shards.sum_(torch.ops.carerl.input_project(matrices, directions, left))
+        """Columns of a sharded matrix are spread over processes: nothing can be decided before they are summed."""
+        shards = self.layout.shards
+        d = anchor - shards.sum_(torch.ops.carerl.input_project(matrices, directions, True))
         x = d if lower is None or upper is None else d - torch.minimum(torch.maximum(d, -lower), upper)
         x = torch.where(x.isfinite().all(-1, keepdim=True), x, 0.0)
         add_product_(matrices, directions.mT, x)
@@ -392,8 +366,7 @@ class InputStack(FactoredStack):
         return x @ self._gram(number)[matrices]
 
     def _gram(self, number: int) -> Tensor:
-        gram = self._right_grams[number]
-        gram = self._left_grams[number] if gram is None else gram
+        gram = self.grams[self.layout.groups[number].side][number]
         assert gram is not None
         return gram
 

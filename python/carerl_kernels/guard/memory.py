@@ -15,7 +15,7 @@ from .box import Box
 from .build import new_stack
 from .correct import StepCorrection, rule_params
 from .probes import Probes
-from .report import DomainReport
+from .report import DomainReport, bytes_held
 from .settings import Settings
 from .stack import Stack, noise_floor
 from .statistics import Statistics
@@ -32,6 +32,7 @@ class Memory:
 
     def __init__(self, layout: Any, settings: Settings, device: torch.device):
         self.settings, self.device = settings, device
+        self.max_grad_norm = settings.max_grad_norm  # grad mode: clips the edited gradient
         self.statistics, self.probes = Statistics(), Probes(settings.probe_every, settings.probe_adaptive)
         self.steps_here = 0  # since displacements were last counted from zero
         self._moved: dict[str, float | None] = {}  # what the last stage moved along every domain's directions
@@ -72,22 +73,28 @@ class Memory:
         self.rebase(parameters)
 
     def adopt(self, basis: StoredBasis, parameters: Sequence[Tensor]) -> None:
-        """Takes a domain in; those of other domains go on."""
+        """Takes a domain in. What is remembered of others goes on where their directions act as before; the rest begins here."""
         self.settle(parameters)
-        stack = self.stack
-        stay = [name for name in self.history if name != basis.info.domain]
-        acted = {name: stack.present(name) for name in stay}
-        remembered = self.steps.remembered() if self.box is None else {"anchor": self.box.anchor}
+        stack, before = self.stack, self._remembered()
         kept = {
-            name: ({what: rows[:, stack.columns(name)].clone() for what, rows in remembered.items()}, acted[name])
-            for name in stay
+            name: ({what: rows[:, stack.columns(name)].clone() for what, rows in before.items()}, stack.present(name))
+            for name in self.history
+            if name != basis.info.domain
         }
         stack.put(basis, parameters)
         self._renew()
         if self.box is None:
-            self.steps.adopt(parameters, kept)
+            self.steps.rebase(parameters)
         else:
-            self.box.adopt(parameters, {name: (parts["anchor"], acts) for name, (parts, acts) in kept.items()})
+            self.box.anchor = stack.measure(parameters)
+        for name, (parts, acted) in kept.items():
+            columns, same = stack.columns(name), stack.present(name) & acted
+            for what, rows in self._remembered().items():
+                rows[:, columns] = torch.where(same, parts[what], rows[:, columns])
+
+    def _remembered(self) -> Mapping[str, Tensor]:
+        """What is remembered per coefficient `[T, K]`."""
+        return self.steps.remembered() if self.box is None else {"anchor": self.box.anchor}
 
     def rebase(self, parameters: Sequence[Tensor]) -> None:
         """Counts from the present parameters on."""
@@ -135,18 +142,18 @@ class Memory:
 
     def bytes(self) -> int:
         """Of directions, anchors and what belongs to them in this process."""
-        return self.stack.memory() + (0 if self.box is None else self.box.memory())
+        return bytes_held(self.stack, None if self.box is None else self.box.anchor)
 
     # ------------------------------------------------------------------------------------------------------------- state
 
-    def state_dict(self, parameters: Sequence[Tensor], max_grad_norm: float | None) -> dict[str, Any]:
+    def state_dict(self, parameters: Sequence[Tensor]) -> dict[str, Any]:
         """What is needed to go on exactly, and of which weights."""
         if self.box is not None and len(self.stack):
             self.box.account(parameters)
         return {
             "version": VERSION,
             "history": self.history,
-            "settings": self._deciding(max_grad_norm),
+            "settings": self._deciding(),
             "weights": hash_parameters(parameters, self.layout.shards),
             "correction": self.correction.state_dict(),
             "probes": self.probes.state_dict(),
@@ -155,9 +162,7 @@ class Memory:
             "moved": dict(self._moved),
         }
 
-    def load_state_dict(
-        self, state: Mapping[str, Any], parameters: Sequence[Tensor], max_grad_norm: float | None
-    ) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], parameters: Sequence[Tensor]) -> None:
         """Goes on from :meth:`state_dict`.
 
         Raises:
@@ -168,13 +173,10 @@ class Memory:
                 f"guard state: expected version {VERSION}, found {state.get('version', 1)}, which remembers other numbers; "
                 "finish the run with the package that wrote it, or start from its weights and basis files without the state"
             )
-        for name, saved, here in (
-            ("history", state["history"], self.history),
-            ("settings", state["settings"], self._deciding(max_grad_norm)),
-        ):
-            if saved != here:
+        for name, here in (("history", self.history), ("settings", self._deciding())):
+            if state[name] != here:
                 raise ValueError(
-                    f"guard state: expected {name} {saved!r} as saved, found {here!r}; add the same basis files in the "
+                    f"guard state: expected {name} {state[name]!r} as saved, found {here!r}; add the same basis files in the "
                     "same order, and construct the guard with the same settings, first"
                 )
         weights = hash_parameters(parameters, self.layout.shards)
@@ -188,9 +190,9 @@ class Memory:
         self.statistics.load_state_dict(state["statistics"])
         self.steps_here, self._moved = state["steps_here"], dict(state["moved"])
 
-    def _deciding(self, max_grad_norm: float | None) -> dict[str, Any]:
+    def _deciding(self) -> dict[str, Any]:
         """What decides how steps are corrected."""
         kind = self.layout.kind
         room = {"room": self.settings.room} if KINDS[kind].sees == "inputs" else {}
-        mine = {"max_grad_norm": max_grad_norm, "kind": kind, "k": self.layout.k}
+        mine = {"max_grad_norm": self.max_grad_norm, "kind": kind, "k": self.layout.k}
         return {**self.settings.deciding(), **mine, **room}

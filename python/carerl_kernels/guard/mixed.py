@@ -6,7 +6,6 @@ domain has added: no gradient is ever copied.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._clock import Clock
 from .following import Following
 from .memory import Memory
 from .recording import Recording
@@ -30,10 +30,10 @@ class MixedGradient:
         memory: Memory,
         following: Following,
         recording: Recording,
-        seconds: dict[str, float],
+        clock: Clock,
         known: Callable[[str], None],
     ):
-        rule, limit = memory.settings.rule, following.max_grad_norm
+        rule, limit = memory.settings.rule, memory.max_grad_norm
         if rule not in ("bounded", "remove"):
             raise ValueError(
                 f"mixed batches: expected rule 'bounded' or 'remove', found {rule!r}; what others' directions hold "
@@ -48,7 +48,7 @@ class MixedGradient:
                 "domain's own. Record each with guard.protect(name, its prompts), before or afterwards"
             )
         module = recording.module
-        self._memory, self._following, self._seconds, self._known = memory, following, seconds, known
+        self._memory, self._following, self._clock, self._known = memory, following, clock, known
         self._watch = None if module is None else RowWatch.of(memory.stack, module, following.parameters)
         self._seen: list[Tensor] | None = None  # coefficients of what was in the gradients when last looked at
         self._out: list[Tensor] | None = None  # what is to be taken out
@@ -60,16 +60,15 @@ class MixedGradient:
         stack = self._memory.stack
         if not len(stack):
             return
-        started = time.perf_counter()
-        seen = stack.seen(self._following.gradients())
-        gain = seen if self._seen is None else torch._foreach_sub(seen, self._seen)
-        out = stack.along(gain, domain)
-        if self._out is None:
-            self._out = out
-        else:
-            torch._foreach_add_(self._out, out)
-        self._seen = seen
-        self._seconds["act"] += time.perf_counter() - started
+        with self._clock.timed("act"):
+            seen = stack.seen(self._following.gradients())
+            gain = seen if self._seen is None else torch._foreach_sub(seen, self._seen)
+            out = stack.along(gain, domain)
+            if self._out is None:
+                self._out = out
+            else:
+                torch._foreach_add_(self._out, out)
+            self._seen = seen
 
     @property
     def takes_rows(self) -> bool:
@@ -91,10 +90,9 @@ class MixedGradient:
         """Whether what was seen row by row is all of the gradient. If not (a weight that is used in another way), drop the
         gradient and pass the domains backward one by one."""
         assert self._watch is not None
-        started = time.perf_counter()
-        complete = self._watch.agrees(self._following.gradients())
+        with self._clock.timed("act"):
+            complete = self._watch.agrees(self._following.gradients())
         self._out = self._watch.out if complete else None
-        self._seconds["act"] += time.perf_counter() - started
         return complete
 
     def average_(self, group: Any) -> None:
@@ -112,13 +110,12 @@ class MixedGradient:
         memory, stack = self._memory, self._memory.stack
         if self._out is None:
             return
-        started = time.perf_counter()
-        gradients = self._following.gradients()
-        if memory.settings.track_energy:
-            self._count(gradients)
-        stack.remove_(gradients, self._out)
-        self._seen = self._out = None
-        self._seconds["act"] += time.perf_counter() - started
+        with self._clock.timed("act"):
+            gradients = self._following.gradients()
+            if memory.settings.track_energy:
+                self._count(gradients)
+            stack.remove_(gradients, self._out)
+            self._seen = self._out = None
 
     def _count(self, gradients: list[Tensor]) -> None:
         """Energies of the step's whole gradient, and what of it is taken out."""

@@ -121,7 +121,8 @@ class Census:
         self._guarded, self.covered, self._module = dict(guarded), set(covered), module
         self._ids = {id(p) for p in guarded.values()}
         self._looked_at: frozenset[int] = frozenset()
-        self._free: dict[str, dict[str, int]] = {}
+        # what moves freely, by reason: number of parameters, and of their elements
+        self.free: dict[str, dict[str, int]] = {}
 
     def look(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         """Looks whether the optimizers have parameters that were not there before; warns of those that are not guarded."""
@@ -171,10 +172,6 @@ class Census:
                 )
 
     def _count(self, reason: str, p: nn.Parameter) -> None:
-        found = self._free.setdefault(reason, {"parameters": 0, "elements": 0})
+        found = self.free.setdefault(reason, {"parameters": 0, "elements": 0})
         found["parameters"] += 1
         found["elements"] += p.numel()
-
-    def report(self) -> dict[str, dict[str, int]]:
-        """What moves freely, by reason: number of parameters, and of their elements."""
-        return {reason: dict(found) for reason, found in self._free.items()}

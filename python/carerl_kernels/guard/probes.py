@@ -35,26 +35,30 @@ class Probes:
     """
 
     def __init__(self, every: int, adaptive: bool = False):
-        self.every = self.interval = every
-        self.adaptive = adaptive
-        self.agreement: dict[str, float] = {}  # of the last two rounds, per domain
+        self.every, self.adaptive = every, adaptive
         self.rounds = 0
         self.seconds = 0.0  # backward passes included, unlike those of the guard's report
+        self.restart()
+
+    def restart(self) -> None:
+        """A new stage: nothing is known."""
+        self.interval = self.every
+        self.agreement: dict[str, float] = {}  # of the last two rounds, per domain
+        self.sums: dict[str, Tensor] = {}  # of the round under way
         self._age: dict[str, int] = {}  # steps since the domain's last round
-        self._sums: dict[str, Tensor] = {}  # of the round under way
         self._noisy: set[str] = set()
 
     def add(self, name: str, coefficients: Tensor) -> None:
         """Takes in one micro-batch's coefficients `[T, width]`."""
-        self._sums[name] = coefficients if name not in self._sums else self._sums[name] + coefficients
+        self.sums[name] = coefficients if name not in self.sums else self.sums[name] + coefficients
 
     def due(self, names: Sequence[str]) -> bool:
         """Whether any domain wants a round before the next step."""
-        return any(name not in self._sums and self._age.get(name, self.interval) >= self.interval for name in names)
+        return any(name not in self.sums and self._age.get(name, self.interval) >= self.interval for name in names)
 
     def settle(self, name: str, before: Tensor, stack: Any) -> Tensor:
         """Ends a domain's round, given the signs of the one before (zero: none); gives the new ones. Synchronises once."""
-        total = self._sums.pop(name)
+        total = self.sums.pop(name)
         self._age[name] = 0
         self.rounds += 1
         weight = total.abs()
@@ -76,10 +80,6 @@ class Probes:
                 self._noisy.add(name)
             self.interval = max(self.interval // 2, fastest)
         return total.sign()
-
-    def pending(self) -> list[str]:
-        """Domains whose round is under way."""
-        return list(self._sums)
 
     def step(self) -> None:
         """An optimizer step was taken."""
@@ -108,11 +108,6 @@ class Probes:
             "agreement": dict(self.agreement),
             "fallback": self.distrusted(names),
         }
-
-    def restart(self) -> None:
-        """A new stage: nothing is known."""
-        self.interval, self.agreement = self.every, {}
-        self._age, self._sums, self._noisy = {}, {}, set()
 
     def state_dict(self) -> dict[str, Any]:
         return {

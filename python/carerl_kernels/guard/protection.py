@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from .._clock import Clock
+from .._errors import one_of
 from ..subspace import StoredBasis
 from ..subspace.fingerprint import hash_parameters
 from ..subspace.kinds import KINDS, kind_of, rank_of
@@ -52,7 +53,8 @@ class Protection:
         self.layout: Any = KINDS[kind].layout(named, kind, rank_of(kind, settings.k, settings.r), process_group, sides)
         self.data_group = data_group(model, self.layout)
         self.domains = None if settings.domains is None else tuple(settings.domains)
-        self.seconds = {"act": 0.0, "record": 0.0, "probe": 0.0}
+        self._clock = Clock("act", "record", "probe")
+        self.seconds = self._clock.seconds
         self.device = local(self.parameters[0]).device
         self.memory = Memory(self.layout, settings, self.device)
         self._census = Census(dict(named), self.layout.covered_names, inner)
@@ -151,11 +153,7 @@ class Protection:
         if not len(self.stack):
             self._adapt(moments.layout(self.layout, self._locals()))
         basis = moments.basis(
-            self.layout,
-            name,
-            energy=self.settings.energy,
-            architecture=self.architecture,
-            parameters=self._locals(),
+            self.layout, name, energy=self.settings.energy, architecture=self.architecture, parameters=self._locals()
         )
         self.add(basis)
         if path is not None:
@@ -198,10 +196,9 @@ class Protection:
                 f"confine_: expected rule 'bounded' or 'remove' with apply_to='update', found {self.rule!r} with "
                 f"{self.apply_to!r}, which corrects steps one by one"
             )
-        started = time.perf_counter()
-        if len(self.stack):
-            box.confine_(self._locals())
-        self.seconds["act"] += time.perf_counter() - started
+        with self._clock.timed("act"):
+            if len(self.stack):
+                box.confine_(self._locals())
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -241,8 +238,8 @@ class Protection:
     def _known(self, name: str, recorded: bool = False) -> None:
         if recorded:  # its numbers will be needed: better asked for now than when the stage ends
             self.settings.numbers_of(name)
-        if self.domains is not None and name not in self.domains:
-            raise ValueError(f"domain: expected one of {', '.join(self.domains)}, found {name!r}")
+        if self.domains is not None:
+            one_of("domain", name, self.domains)
         self._seen[name] = None
 
     def _locals(self) -> list[Tensor]:

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._errors import at_least
 from ..subspace.kinds import KINDS
 from ..subspace.layout import Layout
 from ..subspace.matrices import MatrixLayout
 from ..subspace.recorder import Recorder
 from ..subspace.store import StoredBasis
 from .build import new_stack
-from .settings import Settings, at_least
+from .settings import Settings
 from .stack import Stack, noise_floor
 
 LEAST = 8
@@ -167,7 +168,6 @@ class Recording:
         """Feeds the recordings of this step's domain, and tells the others that it was not theirs.
 
         Args:
-            own: the step's domain.
             gradient: of every parameter; nothing where nobody looks at it.
             stage: whether the stage's recorder is fed here, and not by the edit.
 

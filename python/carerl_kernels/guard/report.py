@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from .memory import Memory
     from .optimizers import Census
     from .recording import Recording
+
+
+PACKAGE = __name__.partition(".")[0]
 
 
 class DomainReport(TypedDict):
@@ -23,7 +27,7 @@ class DomainReport(TypedDict):
         capture: share of what was recorded that the directions hold: "gradient" of the energy of gradients or inputs,
             "displacement" of the squared displacement of the stage (None without one).
         acting: share of what its directions hold that acts: less than 1 where `room` was short.
-        steps: recorded.
+        steps: of the recorded stage, or batches that were shown.
     """
 
     energy: dict[str, float | None] | None
@@ -89,13 +93,35 @@ def report_of(
         "touched_share": statistics.touched_share,
         "domains": {name: memory.domain(name, parameters) for name in history},
         "open_windows": [n for n in seen if n not in history] + [n for n in history if memory.blind(n)],
-        "unguarded": census.report(),
+        "unguarded": {reason: dict(found) for reason, found in census.free.items()},
         "recording": {name: newcomer.as_dict() for name, newcomer in recording.newcomers.items()},
         **({"probes": memory.probes.report(history)} if settings.rule == "probed" else {}),
         "communication": {"elements": layout.shards.elements, "all_reduces": layout.shards.calls},
         "memory": memory.bytes(),
         "covered": layout.covered / layout.parameters,
     }
+
+
+def bytes_held(*holders: Any) -> int:
+    """Bytes of the tensors that objects of this package hold in this process, each memory once."""
+    found: dict[tuple[torch.device, int], int] = {}
+    seen: set[int] = set()
+    todo = list(holders)
+    while todo:
+        held = todo.pop()
+        if id(held) in seen:
+            continue
+        seen.add(id(held))
+        if isinstance(held, Tensor):
+            memory = held.untyped_storage()
+            found[held.device, memory.data_ptr()] = memory.nbytes()
+        elif isinstance(held, Mapping):
+            todo += held.values()
+        elif isinstance(held, list | tuple):
+            todo += held
+        elif type(held).__module__.startswith(PACKAGE):
+            todo += vars(held).values()
+    return sum(found.values())
 
 
 def flat_numbers(report: Mapping[str, Any]) -> dict[str, float]:

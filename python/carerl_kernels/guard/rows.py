@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ Place = tuple[int, int]
 
 
 class RowWatch:
-    """Hooks on linear layers and embeddings that gather, for input bases, what :class:`MixedGradient` needs.
+    """Hooks on linear layers and embeddings that gather what :class:`MixedGradient` takes out, where bases are of inputs.
 
     Args:
         places: modules, each with the place of its weight.
@@ -90,13 +91,10 @@ class RowWatch:
             if fed is None or fed.shape[0] != self._rows or output.dim() != 3:
                 self.untold = True
                 return
-            output.register_hook(
-                lambda dy: (
-                    self._look_up(module, place, fed, dy)
-                    if isinstance(module, nn.Embedding)
-                    else self._multiply(place, fed, dy)
-                )
-            )
+            if isinstance(module, nn.Embedding):
+                output.register_hook(partial(self._look_up, module, place, fed))
+            else:
+                output.register_hook(partial(self._multiply, place, fed))
 
         return called
 

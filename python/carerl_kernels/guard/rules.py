@@ -80,7 +80,6 @@ def decide(
         c: raw coefficients of this step `[T, K]` in the gradient convention (positive repeats prior learning).
         active: `[K]` bool, the rows that act: those of every domain but the batch's own.
         state: see :data:`MEMORY`; changed in place, on active rows only, and only when every c is finite.
-        params, frame: see their classes.
         displacement: h `[T, K]`, the recorded stages' displacement along each row.
         finite: 0-d bool, whether every c is; None looks at c, which sees this process's rows only.
         fallback: `[K]` bool, rows that rule "probed" treats as "bounded" does, because their signs cannot be trusted.

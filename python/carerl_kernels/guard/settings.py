@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 
 import torch
 
+from .._errors import at_least, one_of
 from .._ops import BASIS_DTYPES
 from ..subspace.kinds import KINDS
 from ..subspace.layout import Kind
@@ -33,18 +34,6 @@ def for_domain(what: str, value: Any, name: str) -> Any:
     if name not in value:
         raise ValueError(f"{what}: expected a number for domain {name!r}, found one only for {', '.join(value)}")
     return value[name]
-
-
-def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
-    """Refuses a word that is not on the list."""
-    if value not in allowed:
-        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, found {value!r}")
-
-
-def at_least(name: str, number: float, least: float) -> None:
-    """Refuses a number that is too small."""
-    if not number >= least:
-        raise ValueError(f"{name}: expected at least {least}, found {number}")
 
 
 class GuardOptions(TypedDict, total=False):
@@ -128,7 +117,7 @@ class Settings:
         one_of("rule", self.rule, RULES)
         one_of("apply_to", self.apply_to, ("update", "grad"))
         if self.basis is not None:
-            one_of("basis kind", self.basis, tuple(KINDS))
+            one_of("basis kind", self.basis, KINDS)
         if self.rule == "bounded" and self.apply_to == "grad":
             raise ValueError(
                 "rule 'bounded' compares with displacements of parameters: expected apply_to='update', found 'grad'; "

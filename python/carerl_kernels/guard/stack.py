@@ -14,7 +14,7 @@ from ..linalg import dacsp_core
 from ..subspace.layout import Layout
 from ..subspace.matrices import MatrixLayout
 from ..subspace.store import BasisError, BasisInfo, DomainBasis, StoredBasis
-from .frames import Frame
+from .frames import DenseSpan, Frame
 from .rules import RuleParams, beyond
 
 ROUNDING = {
@@ -86,8 +86,8 @@ class Stack(ABC, Generic[L, B]):
         return torch.ones(self.layout.T, self.layout.width, dtype=torch.bool, device=self.device)
 
     @property
-    def blocks(self) -> Sequence[slice]:
-        """Coefficient rows that are decided on at a time, together all of them; no row has to do with those of other blocks."""
+    def chunks(self) -> Sequence[slice]:
+        """Coefficient rows that are decided on at a time, together all of them; no row has to do with those of other chunks."""
         return (slice(0, self.layout.T),)
 
     def columns(self, domain: str) -> slice:
@@ -207,22 +207,18 @@ class Stack(ABC, Generic[L, B]):
 
     @abstractmethod
     def overlap_times(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
-        """`S x`, all of it `[T, K]` or one of the blocks."""
-
-    @abstractmethod
-    def memory(self) -> int:
-        """Bytes of directions, overlaps and cached frames in this process."""
+        """`S x`, all of it `[T, K]` or one of the chunks."""
 
     def column_sums(self, values: Tensor) -> Tensor:
         """Sums `[..., K]` over all coefficient rows of values `[..., T, K]`, those of other processes included."""
         return self.summed(self.own_sums(values))
 
     def own_sums(self, values: Tensor, rows: slice = slice(None)) -> Tensor:
-        """What all rows here, or those of a block, add to the sums."""
+        """Sums over the coefficient rows that are this process's to count, all of them or those of a chunk."""
         return values.sum(-2)
 
     def summed(self, sums: Tensor) -> Tensor:
-        """Own sums of all processes together."""
+        """:meth:`own_sums` added up over all processes."""
         return sums
 
     def all_finite(self, coeffs: Tensor) -> Tensor:
@@ -235,9 +231,6 @@ class Stack(ABC, Generic[L, B]):
 
     def pack_(self, rows: Tensor, parts: Any) -> None:
         rows.copy_(parts)
-
-    def _frames_memory(self) -> int:
-        return sum(frame.memory() for frame in self._frames.values())
 
 
 class RowStack(Stack[Layout, DomainBasis]):
@@ -299,11 +292,10 @@ class RowStack(Stack[Layout, DomainBasis]):
         return DomainBasis(self.infos[domain], self.bases[at], self._spectra[domain], moved, scales, layout)
 
     def project(self, tensors: Sequence[Tensor], domain: str | None = None, out: Tensor | None = None) -> Tensor:
-        if domain is None:
-            return self.layout.project(tensors, self.bases, self.scales)
-        at = self.names.index(domain)
-        scales = None if self.scales is None else self.scales[at : at + 1]
-        return self.layout.project(tensors, self.bases[at : at + 1], scales)
+        at = slice(None)
+        if domain is not None:
+            at = slice(self.names.index(domain), self.names.index(domain) + 1)
+        return self.layout.project(tensors, self.bases[at], None if self.scales is None else self.scales[at])
 
     def edit_(self, tensors: Sequence[Tensor], mix: Tensor, scale: Tensor | None = None) -> None:
         if scale is None:
@@ -320,7 +312,6 @@ class RowStack(Stack[Layout, DomainBasis]):
         Args:
             grads: whole, finite or left alone.
             own: domain whose rows do not act.
-            params: weights.
             floor: smallest coefficient whose sign counts.
 
         Returns:
@@ -332,15 +323,9 @@ class RowStack(Stack[Layout, DomainBasis]):
         c = torch.zeros(T, K, dtype=torch.float64, device=self.device)
         for call, some, offsets in self.layout.over(grads):
             rows = call.index(self.device)
-            found, _ = torch.ops.carerl.dacsp_.list_tensor(
-                some,
-                self.bases,
-                offsets,
-                *weights,
-                root[rows] if call.per_tensor else root[call.rows[0]],
-                self.scales,
-                call.per_tensor,
-            )
+            combine, each = root[rows] if call.per_tensor else root[call.rows[0]], call.per_tensor
+            op = torch.ops.carerl.dacsp_.list_tensor
+            found, _ = op(some, self.bases, offsets, *weights, combine, self.scales, each)
             c[rows] = found.view(len(call.rows), K).to(c)
         c = torch.where(active & c.isfinite().all(), c, 0.0)
         aligned, conflict, threshold = (w.double() for w in weights)
@@ -351,7 +336,9 @@ class RowStack(Stack[Layout, DomainBasis]):
         """R `[T, K, K]` float64 of the rows that act on a domain's steps, zero for the others."""
         root = torch.zeros(self.layout.T, self.rows, self.rows, dtype=torch.float64, device=self.device)
         columns = self.active(own).nonzero().squeeze(1)
-        root[:, columns.unsqueeze(1), columns] = self.frame(own).spans[0].tensors()[0]
+        (span,) = self.frame(own).spans
+        assert isinstance(span, DenseSpan)
+        root[:, columns.unsqueeze(1), columns] = span.root
         return root
 
     @property
@@ -362,7 +349,3 @@ class RowStack(Stack[Layout, DomainBasis]):
 
     def overlap_times(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
         return (self.overlap[rows] @ x.unsqueeze(-1)).squeeze(-1)
-
-    def memory(self) -> int:
-        tensors = [self.bases, self.overlap] + ([] if self.scales is None else [self.scales])
-        return sum(t.numel() * t.element_size() for t in tensors) + self._frames_memory()

@@ -42,9 +42,7 @@ class Statistics:
 
     def count(self, stack: Stack[Any, Any], sums: Tensor, touched: Tensor, total: Tensor | None) -> None:
         """Adds an update: sums of :func:`energies` `[2, K]`, the energy of its correction, and its squared norm if known."""
-        known = (
-            torch.full((), torch.nan, dtype=sums.dtype, device=sums.device) if total is None else total.to(sums.dtype)
-        )
+        known = sums.new_full((), torch.nan) if total is None else total.to(sums.dtype)
         for name in stack.names:
             add = torch.cat([sums[:, stack.columns(name)].sum(1), known.unsqueeze(0)])
             self._energies[name] = self._energies[name] + add if name in self._energies else add

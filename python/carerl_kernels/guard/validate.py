@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,9 +47,6 @@ class Validation:
     random: float
     random_high: float
     verdict: str
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def validate(basis: StoredBasis, model: nn.Module, losses: Iterable[Callable[[], Tensor]], seed: int = 0) -> Validation:
@@ -100,8 +98,7 @@ def validate(basis: StoredBasis, model: nn.Module, losses: Iterable[Callable[[],
 
 
 def _interval(values: list[float]) -> tuple[float, float, float]:
-    n, mean = len(values), sum(values) / len(values)
-    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
+    n, mean, spread = len(values), statistics.fmean(values), statistics.stdev(values)
     t = _T95[n - 3] if n - 3 < len(_T95) else 1.96 + 2.4 / (n - 1)
     half = t * spread / math.sqrt(n)
     return mean, max(0.0, mean - half), min(1.0, mean + half)

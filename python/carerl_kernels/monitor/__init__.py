@@ -1,6 +1,6 @@
 """Drift monitor and report: does one domain fall while others are trained, how sure is that, and who pulls where."""
 
-from ..grpo.reward_statistics import reward_statistics
+from ..grpo.rollout import reward_statistics
 from .controller import Controller
 from .domain import Alert
 from .monitor import DriftMonitor

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
+from .._clock import Clock
 
-class Clock:
+
+class MonitorClock(Clock):
     """Counts the seconds of a monitor's parts; its state goes on in a resumed run."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        super().__init__()
         self._started: float | None = None
         self._wall_before = 0.0
         self._spent_before, self._last_line = 0.0, time.perf_counter()
@@ -20,19 +21,6 @@ class Clock:
     def start(self) -> None:
         """The run begins, unless it has begun already."""
         self._started = self._started or time.perf_counter()
-
-    @contextmanager
-    def timed(self, part: str) -> Iterator[None]:
-        """Counts the time inside as this part's."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.spend(part, time.perf_counter() - started)
-
-    def spend(self, part: str, seconds: float) -> None:
-        """Counts seconds that were measured elsewhere."""
-        self.seconds[part] = self.seconds.get(part, 0.0) + seconds
 
     def cost(self) -> dict[str, Any]:
         """Seconds per part, wall-clock seconds since the run began, and the share of the parts in them."""

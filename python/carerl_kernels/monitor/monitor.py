@@ -18,7 +18,7 @@ from .._files import write_bytes_atomically
 from .._json import plain
 from ..guard.report import guard_figures
 from .budget import StepBudget
-from .clock import Clock
+from .clock import MonitorClock
 from .controller import Controller
 from .domain import Alert, Given, WatchedDomain, as_json, is_number, judge, read_baseline
 from .gradients import GradientKeeper
@@ -130,7 +130,7 @@ class DriftMonitor:
         self.losses, self.controller = losses, controller
         self.sinks, self.on_alert = tuple(sinks), on_alert
         self.alerts: list[Alert] = []
-        self._clock = Clock()
+        self._clock = MonitorClock()
         given = {} if baseline in ("start", "best") else read_baseline(baseline, self.domains)
         if examples == "fresh":
             for name, value in given.items():

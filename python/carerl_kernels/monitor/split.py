@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..grpo.parallel import Ranks, reshard
+from ..grpo.parallel import Ranks
 from ..grpo.rundir import load_tensors, save_tensors
 from ..guard.build import trainable
-from ..subspace.shards import Shards, local
+from ..subspace.shards import Shards, local, reshard
 
 Named = nn.Module | Iterable[tuple[str, nn.Parameter]]
 Losses = Callable[[], Mapping[str, float]]

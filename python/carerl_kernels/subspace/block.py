@@ -59,10 +59,8 @@ def leading_factors(
 
     Args:
         matrices: float32, local rows.
-        r: rank.
         names: seed the starting vectors, so that results do not depend on how many processes there are.
         whole: rows of the whole matrices.
-        shards: sums over processes.
 
     Returns:
         U `[c, m, r]` float32 (local rows), S `[c, r]` float64 descending, V `[c, n, r]` float32; columns are

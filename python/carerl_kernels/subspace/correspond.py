@@ -35,7 +35,6 @@ class Correspondence:
 
     Args:
         weights: The weights of the model that the bases were recorded on, or one like it.
-        bases: input bases of one model.
         like: others of the same model, for its configuration where `weights` have none.
 
     Raises:

@@ -120,10 +120,7 @@ class FactoredBasis(StoredBasis, kinds=("block", "input")):
                     f"{path}: damaged basis file: expected values.{name} [{r}], finite and at least 0, found {list(t.shape)}"
                 )
         if not any(bool(t.any()) for by_name in (self.left, self.right) for t in by_name.values()):
-            raise BasisError(
-                f"{path}: the basis of domain {self.info.domain!r} has no directions, all of them are zero: it would protect "
-                "nothing; record the domain again"
-            )
+            raise self._empty(path)
 
     def check_model(self, layout: Any, architecture: str) -> None:
         super().check_model(layout, architecture)

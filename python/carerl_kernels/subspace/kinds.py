@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .._errors import one_of
 from .block import BlockRecorder
 from .layout import Kind, Layout
 from .matrices import MatrixLayout, Side
@@ -70,8 +71,7 @@ def rank_of(kind: Kind, k: int | None, r: int | None) -> int:
     Raises:
         ValueError: an unknown kind, or the other sort's number was given.
     """
-    if kind not in KINDS:
-        raise ValueError(f"basis kind: expected one of {', '.join(KINDS)}, found {kind!r}")
+    one_of("basis kind", kind, KINDS)
     right = KINDS[kind].rank
     number, wrong, other = (k, "r", r) if right == "k" else (r, "k", k)
     if other is not None:

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from .._errors import one_of
 from .._ops import SEGMENT
 from .shards import Shards, local
 
@@ -42,7 +43,6 @@ class Layout:
 
     Attributes:
         names, shapes: The names and shapes of the whole parameters, in order.
-        kind: "flat" or "per_matrix".
         k: directions per domain and coefficient row.
         offsets: first element of each parameter within a local row; multiples of 128, zero-padded between.
         size: N, elements of a local row including padding.
@@ -69,8 +69,7 @@ class Layout:
             ValueError: no tensors, an unknown kind, k < 1, or a tensor that is not dense, not floating, or sharded in another
                 way than along dimension 0.
         """
-        if kind not in get_args(RowKind):
-            raise ValueError(f"basis kind: expected one of {', '.join(get_args(RowKind))}, found {kind!r}")
+        one_of("basis kind", kind, get_args(RowKind))
         named, shards = checked(named, k, group)
         offsets, end = [], 0
         for piece in shards.pieces:
@@ -111,10 +110,7 @@ class Layout:
         """Number of parameters, whole and without padding."""
         return sum(piece.numel for piece in self.shards.pieces)
 
-    @property
-    def covered(self) -> int:
-        """Parameters that a basis of this kind has directions for: all."""
-        return self.parameters
+    covered = parameters  # those that a basis of this kind has directions for: all
 
     @property
     def covered_names(self) -> tuple[str, ...]:
@@ -202,31 +198,18 @@ class Layout:
         """`tensor <- scale*(tensor + mix U)` in place; mix `[T, D*k]`, scale `[T]`."""
         mix, scale = mix.float(), scale.float()
         for call, some, offsets in self.over(tensors):
-            torch.ops.carerl.edit_.list(
-                some,
-                bases,
-                offsets,
-                mix[call.index(mix.device)],
-                scale[call.index(scale.device)],
-                scales,
-                call.per_tensor,
-            )
+            rows = call.index(mix.device)
+            torch.ops.carerl.edit_.list(some, bases, offsets, mix[rows], scale[rows], scales, call.per_tensor)
 
     def edit_rotate_(self, tensors: Sequence[Tensor], bases: Tensor, mix: Tensor, domain: int, q: Tensor) -> None:
         """`tensor <- tensor + mix U` and `U_domain <- q [U_domain; tensor]` of the tensor as it was, in one pass."""
         mix, q = mix.float(), q.float()
+        seed = 0  # no random rounding: rows are float32
         for call, some, offsets in self.over(tensors):
-            torch.ops.carerl.edit_rotate_.list(
-                some,
-                bases,
-                offsets,
-                mix[call.index(mix.device)],
-                mix.new_ones(len(call.rows)),
-                domain,
-                (q[call.index(q.device)] if call.per_tensor else q[call.rows[0]]).contiguous(),
-                call.per_tensor,
-                0,  # no random rounding: rows are float32
-            )
+            rows, ones = call.index(mix.device), mix.new_ones(len(call.rows))
+            turn = (q[rows] if call.per_tensor else q[call.rows[0]]).contiguous()
+            each = call.per_tensor
+            torch.ops.carerl.edit_rotate_.list(some, bases, offsets, mix[rows], ones, domain, turn, each, seed)
 
     def rotate_(self, bases: Tensor, tensors: Sequence[Tensor], q: Tensor) -> None:
         """`U <- q [U; g]` in place on one domain's rows `[k, N]`; q `[T, k', k+1]`."""

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from .._errors import one_of
 from ..thin import workspace
 from .layout import checked
 from .shards import Shards, local
@@ -59,7 +60,6 @@ class MatrixLayout:
 
     Attributes:
         names, shapes: The names and shapes of the whole parameters, in order.
-        kind: "block" or "input".
         k: rank r.
         T: coefficient rows here.
         shards: what of every parameter lives here.
@@ -92,8 +92,7 @@ class MatrixLayout:
         Raises:
             ValueError: as :meth:`Layout.of`; no matrix among the tensors; parts of matrices that are not whole rows.
         """
-        if kind not in get_args(FactoredKind):
-            raise ValueError(f"basis kind: expected one of {', '.join(get_args(FactoredKind))}, found {kind!r}")
+        one_of("basis kind", kind, get_args(FactoredKind))
         parts, shards = checked(named, k, group)
         if group is not None and shards.sharded:
             raise ValueError(
@@ -213,7 +212,7 @@ class MatrixLayout:
     def each(
         self, group: Group, tensors: Sequence[Tensor] | Callable[[int], Tensor], at: slice = slice(None)
     ) -> Iterator[Tensor]:
-        """The same one at a time.
+        """The matrices of :meth:`local` one at a time.
 
         Args:
             tensors: of all parameters, or a function that gives one; asked once where slices of one follow each other.

@@ -106,10 +106,7 @@ def _layout_of(info: BasisInfo, k: int) -> Layout:
 
 
 def _merge_factors(bases: list[FactoredBasis], k: int) -> tuple[FactoredBasis, float]:
-    left: dict[str, Tensor] = {}
-    right: dict[str, Tensor] = {}
-    values: dict[str, Tensor] = {}
-    moved: dict[str, Tensor] = {}
+    left, right, values, moved = (dict[str, Tensor]() for _ in range(4))
     before = 0.0
     for name in bases[0].moved:
         lefts = [b.left[name].double() for b in bases if name in b.left]

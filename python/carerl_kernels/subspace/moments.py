@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from ..thin import full_precision, times, times_transposed
 from .factored import FactoredBasis
 from .fingerprint import hash_parameters
 from .matrices import Group, MatrixLayout, Side, some, unlabel
-from .start import StageStart
+from .recorder import StageStart
 from .store import BasisInfo
 
 EXACT = 1024
@@ -47,10 +48,8 @@ class Sum:
     @classmethod
     def zeros(cls, n: int, width: int, device: torch.device) -> Sum:
         columns = n if exact(n, width) else width
-        return cls(
-            torch.zeros(n, columns, dtype=torch.float64, device=device),
-            torch.zeros((), dtype=torch.float64, device=device),
-        )
+        values = torch.zeros(n, columns, dtype=torch.float64, device=device)
+        return cls(values, values.new_zeros(()))
 
     def add(self, rows: Tensor) -> None:
         """Takes in `[T, n]`."""
@@ -92,16 +91,11 @@ def sketch_width(r: int) -> int:
     return 2 * r + 16
 
 
-_OMEGAS: dict[tuple[int, int, torch.device], Tensor] = {}
-
-
+@functools.cache
 def omega(n: int, width: int, device: torch.device) -> Tensor:
     """The random matrix `[n, width]` of sketches, float32, orthonormal columns: always the same."""
-    key = (n, width, device)
-    if key not in _OMEGAS:
-        drawn = torch.randn(n, width, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
-        _OMEGAS[key] = torch.linalg.qr(drawn)[0].float().to(device)
-    return _OMEGAS[key]
+    drawn = torch.randn(n, width, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    return torch.linalg.qr(drawn)[0].float().to(device)
 
 
 @dataclass
@@ -129,7 +123,6 @@ class Accumulator:
         """Input vectors of a matrix.
 
         Args:
-            use: the matrix and the side.
             inputs: `[..., K]`; must not change before :meth:`settle`.
             keep: bool, shaped as the rows; None: all count.
             n: elements of an input vector of this matrix.
@@ -152,7 +145,7 @@ class Accumulator:
             self.counts[use] = self.counts[use] + counts if use in self.counts else counts
 
     def settle(self) -> None:
-        """Takes in what waits: before tensors change in place, and at the end."""
+        """Takes in the tensors that wait: called before tensors change in place, and at the end."""
         for waiting in self._waiting.values():
             self._take(waiting)
         self._waiting.clear()
@@ -199,11 +192,7 @@ class Moments:
 
     def __init__(self, accumulator: Accumulator, sides: Mapping[str, Side], batches: int):
         self.batches = batches  # shown, over all processes
-        self.uncoverable: dict[
-            str, tuple[str, ...]
-        ] = {}  # weights used in no product with an input, by which operators
-        self.free: tuple[str, ...] = ()  # labels of matrices of which nothing was seen (unseen="free"): no directions
-        self.idle: tuple[str, ...] = ()  # labels of experts that no token was routed to: no directions either
+        self.uncoverable: frozenset[str] = frozenset()  # weights used in no product with an input
         self._guessed = dict(sides)
         self._counts = accumulator.counts
         self._sums: dict[Use, list[tuple[Sum, int]]] = {}
@@ -302,7 +291,6 @@ class Moments:
         Args:
             layout: A layout of kind "input"; its k is the rank.
             energy: keep the fewest directions with this share of the inputs' energy, at most r.
-            architecture: class name of the model, for the fingerprint.
             parameters: local parts, as they are now.
             start: of the stage, to measure how far it moved along the directions; None: moved by 0, no stage was recorded.
             steps: The number of steps of the stage; by default the batches shown.

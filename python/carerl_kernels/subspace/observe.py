@@ -15,10 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .._errors import one_of
 from .batches import Positions, call, prepared, text_positions, to_device
 from .matrices import MatrixLayout, some, unlabel
 from .moments import Accumulator, Moments, sketch_width
 from .rows import Rows
+from .shards import reshard
 from .sites import guess_sides, plain_name, unwrapped
 from .watch import Watch
 
@@ -41,8 +43,8 @@ def observe(
 ) -> Moments:
     """Shows batches to a model and sums up the inputs of every covered weight, however it is used.
 
-    The pass is the caller's in nothing: no gradients, eager, without dropout and autocast, and afterwards modes, random numbers
-    and compiled code are as they were. Of a padded batch only text counts. Under FSDP2 every process calls it, each with
+    The pass is without gradients, eager, and without dropout and autocast, whatever the caller has set; afterwards modes, random
+    numbers and compiled code are as they were. Of a padded batch only text counts. Under FSDP2 every process calls it, each with
     its own share of the batches; a process that runs out shows its last one again, uncounted, until all are done.
 
     Args:
@@ -59,8 +61,7 @@ def observe(
     Raises:
         ValueError: no batch; a covered weight that no batch reached; inputs that are not finite.
     """
-    if unseen not in ("error", "free"):
-        raise ValueError(f"unseen: expected 'error' or 'free', found {unseen!r}")
+    one_of("unseen", unseen, ("error", "free"))
     inner = unwrapped(model)
     group = group if group is not None else layout.shards.group
     named = [(plain_name(name), p) for name, p in inner.named_parameters()]
@@ -111,14 +112,13 @@ def _settle(
     """What of the covered weights was not seen: idle experts, weights without products, and the rest, which is refused."""
     labels = [name for group in layout.groups for name in layout.labels(group)]
     missing = [name for name in labels if not moments.saw(name)]
-    seen = {name for name in labels if moments.saw(name)}
-    families = {_family(name) for name in seen}
-    idle = [name for name in missing if _family(name) != name and _family(name) in families]
-    rest = [name for name in missing if name not in set(idle)]
+    families = {_family(name) for name in labels if moments.saw(name)}
+    # Experts that no token was routed to have no directions, and nothing is said of them.
+    rest = [name for name in missing if _family(name) == name or _family(name) not in families]
     unused = {name: sorted(other[name]) for name in dict.fromkeys(unlabel(n)[0] for n in rest) if name in other}
     free = [name for name in rest if unlabel(name)[0] not in unused]
     unseen_names = some(list(dict.fromkeys(unlabel(name)[0] for name in free)))
-    moments.idle, moments.uncoverable, moments.free = tuple(idle), {n: tuple(o) for n, o in unused.items()}, tuple(free)
+    moments.uncoverable = frozenset(unused)
     if free and unseen == "error":
         raise ValueError(
             f"expected inputs of every covered weight, found none of {unseen_names}; show batches that use them, pass run= where "
@@ -195,11 +195,7 @@ def _quiet(model: nn.Module) -> Iterator[None]:
             torch.backends.mha.set_fastpath_enabled(fast)
             for module in training:
                 module.training = True
-            for module in model.modules():
-                # FSDP2's root keeps its parameters gathered until a backward pass, which does not come here
-                reshard: Any = getattr(module, "reshard", None)
-                if reshard is not None and hasattr(module, "set_reshard_after_forward"):
-                    reshard()
+            reshard(model)
 
 
 @contextmanager

@@ -23,7 +23,6 @@ class StreamingPCA:
     Args:
         layout: where the tensors lie; flat or per matrix.
         k: directions wanted, per coefficient row of the layout.
-        oversample: extra rows stored while streaming.
         device: The device of the rows, which are float32.
 
     Attributes:

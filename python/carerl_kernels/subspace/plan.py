@@ -14,6 +14,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from .._errors import at_least
 from .._ops import SCALED_DTYPES
 from ..thin import WORKSPACE
 from .layout import Kind, Layout
@@ -22,7 +23,7 @@ from .moments import exact, sketch_width
 from .sites import guess_sides
 
 OVERSAMPLED_ROWS = 4  # what StreamingPCA stores beyond k while recording
-STATE = 5  # float64 per coefficient of rows and blocks: q_prev, q_start, the rule's, and where q and correction go
+STATE = 5  # float64 per coefficient of row and block bases: q_prev, q_start, the rule's, and where q and correction go
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,8 @@ def plan(
     Raises:
         ValueError: a number out of range, or a kind the model has no use for.
     """
-    for name, number in (("domains", domains), ("world size", world_size)):
-        if number < 1:
-            raise ValueError(f"{name}: expected at least 1, found {number}")
+    at_least("domains", domains, 1)
+    at_least("world size", world_size, 1)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     N = sum(p.numel() for _, p in named)
     common: dict[str, Any] = {

@@ -26,7 +26,6 @@ def random_basis(
 
     Args:
         seed: Seed of the directions; those of factored bases depend on the domain's name, too.
-        architecture: Class name of the model that the basis is for.
         dtype: Storage of row directions; factors are float32.
     """
     info = BasisInfo.of(layout, domain, architecture=architecture, displacement_capture=layout.chance)
@@ -70,7 +69,5 @@ def _factors(layout: MatrixLayout, seed: int, info: BasisInfo) -> FactoredBasis:
 
 
 def _columns(rows: int, r: int, draw: torch.Generator) -> Tensor:
-    columns = torch.zeros(rows, r)
     width = min(rows, r)
-    columns[:, :width] = orthonormal(torch.randn(rows, width, generator=draw))
-    return columns
+    return torch.nn.functional.pad(orthonormal(torch.randn(rows, width, generator=draw)), (0, r - width))

@@ -11,11 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .batches import Reservoir
 from .factored import FactoredBasis
 from .matrices import MatrixLayout
 from .observe import observe, same_random_numbers
 from .recorder import Recorder
-from .reservoir import Reservoir
 
 SEQUENCES = 64
 """Sequences of a stage that are kept and shown at its end, over all processes."""
@@ -30,7 +30,6 @@ class ReplayRecorder(Recorder):
     Args:
         layout: see :class:`Recorder`. Unless `fixed`, :meth:`finish` corrects its sides by what it sees.
         model: what the training calls, wrappers included.
-        energy: keep the fewest directions with this share of the inputs' energy, at most r.
         inputs: batches to show, as :func:`observe` takes them; a collection, for it may be gone through several times.
         group, unseen, shown: see :func:`observe`, which gets them; `shown` are `run`, `tokenizer` and `positions`.
         fixed: the layout has history, and must stay as it is.
@@ -149,15 +148,8 @@ class ReplayRecorder(Recorder):
             moments = observe(self.model, batches, self.layout, **self._options)
         if not self.fixed:
             self.layout = moments.layout(self.layout, parameters)
-        return moments.basis(
-            self.layout,
-            self.domain,
-            energy=self.energy,
-            architecture=self.architecture,
-            parameters=parameters,
-            start=self.start,
-            steps=self.steps,
-        )
+        stage: dict[str, Any] = {"architecture": self.architecture, "start": self.start, "steps": self.steps}
+        return moments.basis(self.layout, self.domain, energy=self.energy, parameters=parameters, **stage)
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`Recorder`. With several processes the sample is the first one's."""

@@ -22,7 +22,7 @@ _FOLDS = {
 
 
 class Rows:
-    """The positions of a batch that count, wherever their vectors go.
+    """Which positions of a batch count, known also of the tensors that a model makes of them.
 
     A tensor is known by its shape where that says enough: `[B, T, ...]`, `[T, B, ...]`, `[B*T, ...]`, `[T, ...]`. Rows
     that were gathered from such tensors, as experts of a mixture get them, are known by the index, and stay known through
@@ -94,13 +94,11 @@ class Rows:
             if mask is not None and mask.dim() <= len(lead) and lead.numel() == out.shape[0]:
                 self._known[out] = mask.reshape(*mask.shape, *[1] * (len(lead) - mask.dim())).expand(lead).flatten()
         elif name in ("index", "index_select", "index_copy"):
-            index = (
-                args[1][0]
-                if name == "index" and args[1]
-                else args[2]
-                if name == "index_select" and args[1] == 0
-                else None
-            )
+            index = None
+            if name == "index" and args[1]:
+                index = args[1][0]
+            elif name == "index_select" and args[1] == 0:
+                index = args[2]
             mask = self._by_shape(source) if isinstance(source, Tensor) and source.dim() else None
             if isinstance(index, Tensor) and mask is not None and index.dim() == 1 and mask.dim() == 1:
                 self._known[out] = mask.to(index.device)[index]

@@ -125,11 +125,7 @@ def _write(
     end = 0
     for name, part in parts.items():
         size = prod(part.shape) * part.dtype.itemsize
-        header[name] = {
-            "dtype": _DTYPE_NAMES[part.dtype],
-            "shape": list(part.shape),
-            "data_offsets": [end, end + size],
-        }
+        header[name] = {"dtype": _DTYPE_NAMES[part.dtype], "shape": list(part.shape), "data_offsets": [end, end + size]}
         end += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_sharded_type(tensor: Tensor) -> bool:
@@ -50,6 +50,14 @@ def local(tensor: Tensor) -> Tensor:
     if is_sharded_type(tensor):
         return tensor.detach().to_local()  # type: ignore[attr-defined]
     return tensor.detach()
+
+
+def reshard(model: nn.Module) -> None:
+    """Parameters are what this process holds again: a forward pass without a backward leaves whole copies in the place of FSDP2's
+    root, which do not follow when the parameters are changed."""
+    for module in model.modules():
+        if hasattr(module, "set_reshard_after_forward"):  # asked by name, for the same reason
+            module.reshard()  # type: ignore[operator]
 
 
 class Shards:
@@ -107,16 +115,15 @@ class Shards:
                 "tensor-parallel and other placements are not supported"
             )
         mesh_group = first.device_mesh.get_group(dims[0]) if dims else None
-        rank = dist.get_rank(mesh_group) if mesh_group is not None else 0
-        world = dist.get_world_size(mesh_group) if mesh_group is not None else 1
-        pieces = [_dim0_piece(tuple(p.shape), rank, world) for _, p in named]
-        for (name, p), piece in zip(named, pieces, strict=True):
+        shards = cls((), mesh_group, first.device_mesh, first.placements)
+        shards.pieces = tuple(_dim0_piece(tuple(p.shape), shards.rank, shards.world) for _, p in named)
+        for (name, p), piece in zip(named, shards.pieces, strict=True):
             if local(p).numel() != piece.stop - piece.start:
                 raise ValueError(
                     f"parameter {name!r}: expected {piece.stop - piece.start} local elements (dimension 0 in equal chunks), "
                     f"found {local(p).numel()}"
                 )
-        return cls(pieces, mesh_group, first.device_mesh, first.placements)
+        return shards
 
     @classmethod
     def _plain(cls, named: list[tuple[str, Tensor]], group: Any) -> Shards:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 FORMAT = "carerl-basis"
 FORMAT_VERSION = 2
+SCALE_BLOCK = 128  # elements of int8 and float8 directions that share one scale
 
 
 class BasisError(ValueError):
@@ -128,6 +129,12 @@ class StoredBasis(ABC):
     def _parts(self) -> dict[str, Part]:
         """What to write, or the part of it that is here."""
 
+    def _empty(self, path: Path) -> BasisError:
+        return BasisError(
+            f"{path}: the basis of domain {self.info.domain!r} has no directions, all of them are zero: it would protect "
+            "nothing; record the domain again"
+        )
+
     @abstractmethod
     def quantized(self) -> StoredBasis:
         """The same directions in fewer bytes."""
@@ -173,17 +180,16 @@ class DomainBasis(StoredBasis, kinds=("flat", "per_matrix")):
     scales: Tensor | None = None
     layout: Layout | None = None
 
-    def quantized(self, block: int = 128, dtype: torch.dtype = torch.int8) -> DomainBasis:
+    def quantized(self, dtype: torch.dtype = torch.int8) -> DomainBasis:
         """The same basis with block-scaled directions, a quarter of fp32's memory.
 
         Args:
-            block: elements per scale, a power of two of at least 32.
             dtype: int8 (relative error .0065) or float8_e4m3fn (.026).
         """
         if self.directions.dtype == dtype:
             return self
         rows = self.dequantized().directions.unsqueeze(0)
-        codes, scales = torch.ops.carerl.quantize_bases(rows, block, dtype)
+        codes, scales = torch.ops.carerl.quantize_bases(rows, SCALE_BLOCK, dtype)
         return replace(self, directions=codes[0], scales=scales[0])
 
     def dequantized(self) -> DomainBasis:
@@ -203,10 +209,7 @@ class DomainBasis(StoredBasis, kinds=("flat", "per_matrix")):
 
     def _parts(self) -> dict[str, Part]:
         basis = self if self.layout is None else self.dequantized()  # blocks of codes straddle the parts
-        parts = {
-            "singular_values": Part.whole(basis.singular_values),
-            "displacement": Part.whole(basis.displacement),
-        }
+        parts = {"singular_values": Part.whole(basis.singular_values), "displacement": Part.whole(basis.displacement)}
         if basis.scales is not None:
             parts["scales"] = Part.whole(basis.scales)
         if self.layout is None:
@@ -246,10 +249,7 @@ class DomainBasis(StoredBasis, kinds=("flat", "per_matrix")):
             if t is not None and t.is_floating_point() and not all(bool(row.float().isfinite().all()) for row in t):
                 raise BasisError(f"{path}: damaged basis file: {what} is not finite")
         if self.layout is None and not any(bool(row.float().any()) for row in self.directions):
-            raise BasisError(
-                f"{path}: the basis of domain {self.info.domain!r} has no directions, all of them are zero: it would protect "
-                "nothing; record the domain again"
-            )
+            raise self._empty(path)
 
     def check_model(self, layout: Any, architecture: str) -> None:
         super().check_model(layout, architecture)
@@ -281,13 +281,9 @@ def _part(layout: Layout, k: int, read: Callable[[slice], Tensor]) -> Tensor:
 def _dequantized(codes: Tensor, scales: Tensor, columns: int, start: int = 0) -> Tensor:
     """float32 columns from block-scaled ones that begin at `start` of rows with this many columns."""
     block = block_of("dequantized", columns, scales.shape[-1])
-    out = codes.float()
-    stop = start + codes.shape[-1]
-    for first in range(start // block, -(-stop // block), 1 << 16):
-        last = min(first + (1 << 16), -(-stop // block))
-        a, b = max(first * block, start), min(last * block, stop)
-        factors = scales[:, first:last].repeat_interleave(block, dim=1)
-        out[:, a - start : b - start] *= factors[:, a - first * block : b - first * block]
+    out, places = codes.float(), torch.arange(start, start + codes.shape[-1], device=codes.device)
+    for part, at in zip(out.split(1 << 20, dim=1), places.split(1 << 20), strict=True):
+        part *= scales[:, at // block]
     return out
 
 

@@ -14,19 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .moments import Accumulator
 from .rows import Rows
 from .sites import plain_name
-from .terms import (
-    Leaf,
-    Product,
-    Term,
-    Weight,
-    at,
-    broadcast,
-    locate,
-    names_of,
-    picked,
-    viewed,
-    without_memory,
-)
+from .terms import Leaf, Product, Term, Weight, at, broadcast, locate, names_of, picked, viewed, without_memory
 
 _VIEWS = {
     *("alias", "as_strided", "detach", "diagonal", "expand", "lift_fresh", "movedim", "permute", "reshape", "select"),
@@ -45,8 +33,6 @@ class Watch(TorchDispatchMode):
 
     Args:
         model: its parameters are looked up anew when one turns up that is not known (FSDP2 gathers them on the way).
-        names: of the covered parameters.
-        accumulator: takes what is seen.
     """
 
     supports_higher_order_operators = True  # they are let through; what is inside one is not seen
@@ -55,9 +41,8 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.model, self.names, self.accumulator = model, frozenset(names), accumulator
         self.rows = Rows(None)  # which positions of the present batch count
-        self.other: dict[
-            str, set[str]
-        ] = {}  # by name the operators that used a weight without multiplying an input by it
+        # by name the operators that used a weight without multiplying an input by it
+        self.other: dict[str, set[str]] = {}
         self.untold: set[str] = set()  # labels of matrices whose inputs could not be told from padding; all counted
         self._weights: dict[int, list[Weight]] = {}  # by storage
         self._storages: dict[int, Any] = {}  # keeps them, so that no other gets the number

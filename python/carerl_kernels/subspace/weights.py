@@ -11,7 +11,7 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -21,7 +21,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .._files import umask
 from .saving import bytes_of
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -50,10 +49,6 @@ class Entry:
     kind: str  # the dtype's name in the file
     shape: tuple[int, ...]
     offset: int
-
-    @property
-    def numel(self) -> int:
-        return prod(self.shape)
 
 
 class Weights:
@@ -212,27 +207,20 @@ def copied(template: Weights, out: Path | str) -> Iterator[tuple[Copy, list[str]
         raise FileExistsError(
             f"{out}: expected a new or empty directory, found one with files in it; choose another --out"
         )
-    temporary = copy = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
-        copy = Copy(template, temporary)
-        for file in template.files:
-            shutil.copyfile(file, temporary / file.name)
-        left_out = _copy_others(template, temporary)
-        yield copy, left_out
-        copy.close()
-        temporary.chmod(0o777 & ~umask())
-        temporary.replace(out)
+        with tempfile.TemporaryDirectory(".tmp", f".{out.name}.", out.parent, ignore_cleanup_errors=True) as temporary:
+            folder = Path(temporary) / "copy"
+            folder.mkdir()
+            for file in template.files:
+                shutil.copyfile(file, folder / file.name)
+            copy, left_out = Copy(template, folder), _copy_others(template, folder)
+            yield copy, left_out
+            copy.close()
+            folder.replace(out)
     except OSError as error:
         message = f"could not write {out}: {error}; nothing was left behind; free space or choose another directory"
         raise OSError(message) from error
-    finally:
-        if copy is not None:
-            with suppress(OSError):  # of an error that is on its way already
-                copy.close()
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _copy_others(template: Weights, folder: Path) -> list[str]:

@@ -6,10 +6,11 @@ import random
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from .._rows import read_rows
 from ..grpo.rundir import nested_tuples
@@ -18,30 +19,35 @@ from ..task import Domain, Example, checked_rewards
 from ..tasks.split import Reward, domain_of, split_domain
 
 
-class DomainSpec(BaseModel):
-    """What all kinds share.
+def holding(placeholder: str, ask: str) -> str:
+    """The text, if it holds the placeholder.
 
-    Args:
-        chat: Prompts go through the tokenizer's chat template as a user's message.
-        system: System message before it; needs chat, and prompts as text.
-        seed: Splits the examples, or draws them, and draws the noise.
-        probes: Training examples with answers that are stored: for a guard's rule "probed", for rehearsal, for replay.
-        replay: What of the domain is drawn in later stages (`train.replay_fraction`): of all its prompts, or of the stored ones.
-        noise: Standard deviation of what is added to every reward in training, as a judge's mood would.
-        scale: What every reward is multiplied by in training, its noise too; evaluation sees rewards as they are.
-        right_from: A completion with at least this reward counts as right and may be rehearsed (`self_rehearsal_weight`),
-            whoever gave it; None: of verifiers those with a reward of 1, of judges none.
+    Raises:
+        ValueError: It does not.
     """
+    if placeholder not in ask:
+        raise ValueError(f"expected {placeholder} in it, where the data go")
+    return ask
+
+
+class DomainSpec(BaseModel):
+    """What all kinds share."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    chat: bool = False
-    system: str | None = None
-    seed: int = 0
+    chat: bool = False  # prompts go through the tokenizer's chat template as a user's message
+    system: str | None = None  # system message before it; needs chat, and prompts as text
+    seed: int = 0  # splits the examples, or draws them, and draws the noise
+    # training examples with answers that are stored: for a guard's rule "probed", for rehearsal, for replay
     probes: int = Field(default=0, ge=0)
+    # what of the domain is drawn in later stages (`train.replay_fraction`): of all its prompts, or of the stored ones
     replay: Literal["all", "stored"] = "all"
-    noise: float = Field(default=0.0, ge=0)
-    scale: float = Field(default=1.0, gt=0)
+    noise: float = Field(default=0.0, ge=0)  # standard deviation of what is added to every reward in training
+    scale: float = Field(
+        default=1.0, gt=0
+    )  # of every reward in training and its noise; evaluation sees them as they are
+    # A completion with at least this reward counts as right and may be rehearsed (`self_rehearsal_weight`), whoever gave it;
+    # None: of verifiers those with a reward of 1, of judges none.
     right_from: float | None = None
 
     @model_validator(mode="after")
@@ -58,7 +64,6 @@ class DomainSpec(BaseModel):
         """The domain.
 
         Args:
-            name: The name of the domain.
             folder: What relative paths of data are relative to: the recipe's.
             cache: File for what a judge was paid for, where the recipe names none; None: memory.
 
@@ -90,11 +95,8 @@ class DomainSpec(BaseModel):
 
 
 class NoisyReward:
-    """A domain's reward with noise, and scaled: of training alone. It says of no completion that it is right.
-
-    Args:
-        domain: With the reward as it is.
-        noise, scale, seed: As in `DomainSpec`.
+    """A domain's reward with the noise and scale of its `DomainSpec`: of training alone. It says of no completion that it is
+    right.
     """
 
     def __init__(self, domain: Domain, noise: float, scale: float, seed: int) -> None:
@@ -103,13 +105,10 @@ class NoisyReward:
 
     def score_batch(self, examples: Sequence[Example], completions: Sequence[str]) -> list[float | None]:
         rewards = checked_rewards(self.name, self.reward, examples, completions)
-        return [None if r is None else self.scale * (r + self._draw()) for r in rewards]
+        return [None if r is None else self.scale * (r + self.rng.gauss(0.0, self.noise)) for r in rewards]
 
     def evaluate_batch(self, examples: Sequence[Example], completions: Sequence[str]) -> list[float | None]:
         return checked_rewards(self.name, self.reward, examples, completions, training=False)
-
-    def _draw(self) -> float:
-        return self.rng.gauss(0.0, self.noise) if self.noise else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         inner = self.reward.state_dict() if hasattr(self.reward, "state_dict") else None
@@ -122,28 +121,18 @@ class NoisyReward:
 
 
 class Gym(DomainSpec):
-    """Procedural tasks of reasoning-gym.
-
-    Args:
-        tasks: Names of its data sets; None: the ready mixture of the domain's name (arithmetic, algebra, logic, ...).
-        options: Settings per task.
-        ask: Turns a question into the prompt; contains {question} and asks for <answer> tags.
-        train_size, eval_size, timeout, allow_unisolated: See `gym_domain`.
-    """
+    """Procedural tasks of reasoning-gym; for the last four see `gym_domain`."""
 
     kind: Literal["gym"]
+    # names of its data sets; None: the ready mixture of the domain's name (arithmetic, algebra, logic, ...)
     tasks: tuple[str, ...] | None = None
-    options: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    ask: str | None = None
+    options: dict[str, dict[str, Any]] = Field(default_factory=dict)  # settings per task
+    # turns a question into the prompt; contains {question} and asks for <answer> tags
+    ask: Annotated[str, AfterValidator(partial(holding, "{question}"))] | None = None
     train_size: int = Field(default=10_000, ge=1)
     eval_size: int = Field(default=64, ge=1)
     timeout: float = Field(default=5.0, gt=0)
     allow_unisolated: bool = False
-
-    @field_validator("ask")
-    @classmethod
-    def _asks_the_question(cls, ask: str | None) -> str | None:
-        return _with_placeholder(ask, "{question}")
 
     def plain(self, name: str, folder: Path, cache: Path | None) -> Domain:
         from ..rewards.verifiers import gym_domain
@@ -158,14 +147,10 @@ class Gym(DomainSpec):
 
 
 class Characters(DomainSpec):
-    """A one-line task of `carerl demo` (code, chat, math, ...), for models built from nothing.
-
-    Args:
-        task: Its name; None: the domain's.
-    """
+    """A one-line task of `carerl demo` (code, chat, math, ...), for models built from nothing."""
 
     kind: Literal["characters"]
-    task: str | None = None
+    task: str | None = None  # its name; None: the domain's
 
     def plain(self, name: str, folder: Path, cache: Path | None) -> Domain:
         from ..tasks.characters import character_domain
@@ -174,16 +159,11 @@ class Characters(DomainSpec):
 
 
 class Words(DomainSpec):
-    """An easy task on pairs of words (first, second, swap, alphabet), for pretrained models.
-
-    Args:
-        task: Its name; None: the domain's.
-        shots: Solved examples in every prompt.
-    """
+    """An easy task on pairs of words (first, second, swap, alphabet), for pretrained models."""
 
     kind: Literal["words"]
-    task: str | None = None
-    shots: int = Field(default=2, ge=0)
+    task: str | None = None  # its name; None: the domain's
+    shots: int = Field(default=2, ge=0)  # solved examples in every prompt
 
     def plain(self, name: str, folder: Path, cache: Path | None) -> Domain:
         from ..tasks.words import word_domain
@@ -193,24 +173,13 @@ class Words(DomainSpec):
 
 class Rows(DomainSpec):
     """Prompts from a file of JSON lines: "prompt" (text or chat messages), "answer" where there is one, and what the verifier
-    reads besides.
-
-    Args:
-        train: The file.
-        eval: File of held-out examples; None: `eval_size` rows of the training file are kept out of training.
-        eval_size: How many of them.
-        ask: Turns the prompt of a row into the prompt of the policy; contains {prompt}, and needs prompts as text.
-    """
+    reads besides."""
 
     train: Path
-    eval: Path | None = None
+    eval: Path | None = None  # held-out examples; None: `eval_size` rows of the training file are kept out of training
     eval_size: int = Field(default=64, ge=0)
-    ask: str | None = None
-
-    @field_validator("ask")
-    @classmethod
-    def _asks_the_prompt(cls, ask: str | None) -> str | None:
-        return _with_placeholder(ask, "{prompt}")
+    # turns the prompt of a row into the prompt of the policy; contains {prompt}, and needs prompts as text
+    ask: Annotated[str, AfterValidator(partial(holding, "{prompt}"))] | None = None
 
     @abstractmethod
     def reward(self, cache: Path | None) -> Reward:
@@ -289,15 +258,11 @@ class Instructions(Rows):
 
 
 class Code(Rows):
-    """The completion's program passes the row's "tests", in a sandbox.
-
-    Args:
-        partial: The share of tests passed instead of all or nothing.
-        allow_unisolated: Run programs where the machine offers no isolation: they read and reach what this user can.
-    """
+    """The completion's program passes the row's "tests", in a sandbox."""
 
     kind: Literal["code"]
-    partial: bool = False
+    partial: bool = False  # the share of tests passed instead of all or nothing
+    # run programs where the machine offers no isolation: they read and reach what this user can
     allow_unisolated: bool = False
     needs: ClassVar[tuple[str, ...]] = ("tests",)
 
@@ -309,32 +274,23 @@ class Code(Rows):
 
 
 class JudgeSpec(BaseModel):
-    """A language model behind an OpenAI-compatible endpoint; its key comes from CARERL_JUDGE_API_KEY.
-
-    Args:
-        url: Up to and including /v1.
-        model: The model's name on the server.
-        writer_model: Writes the protocols; None: the judge does.
-        max_in_flight, timeout, attempts: See `Endpoint`.
-        scale: Highest level of a criterion.
-        calibration, on_signs, rejudge, strip_reasoning: See `Scorer`.
-        cache: SQLite file of protocols and verdicts; None: one in the run's directory.
-    """
+    """A language model behind an OpenAI-compatible endpoint; its key comes from CARERL_JUDGE_API_KEY."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    url: str
-    model: str
-    writer_model: str | None = None
-    max_in_flight: int = Field(default=64, ge=1)
+    url: str  # up to and including /v1
+    model: str  # the model's name on the server
+    writer_model: str | None = None  # writes the protocols; None: the judge does
+    max_in_flight: int = Field(default=64, ge=1)  # this and the next two: see `Endpoint`
     timeout: float = Field(default=120.0, gt=0)
     attempts: int = Field(default=6, ge=1)
-    scale: int = Field(default=4, ge=1, le=9)
+    scale: int = Field(default=4, ge=1, le=9)  # highest level of a criterion
+    # these four: see `Scorer`
     calibration: Literal["scale", "anchors", "group"] = "scale"
     on_signs: Literal["lower", "zero", "note"] = "lower"
     rejudge: float = Field(default=0.0, ge=0, le=1)
     strip_reasoning: StripReasoning = True
-    cache: Path | None = None
+    cache: Path | None = None  # SQLite file of protocols and verdicts; None: one in the run's directory
 
 
 class Judged(Rows):
@@ -361,9 +317,3 @@ AnyDomain = Annotated[
     Gym | Characters | Words | Exact | Math | Instructions | Code | Judged,
     Field(discriminator="kind", description="by kind"),
 ]
-
-
-def _with_placeholder(ask: str | None, placeholder: str) -> str | None:
-    if ask is not None and placeholder not in ask:
-        raise ValueError(f"expected {placeholder} in it, where the data go")
-    return ask

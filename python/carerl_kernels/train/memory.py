@@ -49,8 +49,6 @@ def fresh_examples(
 
     Args:
         domains: Drawn from as they are, whatever of them is stored.
-        tokenizer: Of the model.
-        n: How many examples.
         answers: With their answers; else their prompts alone.
     """
     by_name = {domain.name: domain for domain in domains}

@@ -42,7 +42,6 @@ def load_model(
     """Model and tokenizer, warmed up where the recipe says so.
 
     Args:
-        spec: What the recipe says of the model.
         domains: The domains whose answers the warm-up learns.
         tasks: Character tasks that a model of characters reads and writes.
         start: File of the warmed-up weights; they are read from it where it is there, and written to it where it is not.
@@ -111,11 +110,7 @@ def shapes(spec: ModelSpec) -> nn.Module:
 
     if spec.scratch is not None:
         config = scratch_config(spec, byte_tokenizer())
-    elif spec.path == "smollm2":
-        from ..tasks.smollm2 import load_smollm2
-
-        config = load_smollm2()[0].config
-    elif spec.path == "characters":
+    elif spec.path in ("smollm2", "characters"):
         config = _load(spec, ())[0].config
     else:
         config = AutoConfig.from_pretrained(str(spec.path))

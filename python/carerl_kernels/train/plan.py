@@ -9,7 +9,7 @@ from typing import Any, get_args
 from torch import nn
 
 from .._command import size
-from ..grpo.parallel import blocks
+from ..grpo.parallel import layers
 from ..subspace.layout import RowKind
 from .models import shapes
 from .recipe import Recipe
@@ -17,25 +17,17 @@ from .recipe import Recipe
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Attributes:
-    parameters, trainable: The numbers of all parameters of the model and of the trained ones.
-    processes: Planned for.
-    sequences: Sampled and trained on per step, at most `tokens` of them written.
-    steps: The number of steps in all stages.
-    memory: Bytes per process, by purpose, all of them there at once at worst.
-    guard: The guard's own plan, or None.
-    notes: What the numbers leave out.
-    """
+    """What a run will do, and what it needs."""
 
-    parameters: int
-    trainable: int
-    processes: int
-    sequences: int
-    tokens: int
-    steps: int
-    memory: dict[str, int]
-    guard: dict[str, Any] | None
-    notes: tuple[str, ...]
+    parameters: int  # of the model
+    trainable: int  # of them trained
+    processes: int  # planned for
+    sequences: int  # sampled and trained on per step
+    tokens: int  # written in them, at most
+    steps: int  # of all stages
+    memory: dict[str, int]  # bytes per process, by purpose, all of them there at once at worst
+    guard: dict[str, Any] | None  # the guard's own plan
+    notes: tuple[str, ...]  # what the numbers leave out
 
     @property
     def total(self) -> int:
@@ -47,10 +39,6 @@ class RunPlan:
 
 def plan_run(recipe: Recipe, processes: int = 1) -> RunPlan:
     """Plans a recipe.
-
-    Args:
-        recipe: The recipe from `load_recipe`.
-        processes: The processes that share the model.
 
     Raises:
         OSError: The model's config cannot be had.
@@ -76,7 +64,7 @@ def plan_run(recipe: Recipe, processes: int = 1) -> RunPlan:
         memory["weights of an earlier step"] = kept * share(trainable) * item
     if sharded:
         passes = recipe.sampler is None or train.updates_per_step > 1 or train.kl_beta > 0
-        units = [sum(p.numel() for p in b.parameters()) for b in blocks(model)] or [whole]
+        units = [sum(p.numel() for p in b.parameters()) for b in layers(model)] or [whole]
         memory["gathered weights"] = computed * (whole if passes else whole - sum(units) + 2 * max(units))
     if recipe.sampler is None:
         memory["cache of sampling"] = _cache(config, own, train.max_new_tokens, computed)

@@ -311,9 +311,7 @@ def check_memory(domains: Mapping[str, Any], stages: int, train: Any, guard: Gua
 
     Args:
         domains: By name, with `probes` and `replay` as in `DomainSpec`.
-        stages: How many.
         train: With `replay_fraction` and `rehearsal_weight`.
-        guard: Or None.
 
     Raises:
         ValueError: Something asks for stored examples that are not there, or would be ignored.
@@ -348,7 +346,6 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe from a YAML file.
 
     Args:
-        path: The file.
         overrides: "train.lr=1e-5", "stages.0.steps=3", "domains.*.probes=8", "guard=null": a dotted place and YAML.
 
     Raises:

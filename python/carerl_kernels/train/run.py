@@ -29,10 +29,7 @@ from .recipe import GuardSpec, Recipe, RecipeError
 
 @dataclass
 class Run:
-    """Attributes:
-    trainer: Ready to run.
-    stages: What it trains.
-    """
+    """A trainer that is ready to run, and the stages that it trains."""
 
     trainer: GRPOTrainer
     stages: list[Stage]
@@ -158,9 +155,6 @@ def build_guard(
     """The guard over a model, with the history of earlier runs.
 
     Args:
-        model: Any.
-        spec: Of the recipe.
-        kind: What the guard is one of.
         defaults: Options that `spec` may change.
 
     Raises:

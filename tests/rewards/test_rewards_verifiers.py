@@ -211,7 +211,7 @@ def test_a_value_beyond_every_float_is_a_wrong_one(sandbox):
     ],
 )
 def test_values_are_compared_as_json(found, expected, same):
-    assert _same(found, expected, 1e-6) is same
+    assert _same(found, expected) is same
 
 
 @pytest.mark.parametrize(

@@ -242,7 +242,7 @@ def test_refreshed_and_distilled(grid, tmp_path):
         ("clean/distill@1/0", "stages of one domain each"),
         ("tiny/distill+kl@1/0", "which has its own loss"),
         ("clean/refresh@1/0", "two or more stages of one domain each and no guard"),
-        ("one/refresh@1/0", "in settings of kind grpo, found sft"),
+        ("bandit/refresh@1/0", "in settings of kind grpo, sft, found bandit"),
         ("bandit/cpo01@1/0", "in settings of kind grpo, sft, found bandit"),
         ("sft-lora/dacsp-delta@1/0", "found text|found lora"),
     ],

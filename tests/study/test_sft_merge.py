@@ -117,7 +117,7 @@ def test_what_others_do_with_two_supervised_tasks(grid, tmp_path):
         "8",
         "stores 2 models",
         "stores 2 models",
-        "64",
+        "32",
     ]
 
 

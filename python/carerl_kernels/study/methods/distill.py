@@ -115,7 +115,7 @@ class Method(Addition):
                 expert = token_logprobs(teachers[task], own, (), 1.0)
             return reverse_kl(student, expert, own.completion_mask).mean()
 
-        bed.train(tasks, cell.recipe.train.lr, steps=self._student(cell.recipe), loss_of=divergence)
+        bed.train(tasks, bed.rate(1), steps=self._student(cell.recipe), loss_of=divergence)
         bed.known = None
         return bed.found([*([task] for task in tasks), tasks], [*measured, bed.measure()])
 

@@ -32,6 +32,10 @@ class Method(Addition):
 
     def check(self, recipe: Any, source: str) -> None:
         apart(recipe, f"{source}: add: merged")
+        if recipe.scale != 1:
+            raise RecipeError(
+                f"{source}: expected @1 to go with add: merged, found @{recipe.scale:g}; its `scale` is of the changes"
+            )
 
     def extra(self, recipe: Any) -> Extra:
         return Extra(stores=f"{len(recipe.stages)} models")
@@ -60,5 +64,5 @@ class Method(Addition):
 
 def apart(recipe: Any, source: str) -> None:
     """Raises RecipeError unless the recipe is of two or more tasks that experts can learn apart, with nothing that protects."""
-    if len(recipe.stages) < 2 or TEXT in recipe.stages or recipe.guard is not None or recipe.scale != 1:
-        raise RecipeError(f"{source}: expected two or more tasks, no text, no guard, and @1; found another")
+    if len(recipe.stages) < 2 or TEXT in recipe.stages or recipe.guard is not None:
+        raise RecipeError(f"{source}: expected two or more tasks, no text and no guard; found another")

@@ -1,8 +1,9 @@
-"""Errors whose text is all that a user needs, and the two that are raised most often."""
+"""Errors whose text is all that a user needs, and those that are raised most often."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib.util import find_spec
 
 
 class PlainError(RuntimeError):
@@ -22,3 +23,9 @@ def at_least(name: str, number: float, least: float) -> None:
     """Raises ValueError for a number that is too small."""
     if not number >= least:
         raise ValueError(f"{name}: expected at least {least}, found {number}")
+
+
+def require(package: str, what: str, install: str = "carerl-kernels[train]") -> None:
+    """Raises ImportError where a package is missing that `what` needs; says what to install."""
+    if find_spec(package) is None:
+        raise ImportError(f"{what} needs {package}: pip install '{install}'")

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict, TypeVar
 
+from ._errors import require
 from ._json import parse_json
 
 T = TypeVar("T")
@@ -98,10 +99,9 @@ class RetryingClient:
         backoff: float = 0.5,
         max_backoff: float = 30.0,
     ) -> None:
-        try:
-            import httpx
-        except ModuleNotFoundError as error:
-            raise ImportError("an endpoint needs httpx: pip install 'carerl-kernels[judge]'") from error
+        require("httpx", "an endpoint", "carerl-kernels[judge]")
+        import httpx
+
         self._httpx = httpx
         self._base, self._login, self.url = _split_url(url)
         self.key, self.log = _checked_key(key), log

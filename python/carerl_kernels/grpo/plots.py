@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .._errors import require
+
 
 def new_figure(**options: Any) -> Any:
     """A matplotlib figure that needs no display; without pyplot, so no global state and no backend switch.
@@ -13,11 +15,10 @@ def new_figure(**options: Any) -> Any:
     Raises:
         ImportError: matplotlib is missing; says what to install.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise ImportError("plots need matplotlib: pip install 'carerl-kernels[train]'") from e
+    require("matplotlib", "a plot")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(**options)
     FigureCanvasAgg(figure)
     return figure

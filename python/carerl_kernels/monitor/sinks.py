@@ -5,13 +5,13 @@ The libraries are optional and imported by the sink that needs them.
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from .._errors import require
 from .._files import json_line, write_bytes_atomically
 from .domain import Alert
 
@@ -88,7 +88,7 @@ class TensorBoard(Sink):
     """
 
     def __init__(self, directory: Path | str) -> None:
-        _require("tensorboard")
+        require("tensorboard", "this sink", "tensorboard")
         self.directory = str(directory)
         self._open(None)
 
@@ -126,9 +126,11 @@ class WandB(Sink):
     """
 
     def __init__(self, **settings: Any) -> None:
-        self._wandb = _require("wandb")
-        self._own = self._wandb.run is None
-        self.run: Any = self._wandb.init(**settings) if self._own else self._wandb.run
+        require("wandb", "this sink", "wandb")
+        import wandb
+
+        self._own = wandb.run is None
+        self.run: Any = wandb.init(**settings) if self._own else wandb.run
 
     def log(self, step: int, line: Mapping[str, Any]) -> None:
         self.run.log(scalars(line), step=step)
@@ -153,14 +155,17 @@ class Trackio(Sink):
     """
 
     def __init__(self, project: str, **settings: Any) -> None:
-        self._trackio = _require("trackio")
-        self.run: Any = self._trackio.init(project=project, **settings)
+        require("trackio", "this sink", "trackio")
+        import trackio
+
+        self._warn = trackio.AlertLevel.WARN
+        self.run: Any = trackio.init(project=project, **settings)
 
     def log(self, step: int, line: Mapping[str, Any]) -> None:
         self.run.log(scalars(line), step=step)
 
     def alert(self, alert: Alert) -> None:
-        self.run.alert(title=f"{alert.domain} fell", text=str(alert), level=self._trackio.AlertLevel.WARN)
+        self.run.alert(title=f"{alert.domain} fell", text=str(alert), level=self._warn)
 
     def close(self) -> None:
         self.run.finish()
@@ -176,10 +181,3 @@ def scalars(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
         elif isinstance(value, (bool, int, float)) and math.isfinite(value) and name != "step":
             out[name] = float(value)
     return out
-
-
-def _require(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as e:
-        raise ImportError(f"this sink needs {module}, which is not installed: pip install {module}") from e

@@ -10,8 +10,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._errors import require
 from .._files import write_json
-from ..train.models import require
 from ..train.recipe import RecipeError
 from .cells import Record
 from .grid import Grid

@@ -23,13 +23,13 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
+from .._errors import require
 from ..grpo import Domain, Example, SpecialTokens, answer_loss, special_tokens
 from ..rewards import exact_match
 from .split import split_domain
@@ -114,14 +114,6 @@ def character_domain(name: str, task: str, seed: int, stored: int) -> Domain:
     return split_domain(name, GENERATORS[task](), exact_match, EVAL_EXAMPLES, seed, "exact", stored)
 
 
-@contextmanager
-def _needs_transformers() -> Iterator[None]:
-    try:
-        yield
-    except ImportError as e:
-        raise ImportError("the character tasks need transformers: pip install 'carerl-kernels[train]'") from e
-
-
 def character_tokenizer(names: Sequence[str] = DOMAINS) -> Any:
     """A fast transformers tokenizer with one token per character of the tasks; those beyond the demonstration's add the letters
     that their prompts begin with.
@@ -129,9 +121,10 @@ def character_tokenizer(names: Sequence[str] = DOMAINS) -> Any:
     Raises:
         ImportError: transformers is missing; says what to install.
     """
-    with _needs_transformers():
-        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-        from transformers import PreTrainedTokenizerFast
+    require("transformers", "a model of characters")
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     kinds = "".join(MORE.get(name, "") for name in names)
     symbols = [PAD, EOS, *sorted(set("cms^v>" + LETTERS + DIGITS + MARKS + kinds))]
     backend = Tokenizer(models.WordLevel({s: i for i, s in enumerate(symbols)}, unk_token=PAD))
@@ -146,8 +139,9 @@ def tiny_model(tokenizer: Any, seed: int) -> Any:
     Raises:
         ImportError: transformers is missing; says what to install.
     """
-    with _needs_transformers():
-        from transformers import Qwen3Config, Qwen3ForCausalLM
+    require("transformers", "a model of characters")
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=64,

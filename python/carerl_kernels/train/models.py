@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._errors import require
 from ..grpo.progress import quiet_transformers
 from ..grpo.rundir import load_weights, save_weights
 from ..task import Domain
@@ -146,7 +147,7 @@ def add_lora(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
     Raises:
         ImportError: peft is missing.
     """
-    require("peft", "LoRA", "trl")
+    require("peft", "LoRA", "carerl-kernels[trl]")
     from peft import LoraConfig, get_peft_model
 
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
@@ -171,15 +172,3 @@ def _warm_up(model: nn.Module, tokenizer: Any, domains: Sequence[Domain], spec: 
         raise ValueError("model.warm_up: expected a domain whose examples have answers, found none")
     steps, lr, batch = spec.warm_up.steps, spec.warm_up.lr, spec.warm_up.batch
     warm_up(model, tokenizer, with_answers, seed=spec.seed, steps=steps, batch_per_domain=batch, lr=lr)
-
-
-def require(package: str, what: str, extra: str = "train") -> None:
-    """Finds out now, and not at the end, that a package is missing.
-
-    Raises:
-        ImportError: Says what to install.
-    """
-    from importlib.util import find_spec
-
-    if find_spec(package) is None:
-        raise ImportError(f"{what} needs {package}: pip install 'carerl-kernels[{extra}]'")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._errors import require
 from ...text import cache_name, encode_prompts, forward_accepts, left_pad, position_ids, special_tokens
 from .backend import BackendError, Meter, Reply, Request, Token
 
@@ -36,11 +37,10 @@ class LocalModel:
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str | None = None, batch_size: int = 8) -> None:
-        try:
-            import llguidance
-            import llguidance.hf
-        except ImportError as error:
-            raise ImportError("a local judge needs llguidance: pip install 'carerl-kernels[judge]'") from error
+        require("llguidance", "a local judge", "carerl-kernels[judge]")
+        import llguidance
+        import llguidance.hf
+
         self._llguidance = llguidance
         self._tokens = special_tokens(tokenizer, model)
         self._grammar_tokens = llguidance.hf.from_tokenizer(tokenizer, eos_token=list(self._tokens.eos))

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from ..._errors import require
 from ...task import Domain, Example
 from ..log import LOGGER
 from ..reasoning import StripReasoning, graded_text
@@ -70,11 +71,10 @@ def gym_domain(
         ValueError: An unknown name or task.
         SandboxError: Graders cannot be isolated on this machine; says why.
     """
-    try:
-        import reasoning_gym
-        from reasoning_gym.factory import DATASETS
-    except ImportError as error:
-        raise ImportError("gym domains need reasoning-gym: pip install 'carerl-kernels[verifiers]'") from error
+    require("reasoning_gym", "a gym domain", "carerl-kernels[verifiers]")
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
     if tasks is None:
         if name not in GYM_DOMAINS:
             raise ValueError(f"gym_domain: expected one of {', '.join(GYM_DOMAINS)}, or tasks, found {name!r}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from ..._errors import require
 from ...task import Example
 from ..log import LOGGER
 from ..reasoning import StripReasoning, graded_text
@@ -59,8 +59,7 @@ class MathMatch:
     verifies = True
 
     def __init__(self, timeout: float = 5.0, memory: int = 4 << 30, *, strip_reasoning: StripReasoning = True) -> None:
-        if importlib.util.find_spec("math_verify") is None:
-            raise ImportError("checking mathematics needs math-verify: pip install 'carerl-kernels[verifiers]'")
+        require("math_verify", "checking mathematics", "carerl-kernels[verifiers]")
         self.strip_reasoning = strip_reasoning
         # math-verify evaluates nothing, so that it may run where there is no isolation
         source = Path(__file__).with_name("_math_worker.py")

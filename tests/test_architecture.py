@@ -26,7 +26,7 @@ LEAVES = {
     "info", "linalg", "logprobs", "reference", "reference_matrices", "reference_policy", "task", "text", "thin",
 }  # fmt: skip
 """Modules without a room, which every room may use and which use each other only."""
-COMMANDS = {"__main__", "basis_command", "basis_record", "cli", "confine_command", "diagnose_command", "report_command"}
+COMMANDS = {"__main__", "basis_command", "basis_record", "cli", "confine_command", "report_command"}
 """And every module named `command`."""
 
 BELOW = {

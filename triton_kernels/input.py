@@ -126,7 +126,7 @@ def _outline(matrices, directions: Tensor, left: bool) -> tuple[tuple[int, ...],
 
 
 def input_project(matrices, directions, left=False):
-    shape = _ops.check_input_project(matrices, directions, left)
+    shape = _ops.check_input("input_project", matrices, directions, left)
     if directions.shape[1] > _blocks.LARGEST_INPUTS:
         return reference.input_project(matrices, directions, left)
     out = directions.new_empty(shape, dtype=torch.float32)

@@ -490,7 +490,7 @@ def _block_edit_fake(matrices, left, mix, right):
 DIRECTION_DTYPES = (torch.float32, torch.bfloat16)
 
 
-def _check_input(op: str, matrices: Sequence[Tensor], directions: Tensor, left: bool) -> tuple[int, int, int]:
+def check_input(op: str, matrices: Sequence[Tensor], directions: Tensor, left: bool) -> tuple[int, int, int]:
     """Matrices with directions of their inputs `[G, K, n]` (left: `[G, K, m]`); returns the shape `[G, outputs, K]`."""
     m, n = _check_alike(op, matrices, directions, "directions")
     rows = directions.shape[1] if directions.dim() == 3 else 0
@@ -499,19 +499,14 @@ def _check_input(op: str, matrices: Sequence[Tensor], directions: Tensor, left: 
     return len(matrices), n if left else m, rows
 
 
-def check_input_project(matrices: Sequence[Tensor], directions: Tensor, left: bool) -> tuple[int, int, int]:
-    """Returns the shape of the coefficients."""
-    return _check_input("input_project", matrices, directions, left)
-
-
 @_fake("input_project")
 def _input_project_fake(matrices, directions, left=False):
-    return directions.new_empty(check_input_project(matrices, directions, left), dtype=torch.float32)
+    return directions.new_empty(check_input("input_project", matrices, directions, left), dtype=torch.float32)
 
 
 def check_input_confine(matrices, directions, anchor, lower, upper, left) -> None:
     op = "input_confine_"
-    shape = _check_input(op, matrices, directions, left)
+    shape = check_input(op, matrices, directions, left)
     for name, tensor in (("anchor", anchor), ("lower", lower), ("upper", upper)):
         if tensor is not None:
             _check_small(op, name, tensor, shape, directions, _F32, "directions")
@@ -525,7 +520,7 @@ def _input_confine_fake(matrices, directions, anchor, lower=None, upper=None, le
 
 def check_input_dacsp(matrices, directions, aligned, conflict, threshold, left) -> None:
     op = "input_dacsp_"
-    _, _, rows = _check_input(op, matrices, directions, left)
+    _, _, rows = check_input(op, matrices, directions, left)
     _check_weights(op, (aligned, conflict, threshold), rows, directions, "directions")
 
 

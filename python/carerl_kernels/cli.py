@@ -11,8 +11,7 @@ from ._command import Json, plain_errors, show_json
 from .basis_command import basis
 from .bench.command import bench
 from .confine_command import Several, confine, merge
-from .diagnose_command import diagnose
-from .report_command import report
+from .report_command import diagnose, report
 from .rewards.command import score
 from .study.command import replicate
 from .train.command import train

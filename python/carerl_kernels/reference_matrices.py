@@ -51,7 +51,7 @@ def input_project(matrices, directions, left=False):
         directions: V `[G, K, n]` float32 or bfloat16, rows are directions.
         left: columns are the outputs instead (embeddings, Conv1D): directions `[G, K, m]`, result `W^T V^T [G, n, K]`.
     """
-    out = directions.new_empty(_ops.check_input_project(matrices, directions, left), dtype=torch.float32)
+    out = directions.new_empty(_ops.check_input("input_project", matrices, directions, left), dtype=torch.float32)
     for at in _stacks(matrices):
         out[at] = _input_products(matrices[at], directions[at], left)
     return out

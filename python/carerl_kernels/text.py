@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,11 +88,6 @@ def forward_accepts(model: Any, name: str) -> bool:
     return name in inspect.signature(forward).parameters
 
 
-def cache_name(model: Any) -> str:
-    """What model.forward and its output call the key-value cache: `cache` from transformers 5.24 on."""
-    return "cache" if forward_accepts(model, "cache") else "past_key_values"
-
-
 def left_pad(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids [B, P] and mask [B, P] with the text at the right edge, so that every row continues in the same column."""
     width = max(len(r) for r in rows)
@@ -112,3 +107,17 @@ def right_pad(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> 
 def position_ids(mask: torch.Tensor) -> torch.Tensor:
     """Positions counted from each row's first real token; padding gets 0 (its keys are masked anyway)."""
     return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def decoding(model: Any) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any], tuple[torch.Tensor, Any]]:
+    """One step of decoding: `step(ids, mask, positions, cache)` gives logits [B, V] behind the last column and the new cache."""
+    fixed: dict[str, Any] = {"logits_to_keep": 1} if forward_accepts(model, "logits_to_keep") else {}
+    with_positions = forward_accepts(model, "position_ids")
+    kept = "cache" if forward_accepts(model, "cache") else "past_key_values"  # the first from transformers 5.24 on
+
+    def step(ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
+        given = fixed | {kept: cache} | ({"position_ids": positions} if with_positions else {})
+        out = model(input_ids=ids, attention_mask=mask, use_cache=True, **given)
+        return out.logits[:, -1], getattr(out, kept)
+
+    return step

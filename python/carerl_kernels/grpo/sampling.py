@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._errors import PlainError
 from ..logprobs import evaluating
-from ..text import SpecialTokens, cache_name, forward_accepts, left_pad, position_ids
+from ..text import SpecialTokens, decoding, left_pad, position_ids
 from .parallel import gathered
 
 
@@ -227,16 +227,7 @@ def _decode(
 ) -> Rollout:
     device, max_new_tokens = uniform.device, uniform.shape[1]
     prompt_ids, prompt_mask = left_pad(prompts, tokens.pad, device)  # [P0, P]
-    with_positions = forward_accepts(model, "position_ids")
-    last_only = {"logits_to_keep": 1} if forward_accepts(model, "logits_to_keep") else {}
-    kept = cache_name(model)
-
-    def step(ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        kwargs = dict(last_only, position_ids=positions) if with_positions else dict(last_only)
-        out = model(input_ids=ids, attention_mask=mask, **{kept: cache}, use_cache=True, **kwargs)
-        return out.logits[:, -1], getattr(out, kept)
-
-    positions = position_ids(prompt_mask)
+    step, positions = decoding(model), position_ids(prompt_mask)
     logits, cache = step(prompt_ids, prompt_mask, positions, None)
     if not bool(torch.isfinite(logits).all()):
         # one check per batch: a diverged model would otherwise surface as an obscure multinomial error, or not at all

@@ -7,9 +7,8 @@ is lost. A diagnosis is an ordering of what to try first, not a proof: docs/moni
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from .causes import LOST, RULES, Cause, Loss
 from .report.record import RunRecord
@@ -32,9 +31,6 @@ class Diagnosis:
     lost: list[Loss] = field(default_factory=list)
     causes: list[Cause] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def diagnose(run: Path | str, limit: int = 3) -> Diagnosis:

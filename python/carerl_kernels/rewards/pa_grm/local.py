@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..._errors import require
-from ...text import cache_name, encode_prompts, forward_accepts, left_pad, position_ids, special_tokens
+from ...text import decoding, encode_prompts, left_pad, position_ids, special_tokens
 from .backend import BackendError, Meter, Reply, Request, Token
 
 _PATIENCE = 0.02  # seconds to wait for more requests before a batch starts
@@ -113,15 +113,10 @@ class LocalModel:
         rows = [_Row(self, request) for request in requests]
         ids, mask = left_pad(prompts, self._tokens.pad, device)  # [B, P]
         positions = position_ids(mask)
-        extra: dict[str, Any] = {"logits_to_keep": 1} if forward_accepts(self.lm, "logits_to_keep") else {}
-        with_positions, kept = forward_accepts(self.lm, "position_ids"), cache_name(self.lm)
-        cache: Any = None
+        decode, cache = decoding(self.lm), None
         while True:
-            if with_positions:
-                extra["position_ids"] = positions
-            out = self.lm(input_ids=ids, attention_mask=mask, **{kept: cache}, use_cache=True, **extra)
-            logits, cache = out.logits[:, -1].float(), getattr(out, kept)  # [B, V]
-            chosen = [row.step(logits[i]) for i, row in enumerate(rows)]
+            logits, cache = decode(ids, mask, positions, cache)  # [B, V]
+            chosen = [row.step(own) for row, own in zip(rows, logits.float(), strict=True)]
             if all(row.done for row in rows) or (limit is not None and mask.shape[1] >= limit):
                 break  # what is not done then was cut off
             ids = torch.tensor([[self._tokens.pad if c is None else c] for c in chosen], device=device)

@@ -468,7 +468,7 @@ def test_domains_of_every_kind(tmp_path):
     )
     with pytest.raises(ValueError, match="expected more than eval_size=9 examples, found 9"):
         build(kind="exact", train="a.jsonl", eval_size=9)
-    with pytest.raises(ValueError, match="expected task code, chat, math"):
+    with pytest.raises(ValueError, match="expected one of code, chat, math"):
         build(kind="characters")
 
 

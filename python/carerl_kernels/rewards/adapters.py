@@ -40,11 +40,9 @@ def trl_reward(
     A process scores the completions it generated. A reward that compares needs a prompt's completions in one process.
 
     Args:
-        reward: Any.
         answer: Data set column with the right answer; every column is in `example.info`.
         name: The name of the reward in TRL's logs.
         asynchronous: An `async def`, which TRL runs beside other asynchronous rewards.
-        strip_reasoning: See the module.
 
     Raises (when called):
         RewardError: A reward that compares sees single completions.
@@ -84,7 +82,6 @@ def verl_compute_score(
     Args:
         rewards: One, or one per data source.
         excluded: Score of what could not be judged; "judged" says which those are.
-        strip_reasoning: See the module.
 
     Raises (when called):
         RewardError: A reward that compares is called for one completion.
@@ -141,12 +138,8 @@ def openrlhf_reward_func(
 ) -> Callable[..., dict[str, Any]]:
     """OpenRLHF's `--remote_rm_url file.py`: reward_func(queries, prompts, labels) -> {"rewards", "scores", "extra_logs"}.
 
-    It decodes with special tokens; those at the ends of a response (`<|im_end|>`) are taken off.
-
-    Args:
-        reward: Any; a query is the prompt and the response in one text, a label the answer.
-        excluded: Reward of what could not be judged.
-        strip_reasoning: See the module.
+    A query is the prompt and the response in one text, a label the answer. It decodes with special tokens; those at the ends of
+    a response (`<|im_end|>`) are taken off.
     """
 
     def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any], **_: Any) -> dict[str, Any]:
@@ -182,11 +175,6 @@ def slime_custom_rm(
     """slime's `--custom-rm-path`: async f(args, sample or samples) -> float, or a list of them with `--group-rm`.
 
     Special tokens at the ends of a response, which it decodes too, are taken off. Samples of one `group_index` are a group.
-
-    Args:
-        reward: Any.
-        excluded: Reward of what could not be judged.
-        strip_reasoning: See the module.
     """
 
     async def custom_rm(args: Any, sample: Any, **_: Any) -> Any:

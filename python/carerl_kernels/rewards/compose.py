@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from .._errors import one_of
 from ..task import BatchReward, Example, checked_rewards, group_numbers
 from .normalize import ROUNDING, Running, rank_in_group, standardized
 
@@ -44,10 +45,7 @@ class Component:
     running: Running = field(default_factory=Running, repr=False)
 
     def __post_init__(self) -> None:
-        if self.normalize not in ("none", "group", "rank", "running"):
-            raise ValueError(
-                f"Component {self.name!r}: expected normalize none, group, rank or running, found {self.normalize!r}"
-            )
+        one_of(f"Component {self.name!r}: normalize", self.normalize, get_args(Normalization))
         if not math.isfinite(self.weight):
             raise ValueError(f"Component {self.name!r}: expected a finite weight, found {self.weight}")
 
@@ -122,8 +120,7 @@ class Composition:
         values, judged = self._values(examples, completions)
         groups = torch.tensor(group_numbers(examples), dtype=torch.long)
         self.last = self.compose(values, groups, judged)
-        pairs = zip(self.last.total.tolist(), judged.tolist(), strict=True)
-        return [total if known else None for total, known in pairs]
+        return [t if known else None for t, known in zip(self.last.total.tolist(), judged.tolist(), strict=True)]
 
     def evaluate_batch(self, examples: Sequence[Example], completions: Sequence[str]) -> list[float | None]:
         """The weighted mean of the raw components, gates applied: what evaluation reports. Touches no statistic."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..logprobs import answer_logprobs
+from ..logprobs import answer_logprobs, evaluating
 from ..task import Example, Messages, group_numbers
 from ..text import special_tokens
 
@@ -79,15 +79,11 @@ class InformationGain:
     @torch.no_grad()
     def _mean_logprobs(self, examples: Sequence[Example]) -> list[float]:
         """Log-probability per token of each answer and its end."""
-        was_training = self.model.training
-        self.model.eval()
         means: list[float] = []
-        try:
+        with evaluating(self.model):
             for i in range(0, len(examples), self.batch_size):
                 chunk = examples[i : i + self.batch_size]
                 logp, mask = answer_logprobs(self.model, self.tokenizer, chunk, self.tokens)
                 sums = logp.masked_fill(mask == 0, 0.0).double().sum(1)
                 means += (sums / mask.sum(1)).tolist()
-        finally:
-            self.model.train(was_training)
         return means

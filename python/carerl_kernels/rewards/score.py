@@ -216,14 +216,11 @@ def score_file(
 
     if wanted:
         asyncio.run(work())
-    lines = []
-    for row, key in zip(rows, keys, strict=True):
-        lines.append(json.dumps(row | _as_written(key, known[key])) + "\n")
+    lines = [json.dumps(row | _as_written(key, known[key])) + "\n" for row, key in zip(rows, keys, strict=True)]
     write_bytes_atomically(target, "".join(lines).encode())
     partial.unlink(missing_ok=True)
-    rewards = [known[k]["reward"] for k in keys]
     excluded = Counter(str(known[k].get("reason")) for k in keys if known[k]["reward"] is None)
-    judged = [r for r in rewards if r is not None]
+    judged = [known[k]["reward"] for k in keys if known[k]["reward"] is not None]
     return Report(len(rows), len(wanted), excluded, sum(judged) / len(judged) if judged else math.nan)
 
 

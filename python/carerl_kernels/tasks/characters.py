@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from .._errors import require
+from .._errors import one_of, require
 from ..grpo import Domain, Example, SpecialTokens, answer_loss, special_tokens
 from ..rewards import exact_match
 from .split import split_domain
@@ -109,8 +109,7 @@ def character_domain(name: str, task: str, seed: int, stored: int) -> Domain:
     Raises:
         ValueError: There is no such task.
     """
-    if task not in GENERATORS:
-        raise ValueError(f"domain {name!r}: expected task {', '.join(GENERATORS)}, found {task!r}")
+    one_of(f"domain {name!r}: task", task, GENERATORS)
     return split_domain(name, GENERATORS[task](), exact_match, EVAL_EXAMPLES, seed, "exact", stored)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+from .._errors import one_of
 from ..task import Domain, Example
 from .split import domain_of
 
@@ -39,8 +40,7 @@ def word_domain(name: str, task: str, seed: int, stored: int, shots: int = 2) ->
     Raises:
         ValueError: There is no such task, or not as much to store.
     """
-    if task not in TASKS:
-        raise ValueError(f"domain {name!r}: expected task {', '.join(TASKS)}, found {task!r}")
+    one_of(f"domain {name!r}: task", task, TASKS)
     rng, words, answer = random.Random(f"{name}-{seed}"), WORDS.split(), TASKS[task]
     pairs = [rng.sample(words, 2) for _ in range(PAIRS)]
     shown = "".join(f"{name}: {a} {b} -> {answer(a, b)}\n" for a, b in pairs[:shots])

@@ -93,12 +93,10 @@ class ProtocolBuilder:
 
     def _read(self, reply: Reply) -> Protocol:
         try:
-            return self._checked(Protocol.model_validate(last_object(reply.text)[0]))
+            protocol = Protocol.model_validate(last_object(reply.text)[0])
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]  # the first says enough, in one line
             raise ValueError(f"{'.'.join(map(str, problem['loc'])) or 'JSON'}: {problem['msg']}") from error
-
-    def _checked(self, protocol: Protocol) -> Protocol:
         least, most = self.limits.criteria
         if protocol.scale != self.limits.scale:
             raise ValueError(f"expected {self.limits.scale + 1} anchors per criterion, found {protocol.scale + 1}")

@@ -148,10 +148,8 @@ class _Row:
         """Takes the next token from logits [V]; None when the reply has ended."""
         if self.done:
             return None
-        allowed = torch.frombuffer(bytearray(self.matcher.compute_bitmask()), dtype=torch.uint8)
-        allowed = (
-            ((allowed[:, None] >> torch.arange(8)) & 1).flatten().bool()[: logits.numel()]
-        )  # [V], lowest bit first
+        packed = torch.frombuffer(bytearray(self.matcher.compute_bitmask()), dtype=torch.uint8)  # lowest bit first
+        allowed = ((packed[:, None] >> torch.arange(8)) & 1).flatten().bool()[: logits.numel()]  # [V]
         allowed = torch.nn.functional.pad(allowed, (0, logits.numel() - allowed.numel())).to(logits.device)
         masked = logits.masked_fill(~allowed, -torch.inf)
         if self.request.temperature == 0:

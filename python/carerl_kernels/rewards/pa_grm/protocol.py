@@ -99,7 +99,6 @@ class Protocol(BaseModel):
 
     def render(self, reverse: bool = False, limits: Limits | None = None) -> str:
         """As the judge reads it: a line for every field, cut at `limits.text`, whatever a writer put into it."""
-
         most = (limits or Limits()).text
 
         def line(text: str) -> str:
@@ -109,10 +108,10 @@ class Protocol(BaseModel):
         lines = [f"Task: {line(self.task)}", f"Levels: 0 to {self.scale}.", ""]
         for key, part in self.parts(reverse):
             if isinstance(part, str):
-                lines += [f"{key} (disqualifier): {line(part)}"]
-                continue
-            lines += [f"{key} (weight {part.weight}): {line(part.requirement)}"]
-            lines += [f"  level {level}: {line(anchor)}" for level, anchor in enumerate(part.anchors)]
+                lines.append(f"{key} (disqualifier): {line(part)}")
+            else:
+                lines.append(f"{key} (weight {part.weight}): {line(part.requirement)}")
+                lines += [f"  level {level}: {line(anchor)}" for level, anchor in enumerate(part.anchors)]
         return "\n".join(lines)
 
 

@@ -297,23 +297,19 @@ class Turns:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._running, self._alone = 0, 0
+        self._running, self._alone = 0, False
 
     @contextmanager
     def take(self, alone: bool) -> Iterator[None]:
         with self._changed:
             self._changed.wait_for(lambda: not self._alone)
-            if alone:
-                self._alone = 1  # nobody starts any more
-                self._changed.wait_for(lambda: not self._running)
-            else:
-                self._running += 1
+            self._alone = alone  # nobody starts any more
+            self._changed.wait_for(lambda: not (alone and self._running))
+            self._running += 1
         try:
             yield
         finally:
             with self._changed:
-                if alone:
-                    self._alone = 0
-                else:
-                    self._running -= 1
+                self._running -= 1
+                self._alone = self._alone and not alone
                 self._changed.notify_all()

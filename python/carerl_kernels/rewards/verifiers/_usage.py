@@ -80,32 +80,23 @@ class Usage:
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         return used.ru_utime + used.ru_stime
 
+    def _open(self, name: str, flags: int) -> int:
+        return os.open(name if self._proc is not None else f"/proc/{name}", flags, dir_fd=self._proc)
+
     def _read(self, name: str) -> str:
-        try:
-            place = os.open(name if self._proc is not None else f"/proc/{name}", os.O_RDONLY, dir_fd=self._proc)
-        except OSError:
-            return ""
-        try:
-            return os.read(place, 4096).decode(errors="replace")
-        except OSError:
-            return ""
-        finally:
-            os.close(place)
+        with contextlib.suppress(OSError), open(name, "rb", buffering=0, opener=self._open) as file:
+            return file.read(4096).decode(errors="replace")
+        return ""
 
     def _names(self, place: str) -> list[str]:
         """The names in a directory of /proc that are numbers: its processes, or threads."""
-        try:
-            directory = os.open(
-                place if self._proc is not None else f"/proc/{place}", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._proc
-            )
-        except OSError:
-            return []
-        try:
-            return [name for name in os.listdir(directory) if name.isdigit()]
-        except OSError:
-            return []
-        finally:
-            os.close(directory)
+        with contextlib.suppress(OSError):
+            directory = self._open(place, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                return [name for name in os.listdir(directory) if name.isdigit()]
+            finally:
+                os.close(directory)
+        return []
 
     def _pids(self) -> list[str]:
         return self._below("self") if self._proc is None else [name for name in self._names(".") if name != "1"]

@@ -106,8 +106,7 @@ def fenced_blocks(text: str) -> list[Block]:
         fence = _FENCE.fullmatch(line)
         if current is None:
             if not ends.inside(outside, number):
-                current, inline = _opening(line, fence, before)
-                blocks += inline
+                current = _opening(line, fence, before, blocks)
             if current is None:
                 outside.read(line)
                 before = line.strip() or before
@@ -119,13 +118,11 @@ def fenced_blocks(text: str) -> list[Block]:
         language = _language(info)
         if language in _PYTHON or (language and not info[0].isspace()):
             blocks.append(current.block())
-            current, inline = _opening(line, fence, before)
-            blocks += inline
+            current = _opening(line, fence, before, blocks)
         elif not info.strip() or info[0].isspace():
             blocks.append(current.block())
             before = info.strip() or before
-            current, inline = _opening(info, None, before)  # "``` and then ```python"
-            blocks += inline
+            current = _opening(info, None, before, blocks)  # "``` and then ```python"
         else:
             current.add(line)
     return blocks if current is None else [*blocks, current.block()]
@@ -161,19 +158,20 @@ def extract_code(completion: str, names: Sequence[str] = ()) -> str:
     return plain[-1].text if plain else completion
 
 
-def _opening(line: str, fence: re.Match[str] | None, before: str) -> tuple[_Open | None, list[Block]]:
-    """The block that a line outside of blocks opens, or the one that it contains whole ("```python print(1)```")."""
+def _opening(line: str, fence: re.Match[str] | None, before: str, blocks: list[Block]) -> _Open | None:
+    """The block that a line outside of blocks opens; one that it contains whole ("```python print(1)```") goes to `blocks`."""
     if fence is not None and (fence["run"][0] == "~" or "`" not in fence["info"]):
-        return _Open(bool(fence["quote"]), len(fence["indent"]), fence["run"], _language(fence["info"]), before), []
+        return _Open(bool(fence["quote"]), len(fence["indent"]), fence["run"], _language(fence["info"]), before)
     if fence is not None and fence["info"].rstrip().endswith(fence["run"]):
         body = fence["info"].rstrip()[: -len(fence["run"])]
         word = body.split(" ", 1)[0]
         if "`" not in body and word.lower() in _PYTHON:
-            return None, [Block(word.lower(), body[len(word) :].strip() + "\n", before)]
+            blocks.append(Block(word.lower(), body[len(word) :].strip() + "\n", before))
+            return None
     behind = _BEHIND_TEXT.search(line.rstrip()[-100:])
     if behind is None or len(_RUN.findall(line)) % 2 == 0:
-        return None, []
-    return _Open(False, 0, "```", behind["info"].lower(), line[:200].strip()), []
+        return None
+    return _Open(False, 0, "```", behind["info"].lower(), line[:200].strip())
 
 
 class _StringEnds:

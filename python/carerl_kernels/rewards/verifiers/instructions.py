@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from ...task import Example
@@ -167,15 +168,5 @@ def instructions_followed(example: Example, completion: str, *, strip_reasoning:
 
 
 instructions_followed.verifies = True  # type: ignore[attr-defined]
-
-
-def check_instructions(example: Example) -> None:
-    """Refuses an example whose instructions are not understood, before anything is trained on it.
-
-    Raises:
-        ValueError: As `instructions_followed`.
-    """
-    instructions_followed(example, "A text.")
-
-
-instructions_followed.check = check_instructions  # type: ignore[attr-defined]
+# Refuses an example whose instructions are not understood, before anything is trained on it.
+instructions_followed.check = partial(instructions_followed, completion="A text.")  # type: ignore[attr-defined]

@@ -218,9 +218,8 @@ def _run(
     if "code" in ended:
         return outcome("ok" if ended["code"] == 0 else "error", ended["code"])
     if "signal" in ended:
-        over = (
-            ended["signal"] in (signal.SIGXCPU, signal.SIGKILL) and ended["cpu"] >= 0.5 * cpu
-        )  # the kernel counts by ticks
+        # half of the limit, for the kernel counts by ticks
+        over = ended["signal"] in (signal.SIGXCPU, signal.SIGKILL) and ended["cpu"] >= 0.5 * cpu
         return outcome("cpu" if over else "killed", -ended["signal"])
     stopped = ended.get("stopped")
     return outcome(stopped if stopped in ("cpu", "memory") else "timeout")

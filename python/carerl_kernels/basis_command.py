@@ -32,8 +32,7 @@ def inspect(files: Annotated[list[Path], typer.Argument(help="Basis files.")], a
         fact["follows"] = [f["domain"] for f in facts if f["end_hash"] == fact["start_hash"] and f is not fact]
         fact["chained"] = fact["start_hash"] in ends
     if as_json:
-        show_json(facts)
-        return
+        return show_json(facts)
     for fact in facts:
         typer.echo(f"{fact['file']}: domain {fact['domain']}, {fact['kind']}, k = {fact['k']}, {fact['dtype']}")
         typer.echo(
@@ -161,8 +160,7 @@ def validate(
         losses = [partial(answer_loss, network, tokenizer, part, tokens) for part in batches]
         result = validated(stored, network, losses, seed)
     if as_json:
-        show_json(result)
-        return
+        return show_json(result)
     typer.echo(
         f"{file}: explains {result.explained:.2%} of {result.gradients} fresh gradients of {result.domain} "
         f"(95 % interval {result.low:.2%} to {result.high:.2%})"
@@ -214,8 +212,7 @@ def plan(
             for one in (get_args(Kinds) if kind is None else (kind,))
         ]
     if as_json:
-        show_json([p.as_dict() for p in plans])
-        return
+        return show_json([p.as_dict() for p in plans])
     first = plans[0]
     typer.echo(
         f"{type(network).__name__}, {first.parameters / 1e9:.2f}e9 parameters; {domains} domains on {world_size} GPU"

@@ -92,8 +92,7 @@ def record(
         "energy": basis.info.gradient_capture,
     }
     if as_json:
-        show_json(found)
-        return
+        return show_json(found)
     typer.echo(
         f"{out}: domain {domain}, {size(out.stat().st_size)}, from {found['prompts']} prompts ({found['tokens']:,} tokens)"
     )

@@ -24,11 +24,6 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def main() -> None:
-    """Makes every function below a command of its own name, however few there are."""
-
-
 @app.command()
 def info(as_json: Json = False) -> None:
     """Versions, what serves every op, and what is missing and why."""

@@ -57,8 +57,7 @@ def confine(
 
         result = confined(start, end, [StoredBasis.load(path) for path in protect], out, bound, room, device)
     if as_json:
-        show_json(result)
-        return
+        return show_json(result)
     typer.echo(
         f"{out}: {end} confined in {result.seconds:.1f} s; {len(result.corrected)} tensors corrected, {result.kept} as they were"
     )
@@ -83,8 +82,7 @@ def merge(
 
         result = merged(start, _pairs(experts), [StoredBasis.load(path) for path in bases], out, scale, room, device)
     if as_json:
-        show_json(result)
-        return
+        return show_json(result)
     typer.echo(f"{out}: {len(result.experts)} experts of {start} merged in {result.seconds:.1f} s")
     for name, part in result.experts.items():
         typer.echo(f"{name} ({part.out})")

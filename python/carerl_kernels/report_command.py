@@ -43,8 +43,7 @@ def diagnose(
 
         found = read(run, limit)
     if as_json:
-        show_json(found)
-        return
+        return show_json(found)
     if not found.lost and not found.notes:
         typer.echo("Nothing is lost: no domain fell below its best or stayed where it was.")
     for loss in found.lost:

@@ -141,3 +141,8 @@ _LENIENT = json.JSONDecoder(
     parse_int=lambda digits: int(digits) if len(digits) <= DIGITS else None,
     parse_constant=lambda name: None,
 )
+
+
+def nested_tuples(value: Any) -> Any:
+    """Lists to tuples all the way down, as `random.setstate` insists."""
+    return tuple(nested_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from .._errors import PlainError
 from .._files import json_line, write_atomically, write_bytes_atomically, write_json
+from .._json import nested_tuples
 from ..subspace.shards import local
 from .parallel import Ranks, gather_state, placed, whole
 
@@ -140,11 +141,6 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
         # the checkpoint may come from a machine with more devices, or with fewer
         for device, kept in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
             torch.cuda.set_rng_state(kept, device)
-
-
-def nested_tuples(value: Any) -> Any:
-    """Lists to tuples all the way down, as `random.setstate` insists."""
-    return tuple(nested_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
 def _differences(expected: Any, found: Any, place: str = "") -> Iterator[str]:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .._files import write_json
+from .._json import nested_tuples
 from ..guard import CapabilityGuard
 from ..guard.editors import EDITORS, Editor
 from ..task import Domain, domain_table
@@ -25,7 +26,7 @@ from .parallel import spread_optimizer, spread_state
 from .plots import plot_accuracy, plot_training
 from .progress import Monitor, Scores, StageProgress
 from .rollout import prompt_counts
-from .rundir import CheckpointError, RunDirectory, nested_tuples, rng_state, set_rng_state
+from .rundir import CheckpointError, RunDirectory, rng_state, set_rng_state
 from .sampling import Sampler
 from .serving import Serving, write_model
 from .views import DomainViews

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .._json import nested_tuples
 from ..subspace.shards import Shards, is_sharded_type, local
 from .build import trainable
 from .gradients import local_gradients, set_aside
@@ -108,8 +109,7 @@ class PCGrad(GramEditor):
         return {"order": self._rng.getstate()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        version, numbers, gauss = state["order"]
-        self._rng.setstate((version, tuple(numbers), gauss))
+        self._rng.setstate(nested_tuples(state["order"]))
 
     def _project(self, gram: Tensor) -> Tensor:
         D = gram.shape[0]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .._files import write_bytes_atomically
+from .._json import nested_tuples
 
 NOISY = 0.6
 """Agreement of two successive probes (share of coefficient weight whose sign stayed; a coin gives .5) below which signs are not
@@ -161,15 +162,13 @@ class PromptStore:
     def state_dict(self) -> dict[str, Any]:
         """All of it, the random state of the sample too: plain lists and numbers."""
         kept = {domain: list(items) for domain, items in self._kept.items()}
-        version, numbers, gauss = self._rng.getstate()
-        return {"offered": dict(self._offered), "kept": kept, "random": [version, list(numbers), gauss]}
+        return {"offered": dict(self._offered), "kept": kept, "random": self._rng.getstate()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from :meth:`state_dict`."""
         self._offered = dict(state["offered"])
         self._kept = {domain: list(items) for domain, items in state["kept"].items()}
-        version, numbers, gauss = state["random"]
-        self._rng.setstate((version, tuple(numbers), gauss))
+        self._rng.setstate(nested_tuples(state["random"]))
 
     def save(self, path: Path | str) -> None:
         """Writes a JSON file atomically."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from .._files import write_bytes_atomically
+from .._json import nested_tuples
 from ..guard.probes import PromptStore
 from ..text import left_pad, right_pad
 
@@ -87,8 +88,7 @@ class OwnAnswers(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Writes what is kept beside the model."""
         if not args.save_only_model:
-            version, numbers, gauss = self._rng.getstate()
-            content = {"store": self.store.state_dict(), "random": [version, list(numbers), gauss]}
+            content = {"store": self.store.state_dict(), "random": self._rng.getstate()}
             write_bytes_atomically(self._path(args, state), json.dumps(content).encode())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -103,8 +103,7 @@ class OwnAnswers(TrainerCallback):
             )
         content = json.loads(path.read_text())
         self.store.load_state_dict(content["store"])
-        version, numbers, gauss = content["random"]
-        self._rng.setstate((version, tuple(numbers), gauss))
+        self._rng.setstate(nested_tuples(content["random"]))
 
     def _path(self, args: Any, state: Any) -> Path:
         rank = self.trainer.accelerator.process_index

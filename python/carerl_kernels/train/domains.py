@@ -12,8 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from .._json import nested_tuples
 from .._rows import read_rows
-from ..grpo.rundir import nested_tuples
 from ..rewards.reasoning import StripReasoning
 from ..task import Domain, Example, checked_rewards
 from ..tasks.split import Reward, domain_of, split_domain

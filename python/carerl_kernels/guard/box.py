@@ -74,7 +74,7 @@ class Box:
         for a in self._tight:
             self.anchor[self.stack.layout.rows_of(a)] = 0
         if self._tight:
-            self._confine(parameters, None)
+            self.confine_(parameters)
 
     def begin(self, parameters: Sequence[Tensor], own: str | None) -> None:
         """A step of this domain (None: of nobody's) is about to be taken."""
@@ -106,9 +106,7 @@ class Box:
         """Puts the parameters back into the box now."""
         if self.released:
             return
-        self._confine(parameters, self._own if self._open else None)
-
-    def _confine(self, parameters: Sequence[Tensor], own: str | None) -> None:
+        own = self._own if self._open else None
         before, self._snapshot = self._snapshot, None
         raw = None if before is None else self._update_since(before, parameters)
         touched = self._confined(parameters, own)

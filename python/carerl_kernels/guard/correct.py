@@ -6,6 +6,7 @@ What is a projection of the parameters ("bounded", "remove") is in :mod:`carerl_
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from ..linalg import dacsp_core
 from ..subspace.recorder import StageRecorder
 from .probes import Probes
-from .rules import RuleParams, decide, fresh_state
+from .rules import MEMORY, RuleParams, decide
 from .settings import Settings
 from .stack import RowStack, Stack
 from .statistics import Statistics, energies, squared_distance, squared_norm
@@ -25,12 +26,12 @@ class StepCorrection:
 
     def __init__(self, stack: Stack[Any, Any], settings: Settings, probes: Probes, statistics: Statistics):
         self.stack, self.settings, self.probes, self.statistics = stack, settings, probes, statistics
-        rows, device = stack.rows, stack.device
+        rows = stack.rows
         self.params = rule_params(stack, settings)
-        self.state = fresh_state(settings.rule, stack.layout.T, rows, device)
-        size = rows if settings.apply_to == "update" else 0
+        zeros = partial(torch.zeros, stack.layout.T, dtype=torch.float64, device=stack.device)
+        self.state = {name: zeros(rows) for name in MEMORY.get(settings.rule, ())}
         # coefficients `[T, K]` of the parameters after the last step, and when the stage began
-        self.q_prev = torch.zeros(stack.layout.T, size, dtype=torch.float64, device=device)
+        self.q_prev = zeros(rows if settings.apply_to == "update" else 0)
         self.q_start = self.q_prev.clone()
         # where a step's coefficients and its correction go: memory that is there already costs no page faults
         self._q, self._x = torch.empty_like(self.q_prev), torch.empty_like(self.q_prev)

@@ -44,11 +44,6 @@ class RuleParams:
     upper: Tensor
 
 
-def fresh_state(rule: Rule, T: int, K: int, device: torch.device) -> dict[str, Tensor]:
-    """Zeros for what this rule remembers, see :data:`MEMORY`."""
-    return {name: torch.zeros(T, K, dtype=torch.float64, device=device) for name in MEMORY.get(rule, ())}
-
-
 def _by_sign(sign: Tensor, params: RuleParams) -> Tensor:
     """Weights from a sign per row: positive is aligned, negative conflicting, zero passes."""
     one = torch.ones((), dtype=sign.dtype, device=sign.device)

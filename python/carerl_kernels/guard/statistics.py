@@ -56,15 +56,10 @@ class Statistics:
         aligned, conflicting, total = (float(v) for v in self._energies[name])
         if aligned == conflicting == total == 0:
             return None
-        if math.isnan(total):
-            inside = max(aligned + conflicting, 1e-300)
-            return {"aligned": aligned / inside, "conflicting": conflicting / inside, "orthogonal": None}
-        total = max(total, 1e-300)
-        return {
-            "aligned": aligned / total,
-            "conflicting": conflicting / total,
-            "orthogonal": max(0.0, 1 - (aligned + conflicting) / total),
-        }
+        inside, unknown = aligned + conflicting, math.isnan(total)
+        whole = max(inside if unknown else total, 1e-300)
+        orthogonal = None if unknown else max(0.0, 1 - inside / whole)
+        return {"aligned": aligned / whole, "conflicting": conflicting / whole, "orthogonal": orthogonal}
 
     @property
     def touched_share(self) -> float | None:

@@ -16,7 +16,7 @@ class MonitorClock(Clock):
         super().__init__()
         self._started: float | None = None
         self._wall_before = 0.0
-        self._spent_before, self._last_line = 0.0, time.perf_counter()
+        self._last_line = time.perf_counter()
 
     def start(self) -> None:
         """The run begins, unless it has begun already."""
@@ -30,9 +30,8 @@ class MonitorClock(Clock):
 
     def since_last_line(self) -> dict[str, float]:
         """Wall-clock seconds since the last call: the monitor's own, and everything else."""
-        now, spent = time.perf_counter(), sum(self.seconds.values())
-        wall, own = now - self._last_line, spent - self._spent_before
-        self._last_line, self._spent_before = now, spent
+        wall, own = time.perf_counter() - self._last_line, sum(self.drain().values())
+        self._last_line += wall
         return {"other": max(0.0, wall - own), "monitor": own}
 
     def state_dict(self) -> dict[str, Any]:
@@ -41,4 +40,3 @@ class MonitorClock(Clock):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.seconds, self._wall_before = dict(state["seconds"]), state["wall"]
-        self._spent_before = sum(self.seconds.values())  # told in lines of the run before

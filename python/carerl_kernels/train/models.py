@@ -76,12 +76,14 @@ def load_model(
 
 
 def _load(spec: ModelSpec, tasks: Sequence[str]) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     dtype = getattr(torch, spec.dtype)
     if spec.scratch is not None:
         tokenizer = byte_tokenizer()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spec.seed)
-            model = _from_config(scratch_config(spec, tokenizer), dtype)
+            model = AutoModelForCausalLM.from_config(scratch_config(spec, tokenizer), dtype=dtype)
     elif spec.path == "smollm2":
         from ..tasks.smollm2 import load_smollm2
 
@@ -92,8 +94,6 @@ def _load(spec: ModelSpec, tasks: Sequence[str]) -> tuple[Any, Any]:
         tokenizer = character_tokenizer(tasks)
         model = tiny_model(tokenizer, spec.seed)
     else:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
         options = {} if spec.attention is None else {"attn_implementation": spec.attention}
         model = AutoModelForCausalLM.from_pretrained(str(spec.path), dtype=dtype, **options)
         tokenizer = AutoTokenizer.from_pretrained(str(spec.path))
@@ -107,7 +107,7 @@ def shapes(spec: ModelSpec) -> nn.Module:
         OSError: transformers finds no such config.
     """
     require("transformers", "the trainer")
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if spec.scratch is not None:
         config = scratch_config(spec, byte_tokenizer())
@@ -116,7 +116,7 @@ def shapes(spec: ModelSpec) -> nn.Module:
     else:
         config = AutoConfig.from_pretrained(str(spec.path))
     with torch.device("meta"):
-        model = _from_config(config, getattr(torch, spec.dtype))
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, spec.dtype))
         return model if spec.lora is None else add_lora(model, spec.lora, spec.seed)
 
 
@@ -155,12 +155,6 @@ def add_lora(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return get_peft_model(model, config)
-
-
-def _from_config(config: Any, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def _warm_up(model: nn.Module, tokenizer: Any, domains: Sequence[Domain], spec: ModelSpec) -> None:

@@ -381,7 +381,8 @@ def checked(kind: type[Described], data: Any, source: str) -> Described:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        problems = "\n".join(f"  {_place(e['loc'])}: {e['msg']}{_found(e)}" for e in error.errors(include_url=False))
+        found = [(".".join(map(str, e["loc"])) or "recipe", e) for e in error.errors(include_url=False)]
+        problems = "\n".join(f"  {place}: {e['msg']}{_found(e)}" for place, e in found)
         raise RecipeError(f"{source}:\n{problems}") from error
 
 
@@ -402,10 +403,6 @@ def _set(data: Any, place: list[str], value: Any, override: str) -> None:
     except (ValueError, IndexError, TypeError, AttributeError) as error:
         raise RecipeError(f"override {override!r}: there is no such place in the recipe ({error})") from error
     _set(below, rest, value, override)
-
-
-def _place(location: Sequence[Any]) -> str:
-    return ".".join(map(str, location)) or "recipe"
 
 
 def _found(error: Any) -> str:

@@ -208,11 +208,8 @@ class RetryingClient:
 
 
 async def _body(chunks: AsyncIterator[bytes], encoding: str) -> bytes:
-    """The bytes of an answer, unpacked no further than `MAX_BODY`: httpx would unpack a chunk whatever comes out.
-
-    Raises:
-        TryAgainError: More than that, a packing that was not asked for, or one that is damaged.
-    """
+    """The bytes of an answer, unpacked no further than `MAX_BODY` (httpx would unpack a chunk whatever comes out). TryAgainError:
+    more than that, a packing that was not asked for, or one that is damaged."""
     encoding = encoding.strip().lower()
     if encoding not in ("", "identity", "gzip", "x-gzip"):
         raise TryAgainError(f"expected an answer plain or packed by gzip, found Content-Encoding {encoding[:40]!r}")
@@ -232,11 +229,7 @@ async def _body(chunks: AsyncIterator[bytes], encoding: str) -> bytes:
 
 
 def _split_url(url: str) -> tuple[str, tuple[str, str] | None, str]:
-    """What is asked, the login in it, and what may be printed.
-
-    Raises:
-        ValueError: It is none.
-    """
+    """What is asked, the login in it, and what may be printed."""
     try:
         parts = urllib.parse.urlsplit(url.strip())
         known = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
@@ -253,11 +246,7 @@ def _split_url(url: str) -> tuple[str, tuple[str, str] | None, str]:
 
 
 def _checked_key(key: str | None) -> str | None:
-    """A key as a header can carry it; None for an empty one.
-
-    Raises:
-        ValueError: It cannot; says where, not what it is.
-    """
+    """A key as a header can carry it, None for an empty one; an error says where it cannot, not what it is."""
     key = (key or "").strip()
     wrong = next((i for i, c in enumerate(key) if not "!" <= c <= "~"), None)
     if wrong is not None:
@@ -269,11 +258,7 @@ def _checked_key(key: str | None) -> str | None:
 
 
 def raise_if_transient(answer: Answer) -> None:
-    """Overload and server errors may pass.
-
-    Raises:
-        TryAgainError: The status is one of theirs.
-    """
+    """A TryAgainError for overload and server errors, which may pass."""
     if answer.status in TRANSIENT or answer.status >= 500:
         raise TryAgainError(f"status {answer.status}", retry_after(answer.headers.get("retry-after")))
 

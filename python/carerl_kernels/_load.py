@@ -41,12 +41,7 @@ BACKENDS: dict[str, Backend] = {}
 
 
 def load() -> None:
-    """Registers kernels for every op.
-
-    Raises:
-        RuntimeError: `CARERL_BACKEND` names an unknown backend or one that cannot be had, or `CARERL_CPU_ISA` an
-            instruction set that this CPU lacks.
-    """
+    """Registers kernels for every op. RuntimeError: `CARERL_BACKEND` or `CARERL_CPU_ISA` names what is not there."""
     forced = os.environ.get("CARERL_BACKEND", "").strip().lower()
     if forced and forced not in NAMES:
         raise RuntimeError(f"CARERL_BACKEND: expected one of {', '.join(sorted(NAMES))}, found {forced}")

@@ -182,11 +182,7 @@ class Domain:
             )
 
     def draw(self, rng: random.Random, n: int) -> list[Example]:
-        """n training examples.
-
-        Raises:
-            ValueError: `sample` returned another number of examples, or something else than examples.
-        """
+        """n training examples. ValueError: `sample` returned another number of them, or something else."""
         examples = list(self.sample(rng, n))
         if len(examples) != n or not all(isinstance(e, Example) for e in examples):
             raise ValueError(
@@ -224,11 +220,7 @@ class Domain:
 
 
 def domain_table(domains: Sequence[Domain]) -> dict[str, Domain]:
-    """Domains by name, in order.
-
-    Raises:
-        ValueError: Two domains share a name, or there is none.
-    """
+    """Domains by name, in order; there has to be one, and no name twice."""
     table = {d.name: d for d in domains}
     if not table or len(table) != len(domains):
         raise ValueError(f"expected one or more domains with distinct names, found {[d.name for d in domains]}")

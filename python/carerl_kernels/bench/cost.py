@@ -141,11 +141,7 @@ def cases(preset: str) -> list[Case]:
 
 
 def chosen_of(available: Sequence[Case], ops: Sequence[str]) -> list[Case]:
-    """Cases of the wanted ops, all by default; an op without overload stands for its list form too.
-
-    Raises:
-        ValueError: an op that no case has.
-    """
+    """Cases of the wanted ops, all by default; an op without overload stands for its list form too. ValueError: one has none."""
     known = sorted({case.op for case in available} | {case.packet for case in available})
     for op in ops:
         one_of("op", op, known)

@@ -35,11 +35,7 @@ def relative(seen: Tensor, expected: Tensor) -> float:
 
 
 def judged(case: Case, variant: str, errors: dict[str, float], allowed: Callable[[str], float]) -> dict[str, float]:
-    """The errors, if they are small enough.
-
-    Raises:
-        WrongResult: names case, variant, output, error and what is allowed for this output.
-    """
+    """The errors, if they are small enough for each output; else a WrongResult that names the case, variant and output."""
     for name, error in errors.items():
         if not error <= allowed(name):  # NaN is wrong too
             raise WrongResult(
@@ -114,11 +110,7 @@ class Expectation:
         return {name: found[name] for name in OUTPUTS[op]}
 
     def errors(self, outputs: Mapping[str, Any]) -> dict[str, float]:
-        """Relative error of each output: norm of the difference over norm of what is expected.
-
-        Raises:
-            WrongResult: an output is missing.
-        """
+        """Relative error of each output: norm of the difference over norm of what is expected. WrongResult: one is missing."""
         seen = self._sampled(outputs)
         missing = self.expected.keys() - seen.keys()
         if missing:

@@ -36,11 +36,7 @@ class NoGpu(RuntimeError):
 
 
 def device_or_raise() -> torch.device:
-    """The current GPU.
-
-    Raises:
-        NoGpu: none, with the reason.
-    """
+    """The current GPU; NoGpu with the reason where there is none."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     if torch.version.cuda is None and getattr(torch.version, "hip", None) is None:

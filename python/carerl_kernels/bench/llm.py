@@ -91,11 +91,7 @@ SETTINGS = (
 
 
 def settings_named(parts: Sequence[str]) -> list[Setting]:
-    """Settings whose names contain one of these; all where there are none.
-
-    Raises:
-        ValueError: no setting is called like that.
-    """
+    """Settings whose names contain one of these, of which every one has to be in some; all where there are none."""
     for part in parts:
         if not any(part in str(setting) for setting in SETTINGS):
             names = "; ".join(map(str, SETTINGS))

@@ -87,11 +87,7 @@ def sweep(
     seconds: float = 0.5,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Times our op alone along every axis, for about so many seconds a case, and fits a line to each.
-
-    Returns:
-        per axis `points` and `line`.
-    """
+    """Times our op alone along every axis, for about so many seconds a case: per axis the `points`, and the fitted `line`."""
     out: dict[str, Any] = {}
     for axis, cases in axes.items():
         points: list[dict[str, Any]] = []

@@ -106,11 +106,7 @@ def operations(case: Case) -> dict[str, float]:
 
 
 def device_named(name: str) -> Device:
-    """A device by the short name of :data:`DEVICES`, or the first whose name occurs in what torch calls it.
-
-    Raises:
-        ValueError: neither; names those that are known.
-    """
+    """A device by the short name of :data:`DEVICES`, or the first whose name occurs in what torch calls it; else a ValueError."""
     for short, device in DEVICES.items():
         if short in name.lower():
             return device

@@ -70,11 +70,7 @@ class SharedStream:
         return {OURS: Variant(carerl, exact=True), "scikit-learn": Variant(sklearn)}
 
     def check(self, variant: str, outputs: Mapping[str, Any], exact: bool) -> dict[str, float]:
-        """Singular values after one update, against those of all rows seen.
-
-        Raises:
-            WrongResult: further off than 1e-4.
-        """
+        """Singular values after one update, against those of all rows seen. WrongResult: further off than 1e-4."""
         errors = {"singular_values": relative(outputs["singular_values"], self.expected)}
         return judged(self.case, variant, errors, lambda name: TOLERANCE)
 

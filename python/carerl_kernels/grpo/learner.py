@@ -33,11 +33,7 @@ from .update import accumulate_gradients, frozen_logprobs
 
 
 class Learner:
-    """Model, sampler and random state of a run; turns prompt counts into one update.
-
-    Raises:
-        ValueError: Nothing to train, no end-of-sequence token, or fewer prompts in a step than processes.
-    """
+    """Model, sampler and random state of a run; turns prompt counts into one update."""
 
     def __init__(
         self,

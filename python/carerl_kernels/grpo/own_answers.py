@@ -29,11 +29,7 @@ class OwnAnswers:
         self.loss: float | None = None  # mean negative log-likelihood per token of what was rehearsed last
 
     def check(self, domains: Sequence[Domain]) -> None:
-        """Before a run: says of which domains no answers will be kept.
-
-        Raises:
-            ValueError: Nothing says of any of them which answers are right.
-        """
+        """Before a run: says of which domains no answers will be kept, and refuses (ValueError) that it be all of them."""
         if not self.weight:
             return
         bare = [domain.name for domain in domains if not domain.verifies]

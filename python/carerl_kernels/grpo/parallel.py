@@ -88,11 +88,7 @@ class Ranks:
         return [next(parts[i % self.size]) for i in range(n)]
 
     def on_first(self, work: Callable[[], T]) -> T:
-        """What `work()` returns in the first process, everywhere; an error there is one everywhere.
-
-        Raises:
-            PeerError: It failed in the first process, and this is another.
-        """
+        """What `work()` returns in the first process, everywhere; an error there is a PeerError in the others."""
         if self.size == 1:
             return work()
         answer: list[Any] = [None, None]

@@ -10,11 +10,7 @@ from .._errors import require
 
 
 def new_figure(**options: Any) -> Any:
-    """A matplotlib figure that needs no display; without pyplot, so no global state and no backend switch.
-
-    Raises:
-        ImportError: matplotlib is missing; says what to install.
-    """
+    """A matplotlib figure that needs no display; without pyplot, so no global state and no backend switch."""
     require("matplotlib", "a plot")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -164,11 +164,7 @@ class RunDirectory:
         self.references_path = self.path / "references"
 
     def start(self, config: Mapping[str, Any]) -> None:
-        """Create the directory for a new run.
-
-        Raises:
-            CheckpointError: It holds a run already.
-        """
+        """Create the directory for a new run; CheckpointError where it holds one already."""
         self.ranks.on_first(lambda: self._start(config))
 
     def _start(self, config: Mapping[str, Any]) -> None:
@@ -214,10 +210,7 @@ class RunDirectory:
 
     def truncate(self, last_step: int) -> list[dict[str, Any]]:
         """Forget metrics after `last_step` (and a line cut short by the interruption); returns what remains.
-
-        Raises:
-            CheckpointError: Fewer lines than the checkpoint had seen.
-        """
+        CheckpointError: fewer lines than the checkpoint had seen."""
         return self.ranks.on_first(lambda: self._truncate(last_step))
 
     def _truncate(self, last_step: int) -> list[dict[str, Any]]:
@@ -293,11 +286,7 @@ class RunDirectory:
         return sorted(self.checkpoints_path.glob("step-*")) if self.checkpoints_path.exists() else []
 
     def load_checkpoint(self, model: nn.Module) -> dict[str, Any] | None:
-        """Copy the latest checkpoint's weights into the model and return its state; None without a checkpoint.
-
-        Raises:
-            CheckpointError: Another model, or a damaged file.
-        """
+        """Copy the latest checkpoint's weights into the model and return its state; None without a checkpoint."""
         paths = self.checkpoints()
         if not paths:
             return None

@@ -68,11 +68,7 @@ class Serving:
             sampler.forget({step, *self._needed})
 
     def check(self, step: int, metrics: dict[str, Any]) -> None:
-        """Adds the staleness of a step's completions, and makes sure that fresh ones come from this policy.
-
-        Raises:
-            SamplerError: The engine's log-probabilities are not those of the weights it was given.
-        """
+        """Adds the staleness of a step's completions, and makes sure (SamplerError) that fresh ones come from this policy."""
         sampler = self.sampler
         if sampler is None or sampler.served is None:
             return

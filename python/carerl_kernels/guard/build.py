@@ -44,11 +44,7 @@ def sides_of(model: Any, named: list[tuple[str, nn.Parameter]]) -> dict[str, Sid
 def new_stack(
     layout: Layout | MatrixLayout, dtype: torch.dtype, device: torch.device, room: float = 1.0
 ) -> Stack[Any, Any]:
-    """The acting directions of a layout, none yet; `room` as input bases have it.
-
-    Raises:
-        ValueError: factored bases in another storage than float32.
-    """
+    """The acting directions of a layout, none yet; `room` as input bases have it."""
     if isinstance(layout, Layout):
         return RowStack(layout, dtype, device)
     if dtype != torch.float32:

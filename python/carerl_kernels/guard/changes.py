@@ -99,11 +99,7 @@ class Confinement:
         self.result = Confined(str(self.out), domains={basis.info.domain: DomainShare() for basis in self.bases})
 
     def compared(self, portion: Portion, start: Tensor, end: Tensor, whose: str = "END") -> Matrix | None:
-        """A matrix of two checkpoints, counted as part of the change; None where they are the same.
-
-        Raises:
-            ValueError: numbers that are not finite.
-        """
+        """A matrix of two checkpoints, of finite numbers, counted as part of the change; None where they are the same."""
         for what, values in (("START", start), (whose, end)):
             if values.dtype not in DTYPES.values():
                 raise ValueError(

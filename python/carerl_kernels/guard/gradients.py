@@ -22,12 +22,9 @@ def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
 
 
 def gradients(parameters: Sequence[nn.Parameter], names: Sequence[str]) -> list[Tensor]:
-    """The local part of every gradient; one that is missing counts as zero.
+    """The local part of every gradient; one that is missing counts as zero, a sparse one is refused (ValueError).
 
     A gradient that is not contiguous becomes so, in place of the one that was there: what edits it edits `p.grad`.
-
-    Raises:
-        ValueError: a sparse gradient.
     """
     for name, p in zip(names, parameters, strict=True):
         if p.grad is None:

@@ -28,11 +28,8 @@ ALIKE = 0.5
 
 
 def real_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer inside of wrappers (accelerate's and others'), where hooks work.
-
-    Raises:
-        TypeError: not an optimizer, or one that keeps the weights elsewhere, named with what to do.
-    """
+    """The optimizer inside of wrappers (accelerate's and others'), where hooks work. TypeError: it is none, or one that keeps the
+    weights elsewhere; says what to do."""
     while True:
         for name in {c.__name__ for c in type(optimizer).__mro__} & set(ELSEWHERE):
             raise TypeError(
@@ -86,11 +83,7 @@ def refuse_copies(
     optimizers: Iterable[torch.optim.Optimizer], parameters: Sequence[nn.Parameter], supported: bool
 ) -> None:
     """Looks at the state of the largest parameter after its first step for a copy of the weights, other than a "z" of
-    schedule-free optimizers where that is supported.
-
-    Raises:
-        RuntimeError: names the optimizer and the state, and what to do.
-    """
+    schedule-free optimizers where that is supported; a RuntimeError names it, and what to do."""
     for optimizer in optimizers:
         with_state = [p for p in parameters if p in optimizer.state]
         if not with_state:
@@ -157,11 +150,7 @@ class Census:
             )
 
     def check_model(self) -> None:
-        """Refuses a model whose guarded parameters are not those any more.
-
-        Raises:
-            RuntimeError: names the first of them.
-        """
+        """Refuses a model whose guarded parameters are not those any more, naming the first of them (RuntimeError)."""
         if self._module is None:
             return
         for name, p in named_parameters(self._module):

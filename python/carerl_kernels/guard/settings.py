@@ -88,11 +88,7 @@ class GuardOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Settings:
-    """Options of a guard, checked; see :class:`GuardOptions` for what they mean.
-
-    Raises:
-        ValueError: an option out of range, named with what was expected.
-    """
+    """Options of a guard, checked; see :class:`GuardOptions` for what they mean."""
 
     rule: Rule = "bounded"
     basis: Kind | None = None
@@ -145,11 +141,7 @@ class Settings:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Settings:
-        """From keyword arguments.
-
-        Raises:
-            TypeError: an option that there is not, named with those there are.
-        """
+        """From keyword arguments; a TypeError names those there are."""
         known = [field.name for field in fields(cls)]
         for name in options:
             if name not in known:
@@ -162,11 +154,7 @@ class Settings:
         return self.apply_to == "update" and self.rule in ("bounded", "remove")
 
     def numbers_of(self, domain: str) -> dict[str, float]:
-        """Weights and bounds of one domain.
-
-        Raises:
-            ValueError: numbers differ by domain, and this one has none.
-        """
+        """Weights and bounds of one domain, which has to be among those named where numbers differ by domain."""
         lower, upper = pair("bound", for_domain("bound", self.bound, domain))
         aligned, conflict = (for_domain(name, getattr(self, name), domain) for name in ("aligned", "conflict"))
         return {"aligned": float(aligned), "conflict": float(conflict), "lower": lower, "upper": upper}

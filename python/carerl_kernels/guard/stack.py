@@ -96,11 +96,7 @@ class Stack(ABC, Generic[L, B]):
         return slice(at, at + self.layout.width)
 
     def put(self, basis: B, parameters: Sequence[Tensor]) -> None:
-        """Adds a domain, or replaces its earlier recording, given the local parts of the parameters.
-
-        Raises:
-            BasisError: another kind or number of directions.
-        """
+        """Adds a domain, or replaces its earlier recording, given the local parts of the parameters."""
         self._check_kind(basis)
         info = basis.info
         others = [i for i, other in enumerate(self.names) if other != info.domain]

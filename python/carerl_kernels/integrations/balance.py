@@ -106,11 +106,7 @@ class AdvantageBalance(TrainerCallback):
             write_bytes_atomically(path, json.dumps(self.norms.state_dict()).encode())
 
     def resume(self, folder: Path | str) -> None:
-        """Goes on from a checkpoint of the trainer.
-
-        Raises:
-            FileNotFoundError: the checkpoint was written without this balance.
-        """
+        """Goes on from a checkpoint of the trainer, which has to have been written with this balance."""
         path = Path(folder) / STATE
         if self.norms is None:
             return

@@ -31,11 +31,7 @@ def save_state(guard: CapabilityGuard, folder: Path, writes: bool) -> None:
 
 
 def load_state(guard: CapabilityGuard, folder: Path) -> None:
-    """Goes on from what :func:`save_state` wrote.
-
-    Raises:
-        FileNotFoundError: The folder holds no state of a guard.
-    """
+    """Goes on from what :func:`save_state` wrote."""
     path = state_path(guard, folder)
     if not path.exists():
         raise FileNotFoundError(

@@ -128,11 +128,7 @@ class WatchedDomain:
         return present, against
 
     def checked(self, values: Any, what: str) -> Numbers:
-        """The values as an array, None as NaN.
-
-        Raises:
-            ValueError: a value out of range, or none that is judged.
-        """
+        """The values as an array, None as NaN; ValueError: a value out of range, or none that is judged."""
         low, high = self.score_range
         scores = np.array(values, dtype=np.float64)  # None becomes NaN
         judged = scores[~np.isnan(scores)]

@@ -25,11 +25,7 @@ REMEDIES = {
 def judged(
     reward: Reward, examples: Sequence[Example], completions: Sequence[str], trainer: str, strip: StripReasoning
 ) -> list[float | None]:
-    """Checked rewards: finite numbers or None.
-
-    Raises:
-        RewardError: A reward that compares sees every prompt once.
-    """
+    """Checked rewards: finite numbers or None. RewardError: a reward that compares sees every prompt once."""
     if getattr(reward, "compares", False) and examples and len(set(group_numbers(examples))) == len(examples):
         raise RewardError(
             f"{name_of(reward)} compares the completions of a prompt, and {trainer} hands over one of each: all would earn 0; "

@@ -59,11 +59,7 @@ class InformationGain:
         self.__name__ = "information_gain"
 
     def score_batch(self, examples: Sequence[Example], completions: Sequence[str]) -> list[float | None]:
-        """Gains, example i's answer with completion i as memory.
-
-        Raises:
-            ValueError: An example has no answer.
-        """
+        """Gains, example i's answer with completion i as memory. ValueError: an example has no answer."""
         questions = [Example(self.prompt(e, None), e.answer) for e in examples]
         numbers = group_numbers(questions)
         alone = {n: questions[n] for n in numbers}  # once per question, not once per completion

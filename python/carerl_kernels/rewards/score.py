@@ -150,11 +150,7 @@ class Report:
 
 
 def read_responses(path: Path, check: Callable[[dict[str, Any]], object] | None = None) -> list[dict[str, Any]]:
-    """The rows of an input file: prompt, and response or completion.
-
-    Raises:
-        ValueError, OSError: See `read_rows`.
-    """
+    """The rows of an input file: prompt, and response or completion."""
 
     def look(row: dict[str, Any]) -> None:
         if "response" not in row and "completion" in row:

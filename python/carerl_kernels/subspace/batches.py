@@ -21,11 +21,7 @@ _NOT_PADDING = ("loss", "completion", "label", "prompt", "special", "assistant",
 
 
 def prepared(batches: Iterable[Any], tokenizer: Any, size: int = BATCH) -> Iterator[Any]:
-    """Batches as the model is called with: texts and rows of token ids put together, so many at a time, padded and masked.
-
-    Raises:
-        ValueError: texts without a tokenizer.
-    """
+    """Batches as the model is called with: texts and rows of token ids put together, so many at a time, padded and masked."""
     rows: list[list[int]] = []
     for batch in batches:
         new = _token_rows(batch, tokenizer)
@@ -148,10 +144,7 @@ Positions = Callable[[Any], Tensor]
 
 def encode(tokenizer: Any, prompt: str | Sequence[dict[str, Any]]) -> list[int]:
     """Token ids of a prompt, up to where the answer begins; a text is what a user says where there is a chat template.
-
-    Raises:
-        ValueError: messages, and a tokenizer without a chat template.
-    """
+    ValueError: messages, and there is none."""
     if getattr(tokenizer, "chat_template", None):
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

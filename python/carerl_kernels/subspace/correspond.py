@@ -118,11 +118,7 @@ class Correspondence:
 
 
 def sides_of(bases: Sequence[FactoredBasis]) -> dict[str, Side]:
-    """The side of every matrix that any of the bases has directions for.
-
-    Raises:
-        BasisError: another kind than "input", two bases of one domain, of other models, or on other sides.
-    """
+    """The side of every matrix that any of the bases, all of kind "input" and of one model, has directions for."""
     sides: dict[str, Side] = {}
     first = bases[0].info
     for basis in bases:

@@ -221,11 +221,7 @@ class Layout:
 
 
 def checked(named: Iterable[tuple[str, Tensor]], k: int, group: Any) -> tuple[list[tuple[str, Tensor]], Shards]:
-    """Local parts of named tensors that a basis can lie over, and where the other parts are.
-
-    Raises:
-        ValueError: see :meth:`Layout.of`.
-    """
+    """Local parts of named tensors that a basis can lie over, and where the other parts are; errors as :meth:`Layout.of`."""
     if k < 1:
         raise ValueError(f"k: expected at least one direction per domain, found {k}")
     named = list(named)

@@ -112,11 +112,7 @@ class Recorder:
         """A step was dropped, or another domain's was taken: what the model was called with since the last one does not count."""
 
     def finish(self, parameters: Sequence[Tensor]) -> StoredBasis:
-        """The basis of the stage, given the parameters at its end.
-
-        Raises:
-            RuntimeError: no step was taken, so there is nothing to remember.
-        """
+        """The basis of the stage, given the parameters at its end. RuntimeError: no step was taken, so there is none."""
         raise NotImplementedError
 
     def info(self, parameters: Sequence[Tensor], **known: Any) -> BasisInfo:

@@ -140,11 +140,7 @@ class StoredBasis(ABC):
         """The same directions in fewer bytes."""
 
     def check_model(self, layout: AnyLayout, architecture: str) -> None:
-        """Refuses a model whose parameters have other names or shapes.
-
-        Raises:
-            BasisError: names the first difference.
-        """
+        """Refuses a model whose parameters have other names or shapes; a BasisError names the first difference."""
         here, there = dict(zip(layout.names, layout.shapes, strict=True)), self.info.shape_of
         for name in [*there, *here]:
             if here.get(name) != there.get(name):

@@ -104,11 +104,7 @@ def demo_domains(seed: int, names: Sequence[str] = DOMAINS) -> list[Domain]:
 
 
 def character_domain(name: str, task: str, seed: int, stored: int) -> Domain:
-    """One task as a domain of any name; `stored` of the training examples are stored.
-
-    Raises:
-        ValueError: There is no such task.
-    """
+    """One task as a domain of any name; `stored` of the training examples are stored."""
     one_of(f"domain {name!r}: task", task, GENERATORS)
     return split_domain(name, GENERATORS[task](), exact_match, EVAL_EXAMPLES, seed, "exact", stored)
 

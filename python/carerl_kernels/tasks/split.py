@@ -52,11 +52,7 @@ def split_domain(
     mode: EvalMode = "sampled",
     stored: int = 0,
 ) -> Domain:
-    """As `domain_of`, with `held_out` of the examples, chosen by name and seed, kept out of training.
-
-    Raises:
-        ValueError: There is nothing left to train on, or not as much as is to be stored.
-    """
+    """As `domain_of`, with `held_out` of the examples, chosen by name and seed, kept out of training."""
     shuffled = list(examples)
     random.Random(f"{name}-{seed}").shuffle(shuffled)
     if len(shuffled) <= held_out:

@@ -20,11 +20,7 @@ from ..tasks.split import Reward, domain_of, split_domain
 
 
 def holding(placeholder: str, ask: str) -> str:
-    """The text, if it holds the placeholder.
-
-    Raises:
-        ValueError: It does not.
-    """
+    """The text, if it holds the placeholder."""
     if placeholder not in ask:
         raise ValueError(f"expected {placeholder} in it, where the data go")
     return ask

@@ -101,11 +101,7 @@ def _load(spec: ModelSpec, tasks: Sequence[str]) -> tuple[Any, Any]:
 
 
 def shapes(spec: ModelSpec) -> nn.Module:
-    """The model without weights (meta device): seconds for any size.
-
-    Raises:
-        OSError: transformers finds no such config.
-    """
+    """The model without weights (meta device): seconds for any size."""
     require("transformers", "the trainer")
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -121,11 +117,7 @@ def shapes(spec: ModelSpec) -> nn.Module:
 
 
 def scratch_config(spec: ModelSpec, tokenizer: Any) -> Any:
-    """The transformers config of a model built from nothing.
-
-    Raises:
-        ValueError: transformers knows no such model type, or no such setting.
-    """
+    """The transformers config of a model built from nothing."""
     from transformers import AutoConfig
 
     settings = dict(spec.scratch or {})
@@ -142,11 +134,7 @@ def scratch_config(spec: ModelSpec, tokenizer: Any) -> Any:
 
 
 def add_lora(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
-    """The model with trainable adapters in float32, drawn from the seed; everything else frozen.
-
-    Raises:
-        ImportError: peft is missing.
-    """
+    """The model with trainable adapters in float32, drawn from the seed; everything else frozen."""
     require("peft", "LoRA", "carerl-kernels[trl]")
     from peft import LoraConfig, get_peft_model
 

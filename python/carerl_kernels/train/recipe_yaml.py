@@ -13,10 +13,7 @@ class RecipeError(ValueError):
 
 def read_yaml(text: str, source: str) -> Any:
     """YAML with the floats of its version 1.2 (PyYAML takes 1e-3 for text), whose keys are distinct and whose numbers are finite.
-
-    Raises:
-        RecipeError: It is none, or larger or deeper than any recipe.
-    """
+    RecipeError: it is none, or larger or deeper than any recipe."""
     import yaml
 
     class Loader(yaml.SafeLoader):

@@ -171,11 +171,7 @@ def build_guard(
 
 
 def basis_dtype(spec: GuardSpec) -> torch.dtype:
-    """Of the directions; float32 where the recipe names none.
-
-    Raises:
-        RecipeError: torch has no such dtype.
-    """
+    """Of the directions; float32 where the recipe names none."""
     name = spec.options.get("basis_dtype", "float32")
     dtype = getattr(torch, str(name), None)
     if not isinstance(dtype, torch.dtype):
@@ -184,11 +180,7 @@ def basis_dtype(spec: GuardSpec) -> torch.dtype:
 
 
 def history_files(history: Sequence[Path]) -> list[Path]:
-    """Basis files, directories of runs replaced by those of their stages in order.
-
-    Raises:
-        RecipeError: Neither, or a run that recorded nothing.
-    """
+    """Basis files, directories of runs replaced by those of their stages in order. RecipeError: a run that recorded nothing."""
     files: list[Path] = []
     for path in history:
         if path.is_file():

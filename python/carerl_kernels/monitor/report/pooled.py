@@ -39,7 +39,6 @@ def damages(record: RunRecord, *, parts: bool = False, after: int = 0, until: in
     """Of every acting stage and domain with a loss, in order of appearance.
 
     Args:
-        record: What is known of a run.
         parts: Whether the changes are those of a mixed batch's domains, each along its own direction, instead of all that
             happened.
         after, until: only windows that ended after the one and not after the other of these steps.

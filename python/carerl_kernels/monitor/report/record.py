@@ -48,11 +48,7 @@ class RunRecord:
 
     @classmethod
     def read(cls, path: Path | str) -> RunRecord:
-        """Reads a run's directory.
-
-        Raises:
-            RunError: no run there, or a file that cannot be read; says which line and what to do.
-        """
+        """Reads a run's directory; a RunError says which file or line is wrong, and what to do."""
         directory, notes = RunDirectory(path), list[str]()
         if not directory.metrics_path.is_file():
             raise RunError(_no_run(directory.path))

@@ -129,11 +129,7 @@ class Endpoint:
             LOGGER.warning("judge %s %s", self.url, text)
 
     def _reply(self, answer: Answer) -> Reply:
-        """The reply in an answer.
-
-        Raises:
-            BackendRefusedError, BackendError, TryAgainError: There is none.
-        """
+        """The reply in an answer."""
         status, words = answer.status, self._client.short(answer.text)
         if status == 403 and self._forbidden is not None and not _OF_THE_ITEM.search(_complaint(answer)):
             self._forbidden += 1
@@ -178,11 +174,7 @@ class Endpoint:
         self.meter.paid(good[0] or 0, good[1] or 0)
 
     def _tokens(self, logprobs: Any) -> tuple[Token, ...]:
-        """Tokens with alternatives from a chat completion's `logprobs`; none where any is no log-probability.
-
-        Raises:
-            ValueError, KeyError, TypeError, AttributeError: They are not of that form.
-        """
+        """Tokens with alternatives from a chat completion's `logprobs`; none where any is no log-probability."""
         out = []
         for entry in (logprobs or {}).get("content") or []:
             alternatives: dict[bytes, float] = {}

@@ -173,11 +173,7 @@ class Judge:
         return await first_valid(self.backend, request, self.attempts, read, repeat=repeat)
 
     def _verdict(self, reply: Reply, protocol: Protocol, response: str, reverse: bool) -> Verdict:
-        """The reply checked against the protocol.
-
-        Raises:
-            ValueError: What is wrong with it.
-        """
+        """The reply checked against the protocol; a ValueError says what is wrong with it."""
         data, start, end = last_object(reply.text)
         parts = protocol.parts(reverse)
         if list(data) != [key for key, _ in parts]:

@@ -240,11 +240,7 @@ print(os.path.realpath(sys.executable), paths["stdlib"], paths["platstdlib"], os
 
 @cache
 def interpreter(python: str) -> list[str]:
-    """What has to be visible for an interpreter to start: itself, its standard library, shared libraries.
-
-    Raises:
-        SandboxError: It does not run.
-    """
+    """What has to be visible for an interpreter to start, which is tried: itself, its standard library, shared libraries."""
     try:
         asked = subprocess.run([python, "-I", "-S", "-c", _ASK], capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
@@ -261,11 +257,7 @@ _UIDS_LOCK = threading.Lock()
 
 
 def _draw_uid() -> int:
-    """A user of its own for a program of root's: limits on processes count per user, and do not hold for root.
-
-    Raises:
-        SandboxError: None is free.
-    """
+    """A user of its own for a program of root's: limits on processes count per user, and do not hold for root."""
     mapped = [tuple(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text().splitlines()]
     running = set()
     for name in os.listdir("/proc"):

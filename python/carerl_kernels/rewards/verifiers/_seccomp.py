@@ -94,11 +94,7 @@ def program(pid: int, *, signals: bool, network: bool, machine: str | None = Non
 
 
 def install(filter_: list[Instruction], prctl: Callable[..., int]) -> None:
-    """Puts the filter on this process and all it will start; needs no_new_privs.
-
-    Raises:
-        OSError: The kernel refuses.
-    """
+    """Puts the filter on this process and all it will start; needs no_new_privs."""
     data = b"".join(struct.pack("HBBI", *instruction) for instruction in filter_)
     buffer = ctypes.create_string_buffer(data, len(data))
     fprog = struct.pack("HxxxxxxP", len(filter_), ctypes.addressof(buffer))

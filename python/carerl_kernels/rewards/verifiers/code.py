@@ -76,11 +76,7 @@ class CodeTests:
                 raise ValueError(f"CodeTests: tests[{number}]: {problem}, found {test!r}")
 
     def __call__(self, example: Example, completion: str) -> float | None:
-        """The reward in [0, 1]; None if the sandbox failed.
-
-        Raises:
-            ValueError: As `check`.
-        """
+        """The reward in [0, 1]; None if the sandbox failed."""
         self.check(example)
         text = graded_text(completion, self.strip_reasoning)
         if text is None:

@@ -80,11 +80,7 @@ class MathMatch:
                 LOGGER.warning("not checked: %s", error)
 
     def __call__(self, example: Example, completion: str) -> float | None:
-        """The reward; None if the process cannot be run.
-
-        Raises:
-            ValueError: As `check`.
-        """
+        """The reward; None if the process cannot be run."""
         gold = self._gold(example)
         text = graded_text(completion, self.strip_reasoning)
         if text is None:

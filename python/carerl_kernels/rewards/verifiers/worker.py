@@ -68,11 +68,7 @@ class Worker:
         atexit.register(self.close)
 
     def ask(self, job: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The grader's answer; None if it took too long over this job, or died of it.
-
-        Raises:
-            SandboxError: No grader can be had, or the machine is too busy.
-        """
+        """The grader's answer; None if it took too long over this job, or died of it."""
         with self._lock:
             for patience in (1.0, 4.0):
                 answer, idle = self._ask_once(job, patience * self.timeout)

@@ -208,7 +208,7 @@ def test_rewards_inside_a_composition_are_checked():
         (lambda: Composition([Component("a", len), Component("a", len)]), "distinct names"),
         (lambda: Composition([Component("a", len, gate="a")]), "the gate of 'a' among the others"),
         (lambda: Composition([Component("a", len, gate="b")]), "found 'b'"),
-        (lambda: Component("a", len, normalize="batch"), "none, group, rank or running, found 'batch'"),
+        (lambda: Component("a", len, normalize="batch"), "none, group, rank, running, found 'batch'"),
         (lambda: Component("a", len, weight=math.inf), "a finite weight"),
     ],
 )

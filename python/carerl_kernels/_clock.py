@@ -8,11 +8,8 @@ from contextlib import contextmanager
 
 
 class Clock:
-    """Wall-clock seconds per part. Host time: GPU work counts where the host waits for it.
-
-    Args:
-        parts: that are told even before any time was spent on them.
-    """
+    """Wall-clock seconds per part (those named at once are told even before any time was spent on them). Host time: GPU
+    work counts where the host waits for it."""
 
     def __init__(self, *parts: str) -> None:
         self.seconds: dict[str, float] = dict.fromkeys(parts, 0.0)  # since the beginning

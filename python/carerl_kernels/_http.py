@@ -120,11 +120,7 @@ class RetryingClient:
         self._by_loop: weakref.WeakKeyDictionary[Any, tuple[Any, asyncio.Semaphore]] = weakref.WeakKeyDictionary()
 
     async def call(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """What `attempt()` returns, tried again as long as it raises TryAgainError.
-
-        Raises:
-            TryAgainError: The last attempt failed too.
-        """
+        """What `attempt()` returns, tried again as long as it raises TryAgainError; the last one's comes through."""
         _, semaphore = self._here()
         for number in range(1, self.attempts + 1):
             try:
@@ -208,8 +204,8 @@ class RetryingClient:
 
 
 async def _body(chunks: AsyncIterator[bytes], encoding: str) -> bytes:
-    """The bytes of an answer, unpacked no further than `MAX_BODY` (httpx would unpack a chunk whatever comes out). TryAgainError:
-    more than that, a packing that was not asked for, or one that is damaged."""
+    """The bytes of an answer, unpacked no further than `MAX_BODY` (httpx would unpack a chunk whatever comes out).
+    TryAgainError: more than that, a packing that was not asked for, or one that is damaged."""
     encoding = encoding.strip().lower()
     if encoding not in ("", "identity", "gzip", "x-gzip"):
         raise TryAgainError(f"expected an answer plain or packed by gzip, found Content-Encoding {encoding[:40]!r}")

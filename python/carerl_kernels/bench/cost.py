@@ -141,7 +141,8 @@ def cases(preset: str) -> list[Case]:
 
 
 def chosen_of(available: Sequence[Case], ops: Sequence[str]) -> list[Case]:
-    """Cases of the wanted ops, all by default; an op without overload stands for its list form too. ValueError: one has none."""
+    """Cases of the wanted ops, all by default; an op without overload stands for its list form too. ValueError: one has
+    none."""
     known = sorted({case.op for case in available} | {case.packet for case in available})
     for op in ops:
         one_of("op", op, known)

@@ -78,11 +78,8 @@ class Prediction:
 
 
 def predict(case: Case, device: Device, bandwidth: float | None = None) -> Prediction:
-    """What a call of `case` should take.
-
-    Args:
-        bandwidth: bytes per second that a copy was measured to attain; by default the share of the data sheet's.
-    """
+    """What a call of `case` should take at a bandwidth (bytes per second of a copy); by default the data sheet's attained
+    share."""
     rate = bandwidth if bandwidth is not None else ATTAINABLE * device.bandwidth
     rates = {"fp32": device.fp32, "fp64": device.fp64, "tf32": device.tf32}
     arithmetic = sum(count / (ISSUED[unit] * rates[unit]) for unit, count in operations(case).items())
@@ -106,7 +103,8 @@ def operations(case: Case) -> dict[str, float]:
 
 
 def device_named(name: str) -> Device:
-    """A device by the short name of :data:`DEVICES`, or the first whose name occurs in what torch calls it; else a ValueError."""
+    """A device by the short name of :data:`DEVICES`, or the first whose name occurs in what torch calls it; else a
+    ValueError."""
     for short, device in DEVICES.items():
         if short in name.lower():
             return device

@@ -24,17 +24,11 @@ MEMORY = 0.9  # of the running means: about the last ten steps
 
 
 def step_shares(domains: Sequence[str], advantages: Tensor) -> dict[str, float]:
-    """Every domain's share of the batch's squared advantages.
+    """Every domain's share of the batch's squared advantages (weights included); all 0 where no advantage differs from 0.
 
-    A completion enters the policy gradient as A_i * grad log p_i, so with scores of similar size this is its share of the
-    squared gradient, and of Adam's step, which divides them all by the same numbers.
-
-    Args:
-        domains: B names.
-        advantages: [B], weights included; NaN, for what was not judged, counts as nothing.
-
-    Returns:
-        Shares that add up to 1; all 0 where no advantage differs from 0.
+    A completion enters the policy gradient as A_i * grad log p_i, so with scores of similar size this is its share of
+    the squared gradient, and of Adam's step, which divides them all by the same numbers. NaN, for what was not judged,
+    is nothing.
     """
     energy = energies(domains, advantages)
     total = sum(energy.values())

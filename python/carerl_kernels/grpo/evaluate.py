@@ -90,16 +90,8 @@ def held_out_losses(
     batch_size: int = 256,
     ranks: Ranks | None = None,
 ) -> dict[str, float]:
-    """Mean negative log-likelihood per token of the right answers of every domain's eval_examples, by teacher forcing.
-
-    Args:
-        model: In eval mode meanwhile.
-        tokenizer, tokens, batch_size, ranks: As for `example_scores`.
-        domains: Those without held-out examples that have an answer are left out.
-
-    Returns:
-        Nats per token, per domain.
-    """
+    """Mean negative log-likelihood per token (nats) of the right answers of every domain's eval_examples, by teacher
+    forcing and in eval mode. Domains without held-out examples that have an answer are left out."""
     ranks, out = ranks or Ranks(), dict[str, float]()
     with evaluating(model), gathered(model):
         for domain in domains:

@@ -178,14 +178,8 @@ class RunDirectory:
         self.metrics_path.touch()
 
     def check(self, settings: Mapping[str, Any], cosmetic: Collection[str]) -> None:
-        """Compare settings with those the run was started with.
-
-        Args:
-            cosmetic: Names under "config" that may differ.
-
-        Raises:
-            CheckpointError: They differ, or the stored ones are unreadable.
-        """
+        """Compare settings, but for the `cosmetic` ones under "config", with those the run was started with.
+        CheckpointError: they differ, or the stored ones are unreadable."""
         try:
             stored = json.loads(self.config_path.read_text())
             theirs = {**stored.pop("config"), **stored}

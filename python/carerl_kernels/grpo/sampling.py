@@ -203,12 +203,8 @@ def held(sampler: Sampler) -> Iterator[Sampler]:
 
 
 def choose(logp: Tensor, uniform: Tensor) -> Tensor:
-    """The token [B] where the cumulated probability passes `uniform` [B] in [0, 1).
-
-    Args:
-        logp: [B, V], not necessarily normalised; tokens of probability 0 are never chosen.
-        uniform: float64.
-    """
+    """The token [B] where the cumulated probability of logp [B, V] passes `uniform` [B] float64 in [0, 1). Probabilities
+    need not be normalised; tokens of probability 0 are never chosen."""
     cumulated = logp.exp().double().cumsum(-1)  # [B, V]
     total = cumulated[:, -1]
     # rounding could make the product the total itself, which lies beyond every token

@@ -23,12 +23,7 @@ if TYPE_CHECKING:
 
 
 class DomainViews:
-    """Shows domains to a guard, and keeps what it saw.
-
-    Args:
-        learner: The learner of the run; its random state is left alone.
-        folder: Where bases are kept; None: nowhere.
-    """
+    """Shows domains to a guard, and keeps what it saw in a folder, if any; the learner's random state is left alone."""
 
     def __init__(self, learner: Learner, folder: Path | None) -> None:
         self.learner, self.folder = learner, folder

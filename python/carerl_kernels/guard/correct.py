@@ -109,12 +109,8 @@ class StepCorrection:
         max_grad_norm: float | None = None,
         recorder: StageRecorder | None = None,
     ) -> None:
-        """Edits a gradient in place; clipping folds into the scale, known before the second pass.
-
-        Args:
-            own: the step's domain.
-            recorder: of a stage that takes the gradient in on the way, where :meth:`fuses` says so.
-        """
+        """Edits a gradient in place; clipping folds into the scale, known before the second pass. The recorder of a stage
+        takes the gradient in on the way, where :meth:`fuses` says so."""
         stack = self.stack
         rounded = stack.rounding and self.settings.rule == "instant"
         asked = rounded or self.settings.track_energy or max_grad_norm is not None
@@ -206,11 +202,7 @@ class LiteralRecording:
         self.made_of = stack.bases
 
     def step(self, grads: Sequence[Tensor], own: str | None, params: RuleParams) -> tuple[Tensor, Tensor]:
-        """Records a gradient and edits it in place.
-
-        Returns:
-            Coefficients of the rows that act, and what was taken out along them: `[T, K]` float64.
-        """
+        """Records a gradient and edits it in place; returns what :meth:`RowStack.dacsp_` does."""
         stack, pca = self.stack, self.recorder.pca
         measured = stack.layout.gram(self._bases, grads)  # [T, R + 1, R + 1]
         finite = measured.isfinite().all()

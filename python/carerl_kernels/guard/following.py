@@ -18,12 +18,8 @@ from .recording import Recording
 
 
 class Following:
-    """The hooks of attached optimizers. Of several, the first to step begins a step, and it is over when all of them took it.
-
-    Args:
-        owner: says whose step it is.
-        clock: of the guard.
-    """
+    """The hooks of attached optimizers. Of several, the first to step begins a step, and it is over when all of them took
+    it. `owner` says whose it is."""
 
     def __init__(
         self,

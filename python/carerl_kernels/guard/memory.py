@@ -163,11 +163,7 @@ class Memory:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], parameters: Sequence[Tensor]) -> None:
-        """Goes on from :meth:`state_dict`.
-
-        Raises:
-            ValueError: as :meth:`CapabilityGuard.load_state_dict`.
-        """
+        """Goes on from :meth:`state_dict`; raises as :meth:`CapabilityGuard.load_state_dict`."""
         if state.get("version") != VERSION:
             raise ValueError(
                 f"guard state: expected version {VERSION}, found {state.get('version', 1)}, which remembers other numbers; "

@@ -28,8 +28,8 @@ ALIKE = 0.5
 
 
 def real_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer inside of wrappers (accelerate's and others'), where hooks work. TypeError: it is none, or one that keeps the
-    weights elsewhere; says what to do."""
+    """The optimizer inside of wrappers (accelerate's and others'), where hooks work. TypeError: it is none, or one that
+    keeps the weights elsewhere; says what to do."""
     while True:
         for name in {c.__name__ for c in type(optimizer).__mro__} & set(ELSEWHERE):
             raise TypeError(

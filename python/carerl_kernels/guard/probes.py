@@ -177,11 +177,7 @@ class PromptStore:
 
     @classmethod
     def load(cls, path: Path | str, seed: int = 0) -> PromptStore:
-        """Reads :meth:`save`'s file.
-
-        Raises:
-            ValueError: not such a file.
-        """
+        """Reads :meth:`save`'s file. ValueError: it is none."""
         try:
             content = json.loads(Path(path).read_text())
             store = cls(content["size"], seed)

@@ -173,11 +173,7 @@ class Protection:
         (self.memory.add if rebase else self.memory.adopt)(basis, self._locals())
 
     def basis(self, name: str) -> Any:
-        """The recorded basis of a domain (rows rounded to `basis_dtype`): to inspect, or to save once more.
-
-        Raises:
-            KeyError: a domain without history.
-        """
+        """The recorded basis of a domain with history (rows rounded to `basis_dtype`): to inspect, or to save once more."""
         self._with_history("basis", name)
         return self.stack.get(name)
 

@@ -24,12 +24,8 @@ Place = tuple[int, int]
 
 
 class RowWatch:
-    """Hooks on linear layers and embeddings that gather what :class:`MixedGradient` takes out, where bases are of inputs.
-
-    Args:
-        places: modules, each with the place of its weight.
-        dtype: of the gradients.
-    """
+    """Hooks on linear layers and embeddings (each with the place of its weight) that gather what :class:`MixedGradient`
+    takes out, where bases are of inputs."""
 
     def __init__(self, stack: InputStack, places: list[tuple[nn.Module, Place]], dtype: torch.dtype):
         self._stack, self._places = stack, places

@@ -230,11 +230,8 @@ class Stack(ABC, Generic[L, B]):
 
 
 class RowStack(Stack[Layout, DomainBasis]):
-    """Flat and per-matrix bases: one `[D, k, N]` tensor, so that one pass serves all domains.
-
-    Args:
-        dtype: float32, bfloat16, float16, int8 or float8_e4m3fn (both block-scaled) storage.
-    """
+    """Flat and per-matrix bases: one `[D, k, N]` tensor, so that one pass serves all domains; int8 and float8_e4m3fn are
+    block-scaled."""
 
     def __init__(self, layout: Layout, dtype: torch.dtype, device: torch.device):
         super().__init__(layout, device)

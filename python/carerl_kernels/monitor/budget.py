@@ -30,11 +30,8 @@ class StepBudget(GradientKeeper):
         self.directions: dict[str, list[Tensor]] = {}
 
     def around_part(self, name: str, optimizer: torch.optim.Optimizer | None) -> AbstractContextManager[None]:
-        """Around the backward pass of one domain's part of the loss; what `p.grad` held is put back.
-
-        Args:
-            optimizer: The optimizer whose step follows; None: gradients are compared as they are.
-        """
+        """Around the backward pass of one domain's part of the loss; what `p.grad` held is put back. With the optimizer
+        whose step follows, gradients are compared as it scales them."""
         self._optimizer = optimizer
         return self.around(name, training=False)
 

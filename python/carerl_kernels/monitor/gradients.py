@@ -113,11 +113,8 @@ class GradientKeeper:
                 p.grad = grad if p.grad is None else p.grad.add_(grad)
 
     def compare(self) -> dict[str, Any]:
-        """Cosines and norms of what was kept, which is dropped.
-
-        Returns:
-            "norm": per name; "cosine": per name and later name, None where a gradient is zero or not finite.
-        """
+        """Cosines and norms of what was kept, which is dropped: "norm" per name, and "cosine" per name and later name, None
+        where a gradient is zero or not finite."""
         names, gradients = list(self.kept), list(self.kept.values())
         self.kept = {}
         gram = gradient_gram(gradients, self.shards).tolist()

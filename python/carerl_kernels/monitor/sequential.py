@@ -42,14 +42,8 @@ def look_weight(look: int, planned: int) -> float:
 
 
 def log_capital(differences: Numbers, tolerance: float = 0.0) -> Numbers:
-    """Log capital after betting that the mean of the differences exceeds the tolerance.
-
-    Args:
-        differences: `[..., n]` in [-1, 1]; NaN: no bet on this one.
-
-    Returns:
-        `[bets, ...]`.
-    """
+    """Log capital `[bets, ...]` after betting that the mean of the differences `[..., n]` in [-1, 1] exceeds the tolerance;
+    NaN is no bet."""
     # in [-1, 1], mean at most 0 while the claim holds
     gains = np.nan_to_num((differences - tolerance) / (1 + tolerance))
     gains = np.concatenate([gains, np.zeros((*gains.shape[:-1], -gains.shape[-1] % 16))], axis=-1)

@@ -93,13 +93,8 @@ class Composition:
         self.__name__ = "composition"
 
     def compose(self, values: Mapping[str, Tensor], groups: Tensor, judged: Tensor) -> Composed:
-        """The sum of given component values, which running statistics take in.
-
-        Args:
-            values: Per component [B]; whatever stands where `judged` is False.
-            groups: [B] integers.
-            judged: [B] bool.
-        """
+        """The sum of given component values `[B]` each (whatever stands where `judged` is False), which running statistics
+        take in."""
         parts = {}
         for c in self.components:
             v, counts = values[c.name].double(), _counts(c, values, judged)

@@ -98,18 +98,11 @@ def moments(values: Tensor) -> tuple[float, float]:
 
 
 def standardized(values: Tensor, groups: Tensor, judged: Tensor) -> Tensor:
-    """(value - mean) / standard deviation within each group, whatever the size and the spread of its values.
+    """(value - mean) / standard deviation within each group, whatever the size and the spread of its values; `[B]` float64,
+    0 in a group whose values differ by rounding alone. Arguments as :func:`rank_in_group`.
 
-    `group_advantages` adds a constant to the standard deviation, under which small spreads would shrink, and squares, under
-    which large values overflow; so each group is first brought to the range [-1, 1].
-
-    Args:
-        values: [B] finite rewards.
-        groups: [B] integers, the group of each.
-        judged: [B] bool, which rewards there are; False rows get 0 and take no place.
-
-    Returns:
-        [B] float64; 0 in a group whose values differ by rounding alone.
+    `group_advantages` adds a constant to the standard deviation, under which small spreads would shrink, and squares,
+    under which large values overflow; so each group is first brought to the range [-1, 1].
     """
     v = values.double()
     place = torch.unique(groups, return_inverse=True)[1]  # [B]

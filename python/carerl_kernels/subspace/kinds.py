@@ -66,7 +66,8 @@ def kind_of(basis: Kind | None, *, seen: bool = True, k: int | None = None, dtyp
 
 
 def rank_of(kind: Kind, k: int | None, r: int | None) -> int:
-    """Directions of a row basis, or rank of a factored one. ValueError: an unknown kind, or the other sort's number was given."""
+    """Directions of a row basis, or rank of a factored one. ValueError: an unknown kind, or the other sort's number was
+    given."""
     one_of("basis kind", kind, KINDS)
     right = KINDS[kind].rank
     number, wrong, other = (k, "r", r) if right == "k" else (r, "k", k)

@@ -193,13 +193,7 @@ def _input(layout: MatrixLayout, D: int, world: int, parameter_bytes: int) -> di
 
 
 def model_of(config: Path | str) -> nn.Module:
-    """A causal language model on the meta device, from a transformers config: a JSON file, or a folder with a config.json.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ModuleNotFoundError: transformers is missing.
-        ValueError: not a transformers config.
-    """
+    """A causal language model on the meta device, from a transformers config: a JSON file, or a folder with a config.json."""
     path = Path(config)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():

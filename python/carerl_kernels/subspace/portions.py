@@ -48,8 +48,8 @@ class Portion:
 
 
 def portions(weights: Weights, units: Mapping[str, Sequence[Unit]]) -> Iterator[list[Portion]]:
-    """All floating-point tensors, file by file and in the order of their bytes, in groups of one dtype and about GROUP bytes.
-    ValueError: a matrix with directions in another dtype than float32, bfloat16 and float16."""
+    """All floating-point tensors, file by file and in the order of their bytes, in groups of one dtype and about GROUP
+    bytes. ValueError: a matrix with directions in another dtype than float32, bfloat16 and float16."""
 
     def parts() -> Iterator[Portion]:
         for key, entry in weights.entries.items():

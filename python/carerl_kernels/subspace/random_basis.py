@@ -22,12 +22,8 @@ def random_basis(
     architecture: str = "",
     dtype: torch.dtype = torch.float32,
 ) -> StoredBasis:
-    """A basis of random directions over a layout, moved by 1 along each.
-
-    Args:
-        seed: Seed of the directions; those of factored bases depend on the domain's name, too.
-        dtype: Storage of row directions; factors are float32.
-    """
+    """A basis of random directions over a layout, moved by 1 along each; those of factored bases depend on the domain's
+    name, too."""
     info = BasisInfo.of(layout, domain, architecture=architecture, displacement_capture=layout.chance)
     if isinstance(layout, MatrixLayout):
         return _factors(layout, seed, info)

@@ -64,8 +64,8 @@ def checksum(tensor: Tensor, first: int = 0) -> int:
 
 
 def save_parts(path: Path | str, parts: Mapping[str, Part], metadata: dict[str, str], shards: Shards | None) -> None:
-    """Writes a file atomically; a collective call where the parts are spread over processes: the first of them writes. OSError,
-    in every process: it could not."""
+    """Writes a file atomically; a collective call where the parts are spread over processes: the first of them writes.
+    OSError, in every process: it could not."""
     metadata = {**metadata, "checksum": _checksums(parts, shards)}
     if shards is None or not shards.sharded:
         whole = {name: part.pieces[0][0].detach().contiguous().cpu() for name, part in parts.items()}

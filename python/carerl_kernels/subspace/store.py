@@ -113,11 +113,7 @@ class StoredBasis(ABC):
         return basis
 
     def save(self, path: Path | str) -> None:
-        """Writes the file atomically. The part of a sharded basis: every process calls it, one writes.
-
-        Raises:
-            OSError: the directory or the disk refuses; nothing is left half-written.
-        """
+        """Writes the file atomically. The part of a sharded basis: every process calls it, one writes."""
         metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "info": json.dumps(asdict(self.info))}
         save_parts(path, self._parts(), metadata, None if self.layout is None else self.layout.shards)
 
@@ -177,11 +173,8 @@ class DomainBasis(StoredBasis, kinds=("flat", "per_matrix")):
     layout: Layout | None = None
 
     def quantized(self, dtype: torch.dtype = torch.int8) -> DomainBasis:
-        """The same basis with block-scaled directions, a quarter of fp32's memory.
-
-        Args:
-            dtype: int8 (relative error .0065) or float8_e4m3fn (.026).
-        """
+        """The same basis with directions in blocks of int8 (relative error .0065) or float8_e4m3fn (.026), a quarter of
+        fp32's memory."""
         if self.directions.dtype == dtype:
             return self
         rows = self.dequantized().directions.unsqueeze(0)

@@ -110,12 +110,8 @@ def character_domain(name: str, task: str, seed: int, stored: int) -> Domain:
 
 
 def character_tokenizer(names: Sequence[str] = DOMAINS) -> Any:
-    """A fast transformers tokenizer with one token per character of the tasks; those beyond the demonstration's add the letters
-    that their prompts begin with.
-
-    Raises:
-        ImportError: transformers is missing; says what to install.
-    """
+    """A fast transformers tokenizer with one token per character of the tasks; those beyond the demonstration's add the
+    letters that their prompts begin with."""
     require("transformers", "a model of characters")
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -129,11 +125,7 @@ def character_tokenizer(names: Sequence[str] = DOMAINS) -> Any:
 
 
 def tiny_model(tokenizer: Any, seed: int) -> Any:
-    """A two-layer Qwen3 with about 80 thousand parameters, initialised from a seed.
-
-    Raises:
-        ImportError: transformers is missing; says what to install.
-    """
+    """A two-layer Qwen3 with about 80 thousand parameters, initialised from a seed."""
     require("transformers", "a model of characters")
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -168,17 +160,8 @@ def warm_up(
     batch_per_domain: int = 32,
     lr: float = 1e-3,
 ) -> list[float]:
-    """Supervised steps on all domains: the "pretrained" model whose skills reinforcement then sharpens.
-
-    Args:
-        model: Trained in place.
-        seed: Draws the examples.
-        steps: Adam steps.
-        batch_per_domain: Examples of each domain per step.
-
-    Returns:
-        The loss of every step (nats per token).
-    """
+    """Steps of Adam on right answers of all domains: the "pretrained" model whose skills reinforcement then sharpens.
+    Returns the loss of every step (nats per token)."""
     tokens: SpecialTokens = special_tokens(tokenizer, model)
     rng = random.Random(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)

@@ -373,11 +373,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def checked(kind: type[Described], data: Any, source: str) -> Described:
-    """What data say, as a recipe or another description.
-
-    Raises:
-        RecipeError: An unknown name, a value out of range; every problem with its place, below `source`.
-    """
+    """What data say, as a recipe or another description. RecipeError: every problem with its place, below `source`."""
     try:
         return kind.model_validate(data)
     except ValidationError as error:

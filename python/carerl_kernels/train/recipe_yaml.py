@@ -12,8 +12,8 @@ class RecipeError(ValueError):
 
 
 def read_yaml(text: str, source: str) -> Any:
-    """YAML with the floats of its version 1.2 (PyYAML takes 1e-3 for text), whose keys are distinct and whose numbers are finite.
-    RecipeError: it is none, or larger or deeper than any recipe."""
+    """YAML with the floats of its version 1.2 (PyYAML takes 1e-3 for text), whose keys are distinct and whose numbers are
+    finite. RecipeError: it is none, or larger or deeper than any recipe."""
     import yaml
 
     class Loader(yaml.SafeLoader):

@@ -180,7 +180,8 @@ def basis_dtype(spec: GuardSpec) -> torch.dtype:
 
 
 def history_files(history: Sequence[Path]) -> list[Path]:
-    """Basis files, directories of runs replaced by those of their stages in order. RecipeError: a run that recorded nothing."""
+    """Basis files, directories of runs replaced by those of their stages in order. RecipeError: a run that recorded
+    nothing."""
     files: list[Path] = []
     for path in history:
         if path.is_file():

@@ -54,15 +54,8 @@ class Page:
 
 
 def write_report(run: Path | str, target: Path | str | None = None) -> tuple[Path, Page]:
-    """Writes the report of a run's directory, into report.html there unless a target is given.
-
-    Returns:
-        Where the page is, and what it says.
-
-    Raises:
-        RunError: no run there, or a damaged file.
-        OSError: the page could not be written.
-    """
+    """Writes the report of a run's directory, into report.html there unless a target is given; returns where it is, and
+    what it says."""
     record = RunRecord.read(run)
     page = build_page(record)
     path = record.path / "report.html" if target is None else Path(target)

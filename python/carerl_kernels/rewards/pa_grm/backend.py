@@ -91,11 +91,8 @@ class Backend(Protocol):
 
 @dataclass
 class Meter:
-    """Counts of calls, tokens and money; the sum over everything a backend did.
-
-    Args:
-        price: Per million prompt and completion tokens, in any currency.
-    """
+    """Counts of calls, tokens and money, over everything a backend did; prices are per million prompt and completion
+    tokens."""
 
     price: tuple[float, float] = (0.0, 0.0)
     calls: int = field(default=0, init=False)

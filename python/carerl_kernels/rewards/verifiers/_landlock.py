@@ -18,15 +18,8 @@ def version(libc: ctypes.CDLL) -> int:
 
 
 def restrict(libc: ctypes.CDLL, readable: Iterable[str], writable: Iterable[str]) -> None:
-    """This process and all it will start can open nothing but what is named; needs no_new_privs.
-
-    Args:
-        readable: Files and directories that can be read and executed.
-        writable: Those that can be changed too.
-
-    Raises:
-        OSError: The kernel refuses.
-    """
+    """This process and all it will start can open nothing but what is named, files and directories, to read and execute or
+    to change them too; needs no_new_privs."""
     known = version(libc)
     files = (1 << (13 if known < 2 else 14 if known < 3 else 15 if known < 5 else 16)) - 1
     network = 3 if known >= 4 else 0  # bind and connect by TCP

@@ -24,11 +24,8 @@ class Usage:
         self._before = self._reaped()
 
     def cpu(self, main: int) -> float:
-        """Seconds of processor time of all processes; of those that have ended, the ones that somebody waited for.
-
-        Args:
-            main: Process number of the program; 0: it has ended.
-        """
+        """Seconds of processor time of all processes; of those that have ended, the ones that somebody waited for. `main`
+        is the process number of the program, 0 when it has ended."""
         total = self._reaped() - self._before
         pids = self._pids()
         if not pids and main:  # no /proc: the main program's clock alone

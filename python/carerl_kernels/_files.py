@@ -52,6 +52,20 @@ def json_line(value: Any) -> str:
     return json.dumps(_finite(value)) + "\n"
 
 
+def lines_up_to(path: Path, step: int) -> list[dict[str, Any]]:
+    """Lines of a metrics file up to a step, and up to one that an interruption cut short."""
+    kept: list[dict[str, Any]] = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            break
+        if line["step"] > step:
+            break
+        kept.append(line)
+    return kept
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: _finite(v) for k, v in value.items()}

@@ -121,15 +121,12 @@ class GRPOConfig(BaseModel):
                 f"minibatches={self.minibatches} exceeds the {rows} sequences of a step "
                 f"(prompts_per_step={self.prompts_per_step} x group_size={self.group_size}); use at most {rows}"
             )
-        if self.replay_fraction > 0 and round(self.replay_fraction * self.prompts_per_step) < 1:
+        replayed = round(self.replay_fraction * self.prompts_per_step)
+        if self.replay_fraction > 0 and not 0 < replayed < self.prompts_per_step:
+            found = "every prompt, leaving none for the stage's own domain" if replayed else "no prompt"
             raise ValueError(
-                f"replay_fraction={self.replay_fraction} of prompts_per_step={self.prompts_per_step} rounds to no "
-                "prompt; raise either, or set replay_fraction=0"
-            )
-        if self.replay_fraction > 0 and round(self.replay_fraction * self.prompts_per_step) >= self.prompts_per_step:
-            raise ValueError(
-                f"replay_fraction={self.replay_fraction} of prompts_per_step={self.prompts_per_step} rounds to every "
-                "prompt, leaving none for the stage's own domain; lower replay_fraction or draw more prompts"
+                f"replay_fraction={self.replay_fraction} of prompts_per_step={self.prompts_per_step} rounds to {found}; draw "
+                f"more prompts, or {'lower replay_fraction' if replayed else 'raise replay_fraction or set it to 0'}"
             )
         return self
 

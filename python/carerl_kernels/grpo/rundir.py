@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import PlainError
-from .._files import json_line, write_atomically, write_bytes_atomically, write_json
+from .._files import json_line, lines_up_to, write_atomically, write_bytes_atomically, write_json
 from .._json import nested_tuples
 from ..subspace.shards import local
 from .parallel import Ranks, gather_state, placed, whole
@@ -208,21 +208,13 @@ class RunDirectory:
         return self.ranks.on_first(lambda: self._truncate(last_step))
 
     def _truncate(self, last_step: int) -> list[dict[str, Any]]:
-        kept: list[dict[str, Any]] = []
-        for text in self.metrics_path.read_text().splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                break
-            if line["step"] > last_step:
-                break
-            kept.append(line)
+        kept = lines_up_to(self.metrics_path, last_step)
         if [line["step"] for line in kept] != list(range(last_step + 1)):
             raise CheckpointError(
                 f"{self.metrics_path}: expected lines for steps 0..{last_step} of the checkpoint, found {len(kept)}; "
                 "the file was edited or lost"
             )
-        write_bytes_atomically(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        write_bytes_atomically(self.metrics_path, "".join(map(json_line, kept)).encode())
         return kept
 
     def recorded_steps(self) -> int:

@@ -5,14 +5,13 @@ The libraries are optional and imported by the sink that needs them.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from .._errors import require
-from .._files import json_line, write_bytes_atomically
+from .._files import json_line, lines_up_to, write_bytes_atomically
 from .domain import Alert
 
 
@@ -66,15 +65,7 @@ class JsonLines(Sink):
             file.write(json_line({"step": step, **line}))
 
     def resume(self, step: int) -> None:
-        kept = []
-        for text in self.path.read_text().splitlines() if self.path.exists() else []:
-            try:
-                if json.loads(text)["step"] > step:
-                    break
-            except ValueError:  # cut short by the interruption
-                break
-            kept.append(text + "\n")
-        write_bytes_atomically(self.path, "".join(kept).encode())
+        write_bytes_atomically(self.path, "".join(map(json_line, lines_up_to(self.path, step))).encode())
 
 
 class TensorBoard(Sink):

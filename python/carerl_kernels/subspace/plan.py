@@ -166,16 +166,15 @@ def _input(layout: MatrixLayout, D: int, world: int, parameter_bytes: int) -> di
     K = D * r
     factors = rows = N = sums = left_rows = whole = outputs = matrices = 0
     for g in layout.groups:
-        count, m = len(g.indices), -(-g.whole // world)
-        size = g.n if g.side == "right" else m
-        factors += count * size
-        whole += count * (g.n if g.side == "right" else g.whole)
-        outputs += count * (g.whole if g.side == "right" else g.n)
-        rows += count * (m if g.side == "right" else g.n)
-        left_rows += count * (0 if g.side == "right" else g.n)
+        count, m, right = len(g.indices), -(-g.whole // world), g.side == "right"
+        fed, told = (g.n, g.whole) if right else (g.whole, g.n)  # elements of an input, and outputs
+        factors += count * (g.n if right else m)
+        whole += count * fed
+        outputs += count * told
+        rows += count * (m if right else g.n)
+        left_rows += 0 if right else count * g.n
         N += count * m * g.n
-        size = g.n if g.side == "right" else g.whole
-        sums += count * size * (size if exact(size, sketch_width(r)) else sketch_width(r))
+        sums += count * fed * (fed if exact(fed, sketch_width(r)) else sketch_width(r))
         matrices += count
     return {
         "covered": layout.covered,

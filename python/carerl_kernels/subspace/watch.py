@@ -156,22 +156,21 @@ class Watch(TorchDispatchMode):
             offs: ends of the vectors of each matrix.
         """
         view = term.view
+        pick = term.pick if isinstance(term, Leaf) else None
         if view.dim() == 2:
             if x.dim() == 3:  # one matrix for all
                 x = x.flatten(0, 1)
-            return self._meet_matrix(term, x, None if keep is None else keep.flatten(), c, o, None)
-        if view.dim() != 3:
-            return self._used(term, "a product of more dimensions")
-        if offs is not None:
+            self._meet_matrix(term, x, None if keep is None else keep.flatten(), c, o, None)
+        elif view.dim() != 3:
+            self._used(term, "a product of more dimensions")
+        elif offs is not None:
             start = 0
             for e, end in enumerate(offs.tolist()):
                 if end > start:
                     part = None if keep is None else keep.reshape(-1)[start:end]
                     self._meet_matrix(at(term, e), x[start:end], part, c, o, None)
                 start = end
-            return None
-        pick = term.pick if isinstance(term, Leaf) else None
-        if pick is not None:
+        elif pick is not None:
             for e in pick.unique().tolist():
                 chosen = (pick == e).nonzero().squeeze(1)
                 part = None if keep is None else keep[chosen].flatten()
@@ -182,12 +181,11 @@ class Watch(TorchDispatchMode):
             for e in range(view.shape[0]):
                 part = None if keep is None else keep[e]
                 self._meet_matrix(at(term, e), x[e] if x.dim() == 3 else x, part, c, o, None)
-        return None
 
     def _meet_matrix(self, term: Term, x: Tensor, keep: Tensor | None, c: int, o: int, pick: int | None) -> None:
         if isinstance(term, Leaf):
             if term.weight.name is None:
-                return None
+                return
             found = locate(term, c, o, pick)
             if found is None:
                 return self._used(term, "a product with a part of it")
@@ -198,7 +196,7 @@ class Watch(TorchDispatchMode):
                 self.untold.update(use[0] for use in uses)
             for use in uses:
                 self.accumulator.see(use, x, keep, n, None if columns is None else columns.to(x.device))
-            return None
+            return
         rows, inner = term.left.shape[-2], term.right.shape[-1]
         e, rest = divmod(int(term.view.storage_offset()), rows * inner)
         left, right = (t if t.dim() == 2 else t[e] for t in (term.left, term.right))
@@ -216,7 +214,6 @@ class Watch(TorchDispatchMode):
         x = x.to(factor.dtype) @ factor
         for t in then_met:
             self._meet_matrix(t, x, keep, *dims, picked(t, e))
-        return None
 
     def _look_up(self, weight: Tensor, positions: Tensor, keep: Tensor | None) -> None:
         if keep is not None:

@@ -217,10 +217,6 @@ class RunDirectory:
         write_bytes_atomically(self.metrics_path, "".join(map(json_line, kept)).encode())
         return kept
 
-    def recorded_steps(self) -> int:
-        """Lines of metrics on disk; the first is the evaluation before training."""
-        return len(self.metrics_path.read_text().splitlines()) if self.metrics_path.exists() else 0
-
     def save_checkpoint(self, step: int, model: nn.Module, state: Mapping[str, Any], keep: int) -> None:
         """Write a checkpoint and drop the oldest beyond `keep`. Complete under its final name, or absent.
 

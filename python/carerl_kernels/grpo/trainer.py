@@ -326,12 +326,13 @@ class GRPOTrainer:
         self.directory.check(settings, COSMETIC_FIELDS)
         state = self.directory.load_checkpoint(self.model)
         if state is None:
-            if self.directory.recorded_steps() > 1:
+            metrics = self.directory.metrics_path
+            if metrics.exists() and len(metrics.read_text().splitlines()) > 1:
                 raise CheckpointError(
                     f"{self.directory.path} has metrics of training but no checkpoint; delete it and start anew"
                 )
             if self.ranks.first:
-                self.directory.metrics_path.unlink(missing_ok=True)  # stopped during the evaluation before training
+                metrics.unlink(missing_ok=True)  # stopped during the evaluation before training
             return None
         self.history = self.directory.truncate(state["step"])
         self._step = state["step"]

@@ -181,11 +181,10 @@ class CareMixin(_Trainer):
     ) -> Tensor:
         recorder = None if self.guard_callback is None else self.guard_callback.recorder
         if recorder is not None and self.model.training:
-            parts = (
-                torch.cat([inputs[f"{part}_{what}"] for part in ("prompt", "completion")], 1)
-                for what in ("ids", "mask")
-            )
-            recorder.see(dict(zip(("input_ids", "attention_mask"), parts, strict=True)))
+            whole = {
+                what: torch.cat([inputs[f"prompt_{what}"], inputs[f"completion_{what}"]], 1) for what in ("ids", "mask")
+            }
+            recorder.see({"input_ids": whole["ids"], "attention_mask": whole["mask"]})
         if self.domain_names and self.model.training:
             self._step_domains[inputs["domain_ids"].unique().cpu()] = True
             if self._losses is not None:

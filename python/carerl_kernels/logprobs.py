@@ -65,8 +65,11 @@ def completion_logprobs(
 def answer_logprobs(
     model: Any, tokenizer: Any, examples: Sequence[Example], tokens: SpecialTokens
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [B, L] at temperature 1 of each example's answer and its end, and their mask [B, L]; all have
-    answers."""
+    """Log-probabilities [B, L] at temperature 1 of each example's answer and its end, and their mask [B, L].
+
+    Raises:
+        ValueError: An example has no answer.
+    """
     for example in examples:
         if example.answer is None:
             raise ValueError(f"expected an answer for teacher forcing, example {example.prompt!r} has none")

@@ -182,7 +182,11 @@ class Domain:
             )
 
     def draw(self, rng: random.Random, n: int) -> list[Example]:
-        """n training examples. ValueError: `sample` returned another number of them, or something else."""
+        """n training examples.
+
+        Raises:
+            ValueError: `sample` returned another number of examples, or something else than examples.
+        """
         examples = list(self.sample(rng, n))
         if len(examples) != n or not all(isinstance(e, Example) for e in examples):
             raise ValueError(

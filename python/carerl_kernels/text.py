@@ -48,7 +48,11 @@ def special_tokens(tokenizer: Any, model: Any) -> SpecialTokens:
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[str | Messages]) -> list[list[int]]:
-    """Token ids of prompts, at least one each: texts as they are, messages through the chat template, ready for an answer."""
+    """Token ids of prompts: texts as they are, messages through the chat template with the assistant's turn opened.
+
+    Raises:
+        ValueError: A prompt has no tokens.
+    """
     texts = [p for p in prompts if isinstance(p, str)]
     encoded = iter(tokenizer(texts)["input_ids"] if texts else [])  # one call: many small ones cost more than sampling
     rows = []

@@ -164,7 +164,11 @@ class RunDirectory:
         self.references_path = self.path / "references"
 
     def start(self, config: Mapping[str, Any]) -> None:
-        """Create the directory for a new run; CheckpointError where it holds one already."""
+        """Create the directory for a new run.
+
+        Raises:
+            CheckpointError: It holds a run already.
+        """
         self.ranks.on_first(lambda: self._start(config))
 
     def _start(self, config: Mapping[str, Any]) -> None:
@@ -178,8 +182,14 @@ class RunDirectory:
         self.metrics_path.touch()
 
     def check(self, settings: Mapping[str, Any], cosmetic: Collection[str]) -> None:
-        """Compare settings, but for the `cosmetic` ones under "config", with those the run was started with.
-        CheckpointError: they differ, or the stored ones are unreadable."""
+        """Compare settings with those the run was started with.
+
+        Args:
+            cosmetic: Names under "config" that may differ.
+
+        Raises:
+            CheckpointError: They differ, or the stored ones are unreadable.
+        """
         try:
             stored = json.loads(self.config_path.read_text())
             theirs = {**stored.pop("config"), **stored}
@@ -204,7 +214,10 @@ class RunDirectory:
 
     def truncate(self, last_step: int) -> list[dict[str, Any]]:
         """Forget metrics after `last_step` (and a line cut short by the interruption); returns what remains.
-        CheckpointError: fewer lines than the checkpoint had seen."""
+
+        Raises:
+            CheckpointError: Fewer lines than the checkpoint had seen.
+        """
         return self.ranks.on_first(lambda: self._truncate(last_step))
 
     def _truncate(self, last_step: int) -> list[dict[str, Any]]:
@@ -268,7 +281,11 @@ class RunDirectory:
         return sorted(self.checkpoints_path.glob("step-*")) if self.checkpoints_path.exists() else []
 
     def load_checkpoint(self, model: nn.Module) -> dict[str, Any] | None:
-        """Copy the latest checkpoint's weights into the model and return its state; None without a checkpoint."""
+        """Copy the latest checkpoint's weights into the model and return its state; None without a checkpoint.
+
+        Raises:
+            CheckpointError: Another model, or a damaged file.
+        """
         paths = self.checkpoints()
         if not paths:
             return None

@@ -327,7 +327,8 @@ class GRPOTrainer:
         state = self.directory.load_checkpoint(self.model)
         if state is None:
             metrics = self.directory.metrics_path
-            if metrics.exists() and len(metrics.read_text().splitlines()) > 1:
+            lines = self.ranks.on_first(lambda: metrics.read_text().splitlines() if metrics.exists() else [])
+            if len(lines) > 1:  # known to all before the first process removes the file
                 raise CheckpointError(
                     f"{self.directory.path} has metrics of training but no checkpoint; delete it and start anew"
                 )

@@ -193,7 +193,10 @@ class CapabilityGuard(Protection):
     @torch.no_grad()
     def recorded(self) -> StoredBasis:
         """The stage in progress as it would become history now; it goes on. For trainers that do not say when they end.
-        RuntimeError: no stage in progress, or no finite gradient arrived yet."""
+
+        Raises:
+            RuntimeError: no stage in progress, or no finite gradient arrived yet.
+        """
         if self._recording.stage is None:
             raise RuntimeError("recorded: expected a stage in progress, found none; enter guard.stage(name) first")
         return self._recording.stage.finish(self._locals())

@@ -177,7 +177,11 @@ class PromptStore:
 
     @classmethod
     def load(cls, path: Path | str, seed: int = 0) -> PromptStore:
-        """Reads :meth:`save`'s file. ValueError: it is none."""
+        """Reads :meth:`save`'s file.
+
+        Raises:
+            ValueError: not such a file.
+        """
         try:
             content = json.loads(Path(path).read_text())
             store = cls(content["size"], seed)

@@ -142,7 +142,11 @@ class Controller:
         return {"settings": self.settings, "factors": dict(self.factors), "acting": dict(self._acting)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from :meth:`state_dict`. ValueError: the state belongs to a controller with other settings."""
+        """Goes on from :meth:`state_dict`.
+
+        Raises:
+            ValueError: the state belongs to a controller with other settings.
+        """
         if state["settings"] != self.settings:
             raise ValueError(
                 f"controller state: expected the settings as saved, {state['settings']}, found {self.settings}; build it with "

@@ -256,7 +256,11 @@ class DriftMonitor:
             self._watched[name].rebase()
 
     def save_scores(self, path: Path | str) -> None:
-        """Writes the latest scores of every domain, once there are some: the baseline of another run on the same examples."""
+        """Writes the latest scores of every domain: the baseline of another run on the same examples.
+
+        Raises:
+            RuntimeError: nothing was evaluated yet.
+        """
         scores = {name: as_json(w.latest) for name, w in self._watched.items() if w.latest is not None}
         if not scores:
             raise RuntimeError("expected an evaluation to save the scores of, found none yet")

@@ -69,7 +69,14 @@ class JsonLines(Sink):
 
 
 class TensorBoard(Sink):
-    """Scalars and alerts (as text) for TensorBoard, which tells runs in one directory apart by their event files."""
+    """Scalars and alerts (as text) for TensorBoard, which tells runs in one directory apart by their event files.
+
+    Args:
+        directory: event files go there.
+
+    Raises:
+        ImportError: tensorboard is missing.
+    """
 
     def __init__(self, directory: Path | str) -> None:
         require("tensorboard", "this sink", "tensorboard")
@@ -98,9 +105,15 @@ class TensorBoard(Sink):
 
 
 class WandB(Sink):
-    """Weights & Biases, with the settings of `wandb.init`. Goes on in the run that is active, else starts one.
+    """Weights & Biases. Goes on in the run that is active, else starts one.
 
     A resumed run of theirs (`id=...`, `resume="must"`) ignores steps that it has seen already: nothing is logged twice.
+
+    Args:
+        settings: Those of `wandb.init`: project, name, mode="offline", ...
+
+    Raises:
+        ImportError: wandb is missing.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -122,8 +135,15 @@ class WandB(Sink):
 
 
 class Trackio(Sink):
-    """trackio, local first and without an account, with the settings of `trackio.init`. Nothing can be taken back there:
-    steps that are run again appear twice. A project is a group of runs."""
+    """trackio, local first and without an account. Nothing can be taken back there: steps that are run again appear twice.
+
+    Args:
+        project: their name of a group of runs.
+        settings: Those of `trackio.init`: name, space_id, ...
+
+    Raises:
+        ImportError: trackio is missing.
+    """
 
     def __init__(self, project: str, **settings: Any) -> None:
         require("trackio", "this sink", "trackio")

@@ -212,8 +212,11 @@ class MatrixLayout:
     def each(
         self, group: Group, tensors: Sequence[Tensor] | Callable[[int], Tensor], at: slice = slice(None)
     ) -> Iterator[Tensor]:
-        """The matrices of :meth:`local` one at a time; a function that gives tensors is asked once where slices of one
-        follow each other."""
+        """The matrices of :meth:`local` one at a time.
+
+        Args:
+            tensors: of all parameters, or a function that gives one; asked once where slices of one follow each other.
+        """
         last = (-1, torch.empty(0))
         for i, e in zip(group.indices[at], group.slices[at], strict=True):
             if last[0] != i:

@@ -237,7 +237,11 @@ class Moments:
         return Sum(values, trace)
 
     def check_finite(self) -> None:
-        """Refuses inputs that are not finite: a ValueError names the weights."""
+        """Refuses inputs that are not finite.
+
+        Raises:
+            ValueError: names the weights.
+        """
         bad = {label for (label, _), parts in self._sums.items() for s, _ in parts if not bool(s.trace.isfinite())}
         if bad:
             raise ValueError(

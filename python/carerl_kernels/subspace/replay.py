@@ -121,8 +121,11 @@ class ReplayRecorder(Recorder):
     # ------------------------------------------------------------------------------------------------ the stage's steps
 
     def update(self, grads: Sequence[Tensor]) -> None:
-        """A step of this domain is taken: what it was made of counts. RuntimeError: no call of the model was noticed at
-        first."""
+        """A step of this domain is taken: what it was made of counts.
+
+        Raises:
+            RuntimeError: at the first step, if no call of the model was noticed.
+        """
         if self.inputs is None and not self.steps and not self._sample.offered:
             raise RuntimeError(
                 f"stage {self.domain!r}: expected calls of the model with gradients before its first step, found none: it is not "

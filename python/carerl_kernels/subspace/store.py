@@ -113,7 +113,11 @@ class StoredBasis(ABC):
         return basis
 
     def save(self, path: Path | str) -> None:
-        """Writes the file atomically. The part of a sharded basis: every process calls it, one writes."""
+        """Writes the file atomically. The part of a sharded basis: every process calls it, one writes.
+
+        Raises:
+            OSError: the directory or the disk refuses; nothing is left half-written.
+        """
         metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "info": json.dumps(asdict(self.info))}
         save_parts(path, self._parts(), metadata, None if self.layout is None else self.layout.shards)
 
@@ -136,7 +140,11 @@ class StoredBasis(ABC):
         """The same directions in fewer bytes."""
 
     def check_model(self, layout: AnyLayout, architecture: str) -> None:
-        """Refuses a model whose parameters have other names or shapes; a BasisError names the first difference."""
+        """Refuses a model whose parameters have other names or shapes.
+
+        Raises:
+            BasisError: names the first difference.
+        """
         here, there = dict(zip(layout.names, layout.shapes, strict=True)), self.info.shape_of
         for name in [*there, *here]:
             if here.get(name) != there.get(name):
@@ -173,8 +181,11 @@ class DomainBasis(StoredBasis, kinds=("flat", "per_matrix")):
     layout: Layout | None = None
 
     def quantized(self, dtype: torch.dtype = torch.int8) -> DomainBasis:
-        """The same basis with directions in blocks of int8 (relative error .0065) or float8_e4m3fn (.026), a quarter of
-        fp32's memory."""
+        """The same basis with block-scaled directions, a quarter of fp32's memory.
+
+        Args:
+            dtype: int8 (relative error .0065) or float8_e4m3fn (.026).
+        """
         if self.directions.dtype == dtype:
             return self
         rows = self.dequantized().directions.unsqueeze(0)

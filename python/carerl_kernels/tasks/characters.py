@@ -104,14 +104,22 @@ def demo_domains(seed: int, names: Sequence[str] = DOMAINS) -> list[Domain]:
 
 
 def character_domain(name: str, task: str, seed: int, stored: int) -> Domain:
-    """One task as a domain of any name; `stored` of the training examples are stored."""
+    """One task as a domain of any name; `stored` of the training examples are stored.
+
+    Raises:
+        ValueError: There is no such task.
+    """
     one_of(f"domain {name!r}: task", task, GENERATORS)
     return split_domain(name, GENERATORS[task](), exact_match, EVAL_EXAMPLES, seed, "exact", stored)
 
 
 def character_tokenizer(names: Sequence[str] = DOMAINS) -> Any:
-    """A fast transformers tokenizer with one token per character of the tasks; those beyond the demonstration's add the
-    letters that their prompts begin with."""
+    """A fast transformers tokenizer with one token per character of the tasks; those beyond the demonstration's add the letters
+    that their prompts begin with.
+
+    Raises:
+        ImportError: transformers is missing; says what to install.
+    """
     require("transformers", "a model of characters")
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -125,7 +133,11 @@ def character_tokenizer(names: Sequence[str] = DOMAINS) -> Any:
 
 
 def tiny_model(tokenizer: Any, seed: int) -> Any:
-    """A two-layer Qwen3 with about 80 thousand parameters, initialised from a seed."""
+    """A two-layer Qwen3 with about 80 thousand parameters, initialised from a seed.
+
+    Raises:
+        ImportError: transformers is missing; says what to install.
+    """
     require("transformers", "a model of characters")
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -160,8 +172,17 @@ def warm_up(
     batch_per_domain: int = 32,
     lr: float = 1e-3,
 ) -> list[float]:
-    """Steps of Adam on right answers of all domains: the "pretrained" model whose skills reinforcement then sharpens.
-    Returns the loss of every step (nats per token)."""
+    """Supervised steps on all domains: the "pretrained" model whose skills reinforcement then sharpens.
+
+    Args:
+        model: Trained in place.
+        seed: Draws the examples.
+        steps: Adam steps.
+        batch_per_domain: Examples of each domain per step.
+
+    Returns:
+        The loss of every step (nats per token).
+    """
     tokens: SpecialTokens = special_tokens(tokenizer, model)
     rng = random.Random(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)

@@ -91,8 +91,11 @@ class Backend(Protocol):
 
 @dataclass
 class Meter:
-    """Counts of calls, tokens and money, over everything a backend did; prices are per million prompt and completion
-    tokens."""
+    """Counts of calls, tokens and money; the sum over everything a backend did.
+
+    Args:
+        price: Per million prompt and completion tokens, in any currency.
+    """
 
     price: tuple[float, float] = (0.0, 0.0)
     calls: int = field(default=0, init=False)

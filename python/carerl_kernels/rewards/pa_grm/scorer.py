@@ -232,7 +232,11 @@ class Scorer:
         """Scores in the order of the items.
 
         Args:
+            items: Any number.
             groups: Names, one per item, of what "group" calibration compares; None: items of one prompt and reference.
+
+        Raises:
+            BackendRefusedError: As `score`.
         """
         scores = {number: score async for number, score in self.stream(items)}
         out = [scores[number] for number in range(len(items))]

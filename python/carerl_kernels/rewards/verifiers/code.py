@@ -62,8 +62,11 @@ class CodeTests:
         self.__name__ = "code_tests"
 
     def check(self, example: Example) -> None:
-        """Refuses an example that cannot be judged, before anything is trained on it: without tests, or with one not
-        understood."""
+        """Refuses an example that cannot be judged, before anything is trained on it.
+
+        Raises:
+            ValueError: It has no tests, or one that is not understood; names it.
+        """
         tests = example.info.get("tests")
         if not isinstance(tests, Sequence) or isinstance(tests, str) or not tests:
             raise ValueError(f'CodeTests: expected tests in example.info["tests"], {example.prompt!r} has none')

@@ -181,14 +181,14 @@ def _remember_types(tl: Any, interpreter: Any) -> None:
         return dtypes[name]
 
     def block_once(self, element_ty, shape):
-        key = element_ty.name, tuple(getattr(size, "value", size) for size in getattr(shape, "values", shape))
+        key = element_ty.name, tuple(getattr(size, "value", size) for size in shape)
         if key not in blocks:
             block(self, element_ty, shape)
             blocks[key] = dict(self.__dict__)
         self.__dict__ |= blocks[key]
 
     def tensor_of_shape(self, handle, type):
-        key = tuple(type.shape.values) if type.is_block() else ()
+        key = tuple(type.shape) if type.is_block() else ()
         if key not in shapes:
             tensor(self, handle, type)
             shapes[key] = self.shape, self.numel

@@ -10,7 +10,8 @@ from carerl_kernels.study.cells import Record, run_cells
 from carerl_kernels.study.costs import beyond
 from carerl_kernels.study.grid import Grid
 from carerl_kernels.study.tables import FRONT, at_equal_new, measures_table, rows_of
-from carerl_kernels.tasks import texts
+from carerl_kernels.tasks import smollm2, texts
+from carerl_kernels.train.models import byte_tokenizer
 from carerl_kernels.train.recipe import RecipeError
 
 pytest.importorskip("yaml")
@@ -22,6 +23,10 @@ settings:
   two: {text: two tasks, kind: sft, stages: [backwards, shortest], steps: 3, train: {lr: 0.003}}
   sums: {text: experts, kind: merge, model: {path: characters, warm_up: {steps: 20}}, train: {lr: 0.003, max_new_tokens: 5},
     domains: {code: {kind: characters}, chat: {kind: characters}}, stages: [{domain: code, steps: 2}, {domain: chat, steps: 2}]}
+  sampled: {text: GRPO, model: {path: smollm2},
+    train: {lr: 0.01, prompts_per_step: 2, group_size: 4, max_new_tokens: 2, eval_samples: 1},
+    domains: {first: &named {kind: words, shots: 0, probes: 4}, second: *named},
+    stages: [{domain: first, steps: 2}, {domain: second, steps: 1}]}
 methods:
   everything: {text: all inputs, lr: [1], guard: {shown: 40, basis: input, r: 96, energy: 1.0, room: 1.0, every: 1000}}
   everything-every2: {text: the same, lr: [1], guard: {shown: 40, basis: input, r: 96, energy: 1.0, room: 1.0, every: 2}}
@@ -39,10 +44,10 @@ class Bytes:
 
 @pytest.fixture
 def grid(tmp_path, monkeypatch):
-    def small():
+    def small(vocabulary=128):
         torch.manual_seed(0)
         config = transformers.LlamaConfig(
-            vocab_size=128, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+            vocab_size=vocabulary, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
             num_key_value_heads=1, tie_word_embeddings=False,
         )  # fmt: skip
         return transformers.LlamaForCausalLM(config), Bytes()
@@ -119,6 +124,18 @@ def test_what_others_do_with_two_supervised_tasks(grid, tmp_path):
         "stores 2 models",
         "32",
     ]
+
+
+def test_what_a_pretrained_model_could_before_is_measured_at_every_stage_of_grpo(grid, tmp_path, monkeypatch):
+    """At no learning rate it stays where it started; where a run rehearses, it moves, whatever its rewards are."""
+    tokenizer = byte_tokenizer()
+    monkeypatch.setattr(smollm2, "load_smollm2", lambda: (sft.load_smollm2(len(tokenizer))[0], tokenizer))
+    names = ["sampled/none@1e-12/0", "sampled/rehearsal@1/0"]
+    still, moved = run_cells([grid.cell(n) for n in names], tmp_path)
+    for name in ("text", "documentation", "facts"):
+        assert len(moved.extras[name]) == len(moved.scores) == 3
+        assert still.extras[name] == [moved.extras[name][0]] * 3
+        assert moved.extras[name][2] != moved.extras[name][1]
 
 
 def test_merged_experts(grid, tmp_path):

@@ -17,7 +17,7 @@ from carerl_kernels.grpo.parallel import layers
 from carerl_kernels.rewards.verifiers.sandbox import SandboxError
 from carerl_kernels.tasks.characters import character_tokenizer, demo_domains
 from carerl_kernels.text import encode_prompts
-from carerl_kernels.train.domains import Characters, Exact
+from carerl_kernels.train.domains import Characters, Exact, Words
 from carerl_kernels.train.memory import fresh_examples
 from carerl_kernels.train.models import byte_tokenizer, load_model
 from carerl_kernels.train.plan import plan_run
@@ -241,6 +241,14 @@ def test_changes_merge_mappings_and_replace_the_rest():
     changed = merged(data, {"*": {"x": 3}, "a": {"y": [2]}, "c": {"z": {"w": 4}}})
     assert changed == {"a": {"x": 3, "y": [2]}, "b": {"x": 3}, "c": {"x": 3, "z": {"w": 4}}}
     assert data == {"a": {"x": 1, "y": [1]}, "b": {"x": 2}, "c": None}
+
+
+@pytest.mark.parametrize(("kind", "task"), [(Characters, "code"), (Words, "swap")])
+def test_built_in_tasks_say_which_answers_are_right(tmp_path, kind, task):
+    domain = kind(kind=kind.__name__.lower(), task=task).build("d", tmp_path, None)
+    for example in domain.draw(random.Random(0), 8):
+        for text, right in ((example.answer, True), (f"{example.answer}x", False), ("", False)):
+            assert domain.right(example, text, domain.score(example, text)) == right
 
 
 def test_a_noisy_reward_goes_on_where_it_was_and_evaluates_without_noise(tmp_path):

@@ -10,11 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..grpo import GRPOTrainer, answer_loss, special_tokens
 from ..grpo.rundir import save_weights
 from ..guard.validate import validate
+from ..tasks import texts
 from ..train.recipe import Recipe
 from ..train.run import Run, open_run
 from .grid import Cell
@@ -35,22 +37,28 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
         report: Called with the number of steps done.
 
     Returns:
-        stages, scores (per stage end, the start first, a list over domains), lowest, validity, touched, guard_share and
-        displacement, as `cells.Record` has them.
+        stages, scores (per stage end, the start first, a list over domains), lowest, validity, touched, guard_share,
+        displacement and, of a pretrained model in sequence, extras, as `cells.Record` has them.
     """
     run_dir = cell.kept or (cache / "runs" / cell.key if cell.recipe.train.checkpoint_every else None)
     stages = [list(stage.domains) for stage in cell.recipe.stages]
     names = list(dict.fromkeys(name for stage in stages for name in stage))
     pooled = len(stages) == 1 and len(names) > 1
     validity: list[Validity] = []
+    general: list[General] = []
 
     def on_step(line: Line) -> None:
         for one in validity if line["stage_step"] == 1 else ():
             one.look(again=False)
+        for other in general if "eval" in line else ():
+            other.look(line["stage"])
         report(line["step"])
 
     with opened(cell, cell.recipe, start_of(cell, cache), on_step, run_dir) as ready:
         validity += [] if pooled or cell.kept else [Validity(ready.trainer)]
+        # Not of a run that may be resumed: what its model could before would be measured again in the middle of it.
+        looked = cell.recipe.model.path == "smollm2" and run_dir is None and not pooled
+        general += [General(ready.trainer)] if looked else []
         with cell.added.during(ready) as figures:
             history = ready.train(resume=run_dir is not None)
         for one in validity:
@@ -62,6 +70,8 @@ def run(cell: Cell, cache: Path, report: Callable[[Any], None]) -> dict[str, Any
         found["lowest"] = lowest_of(history, cell, names)
     for one in validity:
         found["validity"] = one.shares
+    for other in general:
+        found["extras"] = other.extras
     return found
 
 
@@ -146,6 +156,29 @@ class Validity:
         for start in range(0, VALIDATED, size):
             part = self.examples[name][start : start + size]
             yield partial(answer_loss, self.model, self.tokenizer, part, self.tokens)
+
+
+class General:
+    """What a pretrained model could before, now and at the end of every stage: text of two sources, and facts.
+
+    Args:
+        trainer: Of a model that has not been trained yet.
+    """
+
+    def __init__(self, trainer: GRPOTrainer) -> None:
+        self.model, self.batches = trainer.model, texts.general(trainer.tokenizer)
+        self.found: dict[str, dict[str, float]] = {}
+        self.look("start")
+
+    @torch.no_grad()
+    def look(self, stage: str) -> None:
+        """Measure minus nats a token; what a stage's end came to stays, of several looks in it."""
+        self.found[stage] = {name: -float(texts.loss(self.model, batch)) for name, batch in self.batches.items()}
+
+    @property
+    def extras(self) -> dict[str, list[float]]:
+        """As `Record.extras`."""
+        return {name: [at[name] for at in self.found.values()] for name in self.batches}
 
 
 def scores_of(history: Sequence[Line], domains: Sequence[str]) -> list[list[float]]:

@@ -24,7 +24,7 @@ from ..grpo.rundir import load_tensors, save_tensors
 from ..guard import CapabilityGuard
 from ..tasks import texts
 from ..tasks.smollm2 import load_smollm2
-from ..tasks.texts import TEXT, Batch, Pair
+from ..tasks.texts import HELD_OUT, TEXT, Batch, Pair, loss
 from ..train import recipe
 from ..train.models import add_lora
 from ..train.run import build_guard
@@ -33,8 +33,6 @@ from .grid import Cell
 
 SCALED = "scale"
 BATCH = 8
-HELD_OUT = 32
-"""Sequences of text and examples of a task behind a score."""
 
 
 class Train(recipe.Section):
@@ -120,13 +118,11 @@ class Bed:
             self.model = add_lora(self.model, self.recipe.lora, cell.seed)
         self.model.eval()  # no dropout anywhere
         self.trained: dict[str, nn.Parameter] = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        pages, descriptions = texts.documentation(shown=False), texts.descriptions()
         tasks = [d for d in self.recipe.stages if d != TEXT]
         self.pairs = {d: list(islice(texts.task_pairs(d, "held out"), HELD_OUT)) for d in tasks}
-        self.held_out: dict[str, Batch] = {TEXT: texts.text_batch(self.tokenizer, descriptions, HELD_OUT, seed=0)}
+        self.further = texts.general(self.tokenizer)
+        self.held_out: dict[str, Batch] = {TEXT: self.further.pop(TEXT)}
         self.held_out |= {d: texts.pairs_batch(self.tokenizer, pairs) for d, pairs in self.pairs.items()}
-        self.further = {"documentation": texts.text_batch(self.tokenizer, pages, HELD_OUT, seed=0)}
-        self.further["facts"] = texts.pairs_batch(self.tokenizer, texts.facts())
         self.guard: CapabilityGuard | None = None
         if self.recipe.guard is not None:
             added = cell.added
@@ -334,13 +330,6 @@ class Bed:
 def pretrained() -> tuple[nn.Module, Any]:
     """The model and its tokenizer, read once: its file's numbers take a while to unpack."""
     return load_smollm2()
-
-
-def loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean nats of the scored tokens."""
-    logits = model(**batch.inputs).logits[:, :-1]
-    nats = nn.functional.cross_entropy(logits.transpose(1, 2), batch.ids[:, 1:], reduction="none")
-    return nats[batch.scored[:, 1:]].mean()
 
 
 def exact(model: nn.Module, batch: Batch) -> float:

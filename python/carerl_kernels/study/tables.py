@@ -200,20 +200,21 @@ def best_of(rows: Sequence[Row]) -> str:
 
 def measures_table(rows: Sequence[Row]) -> str:
     """A Markdown table of everything that was measured at the end, below a line of the start; empty without further measures."""
-    if not any(record.extras for row in rows for record in row.records.values()):
+    measured = [(row, found) for row in rows if (found := [r for r in row.records.values() if r.extras])]
+    if not measured:
         return ""
-    first = next(iter(rows[0].records.values()))
+    first = measured[0][1][0]
     names, fronts = [*first.domains, *first.extras], ([row for row in rows if row.method == FRONT], interpolated(rows))
     header = ["method@lr", "seeds", *names, "guard's time", "forget - plain at equal new", "- interpolated"]
     start = [*first.scores[0], *(values[0] for values in first.extras.values())]
     lines = [["before", "", *map(short, start), "", "", ""]]
-    for row in rows:
-        ends = [[*r.scores[-1], *(v[-1] for v in r.extras.values())] for r in row.records.values()]
+    for row, found in measured:
+        ends = [[*r.scores[-1], *(v[-1] for v in r.extras.values())] for r in found]
         gaps = [at_equal_new(row, front) for front in fronts]
         lines.append(
             [
                 row.variant,
-                str(len(row.records)),
+                str(len(found)),
                 *map(short, means(ends)),
                 perhaps(row.mean("guard_share")),
                 *("" if gap is None else f"{difference(gap)} ({gap.n})" for gap in gaps),

@@ -15,12 +15,14 @@ from importlib.metadata import metadata
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 TEXT = "text"
 """The domain that a pretrained model comes with: predicting general text."""
 LENGTH = 64
 """Tokens of a sequence of text."""
+HELD_OUT = 32
+"""Sequences of text, and examples of a task, behind a score."""
 PACKAGES = ("accelerate", "huggingface_hub", "numpy", "safetensors", "tokenizers", "torch", "transformers")
 WORDS = (
     "apple river stone cloud tiger lemon piano grape tower candle button window basket ladder mirror pillow garden rocket "
@@ -113,6 +115,25 @@ def prose(text: str) -> str:
 def facts() -> list[Pair]:
     """Beginnings of sentences that everybody can end."""
     return [(prompt, answer) for prompt, _, answer in (fact.partition("|") for fact in FACTS.split(";"))]
+
+
+def general(tokenizer: Any) -> dict[str, Batch]:
+    """What a pretrained model could before it was trained further: text of two sources, and facts.
+
+    Pieces of documentation are of pages that `documentation(shown=True)` leaves out.
+    """
+    return {
+        TEXT: text_batch(tokenizer, descriptions(), HELD_OUT, seed=0),
+        "documentation": text_batch(tokenizer, documentation(shown=False), HELD_OUT, seed=0),
+        "facts": pairs_batch(tokenizer, facts()),
+    }
+
+
+def loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean nats of the scored tokens."""
+    logits = model(**batch.inputs).logits[:, :-1]
+    nats = nn.functional.cross_entropy(logits.transpose(1, 2), batch.ids[:, 1:], reduction="none")
+    return nats[batch.scored[:, 1:]].mean()
 
 
 def task_pairs(task: str, seed: str, apart: Iterable[Pair] = ()) -> Iterator[Pair]:

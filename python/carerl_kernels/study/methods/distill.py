@@ -28,7 +28,7 @@ from ...grpo.rundir import load_weights, save_weights
 from ...grpo.sampling import Rollout, sample
 from ...tasks.texts import Pair
 from ...text import SpecialTokens, position_ids
-from ...train.recipe import RecipeError
+from ...train.recipe import Recipe, RecipeError
 from . import Addition, Extra
 from .merged import apart
 
@@ -46,7 +46,7 @@ class Method(Addition):
     share: float = Field(default=0.5, gt=0, lt=1)
 
     def check(self, recipe: Any, source: str) -> None:
-        if not hasattr(recipe, "model"):
+        if not isinstance(recipe, Recipe):
             apart(recipe, f"{source}: add: distill")
             return
         domains = [stage.domain for stage in recipe.stages]
@@ -133,7 +133,7 @@ class Method(Addition):
         return halves, max(1, sum(stage.steps for stage in stages) - sum(stage.steps for stage in halves))
 
     def extra(self, recipe: Any) -> Extra:
-        if not hasattr(recipe, "model"):
+        if not isinstance(recipe, Recipe):
             from ..sft import BATCH
 
             return Extra(forward=2 * self._student(recipe) * BATCH, stores=f"{len(recipe.stages)} models")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from ...tasks.texts import TEXT
-from ...train.recipe import RecipeError
+from ...train.recipe import Recipe, RecipeError
 from . import Addition, Extra
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Method(Addition):
 
     def extra(self, recipe: Any) -> Extra:
         train = recipe.train
-        if hasattr(recipe, "refresh"):
+        if not isinstance(recipe, Recipe):
             from ..sft import BATCH
 
             again = [stage for stage in recipe.stages[:-1] if stage != TEXT]

@@ -23,10 +23,20 @@ from places import ROOT
 NAMESPACE = "carerl_emulated"
 KERNELS = sorted((ROOT / "csrc/kernels/cuda").glob("*.cu"))
 EMULATOR = ROOT / "tests/cuda_emulator"
+BUILT = ROOT / "build/emulator"
+HEADERS = [*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh"), *EMULATOR.glob("*.h")]
 FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", f"-I{EMULATOR}",
          '-DCARERL_CUDA_ARCHITECTURES="sm_80"',
          # Few tensors or matrices a launch and few slots: small inputs then need several launches, and slots several tiles.
          "-DCARERL_SPANS=4", "-DCARERL_MATRICES=4", "-DCARERL_SLOTS=int64_t{3}")  # fmt: skip
+
+Object = tuple[Path, Sequence[str]]
+"""A source and the flags that it is compiled with."""
+OBJECTS: list[Object] = [
+    *((source, [*FLAGS, "-O1", "-fsanitize=alignment"]) for source in KERNELS),
+    (EMULATOR / "emulator.cpp", [*FLAGS, "-O2", "-DEMULATOR_CHECKS_ALIGNMENT"]),
+]
+"""The kernels and the GPU that they run on, as the op tests have them."""
 
 
 def compiler() -> str | None:
@@ -42,35 +52,33 @@ def run(arguments: Sequence[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def build(
-    name: str, objects: Sequence[tuple[Path, Sequence[str]]], link: Sequence[str], sources: Sequence[Path]
-) -> Path:
-    """Compiles `(source, flags)` pairs and links them to `build/emulator/<hash>/<name>`, unless that exists."""
-    key = hashlib.sha256(repr((objects, link)).encode())
-    for path in sorted({*sources, *(source for source, _ in objects)}):
-        key.update(path.read_bytes())
-    target = ROOT / "build/emulator" / key.hexdigest()[:16] / name
+def once(target: Path, make: Callable[[Path], None]) -> Path:
+    """A file that is made unless it exists; test processes and threads that want the same one wait for the first."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with (target.parent / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # test processes start together
-        if target.exists():
-            return target
-        files = [str(target.parent / f"{i}.o") for i in range(len(objects))]
-
-        def compile_one(source: Path, flags: Sequence[str], file: str) -> None:
-            language = ["-x", "c++"] if source.suffix == ".cu" else []
-            run([*flags, *language, "-c", str(source), "-o", file])
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda i: compile_one(*objects[i], files[i]), range(len(objects))))
-        partial = target.with_suffix(".partial")
-        run([*files, *link, "-o", str(partial)])
-        partial.rename(target)
+    with target.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            partial = target.with_suffix(".partial")
+            make(partial)
+            partial.rename(target)
     return target
 
 
-def headers() -> list[Path]:
-    return [*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh"), *EMULATOR.glob("*")]
+def build(name: str, objects: Sequence[Object], link: Sequence[str]) -> Path:
+    """Compiles sources with their flags and links them to `build/emulator/<hash>/<name>`; what exists is used again."""
+    headers = b"".join(path.read_bytes() for path in sorted(HEADERS))
+
+    def compiled(one: Object) -> str:
+        source, flags = one
+        key = hashlib.sha256(repr(one).encode() + source.read_bytes() + headers).hexdigest()[:16]
+        language = ["-x", "c++"] if source.suffix == ".cu" else []
+        command = [*flags, *language, "-c", str(source), "-o"]
+        return str(once(BUILT / f"{source.stem}-{key}.o", lambda out: run([*command, str(out)])))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        files = list(pool.map(compiled, objects))
+    key = hashlib.sha256(repr((files, link)).encode()).hexdigest()[:16]
+    return once(BUILT / key / name, lambda out: run([*files, *link, "-o", str(out)]))
 
 
 @functools.cache
@@ -79,13 +87,9 @@ def library() -> None:
     torch_dir = Path(torch.__file__).parent
     binding = [*FLAGS, "-O1", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(torch_dir / "include"),
                f"-DCARERL_OPS_NAMESPACE={NAMESPACE}", "-DCARERL_OPS_KEY=CPU"]  # fmt: skip
-    objects: list[tuple[Path, Sequence[str]]] = [
-        (source, [*FLAGS, "-O1", "-fsanitize=alignment"]) for source in KERNELS
-    ]
-    objects += [(ROOT / "csrc/ops" / name, binding) for name in ("cuda.cpp", "checks.cpp")]
-    objects += [(EMULATOR / "emulator.cpp", [*FLAGS, "-O2", "-DEMULATOR_CHECKS_ALIGNMENT"])]
+    objects = [*OBJECTS, *((ROOT / "csrc/ops" / name, binding) for name in ("cuda.cpp", "checks.cpp"))]
     link = ["-shared", f"-L{torch_dir / 'lib'}", "-ltorch_cpu"]
-    path = build("libcarerl_emulated.so", objects, link, headers())
+    path = build("libcarerl_emulated.so", objects, link)
 
     namespace = torch.library.Library(NAMESPACE, "DEF")
     for name in _ops.KERNEL_OVERLOADS:

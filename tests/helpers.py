@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -64,6 +65,23 @@ BACKENDS = [
     Backend("triton-interpreted", "cpu", triton_interpreted.kernel, triton_interpreted.missing),
 ]
 GPU_BACKENDS = {"cuda", "cuda-emulated", "triton"}
+
+
+# ------------------------------------------------------------------------------------------------------------- cases
+
+
+@contextmanager
+def naming(*case: object) -> Iterator[None]:
+    """Says of whatever fails inside which case it was of those that a test loops over.
+
+    A test item costs about 10 ms (fixtures, reports between processes, collection in each of them): cases of a millisecond are
+    looped over.
+    """
+    try:
+        yield
+    except BaseException as error:  # pytest.fail, too
+        error.add_note(f"case: {', '.join(map(str, case))}")
+        raise
 
 
 # ----------------------------------------------------------------------------------------------------------- numbers

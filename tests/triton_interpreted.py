@@ -8,6 +8,7 @@ a GPU run the kernels themselves instead. What is patched (triton 3.8):
   the kernel was launched with (:class:`Guard`).
 * Every call of a device function patches the language again (milliseconds each, and never undone); here once.
 * Sums of integers are done again in 64 bits to see whether they overflow, which nobody is told without a debug option; here not.
+* Every value makes and checks its type again, which takes about as long as numpy does; here once for every type.
 
 Above :data:`SMALL` columns blocks are larger than on a GPU: numpy is fast on long vectors and slow on many short ones.
 """
@@ -158,11 +159,43 @@ def patch() -> None:
 
     interpreter.GridExecutor.__call__ = execute_guarded
 
+    _remember_types(tl, interpreter)
     interpreter.interpreter_builder.options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
 
     # It looks for the language among the globals of a function.
     interpreter._patch_lang(FunctionType((lambda: None).__code__, {"tl": tl, "core": tl.core}))
     interpreter._patch_lang = lambda fn: interpreter._LangPatchScope()  # all is patched: nothing to restore
+
+
+def _remember_types(tl: Any, interpreter: Any) -> None:
+    """Block types, the shapes of tensors and numpy's dtypes are made and checked once, not again for every value."""
+    block, tensor, dtype = tl.block_type.__init__, tl.tensor.__init__, interpreter._get_np_dtype
+    blocks: dict[tuple, dict[str, Any]] = {}
+    shapes: dict[tuple, tuple] = {}
+    dtypes: dict[str, np.dtype] = {}
+
+    def dtype_once(of):
+        name = of.scalar.name
+        if name not in dtypes:
+            dtypes[name] = dtype(of)
+        return dtypes[name]
+
+    def block_once(self, element_ty, shape):
+        key = element_ty.name, tuple(getattr(size, "value", size) for size in shape)
+        if key not in blocks:
+            block(self, element_ty, shape)
+            blocks[key] = dict(self.__dict__)
+        self.__dict__ |= blocks[key]
+
+    def tensor_of_shape(self, handle, type):
+        key = tuple(type.shape) if type.is_block() else ()
+        if key not in shapes:
+            tensor(self, handle, type)
+            shapes[key] = self.shape, self.numel
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = shapes[key]
+
+    tl.block_type.__init__, tl.tensor.__init__, interpreter._get_np_dtype = block_once, tensor_of_shape, dtype_once
 
 
 @cache

@@ -102,7 +102,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(basis, grad):
 WORKERS = """
 import os, sys
 from pathlib import Path
-import pytest, torch
+import pytest, sympy, torch  # torch imports sympy when rows are quantised
 sys.path.insert(0, sys.argv[1])
 for name in sys.argv[3:]:
     if os.fork():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import oracle
 import pytest
@@ -14,14 +16,17 @@ from helpers import (
     UNIT,
     Held,
     assert_within,
+    naming,
     rng_of,
     same_bits,
     to64,
 )
 from torch import Tensor
 
-sides = pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
-dtypes = pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+SIDES = {"right": False, "left": True}
+sides = pytest.mark.parametrize("left", list(SIDES.values()), ids=list(SIDES))
+FLOATS = ("fp32", "bf16", "fp16")
+dtypes = pytest.mark.parametrize("dtype", FLOATS)
 
 # G, outputs, inputs, K: strips, panels and blocks to spare, less than one of any, and one more than a whole number
 SHAPES = [
@@ -100,30 +105,30 @@ class Problem:
         assert all(h.intact() for h in self.held)
 
 
-@dtypes
-@sides
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_coefficients(op, shape, dtype, left):
-    p = Problem(shape, dtype, left, device=op.device)
-    found = op("input_project", p.matrices, p.directions, left)
-    assert (found.dtype, found.device.type) == (torch.float32, op.device)
-    exact = oracle.input_project(p.W, p.V)
-    assert_within(found, exact, p.dot_bound(p.W) + FP32_UNIT * abs(exact), "coefficient ")
-    assert all(h.unchanged() for h in p.held)
+def test_coefficients(op, shape):
+    for dtype, (side, left) in itertools.product(FLOATS, SIDES.items()):
+        with naming(dtype, side):
+            p = Problem(shape, dtype, left, device=op.device)
+            found = op("input_project", p.matrices, p.directions, left)
+            assert (found.dtype, found.device.type) == (torch.float32, op.device)
+            exact = oracle.input_project(p.W, p.V)
+            assert_within(found, exact, p.dot_bound(p.W) + FP32_UNIT * abs(exact), "coefficient ")
+            assert all(h.unchanged() for h in p.held)
 
 
-@sides
-@pytest.mark.parametrize("bounded", ["neither", "lower", "upper", "both"])
 @pytest.mark.parametrize(("dtype", "shape"), [("fp32", s) for s in SHAPES] + [("bf16", s) for s in SHAPES[:6]], ids=str)
-def test_confinement(op, shape, dtype, bounded, left):
-    p = Problem(shape, dtype, left, device=op.device)
-    before, anchor = p.W, p.anchor()
-    lower = p.bounds(anchor) if bounded in ("lower", "both") else None
-    upper = p.bounds(anchor) if bounded in ("upper", "both") else None
-    energy = op("input_confine_", p.matrices, p.directions, anchor, lower, upper, left)
-    x = oracle.input_confine(before, p.V, to64(anchor), *(0.0 if b is None else to64(b) for b in (lower, upper)))
-    slack = p.dot_bound(before) + 4 * FP32_UNIT * (abs(to64(anchor)) + abs(x))
-    p.assert_moved(before, x, slack, energy)
+def test_confinement(op, shape, dtype):
+    for (side, left), below, above in itertools.product(SIDES.items(), [False, True], [False, True]):
+        with naming(side, f"{below=}", f"{above=}"):
+            p = Problem(shape, dtype, left, device=op.device)
+            before, anchor = p.W, p.anchor()
+            lower, upper = (p.bounds(anchor) if bounded else None for bounded in (below, above))
+            energy = op("input_confine_", p.matrices, p.directions, anchor, lower, upper, left)
+            box = (0.0 if b is None else to64(b) for b in (lower, upper))
+            x = oracle.input_confine(before, p.V, to64(anchor), *box)
+            slack = p.dot_bound(before) + 4 * FP32_UNIT * (abs(to64(anchor)) + abs(x))
+            p.assert_moved(before, x, slack, energy)
 
 
 @dtypes
@@ -138,11 +143,14 @@ def test_directions_may_be_rounded(op, dtype, left, directions):
     p.assert_moved(before, x, p.dot_bound(before) + 4 * FP32_UNIT * (abs(to64(anchor)) + abs(x)), energy)
 
 
-@dtypes
-@sides
-@pytest.mark.parametrize("per_direction", [False, True], ids=["scalar", "tensor"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_literal_rule(op, shape, dtype, left, per_direction):
+def test_the_literal_rule(op, shape):
+    for dtype, (side, left), weights in itertools.product(FLOATS, SIDES.items(), ("scalar", "tensor")):
+        with naming(dtype, side, weights):
+            follow_the_literal_rule(op, shape, dtype, left, weights == "tensor")
+
+
+def follow_the_literal_rule(op, shape, dtype, left, per_direction):
     p = Problem(shape, dtype, left, device=op.device)
     before, K = p.W, shape[3]
     weights = [1.5, 0.25, 0.4]

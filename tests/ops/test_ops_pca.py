@@ -97,8 +97,8 @@ def test_list_is_a_step_per_tensor_or_one_of_all(op, per_tensor):
 
 def test_energy_identity(op):
     """At decay = 1 nothing is lost from the books: sum s^2 + sum discarded = sum |g|^2."""
-    data = decaying(rng_of("energy"), 120, 1003)
-    _, values, discarded = stream(op, np.split(data, 40), 8)
+    data = decaying(rng_of("energy"), 60, 1003)
+    _, values, discarded = stream(op, np.split(data, 20), 8)
     total = (data**2).sum()
     assert sum(discarded) > 0.01 * total
     assert abs((values**2).sum() + sum(discarded) - total) <= 1e-6 * total
@@ -160,7 +160,7 @@ def test_directions_that_barely_show_do_not_cost_orthonormality(op, residual):
     """
     rng = rng_of("residual", residual)
     frame = np.linalg.qr(rng.standard_normal((1003, 4)))[0].T
-    data = rng.standard_normal((80, 4)) @ frame + residual * rng.standard_normal((80, 1003)) / 1003**0.5
+    data = rng.standard_normal((40, 4)) @ frame + residual * rng.standard_normal((40, 1003)) / 1003**0.5
     basis, values = fresh(8, 1003, op.device)
     for batch in torch.from_numpy(data).float().to(op.device).split(2):
         op("pca_update_", basis, values, batch)

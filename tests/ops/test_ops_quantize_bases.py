@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import oracle
 import pytest
 import torch
 from cases import directions
-from helpers import DTYPES, FP32_UNIT, SCALED, Held, assert_within, rng_of, same_bits, to64
+from helpers import DTYPES, FP32_UNIT, SCALED, Held, assert_within, naming, rng_of, same_bits, to64
 
+FLOATS = ("fp32", "bf16", "fp16")
+BLOCKS = (32, 128, 1024)
 SIZES = (0, 1, 31, 32, 127, 128, 129, 1003, 70001)
+TRIPLES = [  # every pair of size, storage and block; at the largest size, of several of any block, every triple
+    *((n, FLOATS[(i + j) % 3], block) for i, n in enumerate(SIZES[:-1]) for j, block in enumerate(BLOCKS)),
+    *itertools.product(SIZES[-1:], FLOATS, BLOCKS),
+]
 
 
-@pytest.mark.parametrize("block", [32, 128, 1024])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize(("n", "dtype", "block"), TRIPLES)
 def test_dequantised_rows_are_within_half_a_step(op, n, dtype, block):
     rng = rng_of("quantize", n, dtype, block)
     values = directions(rng, 2, 5, n, "zero_rows") * rng.choice([1e-4, 1.0, 50.0], n)  # blocks of very different size
@@ -36,9 +42,14 @@ def test_dequantised_rows_are_within_half_a_step(op, n, dtype, block):
     assert held.unchanged()
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("n", SIZES)
-def test_fp8_codes_are_the_nearest(op, n, dtype):
+def test_fp8_codes_are_the_nearest(op, n):
+    for dtype in FLOATS:
+        with naming(dtype):
+            check_fp8(op, n, dtype)
+
+
+def check_fp8(op, n, dtype):
     rng = rng_of("quantize fp8", n, dtype)
     values = directions(rng, 2, 5, n, "zero_rows") * 2.0 ** rng.integers(-12, 3, n)  # down to subnormal codes
     held = Held(torch.from_numpy(values).to(DTYPES[dtype]).to(op.device), lead=1)
@@ -102,12 +113,12 @@ def _values(rng, device: str, k: int = 4, n: int = 4099) -> torch.Tensor:
 
 
 @LOW
-@pytest.mark.parametrize("seed", [1, -1, 12345, 2**40 + 7, -(2**62)])
-def test_rounding_is_the_documented_hash(op, dtype, seed):
+def test_rounding_is_the_documented_hash(op, dtype):
     values = _values(rng_of("hash", dtype), op.device)
-    bits = oracle.random_bits(4, np.arange(values.shape[1]), seed)
-    expected = oracle.round_stochastically(to64(values), bits, *FORMATS[dtype])
-    assert np.array_equal(to64(round_rows(op, values, dtype, seed)), expected)
+    for seed in (1, -1, 12345, 2**40 + 7, -(2**62)):
+        bits = oracle.random_bits(4, np.arange(values.shape[1]), seed)
+        expected = oracle.round_stochastically(to64(values), bits, *FORMATS[dtype])
+        assert np.array_equal(to64(round_rows(op, values, dtype, seed)), expected), seed
 
 
 @LOW

@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 
-# All variants there. Elsewhere the usual ones (bf16 gradients, bf16 and int8 bases), of what does not depend on each other every
-# value once: storage of bases and batch or list, op on matrices and side.
+# Every storage there. Elsewhere the usual ones (bf16 gradients, bf16 and int8 bases). Of what does not depend on each other every
+# value, not every product: storage of bases and batch or list, storage and a root or none, op on matrices and side; of rotations
+# every pair of storage, size and whether gradients are edited.
 EVERYTHING = "cuda:90"
 N = 40_000  # columns; a multiple of 16 and not of any tile
 
@@ -56,6 +57,7 @@ def variants(all_of_them: bool):
     from carerl_kernels.triton_kernels import _blocks
 
     F32, BF16, F16, I8, F8 = torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn
+    root = torch.eye(24, dtype=torch.float64)
     mixes = [(BF16, BF16, 1), (BF16, I8, 1)]
     if all_of_them:
         mixes += [(F32, F32, 1), (F32, BF16, 1), (F16, F8, 1), (BF16, BF16, 4)]
@@ -73,33 +75,32 @@ def variants(all_of_them: bool):
         tile = _blocks.rows_tile(width, batch, 24)
         stores = vectors(batch * width, g)
         wanted["edit_kernel"] = (vectors(tile * width, u) + stores, stores)
-        if all_of_them or u == BF16:
-            yield f"dacsp_-{name}", "dacsp_", (grads, rows, 1.5, 0.5, 0.0, None, scales), wanted
-        if batch == 1 and g == BF16 and (all_of_them or u == I8):
+        if u == I8:
             parts = [grads[0, :16384], grads[0, 16384:30000]]
             yield f"dacsp_.list-{name}", "dacsp_.list", (parts, rows, [0, 16384], 1.5, 0.5, 0.0, None, scales), wanted
-        if g == u or u == I8:
+        elif g == u == BF16 and batch == 1:
+            yield f"dacsp_.tensor-{name}-root", "dacsp_.tensor", (grads, rows, *[torch.ones(24)] * 3, root), wanted
+        else:
+            yield f"dacsp_-{name}", "dacsp_", (grads, rows, 1.5, 0.5, 0.0, None, scales), wanted
+        if u == I8 or (all_of_them and g == u):
             yield f"gram-{name}", "gram", (rows, grads, scales), {}
 
-    for dtype in (BF16, F32) if all_of_them else (BF16,):
-        for k in (12, 68) if all_of_them else (12,):
-            held, depth, columns, threads = _blocks.rotation(k)
-            loads, stores = vectors(depth * columns, dtype, threads), vectors(held * columns, dtype, threads)
-            name = f"{str(dtype)[6:]}-k{k}"
-            grads, stack = torch.zeros(1, N, dtype=dtype), torch.zeros(2, k, N, dtype=dtype)
-            q, mix, scale = torch.zeros(k, k + 1), torch.zeros(1, 2 * k), torch.ones(1)
-            wanted = {"rotate_kernel": (loads, stores), "edit_rotate_kernel": (loads, stores)}
-            yield f"rotate_-{name}", "rotate_", (stack[0], grads, q, 3), wanted
-            yield f"edit_rotate_-{name}", "edit_rotate_", (grads, stack, mix, scale, 1, q, 3), wanted
+    rotations = [("rotate_", BF16, 12), ("edit_rotate_", BF16, 12)]
+    if all_of_them:
+        rotations = [("rotate_", BF16, 12), ("edit_rotate_", BF16, 68), ("rotate_", F32, 68), ("edit_rotate_", F32, 12)]
+    for op, dtype, k in rotations:
+        held, depth, columns, threads = _blocks.rotation(k)
+        loads, stores = vectors(depth * columns, dtype, threads), vectors(held * columns, dtype, threads)
+        grads, stack = torch.zeros(1, N, dtype=dtype), torch.zeros(2, k, N, dtype=dtype)
+        q, mix, scale = torch.zeros(k, k + 1), torch.zeros(1, 2 * k), torch.ones(1)
+        arguments = (stack[0], grads, q, 3) if op == "rotate_" else (grads, stack, mix, scale, 1, q, 3)
+        yield f"{op}-{str(dtype)[6:]}-k{k}", op, arguments, {f"{op}kernel": (loads, stores)}
 
     yield "quantize_bases-int8", "quantize_bases", (torch.zeros(1, 2, N, dtype=BF16),), {"quantize_kernel": (2, 0)}
-    root = torch.eye(24, dtype=torch.float64)
-    weights = [torch.ones(24)] * 3
-    grads, rows = torch.zeros(1, N), torch.zeros(3, 8, N)
-    yield "dacsp_.tensor-root", "dacsp_.tensor", (grads, rows, *weights, root), {}
     if all_of_them:
         float8 = torch.zeros(1, 2, N), 32, F8
         yield "quantize_bases-fp8", "quantize_bases", float8, {"quantize_kernel": (2, 0)}
+        grads, rows = torch.zeros(1, N), torch.zeros(3, 8, N)
         parts, offsets, each = [grads[0, :16384], grads[0, 16384:]], [0, 16384], torch.eye(24).repeat(2, 1, 1)
         yield "dacsp_.list-per_tensor", "dacsp_.list", (parts, rows, offsets, 1.5, 0.5, 0.0, each, None, True), {}
     for dtype, rows, side in ((BF16, 96, False), (BF16, 96, True), (F32, 24, False), (F16, 256, False)):
@@ -108,10 +109,11 @@ def variants(all_of_them: bool):
         matrices = [torch.zeros(576, 576, dtype=dtype)] * 2
         name = f"{str(dtype)[6:]}-K{rows}" + ("-left" if side else "")
         directions, anchor = torch.zeros(2, rows, 576), torch.zeros(2, 576, rows)
-        yield f"input_project-{name}", "input_project", (matrices, directions, side), {}
-        if all_of_them or not side:
-            yield f"input_confine_-{name}", "input_confine_", (matrices, directions, anchor, anchor, None, side), {}
         if all_of_them or side:
+            yield f"input_project-{name}", "input_project", (matrices, directions, side), {}
+        if not side:
+            yield f"input_confine_-{name}", "input_confine_", (matrices, directions, anchor, anchor, None, side), {}
+        if side or dtype != BF16:
             yield f"input_dacsp_-{name}", "input_dacsp_", (matrices, directions, 1.5, 0.5, 0.0, side), {}
     for dtype in (BF16, F32) if all_of_them else (BF16,):
         logits, ids, row = torch.zeros(4, N, dtype=dtype), torch.zeros(4, dtype=torch.int64), torch.zeros(4)

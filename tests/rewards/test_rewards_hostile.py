@@ -395,15 +395,15 @@ HONEST = "import time\nwhile time.process_time() < 0.5: pass\nprint(1)"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hostile", [1, 3])
-def test_honest_slow_programs_beside_hostile_ones_keep_their_reward(hostile):
+def test_honest_slow_programs_beside_hostile_ones_keep_their_reward():
     """Half of the processor time an honest program may take, in threads as `carerl score` runs them."""
     sandbox = make("namespaces", SandboxLimits(wall=3, cpu=1, memory=256 << 20))
     judge = CodeTests(sandbox)
     example = Example("?", info={"tests": [{"stdin": "", "stdout": "1"}]})
-    work = [(HOSTILE[i % len(HOSTILE)], 0.0) for i in range(6 * hostile)] + [(HONEST, 1.0)] * 6 * hostile
-    work = [work[i * 7 % len(work)] for i in range(len(work))]  # mixed
+    each = 2 * len(HOSTILE)  # more than there are threads
+    work = [(program, 0.0) for program in HOSTILE * 2] + [(HONEST, 1.0)] * each
+    work = [work[i * 5 % len(work)] for i in range(len(work))]  # mixed
     with ThreadPoolExecutor(8) as pool:
         rewards = list(pool.map(lambda one: judge(example, one[0]), work))
     got = Counter((right, reward) for (_, right), reward in zip(work, rewards, strict=True))
-    assert got == {(0.0, 0.0): 6 * hostile, (1.0, 1.0): 6 * hostile}
+    assert got == {(0.0, 0.0): each, (1.0, 1.0): each}

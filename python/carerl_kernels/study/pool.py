@@ -5,16 +5,16 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
-import signal
-import threading
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
 from typing import Any
 
-Report = Callable[[Any], None]
+import torch
+
+from .._errors import require
+
+Notify = Callable[[str, str, Any], None]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,14 @@ class Job:
     function: Callable[..., Any]
     arguments: tuple[Any, ...] = ()
 
+    def run(self, notify: Notify) -> Any:
+        """Its result; says of its start, and passes on what it reports."""
+        notify(self.key, "start", None)
+        try:
+            return self.function(*self.arguments, lambda message: notify(self.key, "progress", message))
+        finally:
+            gc.collect()  # models and optimizers refer to each other through hooks: their memory is needed now
+
 
 def usable_cores() -> int:
     """Those that this process may run on."""
@@ -41,11 +49,7 @@ class WorkerError(RuntimeError):
     """A job failed or its process died; the message holds the job's name and its traceback."""
 
 
-def run_jobs(
-    jobs: Sequence[Job],
-    workers: int,
-    on_event: Callable[[str, str, Any], None] | None = None,
-) -> dict[str, Any]:
+def run_jobs(jobs: Sequence[Job], workers: int, on_event: Notify | None = None) -> dict[str, Any]:
     """Run all jobs, each in one of `workers` processes with one torch thread.
 
     Args:
@@ -58,123 +62,71 @@ def run_jobs(
 
     Raises:
         WorkerError: A job raised, or its process died. All others are stopped.
+        ImportError: pebble is missing, and there is more than one process.
     """
     notify = on_event or (lambda key, kind, payload: None)
     if workers <= 1 or len(jobs) == 1:
         return _run_here(jobs, notify)
-    return _run_elsewhere(list(jobs), min(workers, len(jobs)), notify)
+    return _run_elsewhere(jobs, min(workers, len(jobs)), notify)
 
 
-def _run_here(jobs: Sequence[Job], notify: Callable[[str, str, Any], None]) -> dict[str, Any]:
-    import torch
-
+def _run_here(jobs: Sequence[Job], notify: Notify) -> dict[str, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
     try:
         for job in jobs:
-            notify(job.key, "start", None)
-
-            def report(message: Any, key: str = job.key) -> None:
-                notify(key, "progress", message)
-
             try:
-                results[job.key] = job.function(*job.arguments, report)
+                results[job.key] = job.run(notify)
             except Exception as e:
                 raise WorkerError(f"{job.key} failed: {type(e).__name__}: {e}") from e
             notify(job.key, "done", results[job.key])
-            gc.collect()  # models and optimizers refer to each other through hooks: their memory is needed now
     finally:
         torch.set_num_threads(threads)
     return results
 
 
-@dataclass
-class _Worker:
-    process: Any
-    connection: Connection
-    job: Job | None = None
+def _run_elsewhere(jobs: Sequence[Job], workers: int, notify: Notify) -> dict[str, Any]:
+    require("pebble", "running in several processes")
+    from pebble import ProcessExpired, ProcessPool
 
-
-def _run_elsewhere(waiting: list[Job], workers: int, notify: Callable[[str, str, Any], None]) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")  # fork would copy torch's thread pools in an undefined state
-    pool: list[_Worker] = []
+    events = context.SimpleQueue()
     results: dict[str, Any] = {}
-    total = len(waiting)
+    pool = ProcessPool(workers, initializer=_prepare, initargs=(events,), context=context)
     try:
-        with _without_interrupts():
-            for _ in range(workers):
-                ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(theirs,), daemon=True)
-                process.start()
-                theirs.close()  # so that a dead process reads as end of file here
-                pool.append(_Worker(process, ours))
-        while len(results) < total:
-            for worker in pool:
-                if worker.job is None and waiting:
-                    worker.job = waiting.pop(0)
-                    worker.connection.send((worker.job.function, worker.job.arguments))
-                    notify(worker.job.key, "start", None)
-            busy = {w.connection: w for w in pool if w.job is not None}
-            for ready in wait(list(busy)):
-                worker = busy[ready]  # type: ignore[index]
-                job = worker.job
-                assert job is not None
+        running: dict[Any, Job] = {pool.schedule(_serve, [job]): job for job in jobs}
+        while running:
+            done, _ = wait(running, timeout=0.1, return_when=FIRST_COMPLETED)
+            while not events.empty():
+                notify(*events.get())
+            for future in done:
+                job = running.pop(future)
                 try:
-                    kind, payload = worker.connection.recv()
-                except (EOFError, OSError) as e:
-                    worker.process.join(5)
+                    results[job.key] = future.result()
+                except ProcessExpired as e:
                     raise WorkerError(
-                        f"{job.key}: its process died with exit code {worker.process.exitcode} "
+                        f"{job.key}: its process died with exit code {e.exitcode} "
                         "(negative: a signal; -9 is usually the system running out of memory, try fewer workers)"
                     ) from e
-                if kind == "error":
-                    raise WorkerError(f"{job.key} failed in its process:\n{payload}")
-                notify(job.key, kind, payload)
-                if kind == "done":
-                    results[job.key] = payload
-                    worker.job = None
+                except Exception as e:
+                    raise WorkerError(f"{job.key} failed in its process:\n{getattr(e, 'traceback', e)}") from e
+                notify(job.key, "done", results[job.key])
     finally:
-        for worker in pool:
-            worker.connection.close()  # an idle worker reads end of file and leaves by itself
-            if worker.job is not None:
-                worker.process.terminate()
-        for worker in pool:
-            worker.process.join(5)
-            if worker.process.is_alive():
-                worker.process.kill()
-                worker.process.join()
+        pool.stop()  # after a failure or ctrl-C, to which the processes themselves do not listen, jobs are under way
+        pool.join()
     return results
 
 
-@contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Children started inside ignore ctrl-C (the disposition survives exec): the parent alone reacts and stops them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+_notify: Notify
 
 
-def _serve(connection: Connection) -> None:
-    """A worker's life: jobs until the other end closes."""
-    import torch
-
+def _prepare(events: Any) -> None:
+    """The beginning of a process: where its jobs' events go."""
+    global _notify
     torch.set_num_threads(1)
-    while True:
-        try:
-            function, arguments = connection.recv()
-        except EOFError:
-            return
-        try:
-            result = ("done", function(*arguments, lambda message: connection.send(("progress", message))))
-        except BrokenPipeError:
-            return  # the parent is gone
-        except BaseException:
-            result = ("error", traceback.format_exc())
-        connection.send(result)
-        gc.collect()  # as above
+    _notify = lambda *event: events.put(event)  # noqa: E731
+
+
+def _serve(job: Job) -> Any:
+    return job.run(_notify)

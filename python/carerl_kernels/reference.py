@@ -74,9 +74,11 @@ def _coefficients(grads, offsets, bases, scales, per_tensor) -> Tensor:
     return _gather([part[0] for part in parts], per_tensor)
 
 
-def _of_batch(of_list: Callable[..., Any]) -> Callable[..., Any]:
-    """An op over one gradient or a batch is that over a list, without offsets."""
-    return lambda first, second, *rest, **named: of_list(first, second, (), *rest, **named)
+# An op over one gradient or a batch is that over a list, without offsets.
+
+
+def project(grads, bases, scales=None, out_dtype=torch.float32):
+    return project_list(grads, bases, (), scales, out_dtype)
 
 
 def project_list(grads, bases, offsets, scales=None, out_dtype=torch.float32, per_tensor=False):
@@ -84,6 +86,10 @@ def project_list(grads, bases, offsets, scales=None, out_dtype=torch.float32, pe
     coeffs = _coefficients(grads, offsets, bases, scales, per_tensor)
     lead = grads.shape[:-1] if isinstance(grads, Tensor) else coeffs.shape[:-1]
     return coeffs.to(out_dtype).view(lead + bases.shape[:2])
+
+
+def gram(bases, grads, scales=None):
+    return gram_list(bases, grads, (), scales)
 
 
 def gram_list(bases, grads, offsets, scales=None, per_tensor=False):
@@ -116,6 +122,10 @@ def _edit(grads, offsets, bases, mix, scale, scales) -> None:
         at = slice(None) if isinstance(grads, Tensor) or mix.shape[0] == 1 else slice(t, t + 1)
         for chunk, start, stop in _chunks(grad, offset):
             chunk.copy_(_edit_chunk(chunk, rows.read(start, stop, torch.float32), mix[at], scale[at]))
+
+
+def edit_(grads, bases, mix, scale, scales=None):
+    edit_list(grads, bases, (), mix, scale, scales)
 
 
 def edit_list(grads, bases, offsets, mix, scale, scales=None, per_tensor=False):
@@ -187,6 +197,10 @@ def edit_rotate_list(grads, bases, offsets, mix, scale, domain, q, per_tensor=Fa
             chunk.copy_(edited)
 
 
+def dacsp_(grads, bases, aligned, conflict, threshold, root=None, scales=None):
+    return dacsp_list(grads, bases, (), aligned, conflict, threshold, root, scales)
+
+
 def dacsp_list(grads, bases, offsets, aligned, conflict, threshold, root=None, scales=None, per_tensor=False):
     _ops.check_dacsp(grads, bases, aligned, conflict, threshold, root, scales, offsets, per_tensor)
     coeffs = _coefficients(grads, offsets, bases, scales, per_tensor)
@@ -246,18 +260,18 @@ def all_finite(tensors):
 
 
 KERNELS: dict[str, Callable[..., Any]] = {
-    "project": _of_batch(project_list),
+    "project": project,
     "project.list": project_list,
-    "gram": _of_batch(gram_list),
+    "gram": gram,
     "gram.list": gram_list,
-    "edit_": _of_batch(edit_list),
+    "edit_": edit_,
     "edit_.list": edit_list,
     "rotate_": rotate_,
     "rotate_.list": rotate_list,
     "edit_rotate_": edit_rotate_,
     "edit_rotate_.list": edit_rotate_list,
-    "dacsp_": _of_batch(dacsp_list),
-    "dacsp_.tensor": _of_batch(dacsp_list),
+    "dacsp_": dacsp_,
+    "dacsp_.tensor": dacsp_,
     "dacsp_.list": dacsp_list,
     "dacsp_.list_tensor": dacsp_list,
     "pca_update_": pca_update_,

@@ -6,13 +6,18 @@ import numpy as np
 import torch
 from carerl_kernels.guard.factored_stack import BlockStack
 from carerl_kernels.guard.frames import Frame
-from carerl_kernels.guard.rules import RuleParams, decide, fresh_state
+from carerl_kernels.guard.rules import MEMORY, RuleParams, decide
 from factored_helpers import make_factored
 from hypothesis import given
 from hypothesis import strategies as st
 
 N = 40
 DECIDING = ("instant", "integrated", "probed", "remove")
+
+
+def fresh_state(rule, T, K, device):
+    """Zeros for what this rule remembers."""
+    return {name: torch.zeros(T, K, dtype=torch.float64, device=device) for name in MEMORY.get(rule, ())}
 
 
 def rows(rng, K, overlap, zero):

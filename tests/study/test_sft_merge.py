@@ -160,7 +160,7 @@ def test_merged_experts(grid, tmp_path):
         ("sums/input-bounded@1/0", "expected shown examples of every domain"),
         ("sums/alone@1/0", "in settings of kind grpo, found merge"),
         ("one/arithmetic@1/0", "two or more tasks, no text"),
-        ("two/distill@0.5/0", "no guard, and @1"),
+        ("two/arithmetic@0.5/0", "expected @1"),
     ],
 )
 def test_what_would_be_ignored_is_refused(grid, name, message):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass, field
+
 from pydantic import ValidationError
 
 from ..._json import last_object
@@ -31,6 +33,7 @@ _EXAMPLES = (
 )
 
 
+@dataclass(eq=False)
 class ProtocolBuilder:
     """Asks a model for the protocol of a prompt, once.
 
@@ -41,19 +44,12 @@ class ProtocolBuilder:
         max_tokens: The limit of a reply's length; doubled when one was cut off.
     """
 
-    def __init__(
-        self,
-        backend: Backend,
-        cache: Cache | None = None,
-        limits: Limits | None = None,
-        *,
-        attempts: int = 5,
-        max_tokens: int = 2048,
-    ) -> None:
-        self.backend = backend
-        self.cache = cache if cache is not None else Cache()
-        self.limits = limits or Limits()
-        self.attempts, self.max_tokens = attempts, max_tokens
+    backend: Backend
+    cache: Cache = field(default_factory=Cache)
+    limits: Limits = field(default_factory=Limits)
+    _: KW_ONLY
+    attempts: int = 5
+    max_tokens: int = 2048
 
     async def build(self, prompt: Prompt, reference: str | None = None) -> Protocol:
         """The protocol of a prompt, from the cache or written now.

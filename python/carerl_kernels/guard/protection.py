@@ -155,9 +155,7 @@ class Protection:
         basis = moments.basis(
             self.layout, name, energy=self.settings.energy, architecture=self.architecture, parameters=self._locals()
         )
-        self.add(basis)
-        if path is not None:
-            basis.save(path)
+        self._keep(basis, path)
         return basis
 
     @torch.no_grad()
@@ -225,6 +223,12 @@ class Protection:
         self.layout = self._recording.layout = layout
         self._census.covered = set(layout.covered_names)
         self.memory.adapt(layout)
+
+    def _keep(self, basis: StoredBasis, path: Path | str | None, rebase: bool = True) -> None:
+        """Takes in what was just recorded, and writes its file where one is asked for."""
+        self.add(basis, rebase=rebase)
+        if path is not None:
+            basis.save(path)
 
     def _with_history(self, what: str, name: str) -> None:
         if name not in self.stack.names:

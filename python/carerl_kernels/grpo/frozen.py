@@ -48,14 +48,17 @@ class KeptWeights:
         if self.path is None:
             self._kept = {name: local(p).detach().clone() for name, p in self.parameters.items()}
         else:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             save_tensors(self.path, self.parameters, Ranks.of(nn.ParameterList(self.parameters.values())))
         return self
 
-    @torch.no_grad()
-    def put_back(self) -> None:
-        """The weights are those that were kept, bit for bit."""
-        self._each(lambda name, parameter, kept: parameter.copy_(kept))
+    @contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Inside, the weights may be moved; afterwards they are those that were kept, bit for bit."""
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                self._each(lambda name, parameter, kept: parameter.copy_(kept))
 
     @torch.no_grad()
     def mirror(self) -> float:

@@ -202,10 +202,9 @@ class RunDirectory:
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Add one line of metrics; a non-finite number is written as null (JSON has none)."""
-        if not self.ranks.first:
-            return
-        with open(self.metrics_path, "a") as f:
-            f.write(json_line(line))
+        if self.ranks.first:
+            with open(self.metrics_path, "a") as f:
+                f.write(json_line(line))
 
     def truncate(self, last_step: int) -> list[dict[str, Any]]:
         """Forget metrics after `last_step` (and a line cut short by the interruption); returns what remains.
@@ -237,7 +236,6 @@ class RunDirectory:
     def _save(self, step: int, weights: Mapping[str, Tensor], state: Mapping[str, Any], keep: int) -> None:
         final = self.checkpoints_path / f"step-{step:08d}"
         temporary = self.checkpoints_path / f".tmp-{uuid.uuid4().hex[:8]}"
-        temporary.mkdir(parents=True)
         try:
             write_atomically(temporary / "model.safetensors", lambda path: save_file(dict(weights), path))
             write_atomically(temporary / "state.pt", lambda path: torch.save(dict(state), path))

@@ -95,11 +95,10 @@ class Protection:
         first = read_info(paths[0])
         guard = cls(model, **{"basis": first.kind, KINDS[first.kind].rank: first.k, **options})
         bases = [StoredBasis.load(path, guard.layout) for path in paths]
+        present = hash_parameters(guard._locals(), guard.layout.shards)
+        known = {present, *(basis.info.start_hash for basis in bases)}
         for basis in bases:
             guard.add(basis)
-        known = {basis.info.start_hash for basis in bases}
-        known.add(hash_parameters(guard._locals(), guard.layout.shards))
-        for basis in bases:
             if basis.info.end_hash not in known:
                 warnings.warn(
                     f"basis of domain {basis.info.domain!r} ends at weights that are neither another stage's start nor the "

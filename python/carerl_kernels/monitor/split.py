@@ -10,8 +10,7 @@ and odd + even = L+ - L0 is all that happened to the loss. Cosines of gradients 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -47,7 +46,7 @@ def split_since(start: KeptWeights, now: KeptWeights, losses: Losses, at_start: 
         at_start: what `losses` gave at `start`.
     """
     plus = dict(losses())
-    with _restored(now):
+    with now.restoring():
         norm = start.mirror()
         minus = dict(losses())
     return _split(plus, minus, at_start, norm)
@@ -63,7 +62,7 @@ def split_along(
         offset: a tensor per parameter (of sharded ones the local parts), not zero.
         here: what `losses` gave at `now`.
     """
-    with _restored(now):
+    with now.restoring():
         norm = now.go(offset, 0.0)  # of the offset; the weights do not move
         scale = length / norm
         now.go(offset, scale)
@@ -71,14 +70,6 @@ def split_along(
         now.go(offset, -scale)
         minus = dict(losses())
     return _split(plus, minus, here, length)
-
-
-@contextmanager
-def _restored(now: KeptWeights) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        now.put_back()
 
 
 def _split(plus: Mapping[str, float], minus: Mapping[str, float], zero: Mapping[str, float], norm: float) -> LossSplit:

@@ -62,7 +62,6 @@ def load_model(
         if spec.warm_up is not None:
             _warm_up(model, tokenizer, domains, spec)
         if start is not None:
-            start.parent.mkdir(parents=True, exist_ok=True)
             save_weights(start, model)
     if spec.lora is not None:
         model = add_lora(model, spec.lora, spec.seed)

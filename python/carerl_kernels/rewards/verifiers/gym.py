@@ -136,10 +136,8 @@ class GymReward(SandboxedReward):
         graded = self._worker.ask(job | {"evaluates": evaluates(task)})
         if graded is None:
             return 0.0
-        if "error" in graded or "refused" in graded:
-            LOGGER.debug(
-                "%s: %s for %r", task, graded.get("error", "not an answer that may be evaluated"), answer[:200]
-            )
+        if "error" in graded:
+            LOGGER.debug("%s: %s for %r", task, graded["error"], answer[:200])
         score = graded.get("score")
         return min(1.0, max(0.0, score)) if isinstance(score, (int, float)) and math.isfinite(score) else 0.0
 

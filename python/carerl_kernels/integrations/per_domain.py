@@ -41,9 +41,9 @@ class DomainLosses:
             )
         args = trainer.args
         for option, found, off in (
-            ("fp16", args.fp16, False),
+            ("fp16", bool(args.fp16), False),
             ("top_entropy_quantile", args.top_entropy_quantile, 1.0),
-            ("adaptive entropy", getattr(trainer, "use_adaptive_entropy", False), False),
+            ("adaptive entropy", bool(getattr(trainer, "use_adaptive_entropy", False)), False),
         ):
             if found != off:
                 raise ValueError(f"editor: expected {option} off, found {found}; it does not split by domain")

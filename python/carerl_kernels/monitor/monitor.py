@@ -249,9 +249,11 @@ class DriftMonitor:
         Raises:
             ValueError: an unknown domain.
         """
-        for name in self.domains if domains is None else domains:
+        names = self.domains if domains is None else domains
+        for name in names:
             if name not in self.domains:
                 raise ValueError(f"rebase: expected a domain out of {', '.join(self.domains)}, found {name!r}")
+        for name in names:
             self._watched[name].rebase()
 
     def save_scores(self, path: Path | str) -> None:

@@ -51,14 +51,10 @@ class KeptWeights:
             save_tensors(self.path, self.parameters, Ranks.of(nn.ParameterList(self.parameters.values())))
         return self
 
-    @contextmanager
-    def restoring(self) -> Iterator[None]:
-        """Inside, the weights may be moved; afterwards they are those that were kept, bit for bit."""
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                self._each(lambda name, parameter, kept: parameter.copy_(kept))
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """The weights are those that were kept, bit for bit."""
+        self._each(lambda name, parameter, kept: parameter.copy_(kept))
 
     @torch.no_grad()
     def mirror(self) -> float:

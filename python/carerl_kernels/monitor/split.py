@@ -11,6 +11,7 @@ and odd + even = L+ - L0 is all that happened to the loss. Cosines of gradients 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -46,7 +47,8 @@ def split_since(start: KeptWeights, now: KeptWeights, losses: Losses, at_start: 
         at_start: what `losses` gave at `start`.
     """
     plus = dict(losses())
-    with now.restoring():
+    with ExitStack() as afterwards:
+        afterwards.callback(now.put_back)
         norm = start.mirror()
         minus = dict(losses())
     return _split(plus, minus, at_start, norm)
@@ -62,7 +64,8 @@ def split_along(
         offset: a tensor per parameter (of sharded ones the local parts), not zero.
         here: what `losses` gave at `now`.
     """
-    with now.restoring():
+    with ExitStack() as afterwards:
+        afterwards.callback(now.put_back)
         norm = now.go(offset, 0.0)  # of the offset; the weights do not move
         scale = length / norm
         now.go(offset, scale)

@@ -148,7 +148,7 @@ def compile_as_launched(kernel, args: tuple, threads: int, target):
 
 
 def cuda_report(compiled) -> dict[str, int]:
-    """Widths are read from PTX: ptxas unrolls loops, but splits no load or store, and disassembling takes half as long as compiling."""
+    """Widths are read from PTX: ptxas splits no load or store, and disassembling would take half as long as compiling."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

@@ -13,10 +13,10 @@ class PlainError(RuntimeError):
     """
 
 
-def one_of(name: str, value: str, allowed: Iterable[str]) -> None:
-    """Raises ValueError for a word that is not on the list."""
+def one_of(name: str, value: object, allowed: Iterable[object]) -> None:
+    """Raises ValueError for a word, or another value, that is not on the list."""
     if value not in allowed:
-        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, found {value!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, allowed))}, found {value!r}")
 
 
 def at_least(name: str, number: float, least: float) -> None:

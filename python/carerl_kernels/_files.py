@@ -42,9 +42,11 @@ def write_bytes_atomically(path: Path | str, data: bytes) -> None:
     write_atomically(path, lambda temporary: temporary.write_bytes(data))
 
 
-def write_json(path: Path | str, data: Any, default: Callable[[Any], Any] | None = None) -> None:
-    """Replaces a file by indented JSON; `default` as for `json.dumps`."""
-    write_bytes_atomically(path, (json.dumps(data, indent=2, default=default) + "\n").encode())
+def write_json(
+    path: Path | str, data: Any, default: Callable[[Any], Any] | None = None, indent: int | None = 2
+) -> None:
+    """Replaces a file by JSON; `default` and `indent` as for `json.dumps`."""
+    write_bytes_atomically(path, (json.dumps(data, indent=indent, default=default) + "\n").encode())
 
 
 def json_line(value: Any) -> str:

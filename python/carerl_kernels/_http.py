@@ -14,7 +14,7 @@ import urllib.parse
 import weakref
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, TypedDict, TypeVar
 
 from ._errors import require
@@ -61,6 +61,7 @@ class HttpLimits(TypedDict, total=False):
     max_backoff: float
 
 
+@dataclass(eq=False)
 class RetryingClient:
     """Posts JSON to one server.
 
@@ -87,32 +88,28 @@ class RetryingClient:
         ValueError: A number out of range, no URL, or a key that no header can carry.
     """
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        key: str | None,
-        log: logging.Logger,
-        max_in_flight: int = 64,
-        timeout: float = 120.0,
-        attempts: int = 6,
-        backoff: float = 0.5,
-        max_backoff: float = 30.0,
-    ) -> None:
+    url: str
+    _: KW_ONLY
+    key: str | None = field(repr=False)
+    log: logging.Logger
+    max_in_flight: int = 64
+    timeout: float = 120.0
+    attempts: int = 6
+    backoff: float = 0.5
+    max_backoff: float = 30.0
+
+    def __post_init__(self) -> None:
         require("httpx", "an endpoint", "carerl-kernels[judge]")
         import httpx
 
         self._httpx = httpx
-        self._base, self._login, self.url = _split_url(url)
-        self.key, self.log = _checked_key(key), log
-        if max_in_flight < 1 or attempts < 1 or not timeout > 0:
+        self._base, self._login, self.url = _split_url(self.url)
+        self.key, self.retries = _checked_key(self.key), 0
+        if self.max_in_flight < 1 or self.attempts < 1 or not self.timeout > 0:
             raise ValueError(
                 f"{self.url}: expected max_in_flight >= 1, attempts >= 1 and timeout > 0, "
-                f"found {max_in_flight}, {attempts}, {timeout}"
+                f"found {self.max_in_flight}, {self.attempts}, {self.timeout}"
             )
-        self.max_in_flight, self.timeout, self.attempts = max_in_flight, timeout, attempts
-        self.backoff, self.max_backoff = backoff, max_backoff
-        self.retries = 0
         secrets = filter(None, [self.key, *(self._login or ())[1:]])
         forms = {form for s in secrets for form in (s, json.dumps(s)[1:-1], urllib.parse.quote(s, safe=""))}
         self._secrets = sorted(forms, key=len, reverse=True)
@@ -135,24 +132,23 @@ class RetryingClient:
                 await asyncio.sleep(wait)
         raise AssertionError("unreachable")
 
-    async def post(self, path: str, body: Mapping[str, Any], timeout: float | None = None) -> Answer:
+    async def post(self, path: str, body: Mapping[str, Any]) -> Answer:
         """One answer, whatever its status; part of an attempt.
 
         Raises:
             TryAgainError: None came, or one that cannot be read.
         """
         client, _ = self._here()
-        timeout = timeout or self.timeout
         data = json.dumps(body, ensure_ascii=False, allow_nan=False).encode(errors="replace")
         try:
             async with (
-                asyncio.timeout(timeout),
+                asyncio.timeout(self.timeout),
                 client.stream("POST", f"{self._base}{path}", content=data) as response,
             ):
                 encoding = response.headers.get("content-encoding", "")
                 return Answer(response.status_code, response.headers, await _body(response.aiter_raw(), encoding))
         except TimeoutError:
-            raise TryAgainError(f"no answer within {timeout:g} s") from None
+            raise TryAgainError(f"no answer within {self.timeout:g} s") from None
         except (self._httpx.HTTPError, self._httpx.StreamError, self._httpx.InvalidURL) as error:
             raise TryAgainError(self.redact(f"{type(error).__name__} {error}".strip())) from None
 
@@ -169,10 +165,7 @@ class RetryingClient:
 
     def at_root(self, *, timeout: float) -> RetryingClient:
         """A client of the same server for what is not under /v1, one request at a time."""
-        names = ("key", "attempts", "backoff", "max_backoff", "log")
-        root = RetryingClient(
-            self._base.removesuffix("/v1"), max_in_flight=1, timeout=timeout, **{n: getattr(self, n) for n in names}
-        )
+        root = replace(self, url=self._base.removesuffix("/v1"), max_in_flight=1, timeout=timeout)
         root._login, root._secrets = self._login, self._secrets
         return root
 

@@ -102,11 +102,6 @@ def success_probability(
     """
     with evaluating(model):
         logp, mask = answer_logprobs(model, tokenizer, examples, tokens)
-    lengths = mask.sum(1)  # with the end token
-    if max_new_tokens is not None:
-        mask = mask.clone()
-        mask[:, max_new_tokens:] = 0
-    total = logp.masked_fill(mask == 0, 0.0).double().sum(1).exp()
-    if max_new_tokens is not None:
-        total = torch.where(lengths - 1 > max_new_tokens, 0.0, total)
-    return total
+    limit = mask.shape[1] if max_new_tokens is None else max_new_tokens
+    written = logp.masked_fill(mask == 0, 0.0)[:, :limit]
+    return torch.where(mask.sum(1) - 1 > limit, 0.0, written.double().sum(1).exp())  # the end token need not be written

@@ -311,8 +311,10 @@ def test_bad_scores_are_named_and_nothing_is_counted():
     monitor.step(1, scores={"x": [1.0, 1.0]})
     with pytest.raises(ValueError, match="expected a step after 1, found 1"):
         monitor.step(1)
+    before = monitor.state_dict()["watched"]
     with pytest.raises(ValueError, match="rebase: expected a domain out of x, y"):
-        monitor.rebase(["z"])
+        monitor.rebase(["x", "z"])
+    assert monitor.state_dict()["watched"] == before  # none of them, then
     with pytest.raises(ValueError, match="expected a pair"):
         DriftMonitor(["x"], examples="fresh").step(0, scores={"x": [1.0]})
     with pytest.raises(ValueError, match=r"known score 0.9, found a pair"):

@@ -409,8 +409,8 @@ async def inside_async(s):
     ("make", "message"),
     [
         (lambda e: scorer(e, rejudge=1.5), r"rejudge in \[0, 1\], found 1.5"),
-        (lambda e: scorer(e, calibration="mean"), "calibration scale, anchors or group"),
-        (lambda e: scorer(e, on_signs="ask"), "lower, zero or note"),
+        (lambda e: scorer(e, calibration="mean"), "calibration: expected one of scale, anchors, group"),
+        (lambda e: scorer(e, on_signs="ask"), "on_signs: expected one of lower, zero, note"),
         (lambda e: Endpoint(e.url, "x", max_in_flight=0), "max_in_flight >= 1"),
         (lambda e: Controls(free_words=5), "free_words < limit_words"),
         (lambda e: Limits(criteria=(3, 2)), "fewest <= most"),

@@ -244,7 +244,10 @@ def test_the_command_with_a_verifier(tmp_path):
         (["--url", "http://x/v1"], "--url needs --model"),
         (["--verifier", "rhyme"], "expected --verifier exact, math, code, instructions, found 'rhyme'"),
         (["--url", "http://x/v1", "--model", "m", "--calibration", "group"], "group statistics belong to training"),
-        (["--url", "http://x/v1", "--model", "m", "--calibration", "best"], "calibration scale, anchors or group"),
+        (
+            ["--url", "http://x/v1", "--model", "m", "--calibration", "best"],
+            "calibration: expected one of scale, anchors, group",
+        ),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, arguments, message):

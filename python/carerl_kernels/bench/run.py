@@ -14,8 +14,10 @@ from .._files import write_json
 from .cases import Inputs
 from .cost import PRESETS, Case, cases, chosen_of, compiling, short
 from .expect import Expectation, WrongResult
+from .llm import guard_overhead, settings_named
 from .logits import LogitsCase
 from .measure import CaseResult, ImpossibleResult, measure
+from .overhead import call_overhead, sweep, sweep_cases
 from .probe import PROBE_BYTES, Bandwidth, environment
 from .show import Printer, roofline
 from .variants import variants
@@ -59,8 +61,6 @@ def run_bench(
         raise ValueError(f"op: expected one for the sweep, found {', '.join(ops)}")
     settings = []
     if preset == "llm":
-        from .llm import settings_named
-
         settings = settings_named(ops)
     chosen = [] if preset == "llm" else chosen_of(own_cases or cases(preset), ops)
     printer = printer or Printer()
@@ -71,12 +71,8 @@ def run_bench(
     failures: list[str] = []
     with torch.no_grad():
         if preset == "sweep":
-            from .overhead import sweep, sweep_cases
-
             report["sweep"] = sweep(sweep_cases(ops[0] if ops else "dacsp_"), bandwidth, say=printer.line)
         elif preset == "llm":
-            from .llm import guard_overhead
-
             report["llm"] = guard_overhead(printer, settings)
         else:
             results = _measure_all(preset, chosen, bandwidth, seconds or SECONDS[preset], printer, failures)
@@ -122,8 +118,6 @@ def _measure_one(case: Case, compiled: bool, bandwidth: Bandwidth, seconds: floa
 
 def _extras(report: dict[str, Any], bandwidth: Bandwidth, printer: Printer, failures: list[str]) -> None:
     """Call overhead, and PCA against scikit-learn where it is installed."""
-    from .overhead import call_overhead
-
     report["call_overhead_us"] = call_overhead()
     printer.overhead(report["call_overhead_us"])
     try:

@@ -28,6 +28,7 @@ import torch
 from .._errors import at_least, one_of
 from .._http import RetryingClient, TryAgainError, raise_if_transient
 from .._json import as_logprob
+from .._loop import run_sync
 from ..text import SpecialTokens, left_pad, right_pad
 from .sampling import Rollout, SamplerError
 
@@ -115,8 +116,6 @@ class EndpointSampler:
             SamplerError: No usable answer.
             ValueError: top_p below 1 away from temperature 1.
         """
-        from .._loop import run_sync
-
         if top_p < 1 and temperature != 1:
             raise ValueError(TRUNCATED.format(top_p=top_p, temperature=temperature))
         # SGLang's deterministic mode gives all n completions of a request the same seed, and so makes them equal
@@ -236,8 +235,6 @@ class EndpointSampler:
             SamplerError: The engine does not load them.
             OSError: They cannot be written.
         """
-        from .._loop import run_sync
-
         path = self.path(step)
         if write is not None:
             temporary = path.with_name(f".tmp-{path.name}")

@@ -21,7 +21,7 @@ from ..task import Domain
 from ..text import special_tokens
 from .balance import Mixture
 from .config import GRPOConfig
-from .frozen import FrozenWeights
+from .frozen import KeptWeights
 from .losses import LossStats
 from .own_answers import OwnAnswers
 from .parallel import Ranks, whole
@@ -66,7 +66,7 @@ class Learner:
             )
         self.sampler = sampler or ModelSampler(model, self.tokens)
         self.rng = random.Random(config.seed)
-        self.reference: FrozenWeights | None = None
+        self.reference: KeptWeights | None = None
         self.recorder: Any = None  # of the guard's stage in progress: told what every step is made of
         self.mixture = Mixture(config, monitor, self.ranks, norms_known=editor is not None)
         self.clock = Clock()

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
@@ -21,39 +23,23 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-class StageProgress:
-    """A rich progress bar per stage; shows nothing when turned off."""
+class StageProgress(Progress):
+    """A progress bar per stage; shows nothing when turned off."""
 
     def __init__(self, enabled: bool) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        super().__init__(*columns, TextColumn("{task.fields[note]}"), disable=not enabled)
 
-        self._task: Any = None
-        self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            disable=not enabled,
-        )
-
-    def __enter__(self) -> StageProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._bar.stop()
-
-    def start(self, name: str, total: int, done: int) -> None:
+    def begin(self, name: str, total: int, done: int) -> None:
         """Open the bar of a stage of which `done` steps are behind us."""
-        self._task = self._bar.add_task(name, total=total, completed=done, note="")
+        self._stage = self.add_task(name, total=total, completed=done, note="")
 
-    def advance(self, line: Mapping[str, Any]) -> None:
+    def step(self, line: Mapping[str, Any]) -> None:
         """One step further; shows its reward and the latest evaluation."""
         note = f"reward {line['reward']:.3f}"
         if "eval" in line:
             note += "  " + "  ".join(f"{d} {v:.3f}" for d, v in line["eval"].items())
-        self._bar.update(self._task, advance=1, note=note)
+        self.update(self._stage, advance=1, note=note)
 
 
 Scores = Mapping[str, Sequence[float | None]]

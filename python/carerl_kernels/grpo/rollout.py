@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from statistics import pvariance
 from typing import Any
 
@@ -42,14 +42,9 @@ class Judged:
 
     def select(self, rows: Sequence[int]) -> Judged:
         """Some rows."""
-        index = torch.tensor(rows, dtype=torch.long, device=self.rewards.device)
-        return Judged(
-            [self.texts[i] for i in rows],
-            self.rewards[index],
-            self.group_ids[index],
-            self.advantages[index],
-            [self.domains[i] for i in rows],
-        )
+        values = (getattr(self, field.name) for field in fields(Judged))
+        some: list[Any] = [v[list(rows)] if isinstance(v, Tensor) else [v[i] for i in rows] for v in values]
+        return Judged(*some)
 
 
 @dataclass

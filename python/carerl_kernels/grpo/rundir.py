@@ -25,7 +25,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .._errors import PlainError
@@ -58,8 +61,6 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
     """Write tensors as safetensors, atomically. Sharded ones are gathered: every process calls this."""
-    from safetensors.torch import save_file
-
     gathered = gather_whole(tensors, ranks)
     ranks.on_first(lambda: write_atomically(path, lambda temporary: save_file(gathered, temporary)))
 
@@ -85,8 +86,6 @@ def load_tensors(path: Path, own: Mapping[str, Tensor], put: Callable[[str, Tens
     Raises:
         CheckpointError: Names, shapes or dtypes differ; nothing is copied then.
     """
-    from safetensors import safe_open
-
     if not path.exists():
         raise CheckpointError(
             f"expected weights in {path}, found no such file; start the run anew in another directory"
@@ -115,8 +114,6 @@ def load_tensors(path: Path, own: Mapping[str, Tensor], put: Callable[[str, Tens
 
 def rng_state() -> dict[str, Any]:
     """States of the global generators of Python, numpy and torch (all devices): verifiers and dropout may use them."""
-    import numpy as np
-
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 (verifiers may use it)
     words = torch.from_numpy(np.asarray(keys).astype(np.int64))
     state: dict[str, Any] = {
@@ -131,8 +128,6 @@ def rng_state() -> dict[str, Any]:
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
     """Inverse of `rng_state`."""
-    import numpy as np
-
     random.setstate(nested_tuples(state["python"]))
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
@@ -207,10 +202,9 @@ class RunDirectory:
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Add one line of metrics; a non-finite number is written as null (JSON has none)."""
-        if not self.ranks.first:
-            return
-        with open(self.metrics_path, "a") as f:
-            f.write(json_line(line))
+        if self.ranks.first:
+            with open(self.metrics_path, "a") as f:
+                f.write(json_line(line))
 
     def truncate(self, last_step: int) -> list[dict[str, Any]]:
         """Forget metrics after `last_step` (and a line cut short by the interruption); returns what remains.
@@ -240,11 +234,8 @@ class RunDirectory:
         self.ranks.on_first(partial(self._save, step, weights, gather_state(dict(state), self.ranks), keep))
 
     def _save(self, step: int, weights: Mapping[str, Tensor], state: Mapping[str, Any], keep: int) -> None:
-        from safetensors.torch import save_file
-
         final = self.checkpoints_path / f"step-{step:08d}"
         temporary = self.checkpoints_path / f".tmp-{uuid.uuid4().hex[:8]}"
-        temporary.mkdir(parents=True)
         try:
             write_atomically(temporary / "model.safetensors", lambda path: save_file(dict(weights), path))
             write_atomically(temporary / "state.pt", lambda path: torch.save(dict(state), path))

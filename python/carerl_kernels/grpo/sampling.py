@@ -248,12 +248,11 @@ def _decode(
         mask_out.append(alive)
         logp_out.append(torch.where(alive, chosen_logp, 0.0))
         entropy_out.append(torch.where(alive, -(logp.exp() * logp).sum(-1), 0.0))
-        step_mask = alive
         alive = alive & ~torch.isin(chosen, eos)
         if t + 1 == max_new_tokens or not bool(alive.any()):
             break
         # rows that have ended keep decoding padding nobody attends to: cheaper than compacting the cache
-        mask = torch.cat([mask, step_mask.long()[:, None]], 1)
+        mask = torch.cat([mask, mask_out[-1].long()[:, None]], 1)
         position = position + 1
         logits, cache = step(ids_out[-1][:, None], mask, position[:, None], cache)
     ids, written, logps, entropy = (torch.stack(steps, 1) for steps in (ids_out, mask_out, logp_out, entropy_out))

@@ -168,7 +168,7 @@ class GRPOTrainer:
         self, stages: list[Stage], index: int, offset: int, state: dict[str, Any] | None, progress: StageProgress
     ) -> None:
         stage, name, config = stages[index], stage_names(stages)[index], self.config
-        progress.start(name, stage.steps, offset)
+        progress.begin(name, stage.steps, offset)
         if self._optimizer is None or config.fresh_optimizer:
             self._optimizer = self._make_optimizer(self._learner.parameters)
         optimizer = self._optimizer
@@ -206,7 +206,7 @@ class GRPOTrainer:
                 self._mixture.warn_if_loud(name, self.history)
                 if config.checkpoint_every and (done + 1) % config.checkpoint_every == 0 and not last:
                     self._checkpoint(index, done + 1)
-                progress.advance(line)
+                progress.step(line)
                 if self._on_step is not None:
                     self._on_step(line)
         if self.guard is not None:

@@ -48,10 +48,7 @@ class DomainViews:
             guard.add(self._path(stage, name))  # type: ignore[arg-type]  # there is one: a resumed run has files
 
     def _path(self, folder: str, domain: str) -> Path | None:
-        if self.folder is None:
-            return None
-        (self.folder / folder).mkdir(parents=True, exist_ok=True)
-        return self.folder / folder / f"{domain}.safetensors"
+        return None if self.folder is None else self.folder / folder / f"{domain}.safetensors"
 
     def _batches(self, name: str, occasion: str) -> Iterator[dict[str, Any]]:
         """As many prompts and completions as a step has, by random numbers of their own; this process's share of them."""

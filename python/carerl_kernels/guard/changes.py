@@ -176,23 +176,17 @@ def _storable(
     """
     exact = [matrix.end.clone() for matrix in matrices]
     stack.confine_(exact, anchor, bounds, None)
-    best = exact
-    if dtype != torch.float32:
-        best, least = [], []
-        for _ in range(PASSES):
-            stored = [t.to(dtype).float() for t in exact]
-            again = [t.clone() for t in stored]
-            stack.confine_(again, anchor, bounds, None)
-            for i, matrix in enumerate(matrices):
-                outside = again[i] - stored[i]
-                off = outside.norm(dim=0 if matrix.side == "left" else 1, keepdim=True)
-                if len(best) <= i:
-                    best.append(stored[i])
-                    least.append(off)
-                else:
-                    best[i] = torch.where(off < least[i], stored[i], best[i])
-                    least[i] = torch.minimum(off, least[i])
-                exact[i] += outside
+    best, least = list(exact), [anchor.new_full((), torch.inf)] * len(exact)
+    for _ in range(0 if dtype == torch.float32 else PASSES):
+        stored = [t.to(dtype).float() for t in exact]
+        again = [t.clone() for t in stored]
+        stack.confine_(again, anchor, bounds, None)
+        for i, matrix in enumerate(matrices):
+            outside = again[i] - stored[i]
+            off = outside.norm(dim=0 if matrix.side == "left" else 1, keepdim=True)
+            best[i] = torch.where(off < least[i], stored[i], best[i])
+            least[i] = torch.minimum(off, least[i])
+            exact[i] += outside
     return [
         matrix.end if (new - matrix.end).norm() <= NOISE * matrix.end.norm() else new
         for matrix, new in zip(matrices, best, strict=True)

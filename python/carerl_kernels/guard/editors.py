@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .._json import nested_tuples
 from ..subspace.shards import Shards, is_sharded_type, local
 from .build import trainable
-from .gradients import local_gradients, set_aside
+from .gradients import gradient_gram, local_gradients, set_aside
 from .guard import CapabilityGuard
 
 Gradients = Mapping[str, Sequence[Tensor]]
@@ -59,9 +59,7 @@ class GramEditor(Editor):
     shards: Shards | None = None
 
     def __init__(self, weigh: Callable[[Tensor], Tensor], names: Sequence[str] = ()):
-        self.weigh = weigh
-        numbers: dict[str, int] = {}
-        self._modules = [numbers.setdefault(name.rpartition(".")[0], len(numbers)) for name in names]
+        self.weigh, self._modules = weigh, [name.rpartition(".")[0] for name in names]
 
     @torch.no_grad()
     def combine(self, gradients: Gradients) -> list[Tensor]:
@@ -69,25 +67,18 @@ class GramEditor(Editor):
         counts = sorted({len(g) for g in rows})
         if len(counts) != 1 or counts[0] == 0:
             raise ValueError(f"expected the same number of tensors for every domain, found {counts or 'no domains'}")
-        modules = self._modules or [0] * counts[0]
+        modules = self._modules or [""] * counts[0]
         if len(modules) != counts[0]:
             raise ValueError(f"expected a tensor per parameter, {len(modules)}, found {counts[0]}")
-        D, device = len(rows), rows[0][0].device
-        grams = torch.zeros(max(modules) + 1, D, D, dtype=torch.float64, device=device)
-        for index, module in enumerate(modules):
-            flat = [own[index].reshape(-1).float() for own in rows]
-            for i in range(D):
-                for j in range(i + 1):
-                    grams[module, i, j] += torch.dot(flat[i], flat[j]).double().to(device)
-        if self.shards is not None:
-            self.shards.sum_(grams)
-        grams = grams + grams.mT - torch.diag_embed(grams.diagonal(dim1=-2, dim2=-1))
-        weights = torch.stack([self.weigh(gram) for gram in grams.cpu()]).tolist()
+        weights = {}
+        for module in dict.fromkeys(modules):
+            own = [[g for g, where in zip(row, modules, strict=True) if where == module] for row in rows]
+            weights[module] = self.weigh(gradient_gram(own, self.shards)).tolist()
         out = []
         for index, module in enumerate(modules):
             total = rows[0][index] * weights[module][0]
-            for i in range(1, D):
-                total.add_(rows[i][index], alpha=weights[module][i])
+            for row, weight in zip(rows[1:], weights[module][1:], strict=True):
+                total.add_(row[index], alpha=weight)
             out.append(total)
         return out
 

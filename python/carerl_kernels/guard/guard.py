@@ -186,9 +186,7 @@ class CapabilityGuard(Protection):
             recorder.end()
             self._recording.stage, self._current = None, before
         self._adapt(recorder.layout)
-        self.add(basis)
-        if path is not None:
-            basis.save(path)
+        self._keep(basis, path)
 
     @torch.no_grad()
     def recorded(self) -> StoredBasis:
@@ -256,10 +254,7 @@ class CapabilityGuard(Protection):
             KeyError: the domain is not being recorded.
             RuntimeError: no gradient of the domain arrived.
         """
-        basis = self._recording.close(name)
-        self.add(basis, rebase=False)
-        if path is not None:
-            basis.save(path)
+        self._keep(self._recording.close(name), path, rebase=False)
 
     # -------------------------------------------------------------------------------------------------------- mixed batches
 

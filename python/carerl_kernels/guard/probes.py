@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._files import write_bytes_atomically
+from .._files import write_json
 from .._json import nested_tuples
 
 NOISY = 0.6
@@ -172,8 +172,7 @@ class PromptStore:
 
     def save(self, path: Path | str) -> None:
         """Writes a JSON file atomically."""
-        content = {"size": self.size, "offered": self._offered, "kept": self._kept}
-        write_bytes_atomically(path, json.dumps(content).encode())
+        write_json(path, {"size": self.size, "offered": self._offered, "kept": self._kept}, indent=None)
 
     @classmethod
     def load(cls, path: Path | str, seed: int = 0) -> PromptStore:

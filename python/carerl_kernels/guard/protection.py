@@ -95,11 +95,10 @@ class Protection:
         first = read_info(paths[0])
         guard = cls(model, **{"basis": first.kind, KINDS[first.kind].rank: first.k, **options})
         bases = [StoredBasis.load(path, guard.layout) for path in paths]
+        present = hash_parameters(guard._locals(), guard.layout.shards)
+        known = {present, *(basis.info.start_hash for basis in bases)}
         for basis in bases:
             guard.add(basis)
-        known = {basis.info.start_hash for basis in bases}
-        known.add(hash_parameters(guard._locals(), guard.layout.shards))
-        for basis in bases:
             if basis.info.end_hash not in known:
                 warnings.warn(
                     f"basis of domain {basis.info.domain!r} ends at weights that are neither another stage's start nor the "
@@ -155,9 +154,7 @@ class Protection:
         basis = moments.basis(
             self.layout, name, energy=self.settings.energy, architecture=self.architecture, parameters=self._locals()
         )
-        self.add(basis)
-        if path is not None:
-            basis.save(path)
+        self._keep(basis, path)
         return basis
 
     @torch.no_grad()
@@ -225,6 +222,12 @@ class Protection:
         self.layout = self._recording.layout = layout
         self._census.covered = set(layout.covered_names)
         self.memory.adapt(layout)
+
+    def _keep(self, basis: StoredBasis, path: Path | str | None, rebase: bool = True) -> None:
+        """Takes in what was just recorded, and writes its file where one is asked for."""
+        self.add(basis, rebase=rebase)
+        if path is not None:
+            basis.save(path)
 
     def _with_history(self, what: str, name: str) -> None:
         if name not in self.stack.names:

@@ -130,10 +130,7 @@ class Settings:
                 raise ValueError(f"{name}: expected 0 < {name} <= 1, found {getattr(self, name)}")
         for name in ("every", "probe_every", "record_every"):
             at_least(name, getattr(self, name), 1)
-        if self.basis_dtype not in BASIS_DTYPES:
-            raise ValueError(
-                f"basis_dtype: expected one of {', '.join(map(str, BASIS_DTYPES))}, found {self.basis_dtype}"
-            )
+        one_of("basis_dtype", self.basis_dtype, BASIS_DTYPES)
         for name in ("aligned", "conflict", "bound"):
             value = getattr(self, name)
             for one in value.values() if isinstance(value, Mapping) else (value,):

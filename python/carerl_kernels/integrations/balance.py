@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from .._files import write_bytes_atomically
+from .._files import write_json
 from ..grpo.balance import LOUD_OVER, EqualNorms, domination_of, loud
 from ..monitor.controller import Controller
 
@@ -103,7 +103,7 @@ class AdvantageBalance(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.norms is not None and state.is_world_process_zero:
             path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE
-            write_bytes_atomically(path, json.dumps(self.norms.state_dict()).encode())
+            write_json(path, self.norms.state_dict(), indent=None)
 
     def resume(self, folder: Path | str) -> None:
         """Goes on from a checkpoint of the trainer, which has to have been written with this balance."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from .._files import write_bytes_atomically
+from .._files import write_json
 from .._json import nested_tuples
 from ..guard.probes import PromptStore
 from ..text import left_pad, right_pad
@@ -89,7 +89,7 @@ class OwnAnswers(TrainerCallback):
         """Writes what is kept beside the model."""
         if not args.save_only_model:
             content = {"store": self.store.state_dict(), "random": self._rng.getstate()}
-            write_bytes_atomically(self._path(args, state), json.dumps(content).encode())
+            write_json(self._path(args, state), content, indent=None)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A resumed run goes on with what was kept."""

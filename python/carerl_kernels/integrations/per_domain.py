@@ -40,15 +40,13 @@ class DomainLosses:
                 f"{', '.join(getattr(trainer.train_dataset, 'column_names', None) or ['none'])}; name it with domain_column="
             )
         args = trainer.args
-        for option, off in (("fp16", not args.fp16), ("top_entropy_quantile", args.top_entropy_quantile == 1.0)):
-            if not off:
-                raise ValueError(
-                    f"editor: expected {option} off, found {getattr(args, option)}; it does not split by domain"
-                )
-        if getattr(trainer, "use_adaptive_entropy", False):
-            raise ValueError(
-                "editor: expected a fixed entropy_coef, found adaptive entropy; it does not split by domain"
-            )
+        for option, found, off in (
+            ("fp16", bool(args.fp16), False),
+            ("top_entropy_quantile", args.top_entropy_quantile, 1.0),
+            ("adaptive entropy", bool(getattr(trainer, "use_adaptive_entropy", False)), False),
+        ):
+            if found != off:
+                raise ValueError(f"editor: expected {option} off, found {found}; it does not split by domain")
         self.trainer, self.editor = trainer, editor
         self.by_guard = editor == "guard"
         self._named: list[tuple[str, nn.Parameter]] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 
 from .._files import write_atomically
 from ..guard import CapabilityGuard
@@ -23,8 +24,6 @@ def save_state(guard: CapabilityGuard, folder: Path, writes: bool) -> None:
     """
     state, path = guard.state_dict(), state_path(guard, folder)
     if guard.layout.shards.sharded:
-        import torch.distributed.checkpoint as dcp
-
         dcp.save({"guard": state}, checkpoint_id=path)
     elif writes:
         write_atomically(path, lambda temporary: torch.save(state, temporary))
@@ -39,8 +38,6 @@ def load_state(guard: CapabilityGuard, folder: Path) -> None:
             "was written with the guard, with save_only_model=False"
         )
     if guard.layout.shards.sharded:
-        import torch.distributed.checkpoint as dcp
-
         state = {"guard": guard.state_dict()}
         dcp.load(state, checkpoint_id=path)
         guard.load_state_dict(state["guard"])

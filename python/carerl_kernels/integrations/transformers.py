@@ -180,7 +180,6 @@ class GuardCallback(TrainerCallback):
             if step:
                 guard.add(path)
             elif name not in guard.history:
-                folder.mkdir(parents=True, exist_ok=True)
                 guard.protect(name, shown_rows(rows, tokenizer), path=path, tokenizer=tokenizer)
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import TrainerCallback
 
-from .._files import write_bytes_atomically
+from .._files import write_json
 from ..grpo.parallel import Ranks
 from .monitor import DriftMonitor
 
@@ -92,7 +92,7 @@ class MonitorCallback(TrainerCallback):
         self._observe(state.global_step)
         path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE
         if state.is_world_process_zero:
-            write_bytes_atomically(path, json.dumps(self.monitor.state_dict()).encode())
+            write_json(path, self.monitor.state_dict(), indent=None)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._observe(state.global_step)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..grpo.balance import DOMINATES
 from .report.pooled import damages
@@ -58,6 +59,17 @@ class Loss:
     error: float = 0.0
 
 
+class Hit(NamedTuple):
+    """A loss that a cause fits, and how much; and what is said of the cause where this is the worst of its losses."""
+
+    loss: Loss
+    weight: float
+    strength: float
+    remedy: str
+    told: str
+    step: int
+
+
 def _during(points: Points, loss: Loss) -> Points:
     """What was recorded while the domain fell; of one that never rose, in the whole run."""
     return [(x, y) for x, y in points if loss.stalled or loss.at < x <= loss.step]
@@ -69,7 +81,7 @@ def _mean(points: Points) -> float:
 
 def step_budget(record: RunRecord, lost: Sequence[Loss]) -> Iterator[Cause]:
     """One domain has most of every mixed step, and another one falls."""
-    found: dict[str, list[tuple[Loss, float, float, int]]] = {}
+    found: dict[str, list[Hit]] = {}
     for loss in lost:
         shares = {n: _during(record.series("step_share", n), loss) for n in record.domains}
         shares = {n: points for n, points in shares.items() if len(points) >= 5}
@@ -77,11 +89,9 @@ def step_budget(record: RunRecord, lost: Sequence[Loss]) -> Iterator[Cause]:
             continue
         loudest = max(shares, key=lambda n: _mean(shares[n]))
         domination = _mean(shares[loudest]) * len(shares)
-        if loudest != loss.domain and domination >= DOMINATES:
-            peak = max(shares[loudest], key=lambda p: p[1])[0]
-            found.setdefault(loudest, []).append((loss, domination, _mean(shares[loudest]), peak))
-    for loudest, rows in found.items():
-        loss, domination, share, highest = max(rows, key=lambda r: r[1])
+        if loudest == loss.domain or domination < DOMINATES:
+            continue
+        share, highest = _mean(shares[loudest]), max(shares[loudest], key=lambda p: p[1])[0]
         batch = _during(record.series("batch_share", loudest), loss)
         prompts = _mean(batch) if batch else 0.0
         scaled = share > 1.25 * prompts
@@ -97,7 +107,9 @@ def step_budget(record: RunRecord, lost: Sequence[Loss]) -> Iterator[Cause]:
             f"{loudest} had {share:.0%} of the step budget meanwhile, with {prompts:.0%} of the completions "
             f"(domination {domination:.2f}), most at step {highest}"
         )
-        yield _cause("step budget", strength, record, [r[0] for r in rows], loss, remedy, told, highest)
+        found.setdefault(loudest, []).append(Hit(loss, domination, strength, remedy, told, highest))
+    for hits in found.values():
+        yield from _cause("step budget", record, hits)
 
 
 def curvature_or_conflict(record: RunRecord, lost: Sequence[Loss]) -> Iterator[Cause]:
@@ -119,19 +131,19 @@ def curvature_or_conflict(record: RunRecord, lost: Sequence[Loss]) -> Iterator[C
             "guard each domain of the batch (editor: guard), or PCGrad; rehearse the domain's own answers",
         ),
     ):
-        rows = []
+        hits = []
         for loss, found in windows.items():
-            hits = [d for d in found if d.domain == loss.domain and getattr(d, part) > max(getattr(d, other), 0.01)]
-            rows += [(loss, max(hits, key=lambda d: d.total))] if hits else []
-        if rows:
-            loss, worst = max(rows, key=lambda r: r[1].total)
+            of = [d for d in found if d.domain == loss.domain and getattr(d, part) > max(getattr(d, other), 0.01)]
+            if not of:
+                continue
+            worst = max(of, key=lambda d: d.total)
             ratio = getattr(worst, part) / (abs(worst.odd) + abs(worst.even))
             told = (
                 f"steps of {worst.acting} raised its loss by {worst.total:.3g} nats a token a window: odd "
                 f"{worst.odd:+.3g}, even {worst.even:+.3g} (mean of {worst.windows}, the last until step {worst.last})"
             )
-            own = [r[0] for r in rows]
-            yield _cause(name, 0.45 + 0.35 * ratio, record, own, loss, remedy, told, worst.last)
+            hits.append(Hit(loss, worst.total, 0.45 + 0.35 * ratio, remedy, told, worst.last))
+        yield from _cause(name, record, hits)
 
 
 def judge_noise(record: RunRecord, lost: Sequence[Loss]) -> Iterator[Cause]:
@@ -178,19 +190,18 @@ def judge_noise(record: RunRecord, lost: Sequence[Loss]) -> Iterator[Cause]:
 
 def dead_groups(record: RunRecord, lost: Sequence[Loss]) -> Iterator[Cause]:
     """Most prompts of a domain teach nothing."""
-    rows = []
+    hits = []
     for loss in lost:
         points = _during(record.series("agreed", loss.domain), loss)
-        if len(points) >= 5 and _mean(points) >= 0.7:
-            rows.append((loss, _mean(points), points[-1][0]))
-    if rows:
-        loss, share, step = max(rows, key=lambda r: r[1])
-        reward = record.series("rewards", loss.domain)
+        if len(points) < 5 or (share := _mean(points)) < 0.7:
+            continue
+        reward, step = record.series("rewards", loss.domain), points[-1][0]
         low = bool(reward) and reward[-1][1] < 0.5
         kind = "easier prompts, or a graded reward" if low else "harder prompts"
         remedy = f"balance='shares' (fresh prompts for groups that agree), {kind}, or larger groups"
         told = f"{share:.0%} of {loss.domain}'s prompts earn the same whatever is written, until step {step}"
-        yield _cause("dead groups", 0.35 + 0.5 * share, record, [r[0] for r in rows], loss, remedy, told, step)
+        hits.append(Hit(loss, share, 0.35 + 0.5 * share, remedy, told, step))
+    yield from _cause("dead groups", record, hits)
 
 
 def learning_rate(record: RunRecord, lost: Sequence[Loss]) -> Iterator[Cause]:
@@ -230,39 +241,34 @@ def learning_rate(record: RunRecord, lost: Sequence[Loss]) -> Iterator[Cause]:
 
 def overfit(record: RunRecord, lost: Sequence[Loss]) -> Iterator[Cause]:
     """The reward on training prompts rises while held-out scores of the same domain fall: nobody else's steps are to blame."""
-    span, rows = record.span or 1.0, []
+    hits = []
+    remedy = "more and other prompts, fewer steps, a KL term (kl_beta); no guard helps against a domain's own steps"
     for loss in lost:
         points = _during(record.series("rewards", loss.domain), loss)
         if len(points) < 8:
             continue
         third = len(points) // 3
         before, after = _mean(points[:third]), _mean(points[-third:])
-        if after - before >= LOST * span:
-            rows.append((loss, before, after, points[-1][0]))
-    if rows:
-        loss, before, after, step = max(rows, key=lambda r: r[2] - r[1])
-        remedy = "more and other prompts, fewer steps, a KL term (kl_beta); no guard helps against a domain's own steps"
-        told = f"its reward in training rose from {before:.3g} to {after:.3g} meanwhile"
-        yield _cause("overfit", 0.9, record, [r[0] for r in rows], loss, remedy, told, step)
+        if after - before >= LOST * (record.span or 1.0):
+            told = f"its reward in training rose from {before:.3g} to {after:.3g} meanwhile"
+            hits.append(Hit(loss, after - before, 0.9, remedy, told, points[-1][0]))
+    yield from _cause("overfit", record, hits)
 
 
 def unprotected_stage(record: RunRecord, lost: Sequence[Loss]) -> Iterator[Cause]:
     """A domain falls in a stage that does not train it."""
-    rows = []
+    hits = []
+    remedy = (
+        "more of it: r, energy and room of the guard, rehearsal of its answers, half the learning rate"
+        if (record.config or {}).get("guarded")
+        else "guard it: record its stage or guard.protect(name, prompts) before; or train both in one batch"
+    )
     for loss in lost:
         stages = [s for s in record.spans if s.last > loss.at and s.first <= loss.step]
         if not loss.stalled and stages and not _trained_meanwhile(record, loss):
-            rows.append((loss, stages[-1].name))
-    if rows:
-        loss, stage = max(rows, key=lambda r: r[0].best - r[0].score)
-        guarded = bool((record.config or {}).get("guarded"))
-        remedy = (
-            "more of it: r, energy and room of the guard, rehearsal of its answers, half the learning rate"
-            if guarded
-            else "guard it: record its stage or guard.protect(name, prompts) before; or train both in one batch"
-        )
-        told = f"stage {stage} does not train {loss.domain}"
-        yield _cause("unprotected stage", 0.5, record, [r[0] for r in rows], loss, remedy, told, loss.step)
+            told = f"stage {stages[-1].name} does not train {loss.domain}"
+            hits.append(Hit(loss, loss.best - loss.score, 0.5, remedy, told, loss.step))
+    yield from _cause("unprotected stage", record, hits)
 
 
 RULES: tuple[Callable[[RunRecord, Sequence[Loss]], Iterator[Cause]], ...] = (
@@ -280,18 +286,12 @@ def _trained_meanwhile(record: RunRecord, loss: Loss) -> bool:
     return bool(_during(record.series("batch_share", loss.domain), loss))
 
 
-def _cause(
-    name: str,
-    strength: float,
-    record: RunRecord,
-    lost: Sequence[Loss],
-    worst: Loss,
-    remedy: str,
-    told: str,
-    step: int,
-) -> Cause:
-    """A cause of these losses, with the figures of the worst."""
-    return Cause(name, strength, [loss.domain for loss in lost], remedy, [_fall(record, worst), Figure(told, step)])
+def _cause(name: str, record: RunRecord, hits: Sequence[Hit]) -> Iterator[Cause]:
+    """A cause of all that it fits, with the figures of the worst; none where it fits nothing."""
+    if hits:
+        worst = max(hits, key=lambda hit: hit.weight)
+        evidence = [_fall(record, worst.loss), Figure(worst.told, worst.step)]
+        yield Cause(name, worst.strength, [hit.loss.domain for hit in hits], worst.remedy, evidence)
 
 
 def _fall(record: RunRecord, loss: Loss) -> Figure:

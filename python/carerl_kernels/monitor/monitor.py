@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -14,7 +13,7 @@ from typing import Any, get_args
 
 from torch import nn
 
-from .._files import write_bytes_atomically
+from .._files import write_json
 from .._json import plain
 from ..guard.report import guard_figures
 from .budget import StepBudget
@@ -250,9 +249,11 @@ class DriftMonitor:
         Raises:
             ValueError: an unknown domain.
         """
-        for name in self.domains if domains is None else domains:
+        names = self.domains if domains is None else domains
+        for name in names:
             if name not in self.domains:
                 raise ValueError(f"rebase: expected a domain out of {', '.join(self.domains)}, found {name!r}")
+        for name in names:
             self._watched[name].rebase()
 
     def save_scores(self, path: Path | str) -> None:
@@ -264,8 +265,7 @@ class DriftMonitor:
         scores = {name: as_json(w.latest) for name, w in self._watched.items() if w.latest is not None}
         if not scores:
             raise RuntimeError("expected an evaluation to save the scores of, found none yet")
-        document = {"step": self._step, "scores": scores}
-        write_bytes_atomically(path, (json.dumps(document) + "\n").encode())
+        write_json(path, {"step": self._step, "scores": scores}, indent=None)
 
     def close(self) -> None:
         """Closes the sinks."""

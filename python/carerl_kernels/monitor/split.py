@@ -10,21 +10,14 @@ and odd + even = L+ - L0 is all that happened to the loss. Cosines of gradients 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..grpo.parallel import Ranks
-from ..grpo.rundir import load_tensors, save_tensors
-from ..guard.build import trainable
-from ..subspace.shards import Shards, local, reshard
+from ..grpo.frozen import KeptWeights
 
-Named = nn.Module | Iterable[tuple[str, nn.Parameter]]
 Losses = Callable[[], Mapping[str, float]]
 """Gives the loss of every domain under the present weights, on the same examples every time."""
 
@@ -45,91 +38,6 @@ class LossSplit:
     after: dict[str, float]
 
 
-class KeptWeights:
-    """The trainable weights as they are now, to come back to bit for bit.
-
-    Args:
-        model: a module, or pairs of name and parameter; of LoRA models the adapter alone is trainable.
-        path: safetensors file that holds them; None: they stay in memory (of sharded parameters this process's parts).
-    """
-
-    def __init__(self, model: Named, path: Path | None = None) -> None:
-        self._module = model if isinstance(model, nn.Module) else None
-        self._ready()
-        self._parameters = dict(trainable(model))
-        self._shards = Shards.of(list(self._parameters.items()))
-        self.path = path
-        self._kept: dict[str, Tensor] = {}
-
-    @torch.no_grad()
-    def take(self) -> KeptWeights:
-        """Keeps the present weights; collective where they are sharded."""
-        self._ready()
-        if self.path is None:
-            self._kept = {name: local(p).detach().clone() for name, p in self._parameters.items()}
-        else:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            save_tensors(self.path, self._parameters, Ranks.of(nn.ParameterList(self._parameters.values())))
-        return self
-
-    @torch.no_grad()
-    def put_back(self) -> None:
-        """The weights are those that were kept, bit for bit."""
-        self._each(lambda name, parameter, kept: parameter.copy_(kept))
-
-    @torch.no_grad()
-    def mirror(self) -> float:
-        """Moves the weights to kept - (present - kept); returns the norm of present - kept."""
-        return self._move(lambda name, parameter, kept: wide(parameter) - wide(kept), -1.0)
-
-    @torch.no_grad()
-    def go(self, offset: Sequence[Tensor], scale: float) -> float:
-        """Moves the weights to kept + scale * offset (a tensor per parameter); returns the norm of the offset."""
-        offsets = dict(zip(self._parameters, offset, strict=True))
-        return self._move(lambda name, parameter, kept: wide(offsets[name]), scale)
-
-    def drop(self) -> None:
-        """Forgets them; a file is deleted."""
-        self._kept = {}
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
-
-    def _move(self, offset: Callable[[str, Tensor, Tensor], Tensor], scale: float) -> float:
-        square = torch.zeros((), dtype=torch.float64)
-
-        def move(name: str, parameter: Tensor, kept: Tensor) -> None:
-            by = offset(name, parameter, kept)
-            square.add_(by.double().square().sum().cpu())
-            parameter.copy_(wide(kept).add(by, alpha=scale))
-
-        self._each(move)
-        place = next(iter(self._parameters.values())).device if self._shards.sharded else square.device
-        return math.sqrt(float(self._shards.sum_(square.to(place))))
-
-    def _each(self, work: Callable[[str, Tensor, Tensor], object]) -> None:
-        """Calls `work(name, parameter, kept)` with this process's parts, of a file one after another."""
-        self._ready()
-        if self.path is None:
-            for name, p in self._parameters.items():
-                work(name, local(p), self._kept[name])
-            return
-
-        def read(name: str, kept: Tensor) -> None:
-            parameter = local(self._parameters[name])
-            work(name, parameter, kept.to(parameter.device))
-
-        load_tensors(self.path, self._parameters, read)
-
-    def _ready(self) -> None:
-        if self._module is not None:
-            reshard(self._module)
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """In float32 at least: differences of rounded weights are no rounded numbers."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
 def split_since(start: KeptWeights, now: KeptWeights, losses: Losses, at_start: Mapping[str, float]) -> LossSplit:
     """What the steps from `start` to `now` did, `now` being the weights in the model; they are there again afterwards.
 
@@ -139,7 +47,8 @@ def split_since(start: KeptWeights, now: KeptWeights, losses: Losses, at_start: 
         at_start: what `losses` gave at `start`.
     """
     plus = dict(losses())
-    with _restored(now):
+    with ExitStack() as afterwards:
+        afterwards.callback(now.put_back)
         norm = start.mirror()
         minus = dict(losses())
     return _split(plus, minus, at_start, norm)
@@ -155,7 +64,8 @@ def split_along(
         offset: a tensor per parameter (of sharded ones the local parts), not zero.
         here: what `losses` gave at `now`.
     """
-    with _restored(now):
+    with ExitStack() as afterwards:
+        afterwards.callback(now.put_back)
         norm = now.go(offset, 0.0)  # of the offset; the weights do not move
         scale = length / norm
         now.go(offset, scale)
@@ -163,14 +73,6 @@ def split_along(
         now.go(offset, -scale)
         minus = dict(losses())
     return _split(plus, minus, here, length)
-
-
-@contextmanager
-def _restored(now: KeptWeights) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        now.put_back()
 
 
 def _split(plus: Mapping[str, float], minus: Mapping[str, float], zero: Mapping[str, float], norm: float) -> LossSplit:

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .split import KeptWeights, Losses, LossSplit, Named, split_along, split_since
+from ..grpo.frozen import KeptWeights, Named
+from .split import Losses, LossSplit, split_along, split_since
 
 _log = logging.getLogger(__name__)
 

@@ -15,8 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from .._json import plain
-from ..task import Example
-from .handed_over import Examples, Reward, as_number, judged, name_of
+from .handed_over import Reward, Row, as_number, examples_of, judged, name_of
 from .prompts import Prompt, completion_text
 from .reasoning import StripReasoning, strip_special_tokens
 
@@ -49,13 +48,12 @@ def trl_reward(
     """
 
     def judge(prompts: Sequence[Prompt], completions: Sequence[Prompt], **columns: Any) -> list[float | None]:
-        example = Examples()
         columns = {k: plain(v) for k, v in columns.items() if k not in TRLS_OWN}
         rows = {k: v for k, v in columns.items() if isinstance(v, list) and len(v) == len(prompts)}
-        examples = [
-            example(p, rows[answer][i] if answer in rows else None, {k: v[i] for k, v in rows.items()})
+        examples = examples_of(
+            (p, rows[answer][i] if answer in rows else None, {k: v[i] for k, v in rows.items()}, None)
             for i, p in enumerate(prompts)
-        ]
+        )
         return judged(reward, examples, [completion_text(c) for c in completions], "TRL", strip_reasoning)
 
     async def concurrent(*batch: Sequence[Prompt], **columns: Any) -> list[float | None]:
@@ -87,12 +85,12 @@ def verl_compute_score(
         RewardError: A reward that compares is called for one completion.
     """
 
-    def example(make: Examples, source: str, ground_truth: Any, extra_info: Mapping[str, Any] | None) -> Example:
+    def row(source: str, ground_truth: Any, extra_info: Mapping[str, Any] | None) -> Row:
         truth = plain(ground_truth)
         info = plain(dict(extra_info or {})) | {"data_source": source, "ground_truth": truth}
         index = info.get("index")
         group = None if index is None else (source, str(index))
-        return make(info.get("question") or info.get("prompt") or source, truth, info, group)
+        return info.get("question") or info.get("prompt") or source, truth, info, group
 
     def compute_score(
         data_source: str | None = None,
@@ -113,8 +111,7 @@ def verl_compute_score(
         texts, sources = list(solution_strs), [str(source) for source in data_sources]
         truths = [None] * len(texts) if ground_truths is None else ground_truths
         infos = [None] * len(texts) if extra_infos is None else extra_infos
-        make = Examples()
-        examples = [example(make, *row) for row in zip(sources, truths, infos, strict=True)]
+        examples = examples_of(row(*given) for given in zip(sources, truths, infos, strict=True))
         values: list[float | None] = [None] * len(texts)
         for source in dict.fromkeys(sources):
             if isinstance(rewards, Mapping) and source not in rewards:
@@ -155,8 +152,7 @@ def openrlhf_reward_func(
         for query, prompt in zip(queries, prompts, strict=True):
             if not query.startswith(prompt):
                 raise ValueError(f"expected a query to start with its prompt, found {query[:80]!r} for {prompt[:80]!r}")
-        example = Examples()
-        examples = [example(p, label, {"label": label}) for p, label in zip(prompts, known, strict=True)]
+        examples = examples_of((p, label, {"label": label}, None) for p, label in zip(prompts, known, strict=True))
         responses = [strip_special_tokens(q[len(p) :]) for q, p in zip(queries, prompts, strict=True)]
         values = judged(reward, examples, responses, "OpenRLHF", strip_reasoning)
         numbers = torch.tensor([as_number(v, excluded, "OpenRLHF") for v in values], dtype=torch.float32)
@@ -180,11 +176,10 @@ def slime_custom_rm(
     async def custom_rm(args: Any, sample: Any, **_: Any) -> Any:
         many = isinstance(sample, (list, tuple))
         samples = list(sample) if many else [sample]
-        example = Examples()
-        examples = [
-            example(s.prompt, s.label, dict(getattr(s, "metadata", None) or {}), getattr(s, "group_index", None))
+        examples = examples_of(
+            (s.prompt, s.label, dict(getattr(s, "metadata", None) or {}), getattr(s, "group_index", None))
             for s in samples
-        ]
+        )
         texts = [strip_special_tokens(s.response) for s in samples]
         values = await asyncio.to_thread(judged, reward, examples, texts, "slime", strip_reasoning)
         numbers = [as_number(v, excluded, "slime") for v in values]
@@ -224,8 +219,7 @@ def verifiers_reward(
         if prompts is None or completions is None:  # called as for a single one
             prompts, completions = [given.get("prompt", "?")], [given.get("completion", "")]
         answers, infos = answers or [None] * len(prompts), infos or [None] * len(prompts)
-        example = Examples()
-        examples = [example(p, a, dict(i or {})) for p, a, i in zip(prompts, answers, infos, strict=True)]
+        examples = examples_of((p, a, dict(i or {}), None) for p, a, i in zip(prompts, answers, infos, strict=True))
         texts = [completion_text(c) for c in completions]
         values = await asyncio.to_thread(judged, reward, examples, texts, "verifiers", strip_reasoning)
         return [as_number(v, excluded, "verifiers") for v in values]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from json import dumps
 from typing import Any
 
@@ -12,6 +12,7 @@ from .reasoning import StripReasoning
 from .reasoning import strip_reasoning as answer_of
 
 Reward = Callable[[Example, str], "float | None"] | BatchReward
+Row = tuple[Any, Any, Mapping[str, Any], Hashable]  # prompt, answer, columns, group
 
 REMEDIES = {
     "TRL": "make per_device_train_batch_size, and the batch of evaluation, a multiple of num_generations",
@@ -57,16 +58,14 @@ def as_text(answer: Any) -> str | None:
     return None if answer is None or isinstance(answer, (list, dict)) else str(answer)
 
 
-class Examples:
-    """The same Example object for equal prompts, answers, columns and groups: rewards that work per object do it once."""
-
-    def __init__(self) -> None:
-        self._seen: dict[tuple[str, Hashable], Example] = {}
-
-    def __call__(self, prompt: Any, answer: Any, info: Mapping[str, Any], group: Hashable = None) -> Example:
-        prompt, answer, info = plain(prompt), plain(answer), plain(info)
+def examples_of(rows: Iterable[Row]) -> list[Example]:
+    """The same object for equal rows: rewards that work per object do it once."""
+    seen: dict[tuple[str, Hashable], Example] = {}
+    out = []
+    for *given, group in rows:
+        prompt, answer, info = plain(given)
         key = (dumps([prompt, answer, info], sort_keys=True, default=repr), group)
-        if key not in self._seen:
-            messages = prompt if isinstance(prompt, str) else tuple(prompt)
-            self._seen[key] = Example(messages, as_text(answer), info, group)
-        return self._seen[key]
+        if key not in seen:
+            seen[key] = Example(prompt, as_text(answer), info, group)
+        out.append(seen[key])
+    return out

@@ -11,6 +11,7 @@ normalised by itself and counted on successful trajectories only, which a gated 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ def plain_prompt(example: Example, memory: str | None) -> str | Messages:
     return ({"role": "system", "content": memory}, *question)
 
 
+@dataclass(eq=False)
 class InformationGain:
     """Reward: nats per token by which a completion, taken as memory, raises the log-probability of `example.answer`.
 
@@ -44,18 +46,15 @@ class InformationGain:
         max_gain: Gains are clipped to +-max_gain: one impossible token must not outweigh everything.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        *,
-        prompt: Template = plain_prompt,
-        batch_size: int = 16,
-        max_gain: float = 10.0,
-    ) -> None:
-        self.model, self.tokenizer, self.prompt = model, tokenizer, prompt
-        self.batch_size, self.max_gain = batch_size, max_gain
-        self.tokens = special_tokens(tokenizer, model)
+    model: Any
+    tokenizer: Any
+    _: KW_ONLY
+    prompt: Template = plain_prompt
+    batch_size: int = 16
+    max_gain: float = 10.0
+
+    def __post_init__(self) -> None:
+        self.tokens = special_tokens(self.tokenizer, self.model)
         self.__name__ = "information_gain"
 
     def score_batch(self, examples: Sequence[Example], completions: Sequence[str]) -> list[float | None]:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..text import right_pad
+
 TEXT = "text"
 """The domain that a pretrained model comes with: predicting general text."""
 LENGTH = 64
@@ -72,14 +74,9 @@ class Batch:
 def pairs_batch(tokenizer: Any, pairs: Iterable[Pair]) -> Batch:
     """Prompts with their answers, which alone are scored."""
     rows = [(tokenizer(prompt)["input_ids"], tokenizer(answer)["input_ids"]) for prompt, answer in pairs]
-    length = max(len(prompt) + len(answer) for prompt, answer in rows)
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    mask, scored = torch.zeros_like(ids), torch.zeros(len(rows), length, dtype=torch.bool)
-    for i, (prompt, answer) in enumerate(rows):
-        end = len(prompt) + len(answer)
-        ids[i, :end] = torch.tensor(prompt + answer)
-        mask[i, :end], scored[i, len(prompt) : end] = 1, True
-    return Batch(ids, mask, scored)
+    ids, mask = right_pad([prompt + answer for prompt, answer in rows], 0, torch.device("cpu"))
+    starts = torch.tensor([len(prompt) for prompt, _ in rows])
+    return Batch(ids, mask, mask.bool() & (torch.arange(ids.shape[1]) >= starts.unsqueeze(1)))
 
 
 def text_batch(tokenizer: Any, documents: list[str], n: int, seed: int) -> Batch:

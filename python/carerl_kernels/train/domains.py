@@ -14,9 +14,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from .._json import nested_tuples
 from .._rows import read_rows
+from ..rewards.pa_grm import Endpoint, Limits, Scorer
 from ..rewards.reasoning import StripReasoning
+from ..rewards.verifiers import CodeTests, MathMatch, Sandbox, exact_match, gym_domain, instructions_followed
 from ..task import Domain, Example, checked_rewards
+from ..tasks.characters import character_domain
 from ..tasks.split import Reward, domain_of, split_domain
+from ..tasks.words import word_domain
 
 
 def holding(placeholder: str, ask: str) -> str:
@@ -131,8 +135,6 @@ class Gym(DomainSpec):
     allow_unisolated: bool = False
 
     def plain(self, name: str, folder: Path, cache: Path | None) -> Domain:
-        from ..rewards.verifiers import gym_domain
-
         ask = self.ask
         return gym_domain(
             name,
@@ -149,8 +151,6 @@ class Characters(DomainSpec):
     task: str | None = None  # its name; None: the domain's
 
     def plain(self, name: str, folder: Path, cache: Path | None) -> Domain:
-        from ..tasks.characters import character_domain
-
         return character_domain(name, self.task or name, self.seed, self.probes)
 
 
@@ -162,8 +162,6 @@ class Words(DomainSpec):
     shots: int = Field(default=2, ge=0)  # solved examples in every prompt
 
     def plain(self, name: str, folder: Path, cache: Path | None) -> Domain:
-        from ..tasks.words import word_domain
-
         return word_domain(name, self.task or name, self.seed, self.probes, self.shots)
 
 
@@ -224,8 +222,6 @@ class Exact(Rows):
     needs: ClassVar[tuple[str, ...]] = ("answer",)
 
     def reward(self, cache: Path | None) -> Reward:
-        from ..rewards import exact_match
-
         return exact_match
 
 
@@ -236,8 +232,6 @@ class Math(Rows):
     needs: ClassVar[tuple[str, ...]] = ("answer",)
 
     def reward(self, cache: Path | None) -> Reward:
-        from ..rewards.verifiers import MathMatch
-
         return MathMatch()
 
 
@@ -248,8 +242,6 @@ class Instructions(Rows):
     needs: ClassVar[tuple[str, ...]] = ("instructions",)
 
     def reward(self, cache: Path | None) -> Reward:
-        from ..rewards.verifiers import instructions_followed
-
         return instructions_followed
 
 
@@ -263,9 +255,6 @@ class Code(Rows):
     needs: ClassVar[tuple[str, ...]] = ("tests",)
 
     def reward(self, cache: Path | None) -> Reward:
-        from ..rewards.verifiers import CodeTests
-        from ..rewards.verifiers.sandbox import Sandbox
-
         return CodeTests(Sandbox(allow_unisolated=self.allow_unisolated), partial=self.partial)
 
 
@@ -296,8 +285,6 @@ class Judged(Rows):
     judge: JudgeSpec
 
     def reward(self, cache: Path | None) -> Reward:
-        from ..rewards.pa_grm import Endpoint, Limits, Scorer
-
         spec = self.judge
         settings = spec.model_dump(include={"max_in_flight", "timeout", "attempts"})
         return Scorer(

@@ -14,6 +14,7 @@ from .._errors import require
 from ..grpo.progress import quiet_transformers
 from ..grpo.rundir import load_weights, save_weights
 from ..task import Domain
+from ..tasks.characters import character_tokenizer, tiny_model, warm_up
 from .recipe import Lora, ModelSpec
 
 PAD, EOS = "<pad>", "<eos>"
@@ -61,7 +62,6 @@ def load_model(
         if spec.warm_up is not None:
             _warm_up(model, tokenizer, domains, spec)
         if start is not None:
-            start.parent.mkdir(parents=True, exist_ok=True)
             save_weights(start, model)
     if spec.lora is not None:
         model = add_lora(model, spec.lora, spec.seed)
@@ -89,8 +89,6 @@ def _load(spec: ModelSpec, tasks: Sequence[str]) -> tuple[Any, Any]:
 
         model, tokenizer = load_smollm2()
     elif spec.path == "characters":
-        from ..tasks.characters import character_tokenizer, tiny_model
-
         tokenizer = character_tokenizer(tasks)
         model = tiny_model(tokenizer, spec.seed)
     else:
@@ -146,8 +144,6 @@ def add_lora(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
 
 
 def _warm_up(model: nn.Module, tokenizer: Any, domains: Sequence[Domain], spec: ModelSpec) -> None:
-    from ..tasks.characters import warm_up
-
     assert spec.warm_up is not None
     with_answers = [d for d in domains if all(e.answer is not None for e in d.draw(random.Random(0), 8))]
     if not with_answers:

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from ..grpo.config import GRPOConfig, Stage
 from ..grpo.endpoint import TRUNCATED, Engine
 from ..grpo.parallel import Precision
+from ..guard.settings import Settings
+from ..monitor import Controller, DriftMonitor
 from ..task import name_problem
 from .domains import AnyDomain
 from .recipe_yaml import RecipeError, read_yaml
@@ -131,8 +133,6 @@ class GuardSpec(Options):
 
     @classmethod
     def known(cls) -> list[str]:
-        from ..guard.settings import Settings
-
         return [field.name for field in dataclasses.fields(Settings)]
 
 
@@ -153,15 +153,11 @@ class MonitorSpec(Options):
 
     @classmethod
     def known(cls) -> list[str]:
-        from ..monitor import DriftMonitor
-
         ours = ("domains", "evaluate", "every", "model", "guard", "sinks", "on_alert", "losses", "controller")
         return [n for n in inspect.signature(DriftMonitor).parameters if n not in ours]
 
     @model_validator(mode="after")
     def _known_controller(self) -> MonitorSpec:
-        from ..monitor import Controller
-
         known = [n for n in inspect.signature(Controller).parameters if n != "domains"]
         refuse_unknown(self.controller or {}, known, place="controller: ")
         return self

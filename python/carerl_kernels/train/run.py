@@ -198,15 +198,11 @@ def history_files(history: Sequence[Path]) -> list[Path]:
         if not recorded["config"].get("record_last", True):
             names = names[:-1]
         apart = recorded.get("editor") == "guard"  # then of mixed stages there is one file for each domain
-        own = [
-            path / "bases" / file
-            for name, stage in zip(names, stages, strict=False)
-            for file in (
-                [f"{name}/{domain}.safetensors" for domain in stage["domain"]]
-                if apart and isinstance(stage["domain"], list)
-                else [f"{name}.safetensors"]
-            )
-        ]
+        own: list[Path] = []
+        for name, stage in zip(names, stages, strict=False):
+            mixed = apart and isinstance(stage["domain"], list)
+            stems = [f"{name}/{domain}" for domain in stage["domain"]] if mixed else [name]
+            own += [path / "bases" / f"{stem}.safetensors" for stem in stems]
         missing = [str(p) for p in own if not p.is_file()]
         if missing:
             raise RecipeError(

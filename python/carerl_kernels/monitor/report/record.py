@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -129,14 +131,10 @@ class RunRecord:
 
 def _spans(lines: list[dict[str, Any]]) -> list[Span]:
     spans: list[Span] = []
-    for line in lines:
-        name, step = line.get("stage"), line["step"]
-        if name is None:
-            continue
-        if spans and spans[-1].name == name:
-            spans[-1] = Span(name, spans[-1].first, step)
-        else:
-            spans.append(Span(name, step, step))
+    staged = (line for line in lines if line.get("stage") is not None)
+    for name, own in groupby(staged, key=itemgetter("stage")):
+        steps = [line["step"] for line in own]
+        spans.append(Span(name, steps[0], steps[-1]))
     return spans
 
 

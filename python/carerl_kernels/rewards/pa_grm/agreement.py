@@ -42,11 +42,9 @@ def judge_noise(scores: Sequence[Score]) -> JudgeNoise | None:
     pairs = [(s.value, s.again) for s in scores if s.value is not None and s.again is not None]
     if not pairs:
         return None
-    n = len(pairs)
-    gaps = [b - a for a, b in pairs]
-    bias = sum(gaps) / n
-    noise = sum((g - bias) ** 2 for g in gaps) / max(1, n - 1) / 2  # variance of one verdict
-    mean = sum(a for a, _ in pairs) / n
-    variance = sum((a - mean) ** 2 for a, _ in pairs) / max(1, n - 1)
+    first, again = np.array(pairs).T
+    n, gaps = len(pairs), again - first
+    noise, variance = (float(values.var()) * n / max(1, n - 1) for values in (gaps, first))
+    noise /= 2  # variance of one verdict
     share = min(1.0, noise / variance) if n >= 3 and variance > 0 else None
-    return JudgeNoise(n, bias, math.sqrt(noise), share)
+    return JudgeNoise(n, float(gaps.mean()), math.sqrt(noise), share)

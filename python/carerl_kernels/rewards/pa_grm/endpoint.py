@@ -165,9 +165,8 @@ class Endpoint:
 
     def _paid(self, usage: Any) -> None:
         """Counts a call; a usage that is none counts no tokens."""
-        counts = [
-            usage.get(f"{kind}_tokens") if isinstance(usage, Mapping) else None for kind in ("prompt", "completion")
-        ]
+        told = usage if isinstance(usage, Mapping) else {}
+        counts = [told.get(f"{kind}_tokens") for kind in ("prompt", "completion")]
         good = [n if isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**40 else None for n in counts]
         if None in good:
             self._say("usage", "does not say how many tokens it used; tokens and cost are counted too low")

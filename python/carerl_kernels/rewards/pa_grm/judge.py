@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from functools import partial
 
 from pydantic import TypeAdapter
@@ -79,6 +79,7 @@ class Verdict:
 _FROM_JSON = TypeAdapter(Verdict)
 
 
+@dataclass(eq=False)
 class Judge:
     """Asks a model for verdicts.
 
@@ -91,20 +92,13 @@ class Judge:
             verdict. 0 accepts all.
     """
 
-    def __init__(
-        self,
-        backend: Backend,
-        cache: Cache | None = None,
-        limits: Limits | None = None,
-        *,
-        attempts: int = 3,
-        max_tokens: int = 2048,
-        min_grounded: float = 0.5,
-    ) -> None:
-        self.backend = backend
-        self.cache = cache if cache is not None else Cache()
-        self.limits = limits or Limits()
-        self.attempts, self.max_tokens, self.min_grounded = attempts, max_tokens, min_grounded
+    backend: Backend
+    cache: Cache = field(default_factory=Cache)
+    limits: Limits = field(default_factory=Limits)
+    _: KW_ONLY
+    attempts: int = 3
+    max_tokens: int = 2048
+    min_grounded: float = 0.5
 
     async def judge(
         self,

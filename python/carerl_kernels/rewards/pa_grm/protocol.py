@@ -149,12 +149,9 @@ def protocol_schema(limits: Limits) -> dict[str, Any]:
 def verdict_schema(protocol: Protocol, limits: Limits, reverse: bool = False) -> dict[str, Any]:
     """What a judge has to answer: evidence and reasoning come before each number, in the protocol's order."""
     text = {"type": "string", "maxLength": limits.quote}
+    score: dict[str, Any] = {"type": "integer", "enum": list(range(protocol.scale + 1))}
     properties = {}
     for key, part in protocol.parts(reverse):
-        last: dict[str, Any]
-        if isinstance(part, str):
-            last = {"violated": {"type": "boolean"}}
-        else:
-            last = {"score": {"type": "integer", "enum": list(range(protocol.scale + 1))}}
+        last = {"violated": {"type": "boolean"}} if isinstance(part, str) else {"score": score}
         properties[key] = _object({"evidence": text, "reasoning": text, **last})
     return _object(properties)

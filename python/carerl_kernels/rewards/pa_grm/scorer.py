@@ -7,10 +7,11 @@ import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
+from ..._errors import one_of
 from ..._loop import run_sync
 from ...task import Example, group_numbers
 from ..log import LOGGER
@@ -113,11 +114,8 @@ class Scorer:
     ) -> None:
         if not 0 <= rejudge <= 1:
             raise ValueError(f"Scorer: expected rejudge in [0, 1], found {rejudge}")
-        if calibration not in ("scale", "anchors", "group") or on_signs not in ("lower", "zero", "note"):
-            raise ValueError(
-                f"Scorer: expected calibration scale, anchors or group and on_signs lower, zero or note, "
-                f"found {calibration!r}, {on_signs!r}"
-            )
+        one_of("Scorer: calibration", calibration, get_args(Calibration))
+        one_of("Scorer: on_signs", on_signs, get_args(OnSigns))
         self.cache = cache if isinstance(cache, Cache) else Cache(cache)
         limits = limits or Limits()
         if calibration == "anchors" and not limits.examples:

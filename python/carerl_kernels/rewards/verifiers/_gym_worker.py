@@ -58,7 +58,7 @@ def grade(dataset: Any, job: dict[str, Any]) -> dict[str, Any]:
     if (evaluates == "python" and not harmless_literal(answer)) or (
         evaluates == "sympy" and not harmless_formula(answer)
     ):
-        return {"score": 0.0, "refused": True}
+        return {"score": 0.0, "error": "not an answer that may be evaluated"}
     try:
         return {"score": float(dataset.score_answer(answer, pickle.loads(base64.b64decode(job["entry"]))))}
     except Exception as error:

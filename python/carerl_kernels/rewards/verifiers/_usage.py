@@ -81,12 +81,8 @@ class Usage:
         return os.open(name if self._proc is not None else f"/proc/{name}", flags, dir_fd=self._proc)
 
     def _read(self, name: str) -> str:
-        with contextlib.suppress(OSError):
-            place = self._open(name, os.O_RDONLY)
-            try:
-                return os.read(place, 4096).decode(errors="replace")
-            finally:
-                os.close(place)
+        with contextlib.suppress(OSError), open(name, "rb", buffering=0, opener=self._open) as file:
+            return file.read(4096).decode(errors="replace")
         return ""
 
     def _names(self, place: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ..log import LOGGER
 from ..reasoning import StripReasoning, graded_text
 from ._launch import parsed_object
 from .fences import extract_code
-from .sandbox import Outcome, Sandbox, SandboxError
+from .sandbox import Outcome, Sandbox, SandboxedReward
 
 _CALLS = Path(__file__).with_name("_calls.py").read_text(encoding="utf-8")
 _ASSERT = "_assert.py"
@@ -23,7 +24,8 @@ _KINDS = ("stdout", "call", "assert")
 _MISTAKEN = {"arg", "arguments", "input", "inputs", "kwarg", "output", "outputs", "result", "return", "returns"}
 
 
-class CodeTests:
+@dataclass(eq=False)
+class CodeTests(SandboxedReward):
     """Reward: whether a completion's program passes the tests of its example.
 
     `example.info["tests"]` is a list of
@@ -46,19 +48,13 @@ class CodeTests:
         strip_reasoning: See `rewards.reasoning.strip_reasoning`; an unfinished trace is worth 0.
     """
 
-    verifies = True
+    sandbox: Sandbox = field(default_factory=Sandbox)
+    _: KW_ONLY
+    partial: bool = False
+    budget: float = 60.0
+    strip_reasoning: StripReasoning = True
 
-    def __init__(
-        self,
-        sandbox: Sandbox | None = None,
-        *,
-        partial: bool = False,
-        budget: float = 60.0,
-        strip_reasoning: StripReasoning = True,
-    ) -> None:
-        self.sandbox = sandbox or Sandbox()
-        self.partial, self.budget = partial, budget
-        self.strip_reasoning = strip_reasoning
+    def __post_init__(self) -> None:
         self.__name__ = "code_tests"
 
     def check(self, example: Example) -> None:
@@ -75,18 +71,13 @@ class CodeTests:
             if problem:
                 raise ValueError(f"CodeTests: tests[{number}]: {problem}, found {test!r}")
 
-    def __call__(self, example: Example, completion: str) -> float | None:
-        """The reward in [0, 1]; None if the sandbox failed."""
+    def _reward(self, example: Example, completion: str) -> float:
         self.check(example)
         text = graded_text(completion, self.strip_reasoning)
         if text is None:
             return 0.0
         tests = example.info["tests"]
-        try:
-            passed = self.results(extract_code(text, [t["call"] for t in tests if "call" in t]), tests)
-        except SandboxError as error:
-            LOGGER.warning("not judged: %s", error)
-            return None
+        passed = self.results(extract_code(text, [t["call"] for t in tests if "call" in t]), tests)
         share = sum(passed) / len(passed)
         return share if self.partial else float(share == 1)
 

@@ -20,7 +20,7 @@ from ...task import Domain, Example
 from ..log import LOGGER
 from ..reasoning import StripReasoning, graded_text
 from .answers import tagged_answer
-from .sandbox import SandboxError
+from .sandbox import SandboxedReward
 from .worker import Worker
 
 # Ready mixtures: what a small model can begin to learn, by skill.
@@ -104,15 +104,13 @@ def gym_domain(
     return Domain(name, sample, reward, eval_examples=evaluation)
 
 
-class GymReward:
+class GymReward(SandboxedReward):
     """Reward: a reasoning-gym task's own score of an answer, in [0, 1]; None if its grader cannot be run. Arguments are those of
     `gym_domain`, `settings` those of the data sets by task.
 
     Raises:
         SandboxError: Graders cannot be isolated.
     """
-
-    verifies = True
 
     def __init__(
         self,
@@ -128,24 +126,18 @@ class GymReward:
         self._worker = Worker(source, timeout=timeout, memory=4 << 30, processes=8, isolated=isolated, setup=setup)
         self.__name__ = "gym"
 
-    def __call__(self, example: Example, completion: str) -> float | None:
+    def _reward(self, example: Example, completion: str) -> float:
         text = graded_text(completion, self.strip_reasoning)
         answer = None if text is None else tagged_answer(text)
         if answer is None or len(answer) > MAX_ANSWER:
             return 0.0
         task = example.info["task"]
         job = {"task": task, "answer": answer, "entry": _packed(example.info["entry"]), "seconds": 0.8 * self.timeout}
-        try:
-            graded = self._worker.ask(job | {"evaluates": evaluates(task)})
-        except SandboxError as error:
-            LOGGER.warning("not judged: %s", error)
-            return None
+        graded = self._worker.ask(job | {"evaluates": evaluates(task)})
         if graded is None:
             return 0.0
-        if "error" in graded or "refused" in graded:
-            LOGGER.debug(
-                "%s: %s for %r", task, graded.get("error", "not an answer that may be evaluated"), answer[:200]
-            )
+        if "error" in graded:
+            LOGGER.debug("%s: %s for %r", task, graded["error"], answer[:200])
         score = graded.get("score")
         return min(1.0, max(0.0, score)) if isinstance(score, (int, float)) and math.isfinite(score) else 0.0
 

@@ -13,7 +13,7 @@ from ..log import LOGGER
 from ..reasoning import StripReasoning, graded_text
 from .answers import Answer, beginnings, committed_answer, is_words, same_words
 from .numbers import Number, last_measure, number, plain, same_number, undelimited
-from .sandbox import SandboxError
+from .sandbox import SandboxedReward, SandboxError
 from .worker import Worker
 
 # What people write without LaTeX, as LaTeX.
@@ -40,7 +40,7 @@ class _Gold:
     formula: str
 
 
-class MathMatch:
+class MathMatch(SandboxedReward):
     """Reward: 1 if the answer a completion commits itself to equals `example.answer`, else 0.
 
     Numbers are compared in value and unit; answers that are words ("Paris", "no solution") as words; the rest by math-verify, in
@@ -55,8 +55,6 @@ class MathMatch:
     Raises:
         ImportError: math-verify is missing; says what to install.
     """
-
-    verifies = True
 
     def __init__(self, timeout: float = 5.0, memory: int = 4 << 30, *, strip_reasoning: StripReasoning = True) -> None:
         require("math_verify", "checking mathematics", "carerl-kernels[verifiers]")
@@ -79,8 +77,7 @@ class MathMatch:
             except SandboxError as error:
                 LOGGER.warning("not checked: %s", error)
 
-    def __call__(self, example: Example, completion: str) -> float | None:
-        """The reward; None if the process cannot be run."""
+    def _reward(self, example: Example, completion: str) -> float:
         gold = self._gold(example)
         text = graded_text(completion, self.strip_reasoning)
         if text is None:
@@ -92,11 +89,7 @@ class MathMatch:
             found = _number_in(answer, gold.number)
             if found is not None:
                 return float(same_number(gold.number, found))
-        try:
-            return float(self._verified(gold, example, answer))
-        except SandboxError as error:
-            LOGGER.warning("not judged: %s", error)
-            return None
+        return float(self._verified(gold, example, answer))
 
     def close(self) -> None:
         """Ends the process; the next call starts another."""

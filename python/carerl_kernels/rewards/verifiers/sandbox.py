@@ -21,10 +21,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ...task import Example
 from ..log import LOGGER
 from ._launch import START_PATIENCE, Bounds, Launched, SandboxError, Turns, interpreter, own_interpreter, talk
 
-__all__ = ["Outcome", "Sandbox", "SandboxError", "SandboxLimits", "why_not_isolated"]
+__all__ = ["Outcome", "Sandbox", "SandboxError", "SandboxLimits", "SandboxedReward", "why_not_isolated"]
 
 Isolation = Literal["namespaces", "none"]
 Status = Literal["ok", "error", "timeout", "cpu", "memory", "output", "killed"]
@@ -301,3 +302,21 @@ def _everybody_can_run(python: str) -> bool:
     return all(Path(p).stat().st_mode & stat.S_IROTH for p in (executable, library)) and all(
         place.stat().st_mode & stat.S_IXOTH for p in (executable, library) for place in Path(p).parents
     )
+
+
+class SandboxedReward:
+    """A verifier that runs something in the sandbox; None where that fails, which says nothing about the completion."""
+
+    verifies = True
+
+    def __call__(self, example: Example, completion: str) -> float | None:
+        """The reward in [0, 1]; None if the sandbox failed."""
+        try:
+            return self._reward(example, completion)
+        except SandboxError as error:
+            LOGGER.warning("not judged: %s", error)
+            return None
+
+    def _reward(self, example: Example, completion: str) -> float:
+        """The reward. SandboxError: the sandbox failed."""
+        raise NotImplementedError

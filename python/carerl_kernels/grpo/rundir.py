@@ -174,7 +174,8 @@ class RunDirectory:
     def _start(self, config: Mapping[str, Any]) -> None:
         if self.config_path.exists() or self.metrics_path.exists():
             raise CheckpointError(
-                f"{self.path} already holds a run; resume it with run(..., resume=True) or choose another directory"
+                f"{self.path} already holds a run; go on with it (--resume, in Python train(resume=True)) or choose another "
+                "directory"
             )
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "bases").mkdir(exist_ok=True)

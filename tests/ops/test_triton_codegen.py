@@ -1,4 +1,4 @@
-"""Every Triton kernel compiled for GPUs that are not there; gates on the machine code: nothing spilled, loads of 16 bytes."""
+"""Every Triton kernel compiled for GPUs that are not there; gates on the generated code: nothing spilled, loads of 16 bytes."""
 
 from __future__ import annotations
 

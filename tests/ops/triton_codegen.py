@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel for a GPU that is not there and reads from the machine code what became of it.
+"""Compiles every Triton kernel for a GPU that is not there and reads from the generated code what became of it.
 
 Run as a program (`python tests/ops/triton_codegen.py cuda:80 cuda:90`), in a process of its own: kernels that were decorated for
 the interpreter cannot be compiled. The ops are called as usual, on CPU tensors; instead of launching, a recorder compiles the
@@ -147,23 +147,24 @@ def compile_as_launched(kernel, args: tuple, threads: int, target):
     return triton.compile(source, target=target, options=_blocks.options(threads, target.backend == "hip"))
 
 
-def cuda_report(compiled, disassembled: bool) -> dict[str, int]:
-    """Disassembling takes about as long as compiling: it is for kernels of which wide loads or stores are wanted."""
+def cuda_report(compiled) -> dict[str, int]:
+    """Widths are read from PTX: ptxas splits no load or store, and disassembling would take half as long as compiling."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [tools / "cuobjdump", "-res-usage", *["-sass"] * disassembled, file.name]
-        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", code)}
+        command = [tools / "cuobjdump", "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
+    wide = r"\b{}\.global\S*\.v(?:4\.[bfu]32|2\.[bfu]64)\b"
     return {
         "registers": used["REG"],
-        "spilled": used["STACK"] + used["LOCAL"] + len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "spilled": used["STACK"] + used["LOCAL"],
         "shared": compiled.metadata.shared,
-        "wide_loads": len(re.findall(r"\bLDG\.E\S*\.128", code)),
-        "wide_stores": len(re.findall(r"\bSTG\.E\S*\.128", code)),
+        "wide_loads": len(re.findall(wide.format("ld"), compiled.asm["ptx"])),
+        "wide_stores": len(re.findall(wide.format("st"), compiled.asm["ptx"])),
     }
 
 
@@ -193,18 +194,17 @@ def reports_of(place: str) -> list[dict]:
     served = triton_kernels.kernels()
     current: list = []
     reports: dict[tuple, dict] = {}
-    known: dict[tuple[str, bool], dict[str, int]] = {}  # by what was compiled: several ops launch the same kernel
+    known: dict[str, dict[str, int]] = {}  # by what was compiled: several ops launch the same kernel
 
     def record(kernel, grid, like, *args, threads=_blocks.THREADS):
         name, wanted = current
         compiled = compile_as_launched(kernel, args, threads, target)
+        if compiled.hash not in known:
+            known[compiled.hash] = cuda_report(compiled) if platform == "cuda" else hip_report(compiled)
         loads, stores = wanted.get(kernel.__name__, (0, 0))
-        key = compiled.hash, loads + stores > 0
-        if key not in known:
-            known[key] = cuda_report(compiled, loads + stores > 0) if platform == "cuda" else hip_report(compiled)
         if platform == "hip" and "rotate" in kernel.__name__:
             stores = 0  # 8 bytes wide there
-        report = Report(name, kernel.__name__, **known[key], wanted_loads=loads, wanted_stores=stores)
+        report = Report(name, kernel.__name__, **known[compiled.hash], wanted_loads=loads, wanted_stores=stores)
         reports[name, kernel.__name__] = asdict(report)
 
     for module in list(sys.modules.values()):

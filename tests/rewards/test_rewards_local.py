@@ -193,7 +193,7 @@ def test_smollm2_writes_a_protocol_and_a_verdict(capsys):
 
     model, tokenizer = load_smollm2()
     backend = LocalModel(model, tokenizer, name="SmolLM2-135M-Instruct")
-    limits = Limits(scale=2, criteria=(1, 1), disqualifiers=0, text=30, quote=30)
+    limits = Limits(scale=2, criteria=(1, 1), disqualifiers=0, text=12, quote=12)
     scorer = Scorer(
         backend, limits=limits, judge_options={"attempts": 1, "min_grounded": 0}, builder_options={"attempts": 1}
     )

@@ -24,7 +24,10 @@ def tiny(tmp_path_factory):
     """A grid as the demonstration's, with two steps a stage."""
     setting = merged(
         DEMO.settings["demo"].model_dump(),
-        {"model": {"warm_up": {"steps": 30}}, "train": {"prompts_per_step": 4, "group_size": 4, "eval_every": 2}},
+        {
+            "model": {"warm_up": {"steps": 25, "batch": 8}},
+            "train": {"prompts_per_step": 4, "group_size": 4, "eval_every": 2},
+        },
     )
     setting["train"]["checkpoint_every"] = 1
     setting["stages"] = [{**stage, "steps": 2} for stage in setting["stages"]]

@@ -296,7 +296,7 @@ def test_language_model_cells(tmp_path):
     """Sequence and mixture, guarded and not, with everything that a record can hold; the same again."""
     pytest.importorskip("transformers")
     common = (
-        "model: {path: characters, warm_up: {steps: 80}}, k: 4, "
+        "model: {path: characters, warm_up: {steps: 60, lr: 3.0e-3, batch: 16}}, k: 4, "
         "train: {lr: 0.003, prompts_per_step: 8, group_size: 4, max_new_tokens: 5, record_last: false}"
     )
     task = "{kind: characters, probes: 32}"

@@ -186,9 +186,10 @@ def test_forgetting_at_equal_new_learning():
         records += [record("beyond@1", seed, 0.9, 0.4 + shift), record("below@1", seed, 0.1, 0.0)]
     rows = rows_of(records, "s")
     found = {row.variant: at_equal_new(row, [r for r in rows if r.method == FRONT]) for row in rows}
-    assert found["on@1"].mean == pytest.approx(0.0, abs=1e-12)
-    assert (found["off@1"].mean, found["off@1"].n) == (pytest.approx(-0.15), 3)
-    assert found["beyond@1"].mean == pytest.approx(0.0, abs=1e-12)
-    assert found["below@1"] is None and found["none@1"] is None
-    assert "| off@1 | 3 | " in measures_table(rows)
+    assert found["on@1"] == [(pytest.approx(own), pytest.approx(own)) for own in (0.3, 0.4, 0.5)]
+    assert found["off@1"] == [(pytest.approx(own), pytest.approx(own + 0.15)) for own in (0.1, 0.2, 0.3)]
+    assert found["beyond@1"] == [(pytest.approx(own), pytest.approx(own)) for own in (0.4, 0.5, 0.6)]
+    assert found["below@1"] == found["none@1"] == []
+    (line,) = (line for line in measures_table(rows).splitlines() if line.startswith("| off@1 | 3 | "))
+    assert "| -.150 ± .000 (3) | 57% |" in line
     assert measures_table([row for row in rows if row.variant != "off@1"]) == ""

@@ -77,21 +77,21 @@ def left_out(records: Iterable[Record]) -> str:
 
 
 LEGEND = (
-    "Accuracy: exact probability of the right answer at temperature 1 on held-out examples; "
-    "in the settings sft it is minus nats a token. average: over all domains at "
-    "the end. forget: drop since the end of a domain's own stage, over the domains that the last stage did not bring. new: "
-    "accuracy at the end of a domain's own stage, over the domains after the first stage. window: drop from the start until"
-    " right before a domain's own stage, while no history protects it, over the same domains. touched: energy of the "
-    "guard's corrections over energy of all updates it saw. keeps: what is kept of earlier domains' data. beyond the "
-    "plain run: sequences that a whole run takes besides those that the plain run trains on, relative to these, and what else "
-    "it stores. ±: half of the 95"
-    " % interval over seeds (Student's t; differences are paired). p: of the difference to the best plain learning rate, "
-    "Holm over the table. \\*: not dominated in retention and new learning. One cell: `carerl replicate --cell NAME`. "
-    "Tables of guards: time, its share of training time; displacement along earlier domains' directions over the last "
-    "stage, relative to the recorded stages' own; share of fresh gradients of earlier domains that their directions explain"
-    " as the next stage begins and at the end. Pooled settings: lowest - start, the domain that fell most, at its lowest "
-    "evaluation, against before; worst domain - alone, the domain that ends furthest below where it ends by itself on as many "
-    "samples."
+    "Accuracy: exact probability of the right answer at temperature 1 on held-out examples; in the settings sft it is minus"
+    " nats a token. average: over all domains at the end. forget: drop since the end of a domain's own stage, over the "
+    "domains that the last stage did not bring. new: accuracy at the end of a domain's own stage, over the domains after "
+    "the first stage. window: drop from the start until right before a domain's own stage, while no history protects it, "
+    "over the same domains. touched: energy of the guard's corrections over energy of all updates it saw. keeps: what is "
+    "kept of earlier domains' data. beyond the plain run: sequences that a whole run takes besides those that the plain run"
+    " trains on, relative to these, and what else it stores. ±: half of the 95 % interval over seeds (Student's t; "
+    "differences are paired). p: of the difference to the best plain learning rate, Holm over the table. \\*: not dominated "
+    "in retention and new learning. One cell: `carerl replicate --cell NAME`. Tables of guards: time, its share of training"
+    " time; displacement along earlier domains' directions over the last stage, relative to the recorded stages' own; share"
+    " of fresh gradients of earlier domains that their directions explain as the next stage begins and at the end. Pooled "
+    "settings: lowest - start, the domain that fell most, at its lowest evaluation, against before; worst domain - alone, "
+    "the domain that ends furthest below where it ends by itself on as many samples. At equal new: beside the front of "
+    "plain learning rates, or of interpolated checkpoints, where that learns as much, on so many seeds; of it: the share of"
+    " what the front loses."
 )
 
 

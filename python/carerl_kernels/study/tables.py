@@ -205,19 +205,19 @@ def measures_table(rows: Sequence[Row]) -> str:
         return ""
     first = measured[0][1][0]
     names, fronts = [*first.domains, *first.extras], ([row for row in rows if row.method == FRONT], interpolated(rows))
-    header = ["method@lr", "seeds", *names, "guard's time", "forget - plain at equal new", "- interpolated"]
+    compared = ["forget - plain at equal new", "of it", "- interpolated", "of it"]
+    header = ["method@lr", "seeds", *names, "guard's time", *compared]
     start = [*first.scores[0], *(values[0] for values in first.extras.values())]
-    lines = [["before", "", *map(short, start), "", "", ""]]
+    lines = [["before", "", *map(short, start), *[""] * (1 + len(compared))]]
     for row, found in measured:
         ends = [[*r.scores[-1], *(v[-1] for v in r.extras.values())] for r in found]
-        gaps = [at_equal_new(row, front) for front in fronts]
         lines.append(
             [
                 row.variant,
                 str(len(found)),
                 *map(short, means(ends)),
                 perhaps(row.mean("guard_share")),
-                *("" if gap is None else f"{difference(gap)} ({gap.n})" for gap in gaps),
+                *(cell for front in fronts for cell in beside(at_equal_new(row, front))),
             ]
         )
     return markdown(header, lines)
@@ -228,18 +228,18 @@ def interpolated(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.variant == f"{FRONT}@1" or row.method.startswith("interpolate")]
 
 
-def at_equal_new(row: Row, front: Sequence[Row]) -> Estimate | None:
-    """What a row forgets more than a front does where that learns new domains as well, paired by seed.
+def at_equal_new(row: Row, front: Sequence[Row]) -> list[tuple[float, float]]:
+    """What a row forgets, and what a front does where that learns new domains as well, by seed.
 
     Between two of its points the front is a straight line; a row that learns better than the best of them is compared with
     that one, a choice in the front's favour. Seeds on which it learns worse than all of them are left out.
 
     Returns:
-        The difference; None with fewer than two seeds that can be compared, or where the row is part of the front.
+        Nothing where the row is part of the front.
     """
-    gaps: list[float] = []
+    pairs: list[tuple[float, float]] = []
     if any(row.variant == other.variant for other in front):
-        return None
+        return pairs
     for seed, record in row.records.items():
         points = sorted((r.records[seed].new, r.records[seed].forgetting) for r in front if seed in r.records)
         if len(points) < 2 or record.new < points[0][0]:
@@ -248,8 +248,17 @@ def at_equal_new(row: Row, front: Sequence[Row]) -> Estimate | None:
         for (x0, y0), (x1, y1) in pairwise(points):
             if x0 <= record.new <= x1 and x1 > x0:
                 plain = y0 + (y1 - y0) * (record.new - x0) / (x1 - x0)
-        gaps.append(record.forgetting - plain)
-    return estimate(gaps) if len(gaps) > 1 else None
+        pairs.append((record.forgetting, plain))
+    return pairs
+
+
+def beside(pairs: Sequence[tuple[float, float]]) -> tuple[str, str]:
+    """The difference with its number of seeds, and the share of the front's loss; empty with fewer than two seeds."""
+    if len(pairs) < 2:
+        return "", ""
+    gap = estimate([own - plain for own, plain in pairs])
+    lost, plain = map(sum, zip(*pairs, strict=True))
+    return f"{difference(gap)} ({gap.n})", f"{lost / plain:.0%}" if plain > 0 else ""
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

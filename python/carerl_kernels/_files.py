@@ -37,6 +37,22 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
         raise OSError(f"could not write {path}: {error}; {kept}; free space or choose another directory") from error
 
 
+def check_writable(path: Path | str) -> None:
+    """Makes the folder of a file that is written at the end of long work, and tries it.
+
+    Raises:
+        OSError: no file can be made there.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise OSError(
+            f"{path}: expected a folder that can be written into, found {error}; choose another path"
+        ) from error
+
+
 def write_bytes_atomically(path: Path | str, data: bytes) -> None:
     """Replaces a file's content in one step: readers see the old or the new."""
     write_atomically(path, lambda temporary: temporary.write_bytes(data))

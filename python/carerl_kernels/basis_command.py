@@ -40,7 +40,8 @@ def inspect(files: Annotated[list[Path], typer.Argument(help="Basis files.")], a
             f"{fact['architecture']}"
         )
         captured = fact["gradient_capture"]
-        energy = "" if captured is None else f"{captured:.1%} of the gradients' energy (input bases: the inputs'), "
+        of = "inputs" if fact["kind"] == "input" else "gradients"
+        energy = "" if captured is None else f"{captured:.1%} of the {of}' energy, "
         moved = fact["displacement_capture"]
         change = "no stage: shown prompts" if moved is None else f"{moved:.1%} of the stage's change"
         typer.echo(f"  holds {energy}{change}; {fact['steps']} {'batches' if moved is None else 'steps'} seen")

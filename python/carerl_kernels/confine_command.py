@@ -117,7 +117,10 @@ def _show(part: Confined) -> None:
 
 
 def _warn(left_out: list[str], warnings: list[str]) -> None:
-    for name in left_out:
-        warnings = [*warnings, f"{name} was not copied: it may hold weights, which were not confined"]
+    if left_out:
+        warnings = [
+            *warnings,
+            f"not copied, because they may hold weights, which were not confined: {', '.join(left_out)}",
+        ]
     for text in warnings:
         typer.secho(f"warning: {text}", err=True, fg=typer.colors.YELLOW)

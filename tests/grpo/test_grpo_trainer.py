@@ -94,6 +94,12 @@ def test_resume_after_sigkill_with_a_line_cut_short(tmp_path):
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
 
 
+def test_a_run_directory_that_cannot_be_written_is_refused_with_the_remedy(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"expected a folder that can be written into, .*; choose another path"):
+        trainer(tmp_path / "file" / "run").run(STAGES[:1])
+
+
 def test_finished_run_resumes_to_nothing_and_bad_resumes_are_refused(tmp_path):
     first = trainer(tmp_path / "run")
     first.run(STAGES[:1])

@@ -208,12 +208,24 @@ def test_quantised_file_round_trip(tmp_path, dtype, error):
     CapabilityGuard(model, basis="flat", k=K).add(loaded)
 
 
+def test_a_path_that_cannot_be_written_is_refused_before_the_stage(tmp_path):
+    (tmp_path / "file").touch()
+    model = make_model()
+    guard = CapabilityGuard(model, k=K)
+    refused = pytest.raises(OSError, match=r"math\.safetensors: expected a folder that can be written into")
+    with refused, guard.stage("math", path=tmp_path / "file" / "math.safetensors"):
+        pytest.fail("the stage began")
+    with guard.stage("math", path=tmp_path / "new" / "math.safetensors"):  # nothing is left of the first try
+        train(model, guard, seed=0)
+    assert guard.history == ["math"]
+
+
 def test_wrong_sort_of_file_is_refused(tmp_path):
     model = make_model()
-    with pytest.raises(FileNotFoundError, match="record one"):
+    with pytest.raises(FileNotFoundError, match="record one with `carerl basis record`"):
         DomainBasis.load(tmp_path / "absent.safetensors")
     save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
-    with pytest.raises(BasisError, match="expected a carerl-basis file, found no format mark"):
+    with pytest.raises(BasisError, match=r"expected a carerl-basis file, found .* 'no format mark'; record one"):
         DomainBasis.load(tmp_path / "other.safetensors")
     path = tmp_path / "math.safetensors"
     make_history(model, "flat", K, 0.0, names=("math",))[0].save(path)

@@ -27,6 +27,19 @@ def along(model, start, path) -> float:
     return max([right, *left])
 
 
+def test_checkpoints_of_epochs_are_corrected(tmp_path):
+    changes = {"save_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2}
+    made = {"guard": lambda m: CapabilityGuard(m, "remove", every=100, room=1.0), "protect": {"math": shown()}}
+    model = tiny_model(TOKENIZER, 0)
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    trainer(tmp_path, rows(["chat"]), model, changes=changes, **made).train()
+    checkpoints = sorted(tmp_path.glob("checkpoint-*"))
+    assert len(checkpoints) == 2
+    for path in checkpoints:
+        saved = type(model).from_pretrained(path)
+        assert along(saved, start, tmp_path / "bases" / "math.safetensors") < 1e-5
+
+
 def test_trl_protects_what_it_was_shown_and_resumes(tmp_path):
     model = tiny_model(TOKENIZER, 0)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -38,6 +51,8 @@ def test_trl_protects_what_it_was_shown_and_resumes(tmp_path):
     path = tmp_path / "bases" / "math.safetensors"
     assert along(model, start, path) < 1e-5
     assert max(float((p.detach() - start[n]).abs().max()) for n, p in model.named_parameters()) > 1e-3
+    saved = type(model).from_pretrained(tmp_path / "checkpoint-3")  # between two corrections
+    torch.testing.assert_close(dict(saved.named_parameters()), dict(model.named_parameters()), rtol=0, atol=0)
 
     again = trainer(tmp_path, rows(["chat"]), tiny_model(TOKENIZER, 0), changes={**changes, "max_steps": 6}, **options)
     again.train(resume_from_checkpoint=True)
@@ -77,5 +92,12 @@ def test_rows_become_what_the_model_is_called_with():
     assert found[0]["input_ids"] == ids == found[2]["input_ids"]
     assert found[1]["input_ids"] == ids + answer
     assert found[3] is batch
+    message = [{"role": "assistant", "content": e.answer}]
+    (talk,) = shown_rows([{"prompt": e.prompt, "completion": message}], TOKENIZER)
+    assert talk["input_ids"] == ids + answer
+    with pytest.raises(ValueError, match=r"expected rows with prompt .* found a row with 'question'"):
+        list(shown_rows([{"question": e.prompt}], TOKENIZER))
+    with pytest.raises(TypeError, match=r"protect: expected rows by name, .* found list"):
+        GuardCallback(CapabilityGuard, protect=[{"prompt": e.prompt}])
     with pytest.raises(ValueError, match="expected a tokenizer to read them with"):
         list(shown_rows([{"prompt": "x"}], None))

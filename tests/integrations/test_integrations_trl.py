@@ -426,6 +426,11 @@ def test_evaluation_may_hold_what_training_does_not(tmp_path, held):
     assert bool(own) == (held == "domain of its own") and math.isfinite(line["eval_reward"])
 
 
+def test_a_domain_column_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"domain_column: expected a column .*prompt.*, found 'skill'"):
+        trainer(tmp_path, rows(["math"]), domain_column="skill")
+
+
 def test_a_training_row_without_a_domain_is_refused_before_anything_runs(tmp_path):
     data = datasets.Dataset.from_list(
         [{**row, "domain": None if i == 3 else "math"} for i, row in enumerate(rows(["math"]))]

@@ -103,6 +103,23 @@ def test_a_resumed_stage_goes_on(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:basis of domain 'math' ends at weights")
+def test_weights_are_corrected_before_a_checkpoint(tmp_path):
+    engine = guarded(
+        Engine, lambda m: CapabilityGuard(m, "remove", k=4), stage="math", path=tmp_path / "math.safetensors"
+    )()
+    engine.initialize()
+    run(engine, range(4))
+    engine.save_checkpoint(tmp_path / "first")
+    engine = guarded(Engine, lambda m: CapabilityGuard.load(tmp_path / "math.safetensors", model=m, rule="remove"))()
+    engine.initialize()
+    run(engine, range(3))
+    assert engine.guard.report()["waiting"] == 3
+    engine.save_checkpoint(tmp_path / "second")
+    report = engine.guard.report()
+    assert report["waiting"] == 0 and report["domains"]["math"]["moved"] < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:basis of domain 'math' ends at weights")
 def test_stage_is_written_with_checkpoints_and_protects(tmp_path):
     path = tmp_path / "math.safetensors"
     engine = guarded(Engine, lambda m: CapabilityGuard(m, k=4), stage="math", path=path)()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from carerl_kernels.monitor import DriftMonitor, JsonLines
+from carerl_kernels.monitor.diagnose import diagnose
 from carerl_kernels.monitor.report import RunRecord, build_page
 from processes import start, wait
 
@@ -221,3 +222,21 @@ def test_processes_without_a_shared_disk_go_on_with_the_first_ones_state(tmp_pat
     assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
     told = [json.loads(log.read_text().splitlines()[-1]) for log in logs]
     assert told[0] == told[1] == [2, first.state_dict()["watched"]]
+
+
+def test_figures_that_the_guarded_trainer_logs_by_domain_reach_report_and_diagnosis(tmp_path):
+    from carerl_kernels.monitor.callback import MonitorCallback
+
+    path = tmp_path / "metrics.jsonl"
+    scores = iter([0.9, 0.2])
+    monitor = DriftMonitor(["a/b"], lambda: {"a/b": [next(scores)] * 64}, every=6, sinks=[JsonLines(path)])
+    callback = MonitorCallback(monitor)
+    callback._observe(0)
+    for step in range(1, 7):
+        logs = {"domain/a/b/reward": 0.0, "domain/a/b/frac_reward_zero_std": 1.0, "domain/a/b/share": 1.0, "loss": 0.5}
+        callback.on_log(None, None, None, {**logs, "domain/a/b/entropy": 0.1})
+        callback._observe(step)
+    record = RunRecord.read(tmp_path)
+    assert record.series("rewards", "a/b") == [(step, 0.0) for step in range(1, 7)]
+    assert record.series("loss") == [(step, 0.5) for step in range(1, 7)]
+    assert "dead groups" in [cause.name for cause in diagnose(tmp_path).causes]

@@ -76,7 +76,10 @@ def example_scores(
     rewards = ranks.on_first(judge)
     judged = [[r for r in rewards[i : i + num_samples] if r is not None] for i in range(0, len(rewards), num_samples)]
     if not any(judged):
-        raise RewardError(f"domain {domain.name!r}: none of the completions of its eval_examples could be judged")
+        raise RewardError(
+            f"domain {domain.name!r}: expected rewards for completions of its eval_examples, found none that could be judged; "
+            "repair the judge or verifier, then resume"
+        )
     return [(sum(values), len(values)) for values in judged]
 
 

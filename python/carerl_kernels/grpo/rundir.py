@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .._errors import PlainError
-from .._files import json_line, lines_up_to, write_atomically, write_bytes_atomically, write_json
+from .._files import check_writable, json_line, lines_up_to, write_atomically, write_bytes_atomically, write_json
 from .._json import nested_tuples
 from ..subspace.shards import local
 from .parallel import Ranks, gather_state, placed, whole
@@ -163,15 +163,17 @@ class RunDirectory:
 
         Raises:
             CheckpointError: It holds a run already.
+            OSError: Nothing can be written there.
         """
         self.ranks.on_first(lambda: self._start(config))
 
     def _start(self, config: Mapping[str, Any]) -> None:
         if self.config_path.exists() or self.metrics_path.exists():
             raise CheckpointError(
-                f"{self.path} already holds a run; resume it with run(..., resume=True) or choose another directory"
+                f"{self.path} already holds a run; go on with it (--resume, in Python train(resume=True)) or choose another "
+                "directory"
             )
-        self.path.mkdir(parents=True, exist_ok=True)
+        check_writable(self.config_path)
         (self.path / "bases").mkdir(exist_ok=True)
         write_json(self.config_path, config)
         self.metrics_path.touch()

@@ -134,7 +134,8 @@ def merge(
     for name, last in lasts.items():
         if name not in domains:
             raise ValueError(
-                f"merge: expected a basis of domain {name!r}, found those of {', '.join(domains) or 'none'}"
+                f"merge: expected a basis of domain {name!r}, found those of {', '.join(domains) or 'none'}; "
+                "record one with `carerl basis record`"
             )
         if last.is_adapter:
             raise ValueError(

@@ -13,6 +13,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
+from .._files import check_writable
 from ..subspace import StoredBasis
 from ..subspace.recorder import Recorder
 from .following import Following
@@ -158,7 +159,7 @@ class CapabilityGuard(Protection):
         exception inside makes no history.
 
         Args:
-            path: safetensors file to write on exit, atomically.
+            path: safetensors file to write on exit, atomically. Whether it can be written is tried before the stage begins.
             inputs: basis "input": batches of the domain to show at the stage's end, as :meth:`protect` takes them; None keeps a
                 sample of what the model is called with.
             shown: `run`, `tokenizer`, `positions`, `unseen`: see :meth:`protect`.
@@ -173,6 +174,8 @@ class CapabilityGuard(Protection):
         current = self._recording.stage
         if current is not None and not (self._following.restored and current.domain == name):
             raise RuntimeError(f"expected no stage in progress, found {current.domain!r}; stages do not nest")
+        if path is not None and self.layout.shards.rank == 0:
+            check_writable(path)
         recorder = current or self._recorder(name, inputs=inputs, **shown)
         self._recording.stage = recorder
         self._start_here()

@@ -28,8 +28,9 @@ MakeGuard = Callable[[nn.Module], CapabilityGuard]
 class GuardCallback(TrainerCallback):
     """Puts a guard behind the optimizer of a transformers `Trainer` for the length of `train()`.
 
-    The guard is in every checkpoint (`checkpoint-N/guard*`), and a resumed run goes on with it. In grad mode the trainer's
-    clipping moves behind the edit: `args.max_grad_norm` becomes the guard's for the time of the training.
+    Weights are corrected before every checkpoint and evaluation of the trainer. The guard is in every checkpoint
+    (`checkpoint-N/guard*`), and a resumed run goes on with it. In grad mode the trainer's clipping moves behind the edit:
+    `args.max_grad_norm` becomes the guard's for the time of the training.
 
     Args:
         guard: `make(model) -> CapabilityGuard`, called when training begins: the model is wrapped, sharded and has its
@@ -68,6 +69,8 @@ class GuardCallback(TrainerCallback):
         self.guard: CapabilityGuard | None = guard if isinstance(guard, CapabilityGuard) else None
         self._make: MakeGuard | None = None if isinstance(guard, CapabilityGuard) else guard
         self.stage, self.path, self.probe_loss, self.every = stage, path, probe_loss, every
+        if not isinstance(protect, Mapping | None):
+            raise TypeError(f'protect: expected rows by name, {{"chat": rows}}, found {type(protect).__name__}')
         self.protect = dict(protect or {})
         self._domain = domain
         self.recorder: Any = None  # of the stage in progress
@@ -140,9 +143,15 @@ class GuardCallback(TrainerCallback):
             self._step.enter_context(guard.domain(domain))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Corrects the weights where the optimizer is not followed."""
+        """Corrects the weights where the optimizer is not followed, and before they are saved or evaluated."""
         if self.every is not None and self.guard is not None and state.global_step % self.every == 0:
             self.guard.confine_()
+        self.on_epoch_end(args, state, control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Corrects what waits before the weights are saved or evaluated: transformers' own callback came first and decided it."""
+        if self.guard is not None and (control.should_save or control.should_evaluate):
+            self.guard.settle() if self.every is None else self.guard.confine_()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The step is over."""

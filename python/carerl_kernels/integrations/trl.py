@@ -303,11 +303,17 @@ def _domain_names(train: Any, evaluation: Any, column: str, domains: Sequence[st
     data have no such column.
 
     Raises:
-        ValueError: a stream, whose names nobody knows beforehand, or a row of the training data without a name.
+        ValueError: a column other than the default that is not there, a stream, whose names nobody knows beforehand, or a row
+            of the training data without a name.
     """
     if domains is not None:
         return list(domains)
-    if column not in (getattr(train, "column_names", None) or []):
+    names = getattr(train, "column_names", None) or []
+    if column not in names:
+        if column != "domain" and names:
+            raise ValueError(
+                f"domain_column: expected a column of the training data ({', '.join(names)}), found {column!r}"
+            )
         return []
     held = list(evaluation.values()) if isinstance(evaluation, Mapping) else [evaluation]
     held = [data for data in held if column in (getattr(data, "column_names", None) or [])]

@@ -110,6 +110,8 @@ def guarded(
                 return super().optimizer_step()
 
         def save_checkpoint(self, local_path: Any, *args: Any, **kwargs: Any) -> None:
+            if self.guard is not None:
+                self.guard.settle()  # any checkpoint may be the run's result: verl does not say which is the last
             super().save_checkpoint(local_path, *args, **kwargs)
             if self.guard is None:
                 return

@@ -18,6 +18,14 @@ from ..grpo.parallel import Ranks
 from .monitor import DriftMonitor
 
 STATE = "monitor.json"
+OF_DOMAIN = {
+    "reward": "rewards",
+    "frac_reward_zero_std": "agreed",
+    "share": "batch_share",
+    "step_share": "step_share",
+    "weight": "weight",
+}
+"""Figures of one domain as `CareGRPOTrainer` logs them, and their names in the record that report and diagnosis read."""
 
 
 class MonitorCallback(TrainerCallback):
@@ -76,7 +84,13 @@ class MonitorCallback(TrainerCallback):
         self._observe(step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        self._logs |= dict(logs or {})
+        for key, value in (logs or {}).items():
+            start, _, rest = key.partition("/")
+            domain, _, figure = rest.rpartition("/")
+            if start == "domain" and domain and figure in OF_DOMAIN:
+                self._logs.setdefault(OF_DOMAIN[figure], {})[domain] = value
+            else:
+                self._logs[key] = value
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.losses and self.monitor.gradients_due():

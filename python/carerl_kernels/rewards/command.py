@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -78,7 +79,8 @@ def score(
                 trace,
             )
         report = _with_bar(lambda progress: score_file(source, target, rows, progress), rows)
-    typer.echo(f"{report.rows} rows, {report.asked} scored now, mean reward {report.mean:.3f} -> {target}")
+    mean = "none with a reward" if math.isnan(report.mean) else f"mean reward {report.mean:.3f}"
+    typer.echo(f"{report.rows} rows, {report.asked} scored now, {mean} -> {target}")
     for line in rows.summary():
         typer.echo(line)
     for reason, count in report.excluded.items():

@@ -161,16 +161,23 @@ def shown_rows(rows: Iterable[Any], tokenizer: Any) -> Iterator[Any]:
     one, messages, or a text; what is already a batch stays as it is.
 
     Raises:
-        ValueError: rows that need a tokenizer, and none.
+        ValueError: rows that need a tokenizer, and none; rows of texts under other names.
     """
     for row in rows:
         if not isinstance(row, Mapping) or not {"prompt", "messages", "text"} & set(row):
+            if isinstance(row, Mapping) and not any(isinstance(value, Tensor | list | tuple) for value in row.values()):
+                raise ValueError(
+                    "expected rows with prompt (and completion), messages or text, or batches that the model is called with, "
+                    f"found a row with {', '.join(map(repr, row)) or 'nothing'}; rename its columns"
+                )
             yield row
             continue
         if tokenizer is None:
             raise ValueError(f"rows with {', '.join(row)}: expected a tokenizer to read them with, found none")
         ids = encode(tokenizer, row["prompt"] if "prompt" in row else row.get("messages", row.get("text")))
-        answer = next((row[key] for key in ("completion", "answer") if isinstance(row.get(key), str)), "")
+        answer = next((row[key] for key in ("completion", "answer") if isinstance(row.get(key), str | list)), "")
+        if not isinstance(answer, str):  # chat messages
+            answer = "".join(message["content"] for message in answer)
         ids = ids + (tokenizer(answer, add_special_tokens=False)["input_ids"] if answer else [])
         yield {"input_ids": ids}
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     AnyLayout = Layout | MatrixLayout
 
 FORMAT = "carerl-basis"
+HOW = "record one with `carerl basis record`, or with guard.protect or guard.stage and path="
 FORMAT_VERSION = 2
 SCALE_BLOCK = 128  # elements of int8 and float8 directions that share one scale
 
@@ -297,7 +298,7 @@ def read_info(path: Path | str) -> BasisInfo:
 def _opened(path: Path) -> Iterator[tuple[Any, BasisInfo]]:
     """A basis file, and what is known about it; errors inside are the file's."""
     if not path.is_file():
-        raise FileNotFoundError(f"basis file {path} does not exist; record one with guard.stage(name, path=...)")
+        raise FileNotFoundError(f"basis file {path} does not exist; {HOW}")
     try:
         with safe_open(path, framework="pt") as file:
             yield file, _read_info(path, file.metadata() or {})
@@ -309,7 +310,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, BasisInfo]]:
 
 def _read_info(path: Path, metadata: Mapping[str, str]) -> BasisInfo:
     if metadata.get("format") != FORMAT:
-        raise BasisError(f"{path}: expected a {FORMAT} file, found {metadata.get('format', 'no format mark')}")
+        found = metadata.get("format", "no format mark")
+        raise BasisError(f"{path}: expected a {FORMAT} file, found a safetensors file of format {found!r}; {HOW}")
     if int(metadata["version"]) > FORMAT_VERSION:
         raise BasisError(
             f"{path}: expected format version <= {FORMAT_VERSION}, found {metadata['version']}; upgrade carerl-kernels"

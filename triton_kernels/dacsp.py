@@ -1,4 +1,4 @@
-"""The literal rule in four launches: partial coefficients, totals, the K x K core, the edit. Nothing waits for the device."""
+"""The sign rule in four launches: partial coefficients, totals, the K x K core, the edit. Nothing waits for the device."""
 
 import torch
 import triton

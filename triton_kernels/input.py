@@ -1,4 +1,4 @@
-"""One-sided directions of weight matrices in one launch over a list: coefficients of inputs, confinement, the literal rule.
+"""One-sided directions of weight matrices in one launch over a list: coefficients of inputs, confinement, the sign rule.
 
 A program takes some outputs of one matrix. It sums their coefficients over tiles of inputs, decides what they move by, and goes
 over the tiles again, which L2 still holds. Outputs that do not move are not written. More than :data:`_blocks.LARGEST_INPUTS`

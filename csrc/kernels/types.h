@@ -27,7 +27,7 @@ struct Edit {
   const float* scale;  // [batch], or [tensors]
 };
 
-// Weights of the literal rule: one number, or one per row.
+// Weights of the sign rule: one number, or one per row.
 struct Weights {
   double value;
   const float* rows;

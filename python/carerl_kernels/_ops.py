@@ -373,7 +373,7 @@ def _edit_rotate_fake(grads, bases, offsets, mix, scale, domain, q, per_tensor=F
 
 
 def _check_weights(op: str, weights: Sequence[Tensor | float], rows: int, like: Tensor, like_name: str) -> None:
-    """Aligned, conflict and threshold of the literal rule: a number each, or one per row."""
+    """Aligned, conflict and threshold of the sign rule: a number each, or one per row."""
     for name, weight in zip(("aligned", "conflict", "threshold"), weights, strict=True):
         if isinstance(weight, Tensor):
             _check_small(op, name, weight, (rows,), like, _F32, like_name)

@@ -43,7 +43,7 @@ def dacsp_core(
     threshold: Tensor | float,
     root: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Classes and edit coefficients of the literal rule (CARE-RL, arXiv:2606.00609), between the two passes.
+    """Classes and edit coefficients of the sign rule (CARE-RL, arXiv:2606.00609), between the two passes.
 
     Args:
         coeffs: c `[..., K]` float64.

@@ -105,7 +105,7 @@ def input_confine_(matrices, directions, anchor, lower=None, upper=None, left=Fa
 
 
 def input_dacsp_(matrices, directions, aligned, conflict, threshold, left=False):
-    """The literal rule on matrices of gradients: `c = g V^T`, `g <- g + ((weight - 1) c) V` in one pass.
+    """The sign rule on matrices of gradients: `c = g V^T`, `g <- g + ((weight - 1) c) V` in one pass.
 
     The weight is `aligned` where c is above the threshold, `conflict` where it is below minus the threshold, else 1: a number
     each, or float32 `[K]`. What moves, what does not and what is returned: as :func:`input_confine_`.

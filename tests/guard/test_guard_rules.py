@@ -167,7 +167,7 @@ def test_integrated_net_displacement_is_f_of_the_raw_one():
 
 
 def test_instant_rectifies_noise_and_displacement_rules_do_not():
-    """Zero-mean noise of size s drifts by (wa - wc)*s*phi(0) a step under the literal rule: why it is not the default."""
+    """Zero-mean noise of size s drifts by (wa - wc)*s*phi(0) a step under the sign rule: why it is not the default."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(400, generator=generator).tolist()
     drift = {}
@@ -294,7 +294,7 @@ def test_signs_within_the_rounding_of_int8_directions_count_for_nothing(dtype, s
 
 @pytest.mark.parametrize("poison", [False, True])
 @pytest.mark.parametrize("kind", ["flat", "per_matrix"])
-def test_recording_a_stage_under_the_literal_rule_takes_two_passes_and_changes_nothing(kind, poison, monkeypatch):
+def test_recording_a_stage_under_the_sign_rule_takes_two_passes_and_changes_nothing(kind, poison, monkeypatch):
     """`gram` and `edit_rotate_` over rows that act and rows that are recorded: what four passes one after the other make."""
     from carerl_kernels.guard.correct import StepCorrection
 

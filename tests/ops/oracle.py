@@ -71,7 +71,7 @@ def dacsp(
     threshold: float | Array,
     root: Array | None = None,
 ) -> tuple[Array, Array, NDArray[np.int8], Array]:
-    """The literal rule. Returns g', c, classes, gains (w - 1), all but the first `[B, K]`.
+    """The sign rule. Returns g', c, classes, gains (w - 1), all but the first `[B, K]`.
 
     aligned: c > threshold; conflicting: c < -threshold; everything else keeps weight 1.
     sum combine x = (w-1) c, symmetric combine x = R diag(w-1) R c.
@@ -109,7 +109,7 @@ def input_confine(W: Array, V: Array, anchor: Array, lower: Array | float, upper
 def input_dacsp(
     W: Array, V: Array, aligned: float | Array, conflict: float | Array, threshold: float | Array
 ) -> tuple[Array, Array]:
-    """Coefficients c and what the literal rule moves them by, x."""
+    """Coefficients c and what the sign rule moves them by, x."""
     c = input_project(W, V)
     gain = np.where(c > threshold, aligned - 1.0, np.where(c < -np.asarray(threshold), conflict - 1.0, 0.0))
     return c, gain * c

@@ -1,4 +1,4 @@
-"""The literal rule in one call: `dacsp_` in all four overloads against dense float64, and what it must not touch."""
+"""The sign rule in one call: `dacsp_` in all four overloads against dense float64, and what it must not touch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One-sided directions of weight matrices: coefficients of inputs, projection back into a box, and the literal rule."""
+"""One-sided directions of weight matrices: coefficients of inputs, projection back into a box, and the sign rule."""
 
 from __future__ import annotations
 
@@ -144,13 +144,13 @@ def test_directions_may_be_rounded(op, dtype, left, directions):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_literal_rule(op, shape):
+def test_the_sign_rule(op, shape):
     for dtype, (side, left), weights in itertools.product(FLOATS, SIDES.items(), ("scalar", "tensor")):
         with naming(dtype, side, weights):
-            follow_the_literal_rule(op, shape, dtype, left, weights == "tensor")
+            follow_the_sign_rule(op, shape, dtype, left, weights == "tensor")
 
 
-def follow_the_literal_rule(op, shape, dtype, left, per_direction):
+def follow_the_sign_rule(op, shape, dtype, left, per_direction):
     p = Problem(shape, dtype, left, device=op.device)
     before, K = p.W, shape[3]
     weights = [1.5, 0.25, 0.4]

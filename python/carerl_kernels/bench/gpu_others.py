@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .cases import Inputs
 from .logits import LogitsCase, log_softmax_gather, textbook
-from .sharp import Way, apart, computed, edited, gram_mm, halves, literal, rotate_mm, ruled
+from .sharp import Way, apart, computed, edited, gram_mm, halves, rotate_mm, ruled, sign_rule
 from .variants import textbook_call
 
 Ways = dict[str, Callable[[], Any]]
@@ -73,7 +73,7 @@ def _input_products(x: Inputs) -> Ways:
     found: Ways = {
         "input_project": lambda: grads @ rows.T,
         "input_confine_": confine,
-        "input_dacsp_": lambda: grads.addmm_(literal(grads @ rows.T), rows),
+        "input_dacsp_": lambda: grads.addmm_(sign_rule(grads @ rows.T), rows),
     }
     return {"mm": lambda: x.outputs(found[x.case.op]())}
 

@@ -113,8 +113,8 @@ def edit_tiles(size: int, x: Inputs, mix: Tensor, scale: float) -> None:
             place.copy_(torch.addmm(grads, scaled, rows, beta=scale))
 
 
-def literal(c: Tensor) -> Tensor:
-    """What the literal rule adds along each direction."""
+def sign_rule(c: Tensor) -> Tensor:
+    """What the sign rule adds along each direction."""
     return (weights(c, ALIGNED, CONFLICT) - 1) * c
 
 
@@ -130,7 +130,7 @@ def input_edit(rows_at_once: int, x: Inputs) -> None:
             d = c.neg_().add_(x.anchor[at])
             mix = d - torch.clamp(d, -x.bound[at], x.bound[at])
         else:
-            mix = literal(c)
+            mix = sign_rule(c)
         w.addmm_(mix, u)
         if w is not part:
             part.copy_(w)
@@ -205,7 +205,7 @@ def halves(x: Inputs, sizes: Mapping[str, int]) -> tuple[dict[str, Coefficients]
 
 def ruled(coeffs: Coefficients, edit: Edit, x: Inputs) -> Tensor:
     c = coeffs(x)
-    edit(x, literal(c), 1.0)
+    edit(x, sign_rule(c), 1.0)
     return c
 
 

@@ -41,7 +41,7 @@ def edit(grads: Tensor, bases: Tensor, mix: Tensor, scale: Tensor, scales: Tenso
 
 
 def dacsp(grads: Tensor, bases: Tensor, aligned: float, conflict: float, scales: Tensor | None = None) -> Outputs:
-    """The literal rule with the sum combine."""
+    """The sign rule with the sum combine."""
     g = grads.float()
     edit, coeffs = torch.zeros_like(g), []
     for domain in domains(bases, scales):

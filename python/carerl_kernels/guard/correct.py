@@ -35,7 +35,7 @@ class StepCorrection:
         self.q_start = self.q_prev.clone()
         # where a step's coefficients and its correction go: memory that is there already costs no page faults
         self._q, self._x = torch.empty_like(self.q_prev), torch.empty_like(self.q_prev)
-        self._literal: LiteralRecording | None = None
+        self._signs: SignRecording | None = None
 
     def rebase(self, parameters: Sequence[Tensor]) -> None:
         """Counts from the present parameters on."""
@@ -119,10 +119,10 @@ class StepCorrection:
             if recorder is None:
                 c, x = stack.dacsp_(grads, own, self.params, self._floor(total))
             else:
-                literal = self._literal
-                if literal is None or literal.recorder is not recorder or literal.made_of is not stack.bases:
-                    literal = self._literal = LiteralRecording(stack, recorder)
-                c, x = literal.step(grads, own, self.params)
+                signs = self._signs
+                if signs is None or signs.recorder is not recorder or signs.made_of is not stack.bases:
+                    signs = self._signs = SignRecording(stack, recorder)
+                c, x = signs.step(grads, own, self.params)
             overlapped = stack.overlap_times(x)
         else:
             c = stack.project(grads)  # [T, K]
@@ -140,7 +140,7 @@ class StepCorrection:
         )
 
     def fuses(self, max_grad_norm: float | None = None) -> bool:
-        """Whether one fused op can do it: the literal rule on rows that live here whole, and no clipping after the edit."""
+        """Whether one fused op can do it: the sign rule on rows that live here whole, and no clipping after the edit."""
         stack = self.stack
         whole = isinstance(stack, RowStack) and not stack.layout.shards.sharded and stack.one_call_each
         return whole and self.settings.rule == "instant" and max_grad_norm is None
@@ -183,8 +183,8 @@ class StepCorrection:
             self.stack.pack_(rows, state[name])
 
 
-class LiteralRecording:
-    """The literal rule while a stage is recorded: rows that act and rows that are being recorded in one tensor, so that `gram`
+class SignRecording:
+    """The sign rule while a stage is recorded: rows that act and rows that are being recorded in one tensor, so that `gram`
     and `edit_rotate_` serve both. Two passes over them, where a correction and a recording by themselves take four. Rows are
     float32, and from now on the recorder's live here.
     """

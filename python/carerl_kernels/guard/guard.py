@@ -44,7 +44,7 @@ class CapabilityGuard(Protection):
     Args:
         model: the module whose trainable parameters are guarded, or pairs of name and parameter.
         rule: "bounded" lets a stage move along a direction by `bound` of what the recorded stage moved, and not at all along
-            directions without a stage; "remove" not at all; "integrated", "instant" (the literal reading of the paper) and
+            directions without a stage; "remove" not at all; "integrated", "instant" (one reading of the paper) and
             "probed" decide on the sign of every step, see :mod:`carerl_kernels.guard.rules`.
         process_group: over which the parameters of a plain list are sharded (each process gives a contiguous part of every
             flattened parameter). FSDP2's DTensors bring their own; DDP needs none.

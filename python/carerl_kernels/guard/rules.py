@@ -1,6 +1,6 @@
 """The rules that decide step by step how much of each component passes. Float64, `[T, K]`, no host synchronisation.
 
-    instant         sign of this minibatch's coefficient. The literal reading of CARE-RL; its sign is mostly minibatch
+    instant         sign of this minibatch's coefficient. One reading of CARE-RL; its sign is mostly minibatch
                     noise, which the rule rectifies into a drift. Kept for comparison.
     integrated      acts on P, the displacement accumulated since the stage began: a step applies `f(P_new) - f(P_old)`,
                     f(P) = w P with w = aligned for P > 0 and conflict for P < 0, so that noise averages out

@@ -300,7 +300,7 @@ class RowStack(Stack[Layout, DomainBasis]):
     def dacsp_(
         self, grads: Sequence[Tensor], own: str | None, params: RuleParams, floor: Tensor | float
     ) -> tuple[Tensor, Tensor]:
-        """The literal rule on gradients in one op: projected, classified by sign, reweighted, edited in place.
+        """The sign rule on gradients in one op: projected, classified by sign, reweighted, edited in place.
 
         Args:
             grads: whole, finite or left alone.

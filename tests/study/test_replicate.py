@@ -286,6 +286,7 @@ runs: [{setting: pool, methods: [none, alone, watched, own, pooled-guard, pooled
         assert len(r.scores) == 2 and len(r.lowest) == 3
         assert all(low <= end for low, end in zip(r.lowest, r.scores[1], strict=True))
     assert records["pooled-guard@1"].guard_share > 0 and records["none@1"].guard_share is None
+    assert "nan" not in ran.output and "lowest - start" in ran.output
     report = carerl("--preset", path, "--out", out, "--report")
     assert report.exit_code == 0, report.output
     assert "| pooled-guard@1 | 1 |" in report.output and "worst domain - alone" in report.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -103,31 +104,36 @@ def replicate(
 
 
 def _line(record: Record) -> str:
-    return f"{record.cell:<36} {measures(record)}  {record.seconds:.0f} s"
+    return f"{record.cell:<36} {told(record)}  {record.seconds:.0f} s"
 
 
-def measures(record: Record) -> str:
-    """The three numbers of a cell."""
-    return f"average {record.average:.3f}  forget {record.forgetting:+.3f}  new {record.new:.3f}"
+def told(record: Record) -> str:
+    """The measures of a cell in a line."""
+    return "  ".join(f"{name} {value:.3f}" for name, value in measures(record).items())
+
+
+def measures(record: Record) -> dict[str, float]:
+    """The numbers of a cell; of a pooled one, in which nothing is new or old, how far a domain fell instead."""
+    found = {"average": record.average, "forget": record.forgetting, "new": record.new, "lowest - start": record.dip}
+    return {name: value for name, value in found.items() if not isnan(value)}
 
 
 def compare(record: Record, others: list[Record], console: Console) -> None:
     """Say where a cell lies among the recorded ones of its row: equal to its own record, or within the seeds' interval."""
     from .stats import estimate
 
-    console.print(f"{record.cell}: {measures(record)}", highlight=False)
+    console.print(f"{record.cell}: {told(record)}", highlight=False)
     row = [r for r in others if (r.setting, r.variant) == (record.setting, record.variant)]
     same = next((r for r in row if r.cell == record.cell), None)
     if same is not None:
-        verdict = "equal" if same.scores == record.scores else f"recorded: {measures(same)}"
+        verdict = "equal" if same.scores == record.scores else f"recorded: {told(same)}"
         console.print(f"  against its own record: {verdict}", highlight=False)
     rest = [r for r in row if r.seed != record.seed and r.confirms == record.confirms]
     if len(rest) < 2:
         console.print(f"  other recorded seeds: {len(rest)}, too few for an interval", highlight=False)
         return
-    for measure in ("average", "forgetting", "new"):
-        e = estimate([getattr(r, measure) for r in rest])
-        value = getattr(record, measure)
+    for measure, value in measures(record).items():
+        e = estimate([measures(r)[measure] for r in rest])
         where = "inside" if e.holds(value) else "OUTSIDE"
         width = e.half * (e.n + 1) ** 0.5
         console.print(

@@ -14,7 +14,12 @@ from ._rows import read_rows
 
 def record(
     model: Annotated[Path, typer.Argument(help="Folder of the model (transformers), with its tokenizer.")],
-    prompts: Annotated[Path, typer.Option(help='JSON lines with "prompt": a text, or chat messages.')],
+    prompts: Annotated[
+        Path,
+        typer.Option(
+            help='JSON lines with "prompt": chat messages, or a text, which a user says where there is a chat template.'
+        ),
+    ],
     domain: Annotated[str, typer.Option(help="Name of the domain.")],
     out: Annotated[Path, typer.Option(help="File to write.")],
     answers: Annotated[
@@ -40,9 +45,9 @@ def record(
 
         from .grpo.sampling import sample
         from .subspace import MatrixLayout, observe
-        from .subspace.batches import encode, prepared
+        from .subspace.batches import prepared
         from .subspace.sites import guess_sides
-        from .text import special_tokens
+        from .text import encode_prompts, special_tokens
 
         if not domain.strip():
             raise ValueError(f"--domain: expected a name, found {domain!r}")
@@ -57,7 +62,10 @@ def record(
         if not rows:
             raise ValueError(f"prompts {prompts}: expected at least one row, found none")
         network, tokenizer = load(model, dtype, device)
-        shown = [encode(tokenizer, row["prompt"]) for row in rows]
+        asked = [row["prompt"] for row in rows]
+        if getattr(tokenizer, "chat_template", None):
+            asked = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in asked]
+        shown = encode_prompts(tokenizer, asked)
         if answers == "given":
             end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
             shown = [
@@ -66,10 +74,10 @@ def record(
             ]
         elif answers == "model":
             torch.manual_seed(seed)
-            tokens, asked = special_tokens(tokenizer, network), [ids[: max_length - 1] for ids in shown]
+            tokens, begun = special_tokens(tokenizer, network), [ids[: max_length - 1] for ids in shown]
             shown = []
-            for at in range(0, len(asked), batch_size):
-                part = asked[at : at + batch_size]
+            for at in range(0, len(begun), batch_size):
+                part = begun[at : at + batch_size]
                 length = min(max_new_tokens, max_length - min(map(len, part)))
                 written = sample(network, part, tokens, max_new_tokens=length).completions()
                 shown += [ids + answer for ids, answer in zip(part, written, strict=True)]

@@ -51,9 +51,13 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str | Messages]) -> list[li
     """Token ids of prompts: texts as they are, messages through the chat template with the assistant's turn opened.
 
     Raises:
-        ValueError: A prompt has no tokens.
+        ValueError: A prompt has no tokens; messages, and there is no template.
     """
     texts = [p for p in prompts if isinstance(p, str)]
+    if len(texts) < len(prompts) and not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "prompts are chat messages: expected a tokenizer with a chat template, found one without; give texts"
+        )
     encoded = iter(tokenizer(texts)["input_ids"] if texts else [])  # one call: many small ones cost more than sampling
     rows = []
     for prompt in prompts:

@@ -12,6 +12,7 @@ from carerl_kernels.integrations.transformers import GuardCallback
 from carerl_kernels.subspace import StoredBasis
 from carerl_kernels.subspace.batches import shown_rows
 from carerl_kernels.tasks.characters import DOMAINS, GENERATORS, tiny_model
+from carerl_kernels.train.models import byte_tokenizer
 from trl_helpers import TOKENIZER, rows, trainer
 
 
@@ -95,9 +96,26 @@ def test_rows_become_what_the_model_is_called_with():
     message = [{"role": "assistant", "content": e.answer}]
     (talk,) = shown_rows([{"prompt": e.prompt, "completion": message}], TOKENIZER)
     assert talk["input_ids"] == ids + answer
+    with pytest.raises(ValueError, match="expected a tokenizer with a chat template"):
+        list(shown_rows([{"messages": message}], TOKENIZER))
     with pytest.raises(ValueError, match=r"expected rows with prompt .* found a row with 'question'"):
         list(shown_rows([{"question": e.prompt}], TOKENIZER))
     with pytest.raises(TypeError, match=r"protect: expected rows by name, .* found list"):
         GuardCallback(CapabilityGuard, protect=[{"prompt": e.prompt}])
     with pytest.raises(ValueError, match="expected a tokenizer to read them with"):
         list(shown_rows([{"prompt": "x"}], None))
+
+
+def test_texts_stay_as_they_are_and_messages_go_through_the_template():
+    """As TRL feeds them: a text is no user's message because its tokenizer knows chats."""
+    tokenizer = byte_tokenizer()
+    asked, said = {"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}
+    opened = tokenizer.apply_chat_template([asked], add_generation_prompt=True, tokenize=False) + "2"
+    rows = [
+        {"prompt": "1+1", "completion": "2"},
+        {"text": "1+12"},
+        {"prompt": [asked], "completion": [said]},
+        {"messages": [asked, said]},
+    ]
+    raw, text, answered, talk = (tokenizer.decode(row["input_ids"]) for row in shown_rows(rows, tokenizer))
+    assert raw == text == "1+12" and answered == talk == opened != raw

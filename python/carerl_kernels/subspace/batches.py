@@ -5,14 +5,14 @@ from __future__ import annotations
 import inspect
 import io
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..text import right_pad
+from ..text import encode_prompts, right_pad
 
 BATCH = 8
 """Texts, or rows of token ids, that are shown at a time."""
@@ -142,23 +142,9 @@ def _collect(name: str, value: Any, found: list[tuple[str, Tensor]]) -> None:
 Positions = Callable[[Any], Tensor]
 
 
-def encode(tokenizer: Any, prompt: str | Sequence[dict[str, Any]]) -> list[int]:
-    """Token ids of a prompt, up to where the answer begins; a text is what a user says where there is a chat template.
-    ValueError: messages, and there is none."""
-    if getattr(tokenizer, "chat_template", None):
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not isinstance(prompt, str):
-        raise ValueError(
-            "prompts are chat messages: expected a tokenizer with a chat template, found one without; give texts"
-        )
-    return tokenizer(prompt)["input_ids"]
-
-
 def shown_rows(rows: Iterable[Any], tokenizer: Any) -> Iterator[Any]:
-    """Rows of a data set as :func:`prepared` takes them: a prompt (text or messages) with the completion after it where there is
-    one, messages, or a text; what is already a batch stays as it is.
+    """Rows of a data set as :func:`prepared` takes them: a prompt with the completion after it where there is one, messages, or a
+    text. Texts are taken as they are, messages through the chat template; what is already a batch stays as it is.
 
     Raises:
         ValueError: rows that need a tokenizer, and none; rows of texts under other names.
@@ -174,8 +160,11 @@ def shown_rows(rows: Iterable[Any], tokenizer: Any) -> Iterator[Any]:
             continue
         if tokenizer is None:
             raise ValueError(f"rows with {', '.join(row)}: expected a tokenizer to read them with, found none")
-        ids = encode(tokenizer, row["prompt"] if "prompt" in row else row.get("messages", row.get("text")))
+        prompt = row["prompt"] if "prompt" in row else row.get("messages", row.get("text"))
         answer = next((row[key] for key in ("completion", "answer") if isinstance(row.get(key), str | list)), "")
+        if "prompt" not in row and not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+            prompt, answer = prompt[:-1], prompt[-1:]
+        (ids,) = encode_prompts(tokenizer, [prompt])
         if not isinstance(answer, str):  # chat messages
             answer = "".join(message["content"] for message in answer)
         ids = ids + (tokenizer(answer, add_special_tokens=False)["input_ids"] if answer else [])

@@ -240,3 +240,22 @@ def test_figures_that_the_guarded_trainer_logs_by_domain_reach_report_and_diagno
     assert record.series("rewards", "a/b") == [(step, 0.0) for step in range(1, 7)]
     assert record.series("loss") == [(step, 0.5) for step in range(1, 7)]
     assert "dead groups" in [cause.name for cause in diagnose(tmp_path).causes]
+
+
+@pytest.mark.parametrize("domain", [None, "new"])
+def test_a_run_of_one_domain_is_known_by_its_name(tmp_path, domain):
+    """A supervised trainer logs no domains: who is told what it trains names the stage that others fell in."""
+    from carerl_kernels.monitor.callback import MonitorCallback
+
+    scores = iter([0.9, 0.2])
+    sinks = [JsonLines(tmp_path / "metrics.jsonl")]
+    callback = MonitorCallback(
+        DriftMonitor(["old"], lambda: {"old": [next(scores)] * 64}, every=6, sinks=sinks), domain=domain
+    )
+    for step in range(7):
+        callback.on_log(None, None, None, {"loss": 0.5})
+        callback._observe(step)
+    record = RunRecord.read(tmp_path)
+    assert [(s.name, s.first, s.last) for s in record.spans] == ([] if domain is None else [("new", 1, 6)])
+    causes = {cause.name: cause for cause in diagnose(tmp_path).causes}
+    assert ("unprotected stage" in causes) == (domain is not None)

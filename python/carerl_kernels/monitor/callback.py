@@ -39,6 +39,8 @@ class MonitorCallback(TrainerCallback):
         monitor: A monitor with `evaluate`, which every process has to call alike; give sinks to rank 0 only.
         losses: per domain, its loss on stored examples; where `monitor.gradients_due()`, their gradients are compared with
             the batch's own, and with `split_every` they are what is split into conflict and curvature (without dropout then).
+        domain: what all steps train, where the trainer logs no domains (SFT): records then say so, and `carerl diagnose` knows
+            whose steps the others suffered from.
         resume_from_checkpoint: what `trainer.train` is given under this name, where that lies outside of `args.output_dir`: a
             callback is not told. `args.resume_from_checkpoint` is looked at, too.
 
@@ -54,8 +56,9 @@ class MonitorCallback(TrainerCallback):
         monitor: DriftMonitor,
         losses: Mapping[str, Callable[[], Tensor]] | None = None,
         resume_from_checkpoint: Path | str | None = None,
+        domain: str | None = None,
     ) -> None:
-        self.monitor, self.losses = monitor, dict(losses or {})
+        self.monitor, self.losses, self.domain = monitor, dict(losses or {}), domain
         self.resume_from_checkpoint = resume_from_checkpoint
         self._logs: dict[str, Any] = {}
         self._next = 0  # first step that the monitor has not seen
@@ -139,5 +142,8 @@ class MonitorCallback(TrainerCallback):
     def _observe(self, step: int) -> None:
         if step >= self._next:
             logs, self._logs = self._logs, {}
-            self.monitor.step(step, logs, losses=self._values if self.losses else None)
+            acting = self.domain if step else None  # nothing was trained before the first one
+            if acting is not None:
+                logs = {"stage": acting, "batch_share": {acting: 1.0}} | logs
+            self.monitor.step(step, logs, acting=acting, losses=self._values if self.losses else None)
             self._next = step + 1

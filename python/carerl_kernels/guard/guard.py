@@ -35,11 +35,11 @@ class CapabilityGuard(Protection):
     (:meth:`stage`), or from files. What holds it is a projection of the parameters (:mod:`carerl_kernels.guard.box`) behind any
     optimizer: every few steps once :meth:`attach` was called, or whenever :meth:`confine_` is.
 
-    The defaults follow from the comparisons in docs/evidence.md. Directions of inputs: directions of gradients end .09 lower.
-    32 a matrix with 90 % of the inputs' energy: on seeds kept for choosing, twice as many with more energy were no better
-    (.782, .773); tasks that share their form with what is to be kept want `r=64, energy=0.99`. Every 8th step: not told apart
-    from every step, for an eighth of the corrections. Half of a matrix's inputs at most (`room`): without the limit, eight
-    domains leave little to learn in (.685 for .736).
+    The defaults follow from the comparisons in docs/evidence.md. Directions of inputs: directions of gradients end .09
+    lower. 32 a matrix with 90 % of the inputs' energy: on seeds kept for choosing, twice as many with more energy were no
+    better (.782, .773); tasks that share their form with what is to be kept want `r=64, energy=0.99` (all parameters;
+    adapters do not). Every 8th step: not told apart from every step, for an eighth of the corrections. Half of a matrix's
+    inputs at most (`room`): without the limit, eight domains leave little to learn in (.685 for .736).
 
     Args:
         model: the module whose trainable parameters are guarded, or pairs of name and parameter.

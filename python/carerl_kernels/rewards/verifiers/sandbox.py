@@ -13,6 +13,7 @@ import os
 import signal
 import stat
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -304,7 +305,7 @@ def _everybody_can_run(python: str) -> bool:
     )
 
 
-class SandboxedReward:
+class SandboxedReward(ABC):
     """A verifier that runs something in the sandbox; None where that fails, which says nothing about the completion."""
 
     verifies = True
@@ -317,6 +318,6 @@ class SandboxedReward:
             LOGGER.warning("not judged: %s", error)
             return None
 
+    @abstractmethod
     def _reward(self, example: Example, completion: str) -> float:
         """The reward. SandboxError: the sandbox failed."""
-        raise NotImplementedError

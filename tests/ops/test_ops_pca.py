@@ -41,7 +41,7 @@ def orthonormality(rows: np.ndarray, values: np.ndarray) -> float:
 
 @pytest.mark.parametrize(("grad", "basis"), [("fp32", "fp32"), ("bf16", "fp32"), ("fp32", "bf16"), ("fp16", "fp16")])
 @pytest.mark.parametrize(
-    ("k", "batch", "n"), [(1, 0, 1003), (8, 3, 129), (5, 1, 70001), (4, 9, 15), (3, 2, 3), (2, 5, 1), (4, 2, 0)]
+    ("k", "batch", "n"), [(1, 0, 1003), (8, 3, 129), (5, 1, 33_001), (4, 9, 15), (3, 2, 3), (2, 5, 1), (4, 2, 0)]
 )
 def test_one_step_is_a_dense_svd(op, k, batch, n, grad, basis):
     """Energies and captured energy, not angles: U' and s' of [decay diag(s) U; G] up to the rounding of the storage."""
@@ -85,9 +85,8 @@ def test_list_is_a_step_per_tensor_or_one_of_all(op, per_tensor):
     for t, (g, found) in enumerate(zip(gradients, values.reshape(-1, 5), strict=True)):
         size = np.linalg.norm(g) * 2**0.5  # the same gradient twice: one direction, sqrt(2) times its length
         assert_within(found, np.array([size, 0, 0, 0, 0]), 1e-6 * size, f"s[{t}]")
-        mask = x.masks[t] if per_tensor else x.masks.any(0)
-        rows = to64(basis)[:, mask]
-        assert_within(np.abs(rows[0] @ g[0, mask]), np.array(np.linalg.norm(g)), 1e-6 * size, "captured")
+        rows = to64(basis)[:, x.masks[t] if per_tensor else x.masks.any(0)]
+        assert_within(np.abs(rows[0] @ g[0]), np.array(np.linalg.norm(g)), 1e-6 * size, "captured")
         assert (rows[1:] == 0).all()
     assert basis[:, ~covered].isnan().all()
     assert all(held.unchanged() for held in x.grads)

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
@@ -46,9 +47,12 @@ def dispatched(overload: str) -> torch._ops.OpOverload:
 def in_small_chunks(overload: str) -> Callable:
     """The reference, with chunks of a quarter of their size: several of them then need no more than 2^15 elements."""
 
+    run = reference.KERNELS[overload]
+
+    @wraps(run)
     def call(*args, **kwargs):
         with mock.patch.object(reference, "CHUNK", 1 << 14):
-            return reference.KERNELS[overload](*args, **kwargs)
+            return run(*args, **kwargs)
 
     return call
 

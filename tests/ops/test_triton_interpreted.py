@@ -53,10 +53,10 @@ def test_memory_before_a_tensor_and_between_tensors_is_caught():
         for first, last, inside in ((10, 20, True), (30, 40, True), (9, 12, False), (18, 32, False), (39, 41, False)):
             addresses = np.arange(first, last, dtype=np.uint64) * 4 + np.uint64(buffer.data_ptr())
             if inside:
-                guard.check("load", addresses, np.ones(len(addresses), bool), 4)
+                guard.check("load", addresses, 4)
             else:
                 with pytest.raises(triton_interpreted.OutOfBounds):
-                    guard.check("load", addresses, np.ones(len(addresses), bool), 4)
+                    guard.check("load", addresses, 4)
     assert guard.ranges == []
 
 

@@ -46,7 +46,6 @@ def dispatched(overload: str) -> torch._ops.OpOverload:
 
 def in_small_chunks(overload: str) -> Callable:
     """The reference, with chunks of a quarter of their size: several of them then need no more than 2^15 elements."""
-
     run = reference.KERNELS[overload]
 
     @wraps(run)

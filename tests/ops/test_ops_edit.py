@@ -36,11 +36,9 @@ def dense_rotation(rows, g, q, dtype) -> tuple[np.ndarray, np.ndarray]:
 
 def dense_edits(x: ListInputs, mix, scale, dtype) -> list[tuple[np.ndarray, np.ndarray]]:
     """G' and its bound of every tensor of a list, with coefficients of its own or those of all."""
-    own = len(mix) > 1
-    return [
-        dense_edit(g, rows, mix[t * own : t * own + 1], scale[t * own : t * own + 1], dtype)
-        for t, (g, rows) in enumerate(x.groups(True))
-    ]
+    groups = x.groups(True)
+    each = zip(groups, mix.expand(len(groups), -1).split(1), scale.expand(len(groups)).split(1), strict=True)
+    return [dense_edit(*group, *own, dtype) for group, *own in each]
 
 
 @over(EDIT_CASES)

@@ -33,7 +33,7 @@ def driver(name: str, flags: list[str], kernels: list[Path] = emulated.KERNELS) 
 
 
 def run(path: Path, *ops: str, **environment: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0", **environment}
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:use_sigaltstack=0", **environment}
     return subprocess.run([str(path), *ops], env=environment, capture_output=True, text=True, timeout=300)
 
 

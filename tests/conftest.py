@@ -45,8 +45,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    # Torch, transformers and the tests are a million objects that stay: looking through them for garbage again and again would take
-    # a twentieth of the time.
+    # Torch, transformers and the tests are a million objects that stay: looking through them for garbage again and again would
+    # take a twentieth of the time.
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 20, 20)

@@ -29,7 +29,8 @@ sides = pytest.mark.parametrize("left", list(SIDES.values()), ids=list(SIDES))
 FLOATS = ("fp32", "bf16", "fp16")
 dtypes = pytest.mark.parametrize("dtype", FLOATS)
 
-# G, outputs, inputs, K: strips, panels and blocks to spare, less than one of any, and one more than a whole number
+# G, outputs, inputs, K: strips, panels and blocks to spare, less than one of any, one more than a whole number; and more
+# directions than Triton takes, which leaves those to the reference
 SHAPES = [
     (2, 96, 64, 32),
     (3, 7, 5, 3),
@@ -38,7 +39,7 @@ SHAPES = [
     (2, 97, 193, 17),
     (1, 301, 50, 48),
     (1, 40, 769, 5),
-    (1, 5, 390, 200),
+    (1, 5, 390, 260),
     (5, 12, 16, 0),
     (2, 0, 8, 3),
     (2, 6, 0, 3),

@@ -6,7 +6,7 @@ a GPU run the kernels themselves instead. What is patched (triton 3.8):
 * fp32 to bf16 truncates; here it rounds to nearest even, as the hardware does.
 * Loads and stores out of bounds go through silently; here every address has to lie in a tensor that the call was given or
   the kernel was launched with (:class:`Guard`).
-* A load takes as long for the addresses that its mask keeps out as for the others; here these alone are gone to.
+* A load takes as long for an address that its mask keeps out as for any other; here those are left out.
 * Every call of a device function patches the language again (milliseconds each, and never undone); here once.
 * Sums of integers are done again in 64 bits to see whether they overflow, which nobody is told without a debug option; here not.
 * Every value makes and checks its type again, which takes about as long as numpy does; here once for every type.

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 pytest.importorskip("transformers")
 from carerl_kernels.guard import CapabilityGuard
-from carerl_kernels.tasks.characters import character_tokenizer, demo_domains, tiny_model
+from carerl_kernels.tasks.characters import character_tokenizer, demo_domains
+from trainer_helpers import small_model
 
 SETTINGS = {
     "prompts_per_step": 6,
@@ -49,7 +50,7 @@ def domains():
 
 def trainer(path=None, *, guarded=True, on_step=None, editor="guard", **changes):
     tokenizer = character_tokenizer()
-    model = tiny_model(tokenizer, 0)
+    model = small_model(tokenizer, 0)
     guard = CapabilityGuard(model, r=4) if guarded else None
     config = GRPOConfig(**(SETTINGS | changes))
     return GRPOTrainer(model, tokenizer, domains(), config, guard=guard, editor=editor, run_dir=path, on_step=on_step)
@@ -181,7 +182,7 @@ def test_mixed_batches_without_the_editor_are_warned_of_once():
 
 def test_the_editor_is_a_setting_too(tmp_path):
     tokenizer = character_tokenizer()
-    model = tiny_model(tokenizer, 0)
+    model = small_model(tokenizer, 0)
     config = GRPOConfig(**SETTINGS, editor="guard")
     run = GRPOTrainer(model, tokenizer, domains(), config, guard=CapabilityGuard(model, r=4), run_dir=tmp_path / "a")
     run.run([MIXED])

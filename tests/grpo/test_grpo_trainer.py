@@ -31,7 +31,18 @@ from carerl_kernels.guard import CapabilityGuard
 from carerl_kernels.monitor import DriftMonitor
 from carerl_kernels.tasks.characters import character_tokenizer
 from processes import start, wait
-from trainer_helpers import BASE, STAGES, Killed, kill_at, left_at, metrics, small_domains, small_model, trainer, without_timings
+from trainer_helpers import (
+    BASE,
+    STAGES,
+    Killed,
+    kill_at,
+    left_at,
+    metrics,
+    small_domains,
+    small_model,
+    trainer,
+    without_timings,
+)
 
 
 @pytest.fixture(autouse=True)

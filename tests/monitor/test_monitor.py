@@ -702,11 +702,10 @@ def test_monitored_training_is_the_same_training_and_resumes_exactly(tmp_path, t
 def test_a_real_model_wrecked_by_its_learning_rate_is_caught_and_a_gentle_one_is_not():
     pytest.importorskip("transformers")
     from carerl_kernels.grpo import answer_loss, special_tokens, success_probability
-    from carerl_kernels.tasks.characters import character_tokenizer, demo_domains, warm_up
-    from trainer_helpers import small_model
+    from carerl_kernels.tasks.characters import character_tokenizer, demo_domains, tiny_model, warm_up
 
     tokenizer = character_tokenizer()
-    model, domains = small_model(tokenizer, 0), demo_domains(0)
+    model, domains = tiny_model(tokenizer, 0), demo_domains(0)
     tokens = special_tokens(tokenizer, model)
     warm_up(model, tokenizer, domains, seed=0, steps=60)
     start = copy.deepcopy(model.state_dict())

@@ -278,7 +278,8 @@ settings:
     train: {lr: 0.003, prompts_per_step: 8, group_size: 4, max_new_tokens: 5, advantages: group, eval_every: 2},
     earlier: {stages: [{domain: [code, math], steps: 2}], train: {eval_every: 0}}}
 methods:
-  watched: {text: controller, lr: [1], train: {balance: controller, eval_every: 1}, monitor: {baseline: {code: 1.0, chat: 0.0, math: 0.0}, controller: {errors: 0.0}}}
+  watched: {text: controller, lr: [1], train: {balance: controller, eval_every: 1},
+    monitor: {baseline: {code: 1.0, chat: 0.0, math: 0.0}, controller: {errors: 0.0}}}
 runs: [{setting: pool, methods: [none, alone, watched, own, pooled-guard, pooled-guard-random], seeds: [0]}]
 """
     )

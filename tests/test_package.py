@@ -64,7 +64,7 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def python():
-    """Runs code in a process that has imported torch and nothing of ours: a fork of one that waits, for the import takes seconds."""
+    """Runs code in a process that has imported torch and nothing of ours: a fork of one that waits, as the import takes long."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("CARERL_")}
     with subprocess.Popen(
         [sys.executable, "-c", FORKING], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -15,7 +15,7 @@ import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 from carerl_kernels.grpo import GRPOConfig, GRPOTrainer, Stage
 from carerl_kernels.tasks.characters import character_tokenizer, demo_domains, tiny_model
 
-# Studies and the trainers of transformers collect garbage after every run, and would look through all that was imported each time.
+# Studies and the trainers of transformers collect garbage after every run, and would look through all that was imported.
 gc.freeze()
 
 BASE = {

@@ -19,8 +19,7 @@ from carerl_kernels.grpo.parallel import shard
 from carerl_kernels.guard import CapabilityGuard
 from carerl_kernels.guard.editors import PCGrad
 from carerl_kernels.monitor import DriftMonitor
-from carerl_kernels.tasks.characters import character_tokenizer, demo_domains
-from trainer_helpers import small_model
+from carerl_kernels.tasks.characters import character_tokenizer, demo_domains, tiny_model
 
 STAGES = [Stage("code", 4), Stage(("chat", "code"), 3)]
 UNEVEN = [Stage(("chat", "code", "math"), 2)]
@@ -75,7 +74,7 @@ def trainer(
     path: Path | None, world: int, on_step: Callable | None = None, guarded: bool = True, **changes
 ) -> GRPOTrainer:
     tokenizer = character_tokenizer()
-    model = small_model(tokenizer, 0).train()
+    model = tiny_model(tokenizer, 0).train()
     precision, editor, basis = (
         changes.pop(*n) for n in (("precision", "fp32"), ("editor", None), ("basis", "per_matrix"))
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read at numpy's import: the oracle shall not fight the kernels
@@ -41,6 +42,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = sorted(
         kept, key=lambda item: item.get_closest_marker("slow") is None
     )  # at the end others would wait for them
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist's
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: tests wait for sandboxes, servers and processes of their own for a tenth of the time."""
+    import psutil
+
+    return (psutil.cpu_count(logical=False) or os.cpu_count() or 1) + 1
+
+
+def pytest_collection_finish() -> None:
+    # Torch, transformers and the tests are a million objects that stay: looking through them for garbage again and again would
+    # take a twentieth of the time.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 def _too_long(item: pytest.Item) -> bool:

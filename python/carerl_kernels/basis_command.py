@@ -13,12 +13,12 @@ import typer
 from ._command import Json, plain_errors, show_json, size
 from ._rows import read_rows
 from .basis_record import load, record
+from .subspace.layout import Kind, RowKind
 
 basis = typer.Typer(
     help="Basis files: record, inspect, validate, merge, quantize; plan what a kind costs.", no_args_is_help=True
 )
 
-Kinds = Literal["flat", "per_matrix", "block", "input"]
 Storages = Literal["float32", "bfloat16", "float16", "int8", "float8_e4m3fn"]
 
 
@@ -175,7 +175,7 @@ basis.command()(record)
 @basis.command()
 def plan(
     config: Annotated[Path, typer.Argument(help="A transformers config.json, or a folder with one.")],
-    kind: Annotated[Kinds | None, typer.Option(help="Kind of basis; all of them by default.")] = None,
+    kind: Annotated[Kind | None, typer.Option(help="Kind of basis; all of them by default.")] = None,
     domains: Annotated[int, typer.Option(min=1, help="Domains with history.")] = 3,
     rank: Annotated[
         int | None, typer.Option(min=1, help="Rank of block and input bases; by default the guard's, 16 and 32.")
@@ -210,7 +210,7 @@ def plan(
                 bandwidth=bandwidth * 1e9,
                 flops=tflops * 1e12,
             )
-            for one in (get_args(Kinds) if kind is None else (kind,))
+            for one in (get_args(Kind) if kind is None else (kind,))
         ]
     if as_json:
         return show_json([p.as_dict() for p in plans])
@@ -224,7 +224,7 @@ def plan(
         f"{'summed':>10}{'covered':>9}"
     )
     for p in plans:
-        stored = f" {p.dtype}" if p.kind in ("flat", "per_matrix") else ""
+        stored = f" {p.dtype}" if p.kind in get_args(RowKind) else ""
         typer.echo(
             f"{f'{p.kind} {p.k}{stored}':<22}{size(p.directions):>12}{size(p.cores):>10}{size(p.state):>10}"
             f"{size(p.recording):>11}{size(p.total):>10}{p.seconds * 1e3:>7.0f} ms{p.communicated:>10,}"

@@ -79,9 +79,7 @@ namespace {
 
 struct Fiber {
   ucontext_t context;
-#if !EMULATOR_ASAN
   jmp_buf jump;
-#endif
   std::unique_ptr<char[]> stack;
   bool started = false, done = true;
   Wait wait;
@@ -91,22 +89,21 @@ struct Fiber {
 std::vector<Fiber> fibers;
 Fiber* current = nullptr;
 const std::function<void()>* body = nullptr;
-#if EMULATOR_ASAN
-ucontext_t scheduler;
-const void* scheduler_stack;
-size_t scheduler_size;
-#else
 jmp_buf scheduler_jump;
-#endif
+[[maybe_unused]] const void* scheduler_stack;
+[[maybe_unused]] size_t scheduler_size;
 
+// Jumps and not swapcontext, which makes a system call, and under AddressSanitizer clears the shadow of a whole stack. The
+// sanitiser is told which stack a jump leads to; the first jump out of a fiber tells where that of the scheduler is.
 void to_scheduler() {
+  if (_setjmp(current->jump) == 0) {
 #if EMULATOR_ASAN
-  void* fake = nullptr;
-  __sanitizer_start_switch_fiber(&fake, scheduler_stack, scheduler_size);
-  swapcontext(&current->context, &scheduler);
-  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
-#else
-  if (_setjmp(current->jump) == 0) _longjmp(scheduler_jump, 1);  // swapcontext would make a system call
+    __sanitizer_start_switch_fiber(nullptr, scheduler_stack, scheduler_size);
+#endif
+    _longjmp(scheduler_jump, 1);
+  }
+#if EMULATOR_ASAN
+  __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
 #endif
 }
 
@@ -124,20 +121,15 @@ void fiber_main() {
 void to_fiber(Fiber& fiber) {
   current = &fiber;
   position.thread = fiber.thread;
+  if (_setjmp(scheduler_jump) != 0) {
 #if EMULATOR_ASAN
-  void* fake = nullptr;
-  if (!fiber.started) {
-    fiber.started = true;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack = {fiber.stack.get(), 0, kStack};
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, fiber_main, 0);
+    __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
+#endif
+    return;
   }
-  __sanitizer_start_switch_fiber(&fake, fiber.stack.get(), kStack);
-  swapcontext(&scheduler, &fiber.context);
-  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
-#else
-  if (_setjmp(scheduler_jump) != 0) return;
+#if EMULATOR_ASAN
+  __sanitizer_start_switch_fiber(nullptr, fiber.stack.get(), kStack);
+#endif
   if (fiber.started) _longjmp(fiber.jump, 1);
   fiber.started = true;
   getcontext(&fiber.context);
@@ -145,7 +137,6 @@ void to_fiber(Fiber& fiber) {
   fiber.context.uc_link = nullptr;
   makecontext(&fiber.context, fiber_main, 0);
   setcontext(&fiber.context);
-#endif
 }
 
 [[noreturn]] void fail(const std::string& text) {

@@ -9,6 +9,7 @@ import pytest
 import torch
 from carerl_kernels import CapabilityGuard
 from carerl_kernels.guard.box import lora_pairs
+from carerl_kernels.subspace.kinds import KINDS
 from factored_helpers import FactoredWalk, make_factored
 from guard_helpers import Walk, make_model
 from guard_oracle import root_of_pinv
@@ -17,7 +18,7 @@ OVERLAPS = [0.0, 0.5, 0.99, 1.0]
 
 
 def walk_of(kind: str, rule: str, overlap: float, **options):
-    if kind in ("flat", "per_matrix"):
+    if KINDS[kind].rank == "k":
         return Walk(rule, kind=kind, overlap=overlap, **options)
     return FactoredWalk(make_model(), rule, kind, r=3, overlap=overlap, **options)
 
@@ -45,7 +46,7 @@ def shake(params, size: float, seed: int = 0) -> None:
 
 @pytest.mark.parametrize("overlap", OVERLAPS)
 @pytest.mark.parametrize("rule", ["bounded", "remove"])
-@pytest.mark.parametrize("kind", ["flat", "per_matrix", "block", "input"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_confining_equals_the_dense_projection(kind, rule, overlap):
     walk = walk_of(kind, rule, overlap)
     start = [dense(walk.params, part) for _, _, part in rows_of(walk)]
@@ -195,7 +196,7 @@ def test_an_interrupted_segment_goes_on_exactly():
         assert torch.equal(p, q)
 
 
-@pytest.mark.parametrize("kind", ["flat", "per_matrix", "block", "input"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_state_with_other_anchors_replaces_those_that_corrections_were_made_with(kind):
     walk = walk_of(kind, "remove", 0.5)
     begun, state = [p.detach().clone() for p in walk.params], walk.guard.state_dict()

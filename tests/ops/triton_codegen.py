@@ -8,6 +8,7 @@ place. Places are forked from one process, which has imported everything, and sh
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -217,8 +218,14 @@ def reports_of(place: str) -> list[dict]:
 
 
 if __name__ == "__main__":
+    import sympy  # noqa: F401  # once here, not in every place: torch imports it at the first check of a size
     from carerl_kernels import triton_kernels
+    from triton.backends import backends  # noqa: F401
+    from triton.runtime.cache import triton_key
 
     triton_kernels.kernels()
-    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+    triton_key()  # reads all of Triton
+    gc.freeze()
+    gc.disable()  # trees of syntax are many objects, and a place ends before they fill anything
+    with multiprocessing.get_context("fork").Pool(os.cpu_count(), maxtasksperchild=1) as pool:
         print(json.dumps(dict(zip(sys.argv[1:], pool.map(reports_of, sys.argv[1:], chunksize=1), strict=True))))

@@ -119,7 +119,7 @@ def test_what_is_one():
     ids=lambda a: str(a)[:50],
 )
 def test_an_answer_that_is_none_is_no_reward(answer):
-    got = reward(judging(lambda body: answer), timeout=2.0)  # some leave the connection open
+    got = reward(judging(lambda body: answer), timeout=0.5)  # some leave the connection open
     assert got.reward is None and got.reason and len(got.reason) < 700
 
 

@@ -15,6 +15,7 @@ from carerl_kernels.guard.report import bytes_held
 from carerl_kernels.guard.validate import validate
 from carerl_kernels.subspace import StoredBasis
 from carerl_kernels.subspace.kinds import KINDS
+from carerl_kernels.subspace.layout import Kind
 from carerl_kernels.subspace.merge import merge
 from carerl_kernels.subspace.plan import plan
 from factored_helpers import make_factored
@@ -210,8 +211,8 @@ CONFIGS = {  # as published with the checkpoints
 }  # fmt: skip
 
 
-def test_the_command_knows_every_kind_and_storage():
-    assert list(get_args(basis_command.Kinds)) == list(KINDS)
+def test_every_kind_and_storage_is_known():
+    assert list(get_args(Kind)) == list(KINDS)
     assert {getattr(torch, storage) for storage in get_args(basis_command.Storages)} == set(BASIS_DTYPES)
 
 

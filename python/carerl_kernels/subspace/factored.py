@@ -6,12 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from ..linalg import loewdin_root
+from .layout import FactoredKind
 from .matrices import MatrixLayout, unlabel
 from .saving import Part
 from .shards import Shards
@@ -19,7 +20,7 @@ from .store import BasisError, BasisInfo, StoredBasis
 
 
 @dataclass(frozen=True)
-class FactoredBasis(StoredBasis, kinds=("block", "input")):
+class FactoredBasis(StoredBasis, kinds=get_args(FactoredKind)):
     """Factors per covered weight matrix W `[m, n]`, by parameter name (docs/math.md, "block directions" and "input directions").
 
     `block`: directions u_i v_j^T with U = `left` `[m, r]` and V = `right` `[n, r]`, the leading singular vectors of the

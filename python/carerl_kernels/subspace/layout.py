@@ -15,7 +15,8 @@ from .._ops import SEGMENT
 from .shards import Shards, local
 
 RowKind = Literal["flat", "per_matrix"]
-Kind = Literal["flat", "per_matrix", "block", "input"]
+FactoredKind = Literal["block", "input"]
+Kind = Literal[RowKind, FactoredKind]
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from .._errors import one_of
 from ..thin import workspace
-from .layout import checked
+from .layout import FactoredKind, checked
 from .shards import Shards, local
 
-FactoredKind = Literal["block", "input"]
 Side = Literal["both", "right", "left"]
 
 

@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .._ops import block_of
-from .layout import Kind, Layout
+from .layout import Kind, Layout, RowKind
 from .saving import Part, check_sums, save_parts
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class BasisInfo:
 class StoredBasis(ABC):
     """The recorded directions of one domain, in one file: :class:`DomainBasis` (rows) or `FactoredBasis` (factors).
 
-    A class says which kinds it stores: `class DomainBasis(StoredBasis, kinds=("flat", "per_matrix"))`.
+    A class says which kinds it stores: `class DomainBasis(StoredBasis, kinds=get_args(RowKind))`.
     """
 
     info: BasisInfo
@@ -162,7 +162,7 @@ class StoredBasis(ABC):
 
 
 @dataclass(frozen=True)
-class DomainBasis(StoredBasis, kinds=("flat", "per_matrix")):
+class DomainBasis(StoredBasis, kinds=get_args(RowKind)):
     """Rows over all parameters, oriented so that `u . (theta_start - theta_end) >= 0` (gradient convention).
 
     Attributes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import random
 import shutil
@@ -10,13 +9,13 @@ import shutil
 # rich draws from the global generator when it is first imported; the verifiers here draw from it, too, and a run that came to its
 # first import would see other numbers than the next one.
 import rich.progress  # noqa: F401
-import torch._dynamo  # noqa: F401  # the first optimizer would import it
+
+# Imported when tests are collected, not by the first model and optimizer: conftest freezes what is there by then, and studies and
+# the trainers of transformers look for garbage after every run.
+import torch._dynamo  # noqa: F401
 import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 from carerl_kernels.grpo import GRPOConfig, GRPOTrainer, Stage
 from carerl_kernels.tasks.characters import character_tokenizer, demo_domains, tiny_model
-
-# Studies and the trainers of transformers collect garbage after every run, and would look through all that was imported.
-gc.freeze()
 
 BASE = {
     "prompts_per_step": 4,

@@ -15,7 +15,7 @@ from carerl_kernels.rewards.adapters import trl_reward
 from carerl_kernels.tasks.characters import DOMAINS, GENERATORS, character_tokenizer
 from trainer_helpers import small_model
 
-gc.freeze()  # as in trainer_helpers: of TRL and what it imports
+gc.freeze()  # as conftest does, here for the processes of trl_worker
 TOKENIZER = character_tokenizer()
 TOKENIZER.padding_side = "left"
 # TRL may sample padding like any other token, so nothing is banned here.

@@ -15,7 +15,6 @@ from carerl_kernels.study.methods.distill import reverse_kl
 from carerl_kernels.train import models
 from carerl_kernels.train.recipe import RecipeError
 from torch import nn
-from trainer_helpers import small_model
 
 pytest.importorskip("yaml")
 transformers = pytest.importorskip("transformers")
@@ -189,6 +188,7 @@ runs: []
 @pytest.fixture
 def grid(tmp_path, monkeypatch):
     from test_sft_merge import Bytes
+    from trainer_helpers import small_model
 
     monkeypatch.setattr(models, "tiny_model", small_model)
 

@@ -17,7 +17,6 @@ from carerl_kernels.study.tables import Row, pooled_table, rows_of, verdicts, ve
 from carerl_kernels.train import models
 from carerl_kernels.train.recipe import RecipeError
 from places import DOCS
-from trainer_helpers import small_model
 from typer.testing import CliRunner
 
 pytest.importorskip("yaml")
@@ -42,6 +41,9 @@ def one_thread():
 @pytest.fixture
 def small(monkeypatch):
     """Models of characters with one layer."""
+    pytest.importorskip("transformers")
+    from trainer_helpers import small_model
+
     monkeypatch.setattr(models, "tiny_model", small_model)
 
 
@@ -267,7 +269,6 @@ def test_verdicts_follow_the_numbers():
 
 def test_pooled_cells(small, tmp_path):
     """Noise and scale, an earlier stage that all share, domains alone, the guard as editor, a controller; and their report."""
-    pytest.importorskip("transformers")
     path, out = tmp_path / "pooled.yaml", tmp_path / "out"
     path.write_text(
         """
@@ -305,7 +306,6 @@ runs: [{setting: pool, methods: [none, alone, watched, own, pooled-guard, pooled
 
 def test_language_model_cells(small, tmp_path):
     """Sequence and mixture, guarded and not, with everything that a record can hold; the same again."""
-    pytest.importorskip("transformers")
     common = (
         "model: {path: characters, warm_up: {steps: 60, lr: 3.0e-3, batch: 16}}, k: 4, "
         "train: {lr: 0.003, prompts_per_step: 8, group_size: 4, max_new_tokens: 5, record_last: false}"

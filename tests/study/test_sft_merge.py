@@ -14,7 +14,6 @@ from carerl_kernels.tasks import smollm2, texts
 from carerl_kernels.train import models
 from carerl_kernels.train.models import byte_tokenizer
 from carerl_kernels.train.recipe import RecipeError
-from trainer_helpers import small_model
 
 pytest.importorskip("yaml")
 transformers = pytest.importorskip("transformers")
@@ -46,6 +45,8 @@ class Bytes:
 
 @pytest.fixture
 def grid(tmp_path, monkeypatch):
+    from trainer_helpers import small_model
+
     def small(vocabulary=128):
         torch.manual_seed(0)
         config = transformers.LlamaConfig(

@@ -66,11 +66,7 @@ def _too_long(item: pytest.Item) -> bool:
     emulated = item.get_closest_marker("on_cuda_emulated") is not None
     if item.get_closest_marker("native_speed"):
         return interpreted or emulated
-    if not interpreted:
-        return False
-    case = getattr(item, "callspec", None) and item.callspec.params.get("case")
-    large = case is not None and case.n > 10_000 and max(case.batch, 1) * case.dk[0] * case.dk[1] > 50
-    return large or item.get_closest_marker("compiled") is not None
+    return interpreted and item.get_closest_marker("compiled") is not None
 
 
 def _parameter(backend: Backend):

@@ -6,6 +6,7 @@ a GPU run the kernels themselves instead. What is patched (triton 3.8):
 * fp32 to bf16 truncates; here it rounds to nearest even, as the hardware does.
 * Loads and stores out of bounds go through silently; here every address has to lie in a tensor that the call was given or
   the kernel was launched with (:class:`Guard`).
+* A load takes as long for an address that its mask keeps out as for any other; here those are left out.
 * Every call of a device function patches the language again (milliseconds each, and never undone); here once.
 * Sums of integers are done again in 64 bits to see whether they overflow, which nobody is told without a debug option; here not.
 * Every value makes and checks its type again, which takes about as long as numpy does; here once for every type.
@@ -66,8 +67,7 @@ class Guard:
             del self.ranges[before:]
             self._sorted = None
 
-    def check(self, what: str, addresses: np.ndarray, mask: np.ndarray, size: int) -> None:
-        touched = addresses[mask.astype(bool)]  # the interpreter keeps some masks as int32
+    def check(self, what: str, touched: np.ndarray, size: int) -> None:
         if touched.size == 0:
             return
         if self._sorted is None:
@@ -135,18 +135,26 @@ def patch() -> None:
                 return interpreter.TensorHandle(wide, tl.float32)
             return cast(self, src, dst_type)
 
-    def as_bool(mask):
-        return interpreter.TensorHandle(mask.data.astype(bool), mask.dtype)
+    def inside(what, ptrs, mask):
+        """The mask as booleans (it is int32 at times), and the pointers that it lets through."""
+        chosen = mask.data.astype(bool)
+        touched = ptrs.data[chosen]
+        GUARD.check(what, touched, ptrs.get_element_ty().primitive_bitwidth // 8)
+        return chosen, touched
 
-    def load_inside(self, ptrs, mask, *rest, **named):
-        mask = as_bool(mask)
-        GUARD.check("load", ptrs.data, mask.data, ptrs.get_element_ty().primitive_bitwidth // 8)
-        return load(self, ptrs, mask, *rest, **named)
+    def load_inside(self, ptrs, mask, other, *rest, **named):
+        chosen, touched = inside("load", ptrs, mask)
+        if other is None or touched.size == chosen.size:
+            return load(self, ptrs, interpreter.TensorHandle(chosen, mask.dtype), other, *rest, **named)
+        handle = interpreter.TensorHandle
+        some = np.ones(touched.shape, bool)
+        result = np.array(other.data)
+        result[chosen] = load(self, handle(touched, ptrs.dtype), handle(some, mask.dtype), None, *rest, **named).data
+        return handle(result, ptrs.get_element_ty())
 
     def store_inside(self, ptrs, value, mask, *rest, **named):
-        mask = as_bool(mask)
-        GUARD.check("store", ptrs.data, mask.data, ptrs.get_element_ty().primitive_bitwidth // 8)
-        return store(self, ptrs, value, mask, *rest, **named)
+        chosen, _ = inside("store", ptrs, mask)
+        return store(self, ptrs, value, interpreter.TensorHandle(chosen, mask.dtype), *rest, **named)
 
     builder.cast_impl = cast_rounding
     builder.create_masked_load, builder.create_masked_store = load_inside, store_inside

@@ -1,16 +1,26 @@
-"""Inputs of the op tests: sizes, dtypes, geometries and memory layouts, covered in pairs; and parameter lists."""
+"""Inputs of the op tests: sizes, dtypes, geometries and memory layouts, covered in pairs; and parameter lists.
+
+What the tensors of a case hold is a function of the case. It is drawn once for all tests and backends of a process, and so is
+what an oracle says of it (:func:`once`).
+"""
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 import numpy as np
 import oracle
+import pytest
 import torch
-from helpers import DTYPES, SCALED, Held, rng_of, to64
+from helpers import DTYPES, SCALED, Backend, Held, naming, rng_of, to64
 from torch import Tensor
+
+T = TypeVar("T")
 
 LAYOUTS = {"plain": (0, 0), "offset": (1, 0), "strided": (3, 5)}  # elements before the first row, between rows
 
@@ -32,7 +42,8 @@ class Case:
         return f"N{self.n}-{batch}-D{self.dk[0]}k{self.dk[1]}-{self.grad}x{self.basis}-{self.geometry}-{self.layout}"
 
 
-SIZES = (0, 1, 3, 15, 127, 128, 129, 1003, 70001)
+# The last is of several pieces for every backend: of 2^15 elements, and of less.
+SIZES = (0, 1, 3, 15, 127, 128, 129, 1003, 33_001)
 GEOMETRIES = ("overlap0", "overlap.5", "overlap.99", "overlap1", "zero_rows", "deficient")
 FACTORS: dict[str, tuple] = {
     "n": SIZES,
@@ -91,6 +102,41 @@ def spread(cases: Sequence[Case], values: Sequence[str]) -> list[tuple[Case, str
             chosen.append((case, value))
             open_pairs -= pairs(case, value)
     return chosen
+
+
+def over(cases: Sequence[Case | tuple]) -> Callable[[Callable], Callable]:
+    """Makes `test(op, case, ...)` one test for every size, which goes through the cases of that size."""
+    of_size: dict[int, list[tuple]] = {}
+    for case in cases:
+        values = case if isinstance(case, tuple) else (case,)
+        of_size.setdefault(values[0].n, []).append(values)
+
+    def decorate(test: Callable) -> Callable:
+        def run(op: Backend, n: int) -> None:
+            for values in of_size[n]:
+                if not _too_long(op, values[0]):
+                    with naming(*values):
+                        test(op, *values)
+
+        run.__name__, run.__doc__, run.__module__ = test.__name__, test.__doc__, test.__module__
+        return pytest.mark.parametrize("n", sorted(of_size))(run)
+
+    return decorate
+
+
+def _too_long(op: Backend, case: Case) -> bool:
+    """Whether the interpreter, some thousand times slower than native kernels, would take seconds for it."""
+    return op.name == "triton-interpreted" and case.n > 10_000 and max(case.batch, 1) * case.dk[0] * case.dk[1] > 50
+
+
+_known: dict[tuple, Any] = {}
+
+
+def once(key: tuple, compute: Callable[[], T]) -> T:
+    """What an oracle says of the inputs that `key` stands for: computed for the first backend, kept for the others."""
+    if key not in _known:
+        _known[key] = compute()
+    return _known[key]
 
 
 def directions(rng: np.random.Generator, domains: int, slots: int, n: int, geometry: str) -> np.ndarray:
@@ -156,13 +202,23 @@ class Inputs:
     rng: np.random.Generator
 
 
-def build(case: Case, device: str = "cpu") -> Inputs:
+@functools.cache
+def _drawn(case: Case) -> tuple[Tensor, Tensor, Tensor | None, np.ndarray, np.ndarray, np.random.Generator]:
+    """Gradients, bases and scales of a case, what they stand for in float64, and the generator as it was left."""
     rng = rng_of(str(case))
-    bases, scales = store_bases(directions(rng, *case.dk, case.n, case.geometry), case.basis, device)
+    bases, scales = store_bases(directions(rng, *case.dk, case.n, case.geometry), case.basis)
     rows = dense_rows(bases, scales, case.basis)
-    grads = gradients(rng, rows, case.batch, DTYPES[case.grad], device)
+    grads = gradients(rng, rows, case.batch, DTYPES[case.grad])
+    g = np.atleast_2d(to64(grads))
+    g.flags.writeable = rows.flags.writeable = False
+    return grads, bases, scales, g, rows, rng
+
+
+def build(case: Case, device: str = "cpu") -> Inputs:
+    grads, bases, scales, g, rows, rng = _drawn(case)
     lead, gap = LAYOUTS[case.layout]
-    return Inputs(Held(grads, lead, gap), Held(bases, lead), scales, np.atleast_2d(to64(grads)), rows, rng)
+    held = Held(grads.to(device), lead, gap), Held(bases.to(device), lead)
+    return Inputs(*held, None if scales is None else scales.to(device), g, rows, copy.deepcopy(rng))
 
 
 def draw_mix(inputs: Inputs, batch: int, device: str) -> tuple[Tensor, Tensor]:
@@ -174,8 +230,8 @@ def draw_mix(inputs: Inputs, batch: int, device: str) -> tuple[Tensor, Tensor]:
 
 # ------------------------------------------------------------------------------------------------------------- lists
 
-SHAPES: tuple[tuple[int, ...], ...] = ((), (0,), (3, 43), (128,), (7,), (2, 0, 3), (19, 53), (1,), (260, 259))
-"""A parameter list with scalars, empty tensors, whole segments and one tensor that spans a reference chunk's edge."""
+SHAPES: tuple[tuple[int, ...], ...] = ((), (0,), (3, 43), (128,), (7,), (2, 0, 3), (19, 53), (1,), (130, 259))
+"""A parameter list with scalars, empty tensors, whole segments and one tensor of several pieces for every backend."""
 
 
 @dataclass
@@ -196,17 +252,15 @@ class ListInputs:
         return [held.view for held in self.grads]
 
     def groups(self, per_tensor: bool) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(gradient [1, N], rows [K, N]) of each coefficient group: one per tensor, or everything at once."""
-        if per_tensor:
-            return [(self.g[t : t + 1], self.rows * self.masks[t]) for t in range(len(self.g))]
-        return [(self.g.sum(0, keepdims=True), self.rows)]
+        """(gradient [1, n], rows [K, n]) of each coefficient group, without gaps: one per tensor, or everything at once."""
+        parts = [(self.g[t : t + 1, mask], self.rows[:, mask]) for t, mask in enumerate(self.masks)]
+        return parts if per_tensor else [tuple(np.concatenate(side, 1) for side in zip(*parts, strict=True))]
 
 
-def build_list(
-    grad: str, basis: str, device: str = "cpu", dk=(2, 5), geometry="overlap.5", lead: int = 1
-) -> ListInputs:
-    """Segments with gaps before, between and after; the gaps of float bases hold NaN, which no result may show."""
-    rng = rng_of("list", grad, basis, geometry)
+@functools.cache
+def _drawn_list(grad: str, basis: str) -> tuple:
+    """Gradients in one tensor, offsets, bases, scales, masks, rows, and the generator as it was left."""
+    rng = rng_of("list", grad, basis)
     offsets, end = [], 128
     for t, shape in enumerate(SHAPES):
         offsets.append(end)
@@ -216,16 +270,25 @@ def build_list(
     for t, (shape, offset) in enumerate(zip(SHAPES, offsets, strict=True)):
         masks[t, offset : offset + int(np.prod(shape))] = True
     covered = masks.any(0)
-    bases, scales = store_bases(directions(rng, *dk, n, geometry), basis, device)
-    gaps = torch.from_numpy(~covered).to(device)
+    bases, scales = store_bases(directions(rng, 2, 5, n, "overlap.5"), basis)
+    gaps = torch.from_numpy(~covered)
     if scales is None:
         bases[..., gaps] = torch.nan
     else:
         bases.view(torch.int8)[..., gaps] = 77  # a large code of either type
     rows = np.where(covered, dense_rows(bases, scales, basis), 0.0)
-    flat = gradients(rng, rows, 0, DTYPES[grad], device)
+    flat = gradients(rng, rows, 0, DTYPES[grad])
+    g = np.where(masks, to64(flat), 0.0)
+    g.flags.writeable = rows.flags.writeable = False
+    return flat, offsets, bases, scales, g, masks, rows, rng
+
+
+def build_list(grad: str, basis: str, device: str = "cpu") -> ListInputs:
+    """Segments with gaps before, between and after; the gaps of float bases hold NaN, which no result may show."""
+    flat, offsets, bases, scales, g, masks, rows, rng = _drawn_list(grad, basis)
     grads = [
-        Held(flat[offset : offset + int(np.prod(shape))].reshape(shape), lead)
+        Held(flat[offset : offset + int(np.prod(shape))].reshape(shape).to(device), lead=1)
         for shape, offset in zip(SHAPES, offsets, strict=True)
     ]
-    return ListInputs(grads, offsets, Held(bases, lead), scales, np.where(masks, to64(flat), 0.0), masks, rows, rng)
+    scales = None if scales is None else scales.to(device)
+    return ListInputs(grads, offsets, Held(bases.to(device), lead=1), scales, g, masks, rows, copy.deepcopy(rng))

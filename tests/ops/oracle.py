@@ -79,13 +79,9 @@ def dacsp(
     c = g @ rows.T
     classes = np.zeros(c.shape, dtype=np.int8)
     gains = np.zeros(c.shape)
-    for b, i in np.ndindex(*c.shape):
-        weight = {1: aligned, -1: conflict}
-        tau = np.broadcast_to(threshold, c.shape[1:])[i]
-        side = 1 if c[b, i] > tau else -1 if c[b, i] < -tau else 0
-        classes[b, i] = side
-        if side:
-            gains[b, i] = np.broadcast_to(weight[side], c.shape[1:])[i] - 1.0
+    for side, weight, there in ((1, aligned, c > threshold), (-1, conflict, c < -np.asarray(threshold))):
+        classes[there] = side
+        gains[there] = np.broadcast_to(weight, c.shape)[there] - 1.0
     x = (
         gains * c
         if root is None
@@ -143,19 +139,13 @@ def e4m3(values: Array) -> Array:
 def quantize(rows: Array, block: int, largest: int = 127) -> tuple[Array, NDArray[np.float32]]:
     """Codes of `[..., N]` with scale = max|u| / largest in fp32 over each block: int8 (127) or e4m3 (448)."""
     n = rows.shape[-1]
-    blocks = -(-n // block)
-    scales = np.zeros((*rows.shape[:-1], blocks), dtype=np.float32)
-    codes = np.zeros(rows.shape)
-    for b in range(blocks):
-        part = rows[..., b * block : (b + 1) * block]
-        scale = (np.abs(part).max(-1).astype(np.float32) / np.float32(largest)).astype(np.float32)
-        scales[..., b] = scale
-        wide = scale.astype(np.float64)[..., None]
-        ratio = np.divide(part, wide, out=np.zeros_like(part), where=wide > 0)
-        codes[..., b * block : (b + 1) * block] = np.clip(
-            np.rint(ratio) if largest == 127 else e4m3(ratio), -largest, largest
-        )
-    return codes, scales
+    padded = np.zeros((*rows.shape[:-1], -(-n // block), block))
+    padded.reshape(*rows.shape[:-1], -1)[..., :n] = rows
+    scales = np.abs(padded).max(-1).astype(np.float32) / np.float32(largest)
+    wide = scales.astype(np.float64)[..., None]
+    ratio = np.divide(padded, wide, out=np.zeros_like(padded), where=wide > 0)
+    codes = np.clip(np.rint(ratio) if largest == 127 else e4m3(ratio), -largest, largest)
+    return np.ascontiguousarray(codes.reshape(*rows.shape[:-1], -1)[..., :n]), scales
 
 
 def dequantize(codes: Array, scales: NDArray[np.float32], block: int) -> Array:

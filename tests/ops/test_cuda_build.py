@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -42,11 +43,14 @@ TOOLS = _tool_directory()
 needs_tools = pytest.mark.skipif(TOOLS is None, reason="no cuobjdump and nvdisasm: pip install triton, or the toolkit")
 
 
-def cuobjdump(*arguments: str) -> str:
+def tool(name: str, *arguments: str, folder: str | None = None) -> str:
     assert TOOLS is not None
-    environment = {**os.environ, "PATH": f"{TOOLS}{os.pathsep}{os.environ['PATH']}"}
-    command = [str(TOOLS / "cuobjdump"), *arguments, str(LIBRARY)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    command = [str(TOOLS / name), *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+def cuobjdump(*arguments: str, folder: str | None = None) -> str:
+    return tool("cuobjdump", *arguments, str(LIBRARY), folder=folder)
 
 
 # ------------------------------------------------------------------------------------------------------------ loading
@@ -117,13 +121,29 @@ def resources() -> dict[str, dict[str, dict[str, int]]]:
 
 
 @cache
-def code(architecture: str) -> dict[str, list[str]]:
-    """{kernel: its instructions with their widths, in order}"""
-    found: dict[str, list[str]] = {}
-    for function in cuobjdump("-sass", "-arch", architecture).split("Function : ")[1:]:
-        lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", function, re.MULTILINE)
-        found[short(function.split(maxsplit=1)[0])] = lines
-    return found
+def sources(architecture: str) -> tuple[bytes, ...]:
+    """What was compiled for it, a source each."""
+    with tempfile.TemporaryDirectory() as folder:
+        cuobjdump("-xelf", architecture, folder=folder)
+        return tuple(path.read_bytes() for path in sorted(Path(folder).iterdir()))
+
+
+@cache
+def instructions_of(source: bytes) -> dict[str, list[str]]:
+    """{kernel: its instructions with their widths, in order}. A second or so."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(source)
+        file.flush()
+        functions = re.split(r"^\.text\.(\w+):$", tool("nvdisasm", "-c", file.name), flags=re.MULTILINE)
+    line = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+    return {short(name): line.findall(body) for name, body in zip(functions[1::2], functions[2::2], strict=True)}
+
+
+def code(architecture: str, *kernels: str) -> dict[str, list[str]]:
+    """The instructions of all kernels, or of those in the sources of these."""
+    names = [f"{kernel}_kernel".encode() for kernel in kernels]
+    chosen = [s for s in sources(architecture) if not names or any(name in s for name in names)]
+    return {kernel: lines for source in chosen for kernel, lines in instructions_of(source).items()}
 
 
 def memory(counts: Counter, kind: str) -> Counter:
@@ -209,7 +229,8 @@ def test_products_of_warps_are_in_tensor_cores(architecture):
     """And as many as there are to be: split operands of `input_kernel<terms, terms of directions, groups>` for each tile
     of 32 inputs, first 4 steps x 4 columns of a group of directions, then 4 steps x 4 columns of inputs. Operands come from
     shared memory a word at a time, each lane's from another bank: one wavefront each."""
-    kernels = {kernel: Counter(name.split(".")[0] for name in names) for kernel, names in code(architecture).items()}
+    found = code(architecture, "input", "gram")
+    kernels = {kernel: Counter(name.split(".")[0] for name in names) for kernel, names in found.items()}
     assert kernels["gram_kernel"]["DMMA"] in (
         9,
         27,
@@ -235,7 +256,7 @@ def test_products_of_several_gradients_are_in_tensor_cores(architecture):
     gradient is three terms of bf16, fp16 ones beside other bases two. Chunks are of 32 columns, two at once where both sides
     have 16 bits, or of 64. No operand comes from shared memory."""
     seen = 0
-    for kernel, names in code(architecture).items():
+    for kernel, names in code(architecture, "project_mma").items():
         if not kernel.startswith("project_mma"):
             continue
         basis, *gradient, tiles = re.findall(r"\w+", kernel.split("<")[1])

@@ -62,7 +62,9 @@ for argument in sys.argv[1:]:
         continue
     os.environ["CARERL_CPU_ISA"] = isa
     options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "on_cpu and not native_speed"]
-    sys.exit(pytest.main([*options, *files]))
+    code = pytest.main([*options, *files])
+    sys.stdout.flush()
+    os._exit(code)  # taking torch down would take a second
 """
 
 

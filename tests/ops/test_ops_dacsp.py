@@ -6,11 +6,10 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from cases import Case, build, build_list, covering, spread
-from helpers import DTYPES, FP32_UNIT, assert_within, dot_bound, edit_bound, same_bits, to64
+from cases import Case, Inputs, build, build_list, covering, once, over, spread
+from helpers import DTYPES, FP32_UNIT, assert_within, dot_bound, edit_bound, naming, same_bits, to64
 
 CASES = covering()
-COMBINE = pytest.mark.parametrize("combine", ["sum", "symmetric"])
 PER_TENSOR = pytest.mark.parametrize("per_tensor", [False, True], ids=["summed", "per_tensor"])
 WEIGHTS = 1.5, 0.2
 
@@ -34,27 +33,34 @@ def edited_bound(g, rows, gains, root, dtype) -> np.ndarray:
     return edit_bound(g, rows, x, np.ones(len(g)), dtype) + (1 + 2 * FP32_UNIT) * x_slack @ np.abs(rows)
 
 
-def check(found, g, rows, weights, root, dtype) -> None:
-    """Coefficients, classes and edited gradients of one call against the oracle."""
+def check(key, found, g, rows, weights, root, dtype) -> None:
+    """Coefficients, classes and edited gradients of one call against the oracle, which `key` stands for."""
     edited, coeffs, classes = found
-    expected, c, sides, gains = oracle.dacsp(g, rows, *weights, root)
+    expected, c, sides, gains = once(("dacsp", *key), lambda: oracle.dacsp(g, rows, *weights, root))
+    bounds = once(("dacsp bounds", *key), lambda: (dot_bound(g, rows), edited_bound(g, rows, gains, root, dtype)))
     assert coeffs.dtype == torch.float32
     assert classes.dtype == torch.int8
-    assert_within(coeffs.reshape(c.shape), c, dot_bound(g, rows), "c")
+    assert_within(coeffs.reshape(c.shape), c, bounds[0], "c")
     assert np.array_equal(classes.reshape(c.shape).cpu().numpy(), sides)
-    assert_within(edited.reshape(expected.shape), expected, edited_bound(g, rows, gains, root, dtype), "G'")
+    assert_within(edited.reshape(expected.shape), expected, bounds[1], "G'")
+
+
+def frame(x: Inputs) -> np.ndarray:
+    """R of the rows of a case."""
+    return oracle.loewdin_root(x.rows @ x.rows.T)
 
 
 # The frame acts on coefficients, whatever they were summed from: it is one more factor of the pairs.
-@pytest.mark.parametrize(("case", "combine"), spread(CASES, ("sum", "symmetric")), ids=str)
+@over(spread(CASES, ("sum", "symmetric")))
 def test_scalar_weights_match_dense(op, case, combine):
     x = build(case, op.device)
-    threshold = between(x.g @ x.rows.T)
-    root = oracle.loewdin_root(x.rows @ x.rows.T) if combine == "symmetric" else None
+    threshold = once(("between", case), lambda: between(x.g @ x.rows.T))
+    root = once(("root", case), lambda: frame(x)) if combine == "symmetric" else None
     passed = None if root is None else torch.from_numpy(root).to(op.device)
     coeffs, classes = op("dacsp_", x.grads.view, x.bases.view, *WEIGHTS, threshold, passed, x.scales)
     assert coeffs.shape == classes.shape == ((case.batch, *case.dk) if case.batch else case.dk)
-    check((x.grads.view, coeffs, classes), x.g, x.rows, (*WEIGHTS, threshold), root, DTYPES[case.grad])
+    found = x.grads.view, coeffs, classes
+    check((case, combine, "scalars"), found, x.g, x.rows, (*WEIGHTS, threshold), root, DTYPES[case.grad])
     assert x.grads.intact()
     assert x.bases.unchanged()
 
@@ -66,16 +72,17 @@ def draw_weights(x, threshold: float, device: str) -> tuple[list[torch.Tensor], 
     return tensors, [to64(w) for w in tensors]
 
 
-@pytest.mark.parametrize(("case", "combine"), spread(CASES[1::3], ("sum", "symmetric")), ids=str)
+@over(spread(CASES[1::3], ("sum", "symmetric")))
 def test_weights_of_every_row_match_dense(op, case, combine):
     x = build(case, op.device)
-    tensors, weights = draw_weights(x, between(x.g @ x.rows.T), op.device)
+    tensors, weights = draw_weights(x, once(("between", case), lambda: between(x.g @ x.rows.T)), op.device)
     root = None
     if combine == "symmetric":  # an fp32 root: the oracle gets the rounded one
-        root = torch.from_numpy(oracle.loewdin_root(x.rows @ x.rows.T)).float().to(op.device)
+        root = torch.from_numpy(once(("root", case), lambda: frame(x))).float().to(op.device)
     coeffs, classes = op("dacsp_.tensor", x.grads.view, x.bases.view, *tensors, root, x.scales)
     root64 = None if root is None else to64(root)
-    check((x.grads.view, coeffs, classes), x.g, x.rows, weights, root64, DTYPES[case.grad])
+    found = x.grads.view, coeffs, classes
+    check((case, combine, "rows"), found, x.g, x.rows, weights, root64, DTYPES[case.grad])
     assert x.grads.intact()
     assert x.bases.unchanged()
 
@@ -94,8 +101,9 @@ def test_weights_of_every_row_match_dense(op, case, combine):
 @pytest.mark.parametrize(("grad", "basis"), [("fp32", "fp32"), ("bf16", "int8b32"), ("fp16", "bf16"), ("bf16", "fp8")])
 def test_lists_match_dense(op, overload, grad, basis, combine, per_tensor):
     x = build_list(grad, basis, op.device)
-    groups = x.groups(per_tensor)
-    threshold = between(np.vstack([g @ rows.T for g, rows in groups]))
+    case = "list", grad, basis, per_tensor
+    groups = once(case, lambda: x.groups(per_tensor))
+    threshold = once((*case, "between"), lambda: between(np.vstack([g @ rows.T for g, rows in groups])))
     weights = passed = (*WEIGHTS, threshold)
     if overload == "dacsp_.list_tensor":
         passed, weights = draw_weights(x, threshold, op.device)
@@ -103,25 +111,31 @@ def test_lists_match_dense(op, overload, grad, basis, combine, per_tensor):
     root = None if roots is None else torch.from_numpy(np.stack(roots) if per_tensor else roots[0]).to(op.device)
     coeffs, classes = op(overload, x.views, x.bases.view, x.offsets, *passed, root, x.scales, per_tensor)
     assert coeffs.shape == classes.shape == ((len(x.grads), 2, 5) if per_tensor else (2, 5))
-    edited = torch.zeros(x.g.shape, dtype=torch.float64)
-    for t, held in enumerate(x.grads):
-        edited[t, torch.from_numpy(x.masks[t])] = held.view.flatten().double().cpu()
-        assert held.intact()
-    edited = edited if per_tensor else edited.sum(0, keepdim=True)
+    edited = [view.flatten() for view in x.views]
+    edited = edited if per_tensor else [torch.cat(edited)]
     for t, (g, rows) in enumerate(groups):
         found = edited[t], coeffs.reshape(-1, 10)[t], classes.reshape(-1, 10)[t]
-        check(found, g, rows, weights, None if roots is None else roots[t], DTYPES[grad])
+        check((*case, overload, t), found, g, rows, weights, None if roots is None else roots[t], DTYPES[grad])
+    assert all(held.intact() for held in x.grads)
     assert x.bases.unchanged()
 
 
-@COMBINE
-@pytest.mark.parametrize("grad", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("basis", ["fp32", "int8"])
+@pytest.mark.parametrize(
+    ("grad", "basis", "combine"),  # half of the product, as above
+    [
+        ("fp32", "fp32", "sum"),
+        ("fp32", "int8", "symmetric"),
+        ("bf16", "fp32", "symmetric"),
+        ("bf16", "int8", "sum"),
+        ("fp16", "fp32", "sum"),
+        ("fp16", "int8", "symmetric"),
+    ],
+)
 def test_unit_weights_keep_every_bit(op, grad, basis, combine):
     x = build(Case(1003, 2, (2, 5), grad, basis, "overlap.99", "offset"), op.device)
     x.grads.view[:, ::7] = -0.0
     before = x.grads.view.clone()
-    root = torch.from_numpy(oracle.loewdin_root(x.rows @ x.rows.T)).to(op.device) if combine == "symmetric" else None
+    root = torch.from_numpy(frame(x)).to(op.device) if combine == "symmetric" else None
     op("dacsp_", x.grads.view, x.bases.view, 1.0, 1.0, 0.0, root, x.scales)
     ones = torch.ones(10, device=op.device)
     op("dacsp_.tensor", x.grads.view, x.bases.view, ones, ones, ones * 0, root, x.scales)
@@ -154,7 +168,6 @@ def test_a_coefficient_at_the_threshold_is_neutral(op):
     assert grads.tolist() == [2.0, -2.0, 0.0]
 
 
-@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(
     ("overload", "combine", "weight"),  # half of the product, which has every pair of them, as above
     [
@@ -164,23 +177,27 @@ def test_a_coefficient_at_the_threshold_is_neutral(op):
         ("dacsp_.tensor", "symmetric", 0.2),
     ],
 )
-def test_a_non_finite_gradient_is_left_alone(op, overload, poison, combine, weight):
-    x = build(Case(1003, 5, (2, 5), "fp32", "fp32", "overlap.5", "strided"), op.device)
-    root = torch.from_numpy(oracle.loewdin_root(x.rows @ x.rows.T)).to(op.device) if combine == "symmetric" else None
+def test_a_non_finite_gradient_is_left_alone(op, overload, combine, weight):
+    case = Case(1003, 5, (2, 5), "fp32", "fp32", "overlap.5", "strided")
+    x = build(case, op.device)
+    root = torch.from_numpy(frame(x)).to(op.device) if combine == "symmetric" else None
     weights = (1.5, weight, 0.0)
     if overload == "dacsp_.tensor":
         weights = tuple(torch.full((10,), w, device=op.device) for w in weights)
     clean = x.grads.view.clone()
     op(overload, clean, x.bases.view, *weights, root)
-    x.grads.view[2, 1001] = poison
-    before = x.grads.view.clone()
-    coeffs, _ = op(overload, x.grads.view, x.bases.view, *weights, root)
-    assert same_bits(x.grads.view[2], before[2])
-    assert not coeffs[2].isfinite().any()
-    others = [0, 1, 3, 4]
-    assert same_bits(x.grads.view[others], clean[others])
-    assert x.grads.intact()
-    assert x.bases.unchanged()
+    for poison in (torch.nan, torch.inf, -torch.inf):
+        with naming(poison):
+            x = build(case, op.device)
+            x.grads.view[2, 1001] = poison
+            before = x.grads.view.clone()
+            coeffs, _ = op(overload, x.grads.view, x.bases.view, *weights, root)
+            assert same_bits(x.grads.view[2], before[2])
+            assert not coeffs[2].isfinite().any()
+            others = [0, 1, 3, 4]
+            assert same_bits(x.grads.view[others], clean[others])
+            assert x.grads.intact()
+            assert x.bases.unchanged()
 
 
 @PER_TENSOR

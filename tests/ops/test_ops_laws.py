@@ -88,7 +88,7 @@ def test_duplicated_domains_count_once(op, geometry):
     """The whole stack twice, whatever the overlap: the nearest orthonormal frame stays."""
     rng = rng_of("duplicate", geometry)
     bases = _bases(rng, 2, 4, geometry, op.device)
-    once = torch.from_numpy(rng.standard_normal((20, N))).float().to(op.device)
+    once = torch.from_numpy(rng.standard_normal((5, N))).float().to(op.device)
     again, twice = once.clone(), torch.cat([bases, bases])
     op("dacsp_", once, bases, 1.5, 0.2, 0.0, _root(bases))
     op("dacsp_", again, twice, 1.5, 0.2, 0.0, _root(twice))
@@ -102,7 +102,7 @@ def test_one_duplicated_domain_changes_nothing(op, geometry, conflict):
     """One domain of several twice. With partial overlap its frame moves, its span does not: equal weights then."""
     rng = rng_of("duplicate one", geometry)
     bases = _bases(rng, 3, 4, geometry, op.device)
-    once = torch.from_numpy(rng.standard_normal((20, N))).float().to(op.device)
+    once = torch.from_numpy(rng.standard_normal((5, N))).float().to(op.device)
     again, more = once.clone(), torch.cat([bases, bases[1:2]])
     op("dacsp_", once, bases, 1.5, conflict, 0.0, _root(bases))
     op("dacsp_", again, more, 1.5, conflict, 0.0, _root(more))

@@ -41,7 +41,7 @@ def orthonormality(rows: np.ndarray, values: np.ndarray) -> float:
 
 @pytest.mark.parametrize(("grad", "basis"), [("fp32", "fp32"), ("bf16", "fp32"), ("fp32", "bf16"), ("fp16", "fp16")])
 @pytest.mark.parametrize(
-    ("k", "batch", "n"), [(1, 0, 1003), (8, 3, 129), (5, 1, 70001), (4, 9, 15), (3, 2, 3), (2, 5, 1), (4, 2, 0)]
+    ("k", "batch", "n"), [(1, 0, 1003), (8, 3, 129), (5, 1, 33_001), (4, 9, 15), (3, 2, 3), (2, 5, 1), (4, 2, 0)]
 )
 def test_one_step_is_a_dense_svd(op, k, batch, n, grad, basis):
     """Energies and captured energy, not angles: U' and s' of [decay diag(s) U; G] up to the rounding of the storage."""
@@ -85,9 +85,8 @@ def test_list_is_a_step_per_tensor_or_one_of_all(op, per_tensor):
     for t, (g, found) in enumerate(zip(gradients, values.reshape(-1, 5), strict=True)):
         size = np.linalg.norm(g) * 2**0.5  # the same gradient twice: one direction, sqrt(2) times its length
         assert_within(found, np.array([size, 0, 0, 0, 0]), 1e-6 * size, f"s[{t}]")
-        mask = x.masks[t] if per_tensor else x.masks.any(0)
-        rows = to64(basis)[:, mask]
-        assert_within(np.abs(rows[0] @ g[0, mask]), np.array(np.linalg.norm(g)), 1e-6 * size, "captured")
+        rows = to64(basis)[:, x.masks[t] if per_tensor else x.masks.any(0)]
+        assert_within(np.abs(rows[0] @ g[0]), np.array(np.linalg.norm(g)), 1e-6 * size, "captured")
         assert (rows[1:] == 0).all()
     assert basis[:, ~covered].isnan().all()
     assert all(held.unchanged() for held in x.grads)
@@ -97,8 +96,8 @@ def test_list_is_a_step_per_tensor_or_one_of_all(op, per_tensor):
 
 def test_energy_identity(op):
     """At decay = 1 nothing is lost from the books: sum s^2 + sum discarded = sum |g|^2."""
-    data = decaying(rng_of("energy"), 60, 1003)
-    _, values, discarded = stream(op, np.split(data, 20), 8)
+    data = decaying(rng_of("energy"), 30, 1003)
+    _, values, discarded = stream(op, np.split(data, 10), 8)
     total = (data**2).sum()
     assert sum(discarded) > 0.01 * total
     assert abs((values**2).sum() + sum(discarded) - total) <= 1e-6 * total
@@ -107,16 +106,16 @@ def test_energy_identity(op):
 def test_covariance_error_is_bounded_by_the_top_discarded_eigenvalues(op):
     """|A^T A - B^T B|_2 <= sum of the largest eigenvalue dropped in each step, and B never claims more than A has."""
     rng = rng_of("covariance")
-    data, k, n = decaying(rng, 90, 129, 0.5), 6, 129
+    data, k, n = decaying(rng, 45, 129, 0.5), 6, 129
     basis, values = fresh(k, n, op.device)
     dropped = 0.0
-    for batch in np.split(data, 30):
+    for batch in np.split(data, 15):
         _, _, tail = oracle.pca_step(to64(basis), to64(values), batch, 1.0)
         dropped += tail[0] ** 2
         op("pca_update_", basis, values, torch.from_numpy(batch).float().to(op.device))
     kept = to64(values)[:, None] * to64(basis)
     error = np.linalg.eigvalsh(data.T @ data - kept.T @ kept)
-    slack = 1e-5 * np.linalg.norm(data, 2) ** 2  # 30 steps in fp32
+    slack = 1e-5 * np.linalg.norm(data, 2) ** 2  # 15 steps in fp32
     assert dropped > 100 * slack
     assert error.max() <= dropped + slack
     assert error.min() >= -slack
@@ -124,14 +123,14 @@ def test_covariance_error_is_bounded_by_the_top_discarded_eigenvalues(op):
 
 @pytest.mark.parametrize("n", [15, 1003, 12289])
 def test_data_of_low_rank_is_recovered_exactly(op, n):
-    """Eight directions, the smallest of 1 % of the largest, in 25 steps of two gradients: nothing is discarded."""
+    """Eight directions, the smallest of 1 % of the largest, in ten steps of two gradients: nothing is discarded."""
     rng = rng_of("low rank", n)
     frame = np.linalg.qr(rng.standard_normal((n, 8)))[0].T
     strength = np.geomspace(1, 0.01, 8)
-    data = (rng.standard_normal((50, 8)) * strength @ frame).astype(np.float32).astype(np.float64)
-    rows, values, discarded = stream(op, np.split(data, 25), 8)
+    data = (rng.standard_normal((20, 8)) * strength @ frame).astype(np.float32).astype(np.float64)
+    rows, values, discarded = stream(op, np.split(data, 10), 8)
     expected = np.linalg.svd(data, compute_uv=False)[:8]
-    # fp32 rows perturb the data by 2^-24 of its norm in every step: sqrt(25) * 6e-8 * s_max = 3e-7 s_max.
+    # fp32 rows perturb the data by 2^-24 of its norm in every step: sqrt(10) * 6e-8 * s_max = 2e-7 s_max.
     assert_within(values, expected, 1e-6 * expected[0], "s")
     assert sum(discarded) <= 1e-6 * (data**2).sum()
     assert np.linalg.norm(frame - frame @ rows.T @ rows, axis=1).max() <= 1e-3  # each direction, that of 1 % too
@@ -160,7 +159,7 @@ def test_directions_that_barely_show_do_not_cost_orthonormality(op, residual):
     """
     rng = rng_of("residual", residual)
     frame = np.linalg.qr(rng.standard_normal((1003, 4)))[0].T
-    data = rng.standard_normal((40, 4)) @ frame + residual * rng.standard_normal((40, 1003)) / 1003**0.5
+    data = rng.standard_normal((16, 4)) @ frame + residual * rng.standard_normal((16, 1003)) / 1003**0.5
     basis, values = fresh(8, 1003, op.device)
     for batch in torch.from_numpy(data).float().to(op.device).split(2):
         op("pca_update_", basis, values, batch)
@@ -219,12 +218,12 @@ def test_shards_give_the_update_of_the_whole(op):
     """Gram matrices of shards are summed, the core is the same for all, every shard rotates its own rows."""
     from carerl_kernels.linalg import pca_core
 
-    data = decaying(rng_of("pca shards"), 40, 1003)
+    data = decaying(rng_of("pca shards"), 12, 1003)
     cuts = [0, 0, 1, 130, 1003]
     whole, s_whole = fresh(6, 1003, op.device)
     shards = [torch.zeros(6, b - a, device=op.device) for a, b in itertools.pairwise(cuts)]
     values = torch.zeros(6, dtype=torch.float64, device=op.device)
-    for batch in np.split(data, 20):
+    for batch in np.split(data, 6):
         grads = torch.from_numpy(batch).float().to(op.device)
         op("pca_update_", whole, s_whole, grads)
         parts = [grads[:, a:b] for a, b in itertools.pairwise(cuts)]
@@ -267,14 +266,14 @@ def test_one_non_finite_tensor_of_a_list_stops_the_whole_update(op):
 @pytest.mark.parametrize("seed", [1, 2])
 def test_stochastic_rounding_keeps_a_low_precision_stream_unbiased(op, seed):
     """Many steps, each below half a bf16 spacing: rounding to nearest never moves, stochastic rounding follows."""
-    n, steps = 4096, 400
+    n, steps = 1024, 400
     row = torch.full((1, n), 1 / 64, dtype=torch.bfloat16, device=op.device)  # unit length
     push = torch.ones(1, n, device=op.device) / 64
     nearest, q = row.clone(), torch.tensor([[1.0, 2.0**-12]], device=op.device)
     for step in range(steps):
         op("rotate_", row, push, q, seed * 1000 + step)
-        op("rotate_", nearest, push, q, 0)
-    assert (nearest == 1 / 64).all()
+    op("rotate_", nearest, push, q, 0)
+    assert (nearest == 1 / 64).all()  # the next step would be the same
     # Each element is 1/64 plus spacing * a binomial count; the mean over elements averages n of those.
     expected = (1 + steps * 2.0**-12) / 64
     assert abs(float(row.double().mean()) / expected - 1) < 5 * 2.0**-7 * (steps * 2.0**-5 / n) ** 0.5

@@ -13,15 +13,22 @@ from helpers import DTYPES, FP32_UNIT, SCALED, Held, assert_within, naming, rng_
 
 FLOATS = ("fp32", "bf16", "fp16")
 BLOCKS = (32, 128, 1024)
-SIZES = (0, 1, 31, 32, 127, 128, 129, 1003, 70001)
+SIZES = (0, 1, 31, 32, 127, 128, 129, 1003, 33_001)
 TRIPLES = [  # every pair of size, storage and block; at the largest size, of several of any block, every triple
     *((n, FLOATS[(i + j) % 3], block) for i, n in enumerate(SIZES[:-1]) for j, block in enumerate(BLOCKS)),
     *itertools.product(SIZES[-1:], FLOATS, BLOCKS),
 ]
 
 
-@pytest.mark.parametrize(("n", "dtype", "block"), TRIPLES)
-def test_dequantised_rows_are_within_half_a_step(op, n, dtype, block):
+@pytest.mark.parametrize("n", SIZES)
+def test_dequantised_rows_are_within_half_a_step(op, n):
+    for size, dtype, block in TRIPLES:
+        if size == n:
+            with naming(dtype, block):
+                check_int8(op, n, dtype, block)
+
+
+def check_int8(op, n, dtype, block):
     rng = rng_of("quantize", n, dtype, block)
     values = directions(rng, 2, 5, n, "zero_rows") * rng.choice([1e-4, 1.0, 50.0], n)  # blocks of very different size
     held = Held(torch.from_numpy(values).to(DTYPES[dtype]).to(op.device), lead=1)
@@ -155,7 +162,7 @@ def test_rounding_is_unbiased(op, dtype, magnitude):
     if magnitude == "subnormal":
         values = values / values.abs().max() * 2.0**exponent
         values = torch.where(values.abs() < 2.0 ** (exponent - mantissa), 2.0 ** (exponent - 1) / 3, values)
-    exact, seeds = to64(values), 400
+    exact, seeds = to64(values), 256
     errors = np.stack([to64(round_rows(op, values, dtype, seed)) - exact for seed in range(1, seeds + 1)])
     spacing = np.ldexp(1.0, np.maximum(np.frexp(exact)[1] - 1, exponent) - mantissa)
     fraction = np.abs(exact) / spacing % 1

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Sequence
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -28,11 +29,16 @@ def start(call: str, *arguments: object, log: Path, **environment: str) -> BaseP
     The module is imported there, after the variables are set. The process can do whatever one of its own could (kill itself, make
     a process group, fork), but for reading environment variables that torch looks at when it is imported.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
-    process = context.Process(target=_run, args=(call, arguments, log, environment))
+    process = server().Process(target=_run, args=(call, arguments, log, environment))
     process.start()
     return process
+
+
+def server() -> BaseContext:
+    """Where processes are forked from one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    return context
 
 
 def _run(call: str, arguments: tuple, log: Path, environment: dict[str, str]) -> None:

@@ -13,8 +13,9 @@ from carerl_kernels.grpo.sampling import SamplerError
 pytest.importorskip("transformers")
 pytest.importorskip("httpx")
 from carerl_kernels.grpo import sample, special_tokens
-from carerl_kernels.tasks.characters import character_tokenizer, demo_domains, tiny_model
+from carerl_kernels.tasks.characters import character_tokenizer, demo_domains
 from completions_server import CompletionsServer
+from trainer_helpers import small_model
 
 SETTINGS = {
     "prompts_per_step": 3,
@@ -47,7 +48,7 @@ def reward(example, text):
 def trainer(
     tokenizer, path, url=None, on_step=None, engine="vllm", sync_every=1, options=None, sampler=None, **changes
 ):
-    model = tiny_model(tokenizer, 0)
+    model = small_model(tokenizer, 0)
     domain = demo_domains(0)[0]
     domain.eval_examples, domain.eval_mode, domain.reward = domain.eval_examples[:3], "sampled", reward
     if url is not None:
@@ -60,7 +61,7 @@ def trainer(
 
 def server_of(tokenizer, **options):
     """An engine that starts with weights of its own."""
-    return CompletionsServer(tiny_model(tokenizer, 99), tokenizer, **options)
+    return CompletionsServer(small_model(tokenizer, 99), tokenizer, **options)
 
 
 def metrics(path):
@@ -114,7 +115,7 @@ def test_stale_weights_are_counted_and_corrected_for(tokenizer, tmp_path):
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_completions_of_a_prompt_differ(tokenizer, tmp_path, engine):
     """Also where a server gives one seed to all of a request."""
-    model = tiny_model(tokenizer, 0)
+    model = small_model(tokenizer, 0)
     with server_of(tokenizer, engine=engine) as server:
         sampler = EndpointSampler(server.url, "tiny", special_tokens(tokenizer, model), engine=engine, folder=tmp_path)
         settings = {"num_samples": 4, "max_new_tokens": 6, "temperature": 1.0}
@@ -127,7 +128,7 @@ def test_completions_of_a_prompt_differ(tokenizer, tmp_path, engine):
 
 
 def test_forgetting_removes_what_was_written_alone(tokenizer, tmp_path):
-    tokens = special_tokens(tokenizer, tiny_model(tokenizer, 0))
+    tokens = special_tokens(tokenizer, small_model(tokenizer, 0))
     sampler = EndpointSampler("http://127.0.0.1:9/v1", "tiny", tokens, folder=tmp_path)
     sampler.forget({3})  # nothing there
     kept = [tmp_path / "step-00000001", sampler.path(3), sampler.folder / "last-step-3", sampler.folder / "step-2"]

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 pytest.importorskip("transformers")
 from carerl_kernels.guard import CapabilityGuard
-from carerl_kernels.tasks.characters import character_tokenizer, demo_domains, tiny_model
+from carerl_kernels.tasks.characters import character_tokenizer, demo_domains
+from trainer_helpers import Killed, kill_at, metrics, small_model
 
 SETTINGS = {
     "prompts_per_step": 6,
@@ -49,46 +50,39 @@ def domains():
 
 def trainer(path=None, *, guarded=True, on_step=None, editor="guard", **changes):
     tokenizer = character_tokenizer()
-    model = tiny_model(tokenizer, 0)
+    model = small_model(tokenizer, 0)
     guard = CapabilityGuard(model, r=4) if guarded else None
     config = GRPOConfig(**(SETTINGS | changes))
     return GRPOTrainer(model, tokenizer, domains(), config, guard=guard, editor=editor, run_dir=path, on_step=on_step)
-
-
-class Killed(Exception):
-    pass
-
-
-def metrics(path):
-    lines = [json.loads(text) for text in (path / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
 def bases(path):
     return {str(f.relative_to(path)): load_file(f) for f in sorted(path.rglob("bases/**/*.safetensors"))}
 
 
+STAGES = [Stage("code", 2), MIXED, Stage("math", 2)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nobody interrupts."""
+    run = trainer(tmp_path_factory.mktemp("whole"))
+    run.run(STAGES)
+    return run
+
+
 @pytest.mark.parametrize("step", [2, 5, 6])
-def test_resume_is_bitwise_exact(tmp_path, step):
+def test_resume_is_bitwise_exact(tmp_path, step, whole):
     """Killed before, in and after a mixed stage: directions seen before it are files, those seen after it are made again."""
-    stages = [Stage("code", 2), MIXED, Stage("math", 2)]
-    whole = trainer(tmp_path / "whole")
-    whole.run(stages)
-
-    def kill(line):
-        if line["step"] == step:
-            raise Killed
-
-    path = tmp_path / "killed"
     with pytest.raises(Killed):
-        trainer(path, on_step=kill).run(stages)
+        trainer(tmp_path, on_step=kill_at(step)).run(STAGES)
     torch.manual_seed(step)
-    resumed = trainer(path)
-    resumed.run(stages, resume=True)
-    assert metrics(path) == metrics(tmp_path / "whole")
+    resumed = trainer(tmp_path)
+    resumed.run(STAGES, resume=True)
+    assert metrics(tmp_path) == metrics(whole.directory.path)
     for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)
-    ours, theirs = bases(path), bases(tmp_path / "whole")
+    ours, theirs = bases(tmp_path), bases(whole.directory.path)
     assert ours.keys() == theirs.keys()
     assert {f"bases/code+chat+math/{n}.safetensors" for n in MIXED.domains} < ours.keys()
     assert {f"bases/code+chat+math.before/{n}.safetensors" for n in ("chat", "math")} < ours.keys()
@@ -181,7 +175,7 @@ def test_mixed_batches_without_the_editor_are_warned_of_once():
 
 def test_the_editor_is_a_setting_too(tmp_path):
     tokenizer = character_tokenizer()
-    model = tiny_model(tokenizer, 0)
+    model = small_model(tokenizer, 0)
     config = GRPOConfig(**SETTINGS, editor="guard")
     run = GRPOTrainer(model, tokenizer, domains(), config, guard=CapabilityGuard(model, r=4), run_dir=tmp_path / "a")
     run.run([MIXED])

@@ -14,7 +14,8 @@ from carerl_kernels.rewards import exact_match
 from carerl_kernels.rewards.adapters import trl_reward
 
 pytest.importorskip("transformers")
-from carerl_kernels.tasks.characters import character_tokenizer, demo_domains, tiny_model
+from carerl_kernels.tasks.characters import character_tokenizer, demo_domains
+from trainer_helpers import small_model
 
 SETTINGS = {
     "prompts_per_step": 4,
@@ -54,7 +55,7 @@ def domains(**changes):
 def trainer(path=None, on_step=None, known=None, **changes):
     torch.set_num_threads(1)
     tokenizer = character_tokenizer()
-    model = tiny_model(tokenizer, 0)
+    model = small_model(tokenizer, 0)
     config = GRPOConfig(**(SETTINGS | changes))
     return GRPOTrainer(model, tokenizer, known or domains(), config, run_dir=path, on_step=on_step)
 

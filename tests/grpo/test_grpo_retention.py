@@ -11,8 +11,9 @@ pytest.importorskip("transformers")
 from carerl_kernels.grpo import GRPOConfig, GRPOTrainer, Stage, answer_loss, prompt_counts, special_tokens
 from carerl_kernels.guard import CapabilityGuard
 from carerl_kernels.guard.editors import GramEditor, PCGrad
-from carerl_kernels.tasks.characters import character_domain, character_tokenizer, demo_domains, tiny_model
+from carerl_kernels.tasks.characters import character_domain, character_tokenizer, demo_domains
 from carerl_kernels.train.memory import StoredReplay
+from trainer_helpers import small_model
 
 BASE = {
     "prompts_per_step": 6,
@@ -37,7 +38,7 @@ def train(
     stages, *, editor=None, guarded=False, run_dir=None, resume=False, on_step=None, domains=None, sgd=False, **changes
 ):
     tokenizer, rng = character_tokenizer(), random.Random(1)
-    model = tiny_model(tokenizer, 0)
+    model = small_model(tokenizer, 0)
     if domains is None:
         domains = demo_domains(0)
         for domain in domains:
@@ -64,7 +65,7 @@ def weights(trainer):
 
 
 def start():
-    model = tiny_model(character_tokenizer(), 0)
+    model = small_model(character_tokenizer(), 0)
     return model, torch.cat([p.detach().flatten() for p in model.parameters()]).double()
 
 

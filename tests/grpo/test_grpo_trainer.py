@@ -29,9 +29,20 @@ import itertools
 from carerl_kernels.grpo.rundir import rng_state, set_rng_state
 from carerl_kernels.guard import CapabilityGuard
 from carerl_kernels.monitor import DriftMonitor
-from carerl_kernels.tasks.characters import character_tokenizer, tiny_model
+from carerl_kernels.tasks.characters import character_tokenizer
 from processes import start, wait
-from trainer_helpers import BASE, STAGES, Killed, kill_at, metrics, small_domains, trainer, without_timings
+from trainer_helpers import (
+    BASE,
+    STAGES,
+    Killed,
+    kill_at,
+    left_at,
+    metrics,
+    small_domains,
+    small_model,
+    trainer,
+    without_timings,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -60,15 +71,13 @@ SETTINGS = {
 
 @pytest.mark.parametrize("settings", sorted(SETTINGS))
 def test_resume_is_bitwise_exact_wherever_the_run_was_killed(tmp_path, settings):
-    changes = SETTINGS[settings]
-    whole = trainer(tmp_path / "whole", **changes)
+    changes, steps = SETTINGS[settings], (1, 3, 4, 6, 10) if settings == "plain" else (6,)
+    whole = trainer(tmp_path / "run", on_step=left_at(tmp_path / "run", *steps), **changes)
     whole.run(STAGES)
-    expected = metrics(tmp_path / "whole")
+    expected = metrics(tmp_path / "run")
     assert [line["step"] for line in expected] == list(range(11))
-    for step in (1, 3, 4, 6, 10) if settings == "plain" else (6,):
-        path = tmp_path / f"killed-{step}"
-        with pytest.raises(Killed):
-            trainer(path, on_step=kill_at(step), **changes).run(STAGES)
+    for step in steps:
+        path = tmp_path / f"run-{step}"
         torch.manual_seed(step)  # whatever the new process's generators hold
         resumed = trainer(path, **changes)
         resumed.run(STAGES, resume=True)
@@ -211,7 +220,7 @@ def test_a_monitored_stage_of_a_domain_that_is_not_evaluated():
     domains[0].eval_examples = []
     monitor = DriftMonitor(["chat", "math"], drop=0.0)
     tokenizer = character_tokenizer()
-    run = GRPOTrainer(tiny_model(tokenizer, 0), tokenizer, domains, GRPOConfig(**BASE), monitor=monitor)
+    run = GRPOTrainer(small_model(tokenizer, 0), tokenizer, domains, GRPOConfig(**BASE), monitor=monitor)
     history = run.run([Stage((domains[0].name, "chat"), 1), Stage(domains[0].name, 1)])
     assert [sorted(line["eval"]) for line in history] == [["chat", "math"]] * 3
 
@@ -254,7 +263,7 @@ def test_reinforcement_learns():
         config = GRPOConfig(
             prompts_per_step=8, group_size=8, max_new_tokens=2, lr=5e-3, loss=loss, progress=False, eval_samples=64
         )
-        run = GRPOTrainer(tiny_model(tokenizer, 0), tokenizer, [domain], config)
+        run = GRPOTrainer(small_model(tokenizer, 0), tokenizer, [domain], config)
         history = run.run([Stage("letter", 40)])
         assert history[0]["eval"]["letter"] < 0.3
         assert history[-1]["eval"]["letter"] > 0.9, loss
@@ -353,19 +362,17 @@ def test_resume_with_a_guard_is_bitwise_exact(tmp_path, options):
         return CapabilityGuard(model, **GUARDS[options])
 
     stages = [Stage("code", 4), Stage("chat", 4), Stage(("code", "math"), 3)]
-    whole = trainer(tmp_path / "whole", guard=guard)
+    whole = trainer(tmp_path / "run", guard=guard, on_step=left_at(tmp_path / "run", 3, 7))
     whole.run(stages)
     for step in (3, 7):
-        path = tmp_path / f"killed-{step}"
-        with pytest.raises(Killed):
-            trainer(path, guard=guard, on_step=kill_at(step)).run(stages)
+        path = tmp_path / f"run-{step}"
         resumed = trainer(path, guard=guard)
         resumed.run(stages, resume=True)
-        assert metrics(path) == metrics(tmp_path / "whole")
+        assert metrics(path) == metrics(tmp_path / "run")
         for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
             assert torch.equal(a, b)
         for name in ("code", "chat", "code+math"):
-            ours, theirs = (load_file(root / "bases" / f"{name}.safetensors") for root in (path, tmp_path / "whole"))
+            ours, theirs = (load_file(root / "bases" / f"{name}.safetensors") for root in (path, tmp_path / "run"))
             assert ours.keys() == theirs.keys()
             assert all(torch.equal(ours[n], theirs[n]) for n in ours)
         assert resumed.guard.history == whole.guard.history == ["code", "chat", "code+math"]

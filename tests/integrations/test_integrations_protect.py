@@ -11,8 +11,9 @@ from carerl_kernels import CapabilityGuard
 from carerl_kernels.integrations.transformers import GuardCallback
 from carerl_kernels.subspace import StoredBasis
 from carerl_kernels.subspace.batches import shown_rows
-from carerl_kernels.tasks.characters import DOMAINS, GENERATORS, tiny_model
+from carerl_kernels.tasks.characters import DOMAINS, GENERATORS
 from carerl_kernels.train.models import byte_tokenizer
+from trainer_helpers import small_model
 from trl_helpers import TOKENIZER, rows, trainer
 
 
@@ -31,7 +32,7 @@ def along(model, start, path) -> float:
 def test_checkpoints_of_epochs_are_corrected(tmp_path):
     changes = {"save_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2}
     made = {"guard": lambda m: CapabilityGuard(m, "remove", every=100, room=1.0), "protect": {"math": shown()}}
-    model = tiny_model(TOKENIZER, 0)
+    model = small_model(TOKENIZER, 0)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     trainer(tmp_path, rows(["chat"]), model, changes=changes, **made).train()
     checkpoints = sorted(tmp_path.glob("checkpoint-*"))
@@ -42,7 +43,7 @@ def test_checkpoints_of_epochs_are_corrected(tmp_path):
 
 
 def test_trl_protects_what_it_was_shown_and_resumes(tmp_path):
-    model = tiny_model(TOKENIZER, 0)
+    model = small_model(TOKENIZER, 0)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     options = {"guard": lambda m: CapabilityGuard(m, "remove", every=2, room=1.0), "protect": {"math": shown()}}
     changes = {"save_strategy": "steps", "save_steps": 3}
@@ -55,18 +56,18 @@ def test_trl_protects_what_it_was_shown_and_resumes(tmp_path):
     saved = type(model).from_pretrained(tmp_path / "checkpoint-3")  # between two corrections
     torch.testing.assert_close(dict(saved.named_parameters()), dict(model.named_parameters()), rtol=0, atol=0)
 
-    again = trainer(tmp_path, rows(["chat"]), tiny_model(TOKENIZER, 0), changes={**changes, "max_steps": 6}, **options)
+    again = trainer(tmp_path, rows(["chat"]), small_model(TOKENIZER, 0), changes={**changes, "max_steps": 6}, **options)
     again.train(resume_from_checkpoint=True)
     assert again.guard.report()["steps"] == 6
     assert along(again.model, start, path) < 1e-5
     path.unlink()
-    gone = trainer(tmp_path, rows(["chat"]), tiny_model(TOKENIZER, 0), changes={**changes, "max_steps": 9}, **options)
+    gone = trainer(tmp_path, rows(["chat"]), small_model(TOKENIZER, 0), changes={**changes, "max_steps": 9}, **options)
     with pytest.raises(FileNotFoundError, match="expected what was seen of 'math' before training"):
         gone.train(resume_from_checkpoint=True)
 
 
 def test_a_callback_that_confines_every_so_many_steps_leaves_the_optimizer_alone(tmp_path):
-    model = tiny_model(TOKENIZER, 0)
+    model = small_model(TOKENIZER, 0)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     run = trainer(tmp_path, rows(["chat"]), model)
     callback = GuardCallback(lambda m: CapabilityGuard(m, "remove", room=1.0), protect={"math": shown()}, every=2)

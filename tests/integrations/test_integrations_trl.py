@@ -22,7 +22,8 @@ from carerl_kernels.guard.editors import PCGrad
 from carerl_kernels.integrations.transformers import GuardCallback
 from carerl_kernels.integrations.trl import CareGRPOTrainer
 from carerl_kernels.subspace import DomainBasis
-from carerl_kernels.tasks.characters import DOMAINS, tiny_model
+from carerl_kernels.tasks.characters import DOMAINS
+from trainer_helpers import small_model
 from trl_helpers import TOKENIZER, Watched, reference_gradients, rows, trainer
 
 KINDS = {  # ours: TRL's settings
@@ -205,11 +206,11 @@ def test_guarded_steps_are_the_reference_trainer_s(math_file, tmp_path, mode, pa
         rule = {"rule": "bounded", "every": 1} if mode == "update" else {"rule": "remove", "apply_to": "grad"}
         return CapabilityGuard.load(math_file, model=model, **rule)
 
-    start = tiny_model(TOKENIZER, 0)
+    start = small_model(TOKENIZER, 0)
     run = trainer(
         tmp_path,
         rows(["chat"]),
-        tiny_model(TOKENIZER, 0),
+        small_model(TOKENIZER, 0),
         kind=Watched,
         changes={
             "max_grad_norm": norm,
@@ -263,7 +264,7 @@ def test_guard_as_editor_takes_each_domain_s_gradient_by_itself(math_file, tmp_p
         guard=lambda m: CapabilityGuard.load(math_file, model=m, rule="remove", apply_to="grad"),
         editor="guard",
     )
-    run.seen, start = [], tiny_model(TOKENIZER, 0)
+    run.seen, start = [], small_model(TOKENIZER, 0)
     edits, combine = [], run._losses.combine
 
     def keep():
@@ -312,7 +313,7 @@ def test_metrics_per_domain(math_file, tmp_path):
         return values
 
     run = CareGRPOTrainer(
-        model=tiny_model(TOKENIZER, 0),
+        model=small_model(TOKENIZER, 0),
         reward_funcs=[reward],
         args=trainer(tmp_path, changes={"per_device_train_batch_size": 12}).args,
         train_dataset=data,
@@ -472,7 +473,7 @@ def test_callback_behind_any_trainer(tmp_path):
         transformers.Trainer(model, args, train_dataset=data, callbacks=[callback]).train()
         return callback.guard.report()
 
-    model, path = tiny_model(TOKENIZER, 0), tmp_path / "math.safetensors"
+    model, path = small_model(TOKENIZER, 0), tmp_path / "math.safetensors"
     report = train(model, GuardCallback(lambda m: CapabilityGuard(m, k=4), stage="math", path=path))
     assert report["steps"] == 5 and DomainBasis.load(path).info.steps == 5
     report = train(model, GuardCallback(lambda m: CapabilityGuard.load(path, model=m, rule="remove"), domain="chat"))
@@ -497,7 +498,7 @@ def test_a_training_goes_on_after_an_interruption(tmp_path):
         str(tmp_path), max_steps=2, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, max_grad_norm=0.5
     )
     data = [{"input_ids": row, "labels": row} for row in ids]
-    run = transformers.Trainer(tiny_model(TOKENIZER, 0), args, train_dataset=data, callbacks=[guard, Interrupting()])
+    run = transformers.Trainer(small_model(TOKENIZER, 0), args, train_dataset=data, callbacks=[guard, Interrupting()])
     with pytest.raises(KeyboardInterrupt):
         run.train()
     run.train()
@@ -545,7 +546,7 @@ def test_interrupted_stage_leaves_nothing_behind(tmp_path):
                 raise Stop
             return super().training_step(*args)
 
-    guard = CapabilityGuard(model := tiny_model(TOKENIZER, 0), k=2)
+    guard = CapabilityGuard(model := small_model(TOKENIZER, 0), k=2)
     run = trainer(tmp_path, model=model, kind=Bomb, guard=guard, stage="math", stage_path=tmp_path / "m.safetensors")
     run.seen = []
     with pytest.raises(Stop):
@@ -565,7 +566,7 @@ def test_lora(tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     path = tmp_path / "math.safetensors"
-    model = tiny_model(TOKENIZER, 0)
+    model = small_model(TOKENIZER, 0)
     base = {n: p.detach().clone() for n, p in model.named_parameters()}
     options = {"peft_config": config, "changes": {"max_steps": 3}}
     first = trainer(
@@ -651,7 +652,7 @@ def test_own_answers_are_the_verifier_s_and_come_back(tmp_path):
 
     def run(**changes):
         return CareGRPOTrainer(
-            model=tiny_model(TOKENIZER, 0),
+            model=small_model(TOKENIZER, 0),
             reward_funcs=[verified, judge],
             args=trainer(tmp_path, changes={"per_device_train_batch_size": 12, "save_steps": 2, **changes}).args,
             train_dataset=rows(),

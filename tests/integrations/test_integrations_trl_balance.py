@@ -14,7 +14,7 @@ from carerl_kernels.integrations.balance import AdvantageBalance
 from carerl_kernels.integrations.trl import CareGRPOTrainer
 from carerl_kernels.monitor import Controller, DriftMonitor
 from carerl_kernels.monitor.callback import MonitorCallback
-from carerl_kernels.tasks.characters import tiny_model
+from trainer_helpers import small_model
 from trl_helpers import TOKENIZER, rows, settings, trainer
 
 NAMES = ["chat", "code", "math"]
@@ -29,7 +29,7 @@ def loud(prompts, completions, domain, **_):
 def run(folder, steps=6, **options):
     changes = options.pop("changes", {})
     return CareGRPOTrainer(
-        model=tiny_model(TOKENIZER, 0),
+        model=small_model(TOKENIZER, 0),
         reward_funcs=[loud],
         args=settings(folder, **{**UNDIVIDED, "max_steps": steps, **changes}),
         train_dataset=rows(),

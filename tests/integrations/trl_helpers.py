@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import datasets
 import torch
 import trl
@@ -10,8 +12,10 @@ from carerl_kernels.grpo.rollout import Batch, Judged
 from carerl_kernels.grpo.update import accumulate_gradients
 from carerl_kernels.integrations.trl import CareGRPOTrainer
 from carerl_kernels.rewards.adapters import trl_reward
-from carerl_kernels.tasks.characters import DOMAINS, GENERATORS, character_tokenizer, tiny_model
+from carerl_kernels.tasks.characters import DOMAINS, GENERATORS, character_tokenizer
+from trainer_helpers import small_model
 
+gc.freeze()  # as conftest does, here for the processes of trl_worker
 TOKENIZER = character_tokenizer()
 TOKENIZER.padding_side = "left"
 # TRL may sample padding like any other token, so nothing is banned here.
@@ -50,7 +54,7 @@ def settings(folder, **changes):
 
 def trainer(folder, data=None, model=None, kind=CareGRPOTrainer, changes=None, **options):
     return kind(
-        model=tiny_model(TOKENIZER, 0) if model is None else model,
+        model=small_model(TOKENIZER, 0) if model is None else model,
         reward_funcs=[trl_reward(dense_reward)],
         args=settings(folder, **(changes or {})),
         train_dataset=rows() if data is None else data,

@@ -14,6 +14,7 @@ import torch
 from carerl_kernels import CapabilityGuard
 from carerl_kernels.guard.editors import PCGrad
 from carerl_kernels.integrations.trl import CareGRPOTrainer
+from carerl_kernels.tasks.characters import tiny_model
 from peft import LoraConfig
 from trl_helpers import TOKENIZER, rows, trainer
 
@@ -65,7 +66,8 @@ def run(folder: Path, name: str, sharded: bool, domains, changes=None, resume=No
         **(FSDP if sharded and WORLD > 1 else {}),
         **(changes or {}),
     }
-    it = trainer(folder / f"{name}-{WORLD}", rows(domains), kind=kind, changes=changes, **options)
+    model = tiny_model(TOKENIZER, 0)  # with the second of its layers: they are sharded one by one
+    it = trainer(folder / f"{name}-{WORLD}", rows(domains), model, kind=kind, changes=changes, **options)
     it.train(resume_from_checkpoint=resume and str(folder / f"{name}-{WORLD}" / resume))
     whole = [p.full_tensor() if hasattr(p, "full_tensor") else p.detach() for p in it.model.parameters()]
     log = [line for line in it.state.log_history if "loss" in line]

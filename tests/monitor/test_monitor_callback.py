@@ -20,12 +20,13 @@ pytest.importorskip("transformers")
 def train(tmp_path):
     from carerl_kernels.grpo import answer_loss, special_tokens, success_probability
     from carerl_kernels.monitor.callback import MonitorCallback
-    from carerl_kernels.tasks.characters import character_tokenizer, demo_domains, tiny_model
+    from carerl_kernels.tasks.characters import character_tokenizer, demo_domains
     from datasets import Dataset
+    from trainer_helpers import small_model
     from trl import GRPOConfig, GRPOTrainer
 
     tokenizer = character_tokenizer()
-    tokens = special_tokens(tokenizer, tiny_model(tokenizer, 0))
+    tokens = special_tokens(tokenizer, small_model(tokenizer, 0))
     domains = [d for d in demo_domains(0) if d.name != "math"]
     rows = [{"prompt": e.prompt, "answer": e.answer} for d in domains for e in d.probe_examples[:8]]
 
@@ -35,7 +36,7 @@ def train(tmp_path):
         ]
 
     def run(name, steps, resume=False):
-        model = tiny_model(tokenizer, 0)
+        model = small_model(tokenizer, 0)
         model.train()
 
         def evaluate():

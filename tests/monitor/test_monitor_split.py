@@ -364,12 +364,15 @@ def test_two_processes_find_what_one_finds(tmp_path):
 def test_the_example_prints_its_table(capsys, monkeypatch):
     """Shortened: every row, with a displacement and without a number that is none."""
     pytest.importorskip("transformers")
+    from trainer_helpers import small_model
+
     path = EXAMPLES / "odd_even.py"
     spec = importlib.util.spec_from_file_location("odd_even", path)
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     for name, value in {"FIRST": 2, "RECORDED": 2, "STEPS": 2, "PROMPTS": 4}.items():
         monkeypatch.setattr(example, name, value)
+    monkeypatch.setattr(example, "tiny_model", small_model)
     monkeypatch.setattr(sys, "argv", ["odd_even.py", "--seeds", "1"])
     example.main()
     out = capsys.readouterr().out

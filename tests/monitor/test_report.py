@@ -66,8 +66,8 @@ def runs(tmp_path_factory) -> Path:
     """Real, very small runs: sequential and mixed, guarded and not, monitored and not; and one of another loop."""
     pytest.importorskip("transformers")
     from carerl_kernels.grpo import GRPOConfig, GRPOTrainer, Stage
-    from carerl_kernels.tasks.characters import character_tokenizer, tiny_model
-    from trainer_helpers import BASE, small_domains
+    from carerl_kernels.tasks.characters import character_tokenizer
+    from trainer_helpers import BASE, small_domains, small_model
 
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("runs")
@@ -77,7 +77,7 @@ def runs(tmp_path_factory) -> Path:
         ("mixed", False, True, [Stage(("code", "chat", "math"), 2)]),
         ("plain", False, False, [Stage("code", 2), Stage("math", 2)]),
     ):
-        model, domains = tiny_model(tokenizer, 0), small_domains()
+        model, domains = small_model(tokenizer, 0), small_domains()
         guard = CapabilityGuard(model, k=4, track_energy=True) if guarded else None
         names, balanced = [d.name for d in domains], {}
         controller = None

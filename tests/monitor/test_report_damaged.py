@@ -98,7 +98,7 @@ ODD = st.one_of(
 PLACES = [p for p in places(LINE) if p]
 
 
-@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(PLACES), ODD), min_size=1, max_size=3), st.integers(0, 2))
 def test_a_line_of_any_shape_is_read_as_far_as_it_goes(tmp_path, changes, number):
     line = LINE
@@ -114,7 +114,7 @@ def test_a_line_of_any_shape_is_read_as_far_as_it_goes(tmp_path, changes, number
     assert "nan" not in page.summary and "\x1b" not in path.read_text()
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.sampled_from(list(places(CONFIG))), st.sampled_from(list(places(GUARD))), ODD)
 def test_files_beside_it_of_any_shape(tmp_path, in_config, in_guard, new):
     for config, guard in ((replaced(CONFIG, in_config, new), GUARD), (CONFIG, replaced(GUARD, in_guard, new))):

@@ -12,6 +12,7 @@ from carerl_kernels.study.grid import Grid
 from carerl_kernels.study.methods import addition
 from carerl_kernels.study.methods.dacsp_delta import SPANNED, Directions, pivoted_frame
 from carerl_kernels.study.methods.distill import reverse_kl
+from carerl_kernels.train import models
 from carerl_kernels.train.recipe import RecipeError
 from torch import nn
 
@@ -166,7 +167,7 @@ GRID = """
 settings:
   tiny:
     text: three domains
-    model: {path: characters, warm_up: {steps: 30, lr: 3.0e-3, batch: 16}}
+    model: {path: characters, warm_up: {steps: 60, lr: 3.0e-3, batch: 16}}
     domains: {code: &task {kind: characters, probes: 32}, chat: *task, math: *task}
     stages: [{domain: code, steps: 2}, {domain: chat, steps: 2}, {domain: math, steps: 2}]
     train: {lr: 3.0e-3, max_new_tokens: 5, record_last: false, prompts_per_step: 6, group_size: 4}
@@ -187,6 +188,9 @@ runs: []
 @pytest.fixture
 def grid(tmp_path, monkeypatch):
     from test_sft_merge import Bytes
+    from trainer_helpers import small_model
+
+    monkeypatch.setattr(models, "tiny_model", small_model)
 
     def small():
         torch.manual_seed(0)

@@ -12,16 +12,19 @@ from carerl_kernels.study.cells import Record, run_cell
 from carerl_kernels.study.demo import run_demo
 from carerl_kernels.study.demo_report import Summary, Variant, print_summary
 from carerl_kernels.study.grid import Grid
+from carerl_kernels.train import models
 from carerl_kernels.train.recipe import RecipeError, merged
 from rich.console import Console
+from trainer_helpers import small_model
 
 DEMO = Grid.load("demo")
 VARIANTS = {name: DEMO.methods[name] for name in DEMO.runs[0].methods}
 
 
 @pytest.fixture
-def tiny(tmp_path_factory):
-    """A grid as the demonstration's, with two steps a stage."""
+def tiny(tmp_path_factory, monkeypatch):
+    """A grid as the demonstration's, with two steps a stage and a model of one layer."""
+    monkeypatch.setattr(models, "tiny_model", small_model)
     setting = merged(
         DEMO.settings["demo"].model_dump(),
         {

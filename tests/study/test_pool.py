@@ -1,5 +1,6 @@
 """The process pool: results, failures that surface, no process left behind."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import time
 
 import pytest
 from carerl_kernels.study.pool import Job, WorkerError, run_jobs
+from processes import server
 
 
 def double(number, report):
@@ -29,8 +31,15 @@ def linger(path, report):
     time.sleep(60)
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    """The pool's processes come from the server of `processes`, which has imported torch; the last test has them as they are."""
+    context = server()
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
+
+
 @pytest.mark.parametrize("workers", [1, 2])
-def test_pool_returns_results_and_progress(workers):
+def test_pool_returns_results_and_progress(forked, workers):
     events = []
     jobs = [Job("a", double, (1,)), Job("b", double, (2,)), Job("c", double, (3,))]
     results = run_jobs(jobs, workers, lambda *event: events.append(event))
@@ -38,7 +47,7 @@ def test_pool_returns_results_and_progress(workers):
     assert ("c", "progress", 3) in events
 
 
-def test_failing_job_surfaces_and_stops_the_others(tmp_path):
+def test_failing_job_surfaces_and_stops_the_others(forked, tmp_path):
     with pytest.raises(WorkerError, match=r"bad failed.*third wheel"):
         run_jobs([Job("bad", explode)], 1)
     started = time.monotonic()

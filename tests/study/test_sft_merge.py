@@ -11,6 +11,7 @@ from carerl_kernels.study.costs import beyond
 from carerl_kernels.study.grid import Grid
 from carerl_kernels.study.tables import FRONT, at_equal_new, measures_table, rows_of
 from carerl_kernels.tasks import smollm2, texts
+from carerl_kernels.train import models
 from carerl_kernels.train.models import byte_tokenizer
 from carerl_kernels.train.recipe import RecipeError
 
@@ -44,6 +45,8 @@ class Bytes:
 
 @pytest.fixture
 def grid(tmp_path, monkeypatch):
+    from trainer_helpers import small_model
+
     def small(vocabulary=128):
         torch.manual_seed(0)
         config = transformers.LlamaConfig(
@@ -52,6 +55,7 @@ def grid(tmp_path, monkeypatch):
         )  # fmt: skip
         return transformers.LlamaForCausalLM(config), Bytes()
 
+    monkeypatch.setattr(models, "tiny_model", small_model)
     monkeypatch.setattr(sft, "load_smollm2", small)
     sft.pretrained.cache_clear()
     (tmp_path / "grid.yaml").write_text(GRID)

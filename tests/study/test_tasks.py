@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("transformers")
 from carerl_kernels.grpo import special_tokens, success_probability
 from carerl_kernels.tasks import characters as tasks
+from trainer_helpers import small_model
 
 
 def solve(prompt):
@@ -58,9 +59,9 @@ def test_exact_success_probability_is_the_frequency_of_success():
     from carerl_kernels.grpo import encode_prompts, sample
 
     tokenizer = tasks.character_tokenizer()
-    model = tasks.tiny_model(tokenizer, 0)
+    model = small_model(tokenizer)
     domains = tasks.demo_domains(0)
-    tasks.warm_up(model, tokenizer, domains, seed=0, steps=40)
+    tasks.warm_up(model, tokenizer, domains, seed=0, steps=40, batch_per_domain=16)
     tokens = special_tokens(tokenizer, model)
     n = 2000
     for domain in domains:
@@ -83,8 +84,8 @@ def test_warm_up_learns_a_little_of_everything_and_repeats_exactly():
     tokenizer = tasks.character_tokenizer()
     domains = tasks.demo_domains(0)
     first, again = tasks.tiny_model(tokenizer, 0), tasks.tiny_model(tokenizer, 0)
-    losses = tasks.warm_up(first, tokenizer, domains, seed=0, steps=25)
-    assert tasks.warm_up(again, tokenizer, domains, seed=0, steps=25) == losses
+    losses = tasks.warm_up(first, tokenizer, domains, seed=0, steps=25, batch_per_domain=16)
+    assert tasks.warm_up(again, tokenizer, domains, seed=0, steps=25, batch_per_domain=16) == losses
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
     assert losses[-1] < 0.6 * losses[0]
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import import_module, resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -200,7 +200,7 @@ class Grid(Section):
             ImportError: yaml is missing; says what to install.
         """
         content = _preset("definitions")
-        own = _preset(str(source)) if str(source) in PRESETS else _read(Path(source), str(source))
+        own = dict(_preset(str(source)) if str(source) in PRESETS else _read(Path(source), str(source)))
         for part in ("settings", "methods"):
             own[part] = {**content[part], **(own.get(part) or {})}
         grid = checked(cls, own, str(source))
@@ -260,6 +260,7 @@ def _at(data: Any, place: str) -> Any:
     return data
 
 
+@cache
 def _preset(name: str) -> dict[str, Any]:
     return _read(resources.files(__package__).joinpath("presets", f"{name}.yaml"), f"preset {name}")
 

@@ -47,9 +47,8 @@ def estimate(values: Sequence[float]) -> Estimate:
     if n == 1:
         return Estimate(mean, math.inf, 1.0, 1)
     error = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
-    student = t(n - 1)
-    p = (1.0 if mean == 0 else 0.0) if error == 0 else 2 * float(student.sf(abs(mean) / error))
-    return Estimate(mean, float(student.ppf((1 + LEVEL) / 2)) * error, p, n)
+    p = (1.0 if mean == 0 else 0.0) if error == 0 else 2 * float(t.sf(abs(mean) / error, n - 1))
+    return Estimate(mean, float(t.ppf((1 + LEVEL) / 2, n - 1)) * error, p, n)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -2,18 +2,20 @@
 
 import io
 import json
+import multiprocessing
 from dataclasses import replace
 
 import pytest
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
-from carerl_kernels.study.cells import Record, run_cell
+from carerl_kernels.study.cells import Record, run_cell, run_cells
 from carerl_kernels.study.demo import run_demo
 from carerl_kernels.study.demo_report import Summary, Variant, print_summary
 from carerl_kernels.study.grid import Grid
 from carerl_kernels.train import models
 from carerl_kernels.train.recipe import RecipeError, merged
+from processes import server
 from rich.console import Console
 from trainer_helpers import small_model
 
@@ -22,9 +24,8 @@ VARIANTS = {name: DEMO.methods[name] for name in DEMO.runs[0].methods}
 
 
 @pytest.fixture
-def tiny(tmp_path_factory, monkeypatch):
-    """A grid as the demonstration's, with two steps a stage and a model of one layer."""
-    monkeypatch.setattr(models, "tiny_model", small_model)
+def grid(tmp_path_factory):
+    """A grid as the demonstration's, with two steps a stage."""
     setting = merged(
         DEMO.settings["demo"].model_dump(),
         {
@@ -39,6 +40,13 @@ def tiny(tmp_path_factory, monkeypatch):
     runs = [{"setting": "demo", "methods": list(methods), "seeds": [0, 1]}]
     path.write_text(json.dumps({"settings": {"demo": setting}, "methods": methods, "runs": runs}))
     return path
+
+
+@pytest.fixture
+def tiny(grid, monkeypatch):
+    """The same with a model of one layer."""
+    monkeypatch.setattr(models, "tiny_model", small_model)
+    return grid
 
 
 def quiet():
@@ -78,8 +86,16 @@ def test_summary_json_table_and_picture(tmp_path, tiny):
     assert "…" not in printed
 
 
-def test_processes_and_interruptions_change_no_number(tmp_path, tiny):
-    """One call for everything here; against a finished and an interrupted run, continued by processes."""
+def test_processes_change_no_number(tmp_path, grid, monkeypatch):
+    context = server()
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
+    cells = [Grid.load(grid).cell(f"demo/{name}@1/0") for name in ("naive", "guarded")]
+    here, elsewhere = (run_cells(cells, tmp_path / str(workers), workers=workers) for workers in (1, 2))
+    assert [(r.scores, r.touched) for r in here] == [(r.scores, r.touched) for r in elsewhere]
+
+
+def test_interruptions_change_no_number(tmp_path, tiny):
+    """One call for everything, against a finished and an interrupted run that are continued."""
     chosen, parts = ["naive", "guarded"], tmp_path / "parts"
     whole = run_demo(tmp_path / "whole", seeds=1, workers=1, console=quiet(), preset=tiny, variants=chosen)
     run_demo(parts, seeds=1, workers=1, console=quiet(), preset=tiny, variants=["naive"])
@@ -91,7 +107,7 @@ def test_processes_and_interruptions_change_no_number(tmp_path, tiny):
     guarded = replace(Grid.load(tiny).cell("demo/guarded@1/0"), kept=parts / "guarded" / "seed-0")
     with pytest.raises(KeyboardInterrupt):
         run_cell(guarded, parts / "cache", interrupt)
-    after = run_demo(parts, seeds=1, workers=2, console=quiet(), preset=tiny, variants=chosen)
+    after = run_demo(parts, seeds=1, workers=1, console=quiet(), preset=tiny, variants=chosen)
     for name in chosen:
         for key in ("final", "after_own_stage", "touched_share"):
             assert whole["variants"][name][key] == after["variants"][name][key]

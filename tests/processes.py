@@ -29,7 +29,7 @@ def start(call: str, *arguments: object, log: Path, **environment: str) -> BaseP
     The module is imported there, after the variables are set. The process can do whatever one of its own could (kill itself, make
     a process group, fork), but for reading environment variables that torch looks at when it is imported.
     """
-    process = server().Process(target=_run, args=(call, arguments, log, environment))
+    process = server().Process(target=call_in, args=(call, arguments, log, environment))
     process.start()
     return process
 
@@ -41,7 +41,8 @@ def server() -> BaseContext:
     return context
 
 
-def _run(call: str, arguments: tuple, log: Path, environment: dict[str, str]) -> None:
+def call_in(call: str, arguments: tuple, log: Path, environment: dict[str, str]) -> None:
+    """What such a process does."""
     os.environ.update(environment)
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)

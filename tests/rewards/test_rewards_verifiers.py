@@ -282,13 +282,18 @@ def test_mathematics_by_value(math_match, answer, completion, reward):
 
 def test_an_expression_that_never_ends_is_wrong_and_the_next_one_is_judged(math_match):
     quick = MathMatch(timeout=1.0)
+
+    def judged(answer: str, completion: str):
+        """None says that other processes kept it waiting: then it is asked again."""
+        return next((r for _ in range(5) if (r := quick(Example("?", answer), completion)) is not None), None)
+
     try:
-        assert quick(Example("?", "2"), "2") == 1
+        assert judged("2", "2") == 1
         started = time.monotonic()
-        assert quick(Example("?", "2"), r"$9^{9^{9^{9}}}$") in (0, 0.0)
-        assert quick(Example("?", "3"), r"$\int_0^1 x^{x^{x}} \sin(x^{99}) dx + 10000000!$") == 0
+        assert judged("2", r"$9^{9^{9^{9}}}$") == 0
+        assert judged("3", r"$\int_0^1 x^{x^{x}} \sin(x^{99}) dx + 10000000!$") == 0
         assert time.monotonic() - started < 60
-        assert quick(Example("?", "2"), "$1+1$") == 1
+        assert judged("2", "$1+1$") == 1
     finally:
         quick.close()
 

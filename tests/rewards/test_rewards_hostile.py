@@ -22,7 +22,7 @@ from carerl_kernels.rewards.verifiers.sandbox import _TURNS
 
 LIMITS = SandboxLimits(wall=20, cpu=2, memory=128 << 20)
 PYTHON = "/usr/bin/python3"
-NOBODY = 54321
+NOBODY = 54321 + os.getpid() % 10_000  # of this test process alone: programs kill whatever is their user's
 
 
 def make(isolation, limits=LIMITS):
@@ -34,8 +34,8 @@ def make(isolation, limits=LIMITS):
     pytest.skip(problem)
 
 
-def as_another_user(tmp_path, work):
-    """What `work()` returns in a process of a user without rights; the inside of the sandbox is copied to where it can read."""
+def as_another_user(tmp_path, isolation, text):
+    """(status, stdout) of a program that a user without rights runs; the inside of the sandbox is copied to where it can read."""
     inside = tmp_path / "inside"
     inside.mkdir(exist_ok=True)
     for name in ("_sandbox_child", "_landlock", "_seccomp", "_usage"):
@@ -54,9 +54,13 @@ def as_another_user(tmp_path, work):
             _launch._HERE = inside
             module.why_not_isolated.cache_clear()
             module._protections.cache_clear()
-            said = {"value": work()}
-        except SandboxError as error:
-            said = {"skip": str(error)}
+            try:
+                sandbox = Sandbox(LIMITS, isolation=isolation, allow_unisolated=True, python=PYTHON)
+            except SandboxError as error:
+                said = {"skip": str(error)}
+            else:
+                got = sandbox.run(text)
+                said = {"value": (got.status, got.stdout)}
         except BaseException as error:
             said = {"error": repr(error)}
         finally:
@@ -81,15 +85,7 @@ def run(request, tmp_path):
         return lambda text: (lambda got: (got.status, got.stdout))(sandbox.run(text))
     if os.geteuid() != 0 or not Path(PYTHON).exists():
         pytest.skip("not root: the other cases run as a user without rights already")
-
-    def run(text):
-        def work():
-            got = Sandbox(LIMITS, isolation=isolation, allow_unisolated=True, python=PYTHON).run(text)
-            return got.status, got.stdout
-
-        return as_another_user(tmp_path, work)
-
-    return run
+    return lambda text: tuple(as_another_user(tmp_path, isolation, text))
 
 
 TRY = """

@@ -93,8 +93,9 @@ jmp_buf scheduler_jump;
 [[maybe_unused]] const void* scheduler_stack;
 [[maybe_unused]] size_t scheduler_size;
 
-// Jumps and not swapcontext, which makes a system call, and under AddressSanitizer clears the shadow of a whole stack. The
-// sanitiser is told which stack a jump leads to; the first jump out of a fiber tells where that of the scheduler is.
+// Jumps and not swapcontext, which makes a system call, and under AddressSanitizer clears the shadow of a whole stack.
+// The sanitiser is told which stack a jump leads to; the first jump out of a fiber tells where that of the scheduler
+// is.
 void to_scheduler() {
   if (_setjmp(current->jump) == 0) {
 #if EMULATOR_ASAN

@@ -44,14 +44,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     )  # at the end others would wait for them
 
 
-@pytest.hookimpl(optionalhook=True)  # pytest-xdist's
-def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores: tests wait for sandboxes, servers and processes of their own for a tenth of the time."""
-    import psutil
-
-    return (psutil.cpu_count(logical=False) or os.cpu_count() or 1) + 1
-
-
 def pytest_collection_finish() -> None:
     # Torch, transformers and the tests are a million objects that stay: looking through them for garbage again and again would
     # take a twentieth of the time.

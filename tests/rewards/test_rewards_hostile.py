@@ -9,6 +9,7 @@ import ctypes
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -34,14 +35,8 @@ def make(isolation, limits=LIMITS):
     pytest.skip(problem)
 
 
-def as_another_user(tmp_path, isolation, text):
-    """(status, stdout) of a program that a user without rights runs; the inside of the sandbox is copied to where it can read."""
-    inside = tmp_path / "inside"
-    inside.mkdir(exist_ok=True)
-    for name in ("_sandbox_child", "_landlock", "_seccomp", "_usage"):
-        shutil.copy(_launch._HERE / f"{name}.py", inside)
-    for place in (inside, *inside.parents[:-2]):
-        place.chmod(0o755)
+def as_another_user(folder, isolation, text):
+    """(status, stdout) of a program that a user without rights runs, with the inside of the sandbox that is in this folder."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -51,7 +46,7 @@ def as_another_user(tmp_path, isolation, text):
             os.setresgid(NOBODY, NOBODY, NOBODY)
             os.setresuid(NOBODY, NOBODY, NOBODY)
             os.environ["TMPDIR"] = "/tmp"
-            _launch._HERE = inside
+            _launch._HERE = folder
             module.why_not_isolated.cache_clear()
             module._protections.cache_clear()
             try:
@@ -76,16 +71,30 @@ def as_another_user(tmp_path, isolation, text):
     return said["value"]
 
 
+@pytest.fixture(scope="module")
+def readable():
+    """A copy of the inside of the sandbox that every user can read; pytest's own folders are closed again whenever it starts."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("_sandbox_child", "_landlock", "_seccomp", "_usage"):
+            shutil.copy(_launch._HERE / f"{name}.py", folder)
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
 @pytest.fixture(params=["namespaces", "none", "namespaces, another user", "none, another user"])
-def run(request, tmp_path):
+def run(request, readable):
     """Runs a program: f(text) -> (status, stdout)."""
     isolation, _, other = request.param.partition(", ")
     if not other:
         sandbox = make(isolation)
         return lambda text: (lambda got: (got.status, got.stdout))(sandbox.run(text))
+    skip_unless_root()
+    return lambda text: tuple(as_another_user(readable, isolation, text))
+
+
+def skip_unless_root():
     if os.geteuid() != 0 or not Path(PYTHON).exists():
         pytest.skip("not root: the other cases run as a user without rights already")
-    return lambda text: tuple(as_another_user(tmp_path, isolation, text))
 
 
 TRY = """
@@ -178,6 +187,29 @@ def test_whatever_a_program_does_to_its_supervisor_is_its_own_failure(run, attac
     """It ends as a failed program; never as a failure of the sandbox, which would take the bad mark away."""
     program = "import os, resource, sys\ndef ok(d):\n    try: return os.fstat(d)\n    except OSError: return None\n"
     status, _ = run(f"{program}try: {attack}\nexcept OSError: pass\nos._exit(3)")
+    assert status in ("error", "killed", "timeout")
+
+
+OLD_AND_BUSY = """
+
+def let_go_of_output(quickly=let_go_of_output):
+    time.sleep(1)
+    quickly()
+
+_seccomp.supported = _landlock.version = lambda *_: 0
+"""
+
+
+def test_a_program_that_kills_its_supervisor_at_once_has_failed(readable):
+    """Before that has come to look after it, on a busy machine; no kernel filters its system calls, and it has the same user."""
+    skip_unless_root()
+    child = readable / "_sandbox_child.py"
+    text = child.read_text()
+    child.write_text(text + OLD_AND_BUSY)
+    try:
+        status, _ = as_another_user(readable, "none", "import os; os.kill(os.getppid(), 9)")
+    finally:
+        child.write_text(text)
     assert status in ("error", "killed", "timeout")
 
 

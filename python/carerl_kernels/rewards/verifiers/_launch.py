@@ -157,11 +157,11 @@ class Launched:
                 data += part
         os.close(self._status)
         self._clean()
-        if not data.startswith(b"started\n"):
-            said = json.loads(data)["sandbox"] if data else "it ended before the program ran"
-            raise SandboxError(f"the sandbox failed: {said}")
         said = data.removeprefix(b"started\n")
-        return json.loads(said) if said else {}
+        ended: dict[str, Any] = json.loads(said) if said else {}
+        if not data or "sandbox" in ended:
+            raise SandboxError(f"the sandbox failed: {ended.get('sandbox', 'it ended before the program ran')}")
+        return ended
 
     def _clean(self) -> None:
         if self._directory is not None:

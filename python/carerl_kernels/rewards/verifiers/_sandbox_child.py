@@ -116,7 +116,6 @@ def enter_root(readable: list[str], size: int) -> None:
 
 def become_program(job: dict[str, Any], status: int, progress: int | None) -> None:
     """Limits, no privileges, no environment; then the interpreter."""
-    os.close(status)
     os.setsid()
     if progress is not None:
         os.dup2(progress, PROGRESS)
@@ -145,6 +144,8 @@ def become_program(job: dict[str, Any], status: int, progress: int | None) -> No
         with contextlib.suppress(OSError):  # kernels without it; `Sandbox.protections` says so
             _seccomp.install(_seccomp.program(os.getpid(), signals=alone, network=isolated), libc.prctl)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    os.write(status, b"started\n")  # by us: from here on the program may kill whoever else could say so
+    os.close(status)
     os.execve(job["python"], [job["python"], "-S", "-s", "-B", "-c", job["start"]], environment())
 
 
@@ -199,7 +200,6 @@ def supervise(job: dict[str, Any], status: int, usage: Usage) -> dict[str, Any]:
         os.waitpid(program, 0)
         raise RuntimeError(problem.decode(errors="replace"))
     let_go_of_output()
-    os.write(status, b"started\n")
     try:
         return watch(job, program, status, progress_read, usage)
     except BaseException as error:

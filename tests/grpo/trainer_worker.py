@@ -84,7 +84,7 @@ def trainer(
     guard = CapabilityGuard(model, "bounded", basis=basis, **options) if guarded else None
     names = [d.name for d in domains()]
     snapshots = None if path is None else path / "snapshots"
-    options = {"split_every": 1, "snapshots": snapshots, "score_range": (0.0, 8.0), "drop": 0.0}
+    options = {"split_every": 2, "snapshots": snapshots, "score_range": (0.0, 8.0), "drop": 0.0}
     monitor = DriftMonitor(names, model=model, gradients_every=3, **options)
     return GRPOTrainer(
         model,

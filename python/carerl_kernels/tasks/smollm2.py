@@ -28,8 +28,8 @@ def load_smollm2() -> tuple[nn.Module, Any]:
     assert spec is not None and spec.origin is not None
     folder = Path(spec.origin).parent
     file = next(folder.glob("*.gguf")).name
-    # Transformers reads the file for the settings, for the weights and for the tokenizer, and maps names for every module: with
-    # once it takes a third of the time.
+    # Transformers reads the file three times, for the settings, the weights and the tokenizer, and maps names anew for every
+    # module. Doing each once takes a third of the time.
     reader, names = functools.cache(gguf.GGUFReader), functools.cache(gguf.get_tensor_name_map)
     with patch.object(gguf, "GGUFReader", reader), patch.object(gguf, "get_tensor_name_map", names):
         model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)

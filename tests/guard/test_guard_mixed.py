@@ -162,7 +162,7 @@ def test_one_pass_row_by_row_equals_passes_domain_by_domain(tied, ordered, piece
     assert parts.complete()
     parts.finish()
     for p, w in zip(model.parameters(), want, strict=True):
-        torch.testing.assert_close(p.grad, w, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(p.grad, w, atol=1e-5 * float(w.abs().max()), rtol=1e-4)
     model.zero_grad()
     (model(ids, kinds) * weights).sum().backward()
     assert any(not torch.allclose(p.grad, w, atol=1e-2) for p, w in zip(model.parameters(), want, strict=True))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
+from functools import partial
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read at numpy's import: the oracle shall not fight the kernels
 os.environ["PYTHONPATH"] = os.pathsep.join(  # for processes that tests start; pyproject.toml has the same for the tests
     filter(None, (os.path.dirname(__file__), os.environ.get("PYTHONPATH")))
 )
 
+import behind
 import pytest
 import torch
 from helpers import BACKENDS, GPU_BACKENDS, Backend
@@ -22,7 +24,8 @@ settings.load_profile("carerl")
 
 MARKERS = {
     "gpu": "needs a GPU, or runs GPU kernels under emulation",
-    "slow": "takes a minute or so, and comes first; deselect with -m 'not slow'",
+    "slow": "takes a minute or so; deselect with -m 'not slow'",
+    "behind(made=function)": "needs what function() makes (tests/behind.py), and comes last",
     "native_speed": "long enough that no emulated or interpreted kernel is put through it",
     "compiled": "needs compiled kernels: long, or about memory and random numbers, which mean nothing to an interpreter",
     **{f"on_{backend.name.replace('-', '_')}": f"runs on the {backend.name} backend" for backend in BACKENDS},
@@ -39,12 +42,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     dropped = {item for item in items if _too_long(item)}
     config.hook.pytest_deselected(items=list(dropped))
     kept = [item for item in items if item not in dropped]
-    items[:] = sorted(
-        kept, key=lambda item: item.get_closest_marker("slow") is None
-    )  # at the end others would wait for them
+    items[:] = sorted(kept, key=_place)
 
 
-def pytest_collection_finish() -> None:
+def _place(item: pytest.Item) -> int:
+    if item.get_closest_marker("behind"):
+        return 2
+    return 0 if item.get_closest_marker("slow") else 1  # at the end others would wait for a slow one
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    wanted = dict.fromkeys(mark.kwargs["made"] for item in session.items for mark in item.iter_markers("behind"))
+    first = os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0"
+    if wanted and first and not session.config.option.collectonly:
+        session.config.add_cleanup(partial(behind.end, behind.start(wanted)))
     # Torch, transformers and the tests are a million objects that stay: looking through them for garbage again and again would
     # take a twentieth of the time.
     gc.collect()

@@ -5,6 +5,7 @@ The conformance suite (test_ops_*.py, backend cuda-emulated) says that results a
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import os
@@ -65,10 +66,15 @@ def test_launches_that_a_gpu_refuses_say_why(plain):
     assert passed(child), child.stderr
 
 
-def test_threads_that_share_memory_meet_at_a_barrier():
+@functools.cache
+def with_real_threads() -> Path:
     """Every CUDA thread a thread of the system, under ThreadSanitizer."""
-    flags = ["-O0", "-fsanitize=thread", "-DEMULATOR_THREADS"]
-    child = run(driver("driver_tsan", flags), "project", "rotate", DRIVER_SMALL="1")
+    return driver("driver_tsan", ["-O0", "-fsanitize=thread", "-DEMULATOR_THREADS"])
+
+
+@pytest.mark.behind(made=with_real_threads)
+def test_threads_that_share_memory_meet_at_a_barrier():
+    child = run(with_real_threads(), "project", "rotate", DRIVER_SMALL="1")
     assert passed(child), child.stderr[-3000:]
 
 
@@ -160,8 +166,9 @@ def mutable_copy() -> Path:
     return copy
 
 
-@pytest.fixture(scope="module")
+@functools.cache
 def mutable() -> Path:
+    """The kernels with all mutations, under AddressSanitizer and UBSan."""
     flags = [
         "-O0",
         "-fsanitize=address,undefined",
@@ -171,21 +178,23 @@ def mutable() -> Path:
     return driver("driver_asan", flags, sorted(mutable_copy().glob("*.cu")))
 
 
+@pytest.mark.behind(made=mutable)
 @pytest.mark.parametrize(("op", "environment"), [*((op, {}) for op in OPS), ("gram", SLOW_DOUBLES)])
-def test_no_undefined_behaviour(mutable, op, environment):
-    """AddressSanitizer and UBSan over every op, with aligned and unaligned inputs and tails; no mutation chosen."""
-    child = run(mutable, op, **environment)
+def test_no_undefined_behaviour(op, environment):
+    """Every op, with aligned and unaligned inputs and tails; no mutation chosen."""
+    child = run(mutable(), op, **environment)
     assert passed(child), child.stderr[-3000:]
 
 
+@pytest.mark.behind(made=mutable)
 @pytest.mark.parametrize(("file", "name"), MUTATIONS, ids=[f"{f}: {n}" for f, n in MUTATIONS])
-def test_mistakes_are_noticed(mutable, file, name):
+def test_mistakes_are_noticed(file, name):
     """By one of the ops that run this file, on one of a few schedules."""
     chosen = {"CARERL_MUTANT": str(MUTATIONS.index((file, name)))} | (SLOW_DOUBLES if file == "gram_float.cuh" else {})
     ops = NOTICED_BY.get(file, (Path(file).stem,))
     schedules: list[dict[str, str]] = [{}, *({"CARERL_EMULATOR_SEED": seed} for seed in "123")]
     for op, schedule in itertools.product(ops, schedules):
-        child = run(mutable, op, **chosen, **schedule)
+        child = run(mutable(), op, **chosen, **schedule)
         if not passed(child):
             assert re.search("wrong result|emulator: |ERROR: AddressSanitizer|runtime error", child.stderr), (
                 child.stderr

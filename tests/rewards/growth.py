@@ -15,7 +15,7 @@ from typing import Any
 SIZES = (250, 2_000, 16_000)  # characters, each eight times the one before
 LIMIT = 20  # times as long for eight times the text: halfway between a line (8) and a square (64)
 NOTICEABLE = 0.003  # seconds below which growth cannot be told from noise; a square is far above it at the largest size
-BUDGET = 1.0  # seconds of processor time after which nothing waits for the end
+BUDGET = 0.4  # seconds of processor time after which nothing waits for the end
 _CANDIDATES = "a0 -\n.!A_\"'`{<\\$=:,;()[]|#*é\u2029"
 _PLAIN = (*"a -\n0=`<{([\"'\\.,", "a ", "a\n", "- ", "\n ", "1,", "{}", "<>")
 

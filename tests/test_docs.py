@@ -14,8 +14,9 @@ from urllib.parse import unquote
 
 import pytest
 import torch
+import typer
 import yaml
-from carerl_kernels import CapabilityGuard
+from carerl_kernels import CapabilityGuard, cli
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -128,6 +129,23 @@ def test_code_of_pages_runs(page, tmp_path, monkeypatch):
         code = compile(block, f"{page} block {number}", "exec")
         if not marked:
             exec(code, space)
+
+
+def test_commands_of_pages_exist():
+    """Every `carerl ...` of a page: its subcommand and its options."""
+    root = typer.main.get_command(cli.app)
+    seen = 0
+    for page in PAGES:
+        for line in re.findall(r"(?:^|`)(carerl [^`\n#|]*)", page.read_text(), flags=re.MULTILINE):
+            command, words = root, line.split()[1:]
+            while words and (found := getattr(command, "commands", {}).get(words[0])):
+                command, words = found, words[1:]
+            options = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
+            named = {word.partition("=")[0] for word in words if word.startswith("--")} - {"--help"}
+            assert not hasattr(command, "commands") or not words or words[0].startswith("-"), f"{page.name}: {line}"
+            assert named <= options, f"{page.name}: {line}: no option {named - options}"
+            seen += 1
+    assert seen > 50
 
 
 def test_workflows_and_forms_are_yaml_of_their_kind():

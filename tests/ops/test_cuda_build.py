@@ -23,7 +23,7 @@ from carerl_kernels import _load, _ops
 LIBRARY = _load.find_library("libcarerl_cuda.so")
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(LIBRARY is None, reason="the CUDA library is not built: nvcc was not found (make gpu-build)"),
+    pytest.mark.skipif(LIBRARY is None, reason="the CUDA library is not built: make gpu-build, which needs nvcc"),
 ]
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 

@@ -22,7 +22,7 @@ PACKAGE = Path(carerl_kernels.__file__).parent
 NAME = PACKAGE.name
 
 LEAVES = {
-    "_clock", "_command", "_errors", "_files", "_http", "_json", "_load", "_loop", "_ops", "_rows",
+    "_clock", "_command", "_errors", "_files", "_http", "_json", "_load", "_loop", "_ops", "_rows", "_wrapped",
     "info", "linalg", "logprobs", "reference", "reference_matrices", "reference_policy", "task", "text", "thin",
 }  # fmt: skip
 """Modules without a room, which every room may use and which use each other only."""

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._wrapped import forward_accepts
 from .task import Example
-from .text import SpecialTokens, encode_answers, encode_prompts, forward_accepts, left_pad, position_ids, right_pad
+from .text import SpecialTokens, encode_answers, encode_prompts, left_pad, position_ids, right_pad
 
 
 @contextmanager

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ._wrapped import forward_accepts
 from .task import Messages
 
 
@@ -84,12 +84,6 @@ def encode_answers(tokenizer: Any, answers: Sequence[str], eos: int) -> list[lis
 def decode(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
     """Completions as the verifiers see them: without special tokens."""
     return list(tokenizer.batch_decode(rows, skip_special_tokens=True))
-
-
-def forward_accepts(model: Any, name: str) -> bool:
-    """Whether model.forward has this parameter by name (position_ids, logits_to_keep: most models, not all)."""
-    forward = getattr(model, "forward", model)
-    return name in inspect.signature(forward).parameters
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

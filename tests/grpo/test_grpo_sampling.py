@@ -1,7 +1,10 @@
 """Sampling: what is sampled is what is scored, for several architectures and prompts of uneven length."""
 
+import warnings
+
 import pytest
 import torch
+from carerl_kernels._wrapped import forward_accepts
 from carerl_kernels.grpo import SpecialTokens, completion_logprobs, nucleus, sample
 
 transformers = pytest.importorskip("transformers")
@@ -71,6 +74,30 @@ def test_cached_steps_equal_plain_forwards_without_padding(model):
         logits[:, 0] = -torch.inf
         expected = logits.log_softmax(-1)[range(len(ids) - len(completion) - 1, len(ids) - 1), completion]
         torch.testing.assert_close(rollout.logps[i, : len(completion)].double(), expected, rtol=1e-4, atol=2e-5)
+
+
+def test_adapters_are_told_positions_and_which_logits_to_keep(model):
+    """Their forward takes anything and passes it on. Each row alone, unpadded, is what they are compared with."""
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    for wrapped in (adapted, torch.compile(adapted)):
+        for name in ("position_ids", "logits_to_keep", "use_cache"):
+            assert forward_accepts(wrapped, name) == forward_accepts(model, name)
+    widths = set()
+    model.get_output_embeddings().register_forward_hook(lambda layer, inputs, output: widths.add(inputs[0].shape[1]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # names that transformers is about to drop
+        rollout = draw(adapted.eval())
+    length = rollout.completion_ids.shape[1]
+    with torch.no_grad():
+        logp = completion_logprobs(adapted, rollout.input_ids, rollout.attention_mask, length, banned=TOKENS.banned)
+    assert widths == {1, length + 1}
+    for i, completion in enumerate(rollout.completions()):
+        ids = torch.tensor([PROMPTS[i // 3] + completion])
+        with torch.no_grad():
+            alone = completion_logprobs(adapted, ids, torch.ones_like(ids), len(completion), banned=TOKENS.banned)[0]
+        for found in (rollout.logps, logp):
+            torch.testing.assert_close(found[i, : len(completion)], alone, rtol=1e-4, atol=5e-5)
 
 
 def test_completions_end_at_eos_or_limit_and_never_hold_padding(qwen):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
+from carerl_kernels._wrapped import unwrapped
 from carerl_kernels.subspace import MatrixLayout, observe
-from carerl_kernels.subspace.sites import guess_sides, plain_name, unwrapped
+from carerl_kernels.subspace.sites import guess_sides, plain_name
 
 SIZES = {
     "vocab_size": 64,

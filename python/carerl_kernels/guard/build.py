@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._wrapped import unwrapped, wrappers
 from ..subspace.kinds import KINDS
 from ..subspace.layout import Layout
 from ..subspace.matrices import MatrixLayout, Side
-from ..subspace.sites import guess_sides, plain_name, unwrapped, wrappers
+from ..subspace.sites import guess_sides, plain_name
 from .factored_stack import BlockStack
 from .input_stack import InputStack
 from .stack import RowStack, Stack

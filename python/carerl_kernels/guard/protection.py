@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from .._clock import Clock
 from .._errors import one_of
+from .._wrapped import unwrapped
 from ..subspace import StoredBasis
 from ..subspace.fingerprint import hash_parameters
 from ..subspace.kinds import KINDS, kind_of, rank_of
 from ..subspace.observe import observe
 from ..subspace.shards import local
-from ..subspace.sites import unwrapped
 from ..subspace.store import read_info
 from .build import architecture_of, data_group, sides_of, trainable
 from .memory import Memory

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..subspace.sites import unwrapped
+from .._wrapped import unwrapped
 from ..thin import full_precision
 from .input_stack import InputStack
 from .stack import Stack

@@ -16,12 +16,13 @@ import torch.distributed as dist
 from torch import nn
 
 from .._errors import one_of
+from .._wrapped import unwrapped
 from .batches import Positions, call, prepared, text_positions, to_device
 from .matrices import MatrixLayout, some, unlabel
 from .moments import Accumulator, Moments, sketch_width
 from .rows import Rows
 from .shards import reshard
-from .sites import guess_sides, plain_name, unwrapped
+from .sites import guess_sides, plain_name
 from .watch import Watch
 
 SHOWN_AFTER = 2.0

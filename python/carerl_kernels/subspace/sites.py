@@ -2,31 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from torch import Tensor, nn
 
 from .matrices import Side
 
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # torch.compile, FSDP, checkpointing
-
-
-def wrappers(model: nn.Module) -> Iterator[nn.Module]:
-    """The model and what is inside it, through any nesting of `DistributedDataParallel` and `torch.compile`."""
-    yield model
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model._modules["_orig_mod"]  # type: ignore[assignment]
-        else:
-            return
-        yield model
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The innermost of :func:`wrappers`: the model itself."""
-    return list(wrappers(model))[-1]
 
 
 def plain_name(name: str) -> str:

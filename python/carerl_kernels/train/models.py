@@ -67,7 +67,9 @@ def load_model(
         model = add_lora(model, spec.lora, spec.seed)
     model.eval()
     if spec.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # The name that transformers 6 keeps, where it is there.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
         model.train()  # transformers checkpoints in this mode only; sampling and what is not differentiated runs in the other
         for module in model.modules():
             if isinstance(module, nn.Dropout):

@@ -148,6 +148,32 @@ def test_a_prompt_for_every_process(monkeypatch):
         trainer(None, 1, guarded=False, prompts_per_step=1)
 
 
+def test_processes_that_each_have_the_whole_model_are_refused(monkeypatch):
+    """As torchrun starts them, and in a process group."""
+    expected = "spread over the 2 processes, found all of it in this one"
+    with monkeypatch.context() as launched:
+        launched.setenv("WORLD_SIZE", "2")
+        with pytest.raises(ValueError, match=expected):
+            trainer(None, 1, guarded=False)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *group: 2)
+    with pytest.raises(ValueError, match=expected):
+        trainer(None, 1, guarded=False)
+
+
+def test_a_mesh_of_two_dimensions_is_refused(tmp_path):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = fully_shard(torch.nn.Linear(3, 2), mesh=init_device_mesh("cpu", (1, 1), mesh_dim_names=("a", "b")))
+        with pytest.raises(ValueError, match=r"a mesh of one dimension .* found one of \(1, 1\) processes"):
+            Ranks.of(model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 class Stand(Ranks):
     def __init__(self, size: int, rank: int = 0):
         self.size, self.rank, self.group = size, rank, None

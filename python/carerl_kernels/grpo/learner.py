@@ -58,7 +58,7 @@ class Learner:
         if editor is not None:
             spread_editor(editor, model)
         self.device = self.parameters[0].device
-        self.ranks = Ranks.of(model)
+        self.ranks = Ranks.training(model)
         if self.ranks.size > config.prompts_per_step:
             raise ValueError(
                 f"expected at least one prompt per process and step, found prompts_per_step={config.prompts_per_step} for "

@@ -46,8 +46,31 @@ class Ranks:
         for parameter in model.parameters():
             if is_sharded_type(parameter):
                 mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
+                if mesh.ndim != 1:
+                    raise ValueError(
+                        f"expected a model spread over a mesh of one dimension (carerl_kernels.grpo.parallel.shard(model)), "
+                        f"found one of {tuple(mesh.shape)} processes"
+                    )
                 return cls(mesh.get_group(), parameter.device)
         return cls()
+
+    @classmethod
+    def training(cls, model: nn.Module) -> Ranks:
+        """Those that train a model together.
+
+        Raises:
+            ValueError: There are several processes, and each has the whole model, bare or in `DistributedDataParallel`.
+        """
+        ranks = cls.of(model)
+        grouped = dist.is_available() and dist.is_initialized()
+        world = dist.get_world_size() if grouped else int(os.environ.get("WORLD_SIZE", "1"))
+        if ranks.size == 1 and world > 1:
+            raise ValueError(
+                f"expected a model that is spread over the {world} processes, found all of it in this one: each would train by "
+                "itself and write the same files. Call carerl_kernels.grpo.parallel.shard(model) before guard and optimizer "
+                "are built, inside process_group(); or start one process"
+            )
+        return ranks
 
     @property
     def first(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import warnings
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -263,3 +264,15 @@ def test_observation_equals_single_process(folder, world):
     for side in ("left", "right"):
         for name, columns in getattr(whole, side).items():
             torch.testing.assert_close(getattr(basis, side)[name].abs(), columns.abs(), rtol=0, atol=1e-3)
+
+
+def test_copies_that_see_different_inputs_are_named(monkeypatch):
+    """Replicas outside of DistributedDataParallel: nobody knows that they belong together."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *group: 2)
+    with pytest.warns(UserWarning, match="guard in 2 processes, built from a whole model") as told:
+        CapabilityGuard(make_model())
+    assert [Path(one.filename).name for one in told] == [Path(__file__).name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CapabilityGuard(make_model(), basis="per_matrix", k=2)  # of gradients, which are averaged

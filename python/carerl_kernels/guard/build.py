@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from .._wrapped import unwrapped, wrappers
@@ -60,4 +62,13 @@ def data_group(model: Any, layout: Layout | MatrixLayout) -> Any:
     for part in wrappers(model) if isinstance(model, nn.Module) else ():
         if isinstance(part, nn.parallel.DistributedDataParallel):
             return part.process_group
-    return layout.shards.group
+    group = layout.shards.group
+    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if group is None and world > 1 and KINDS[layout.kind].sees == "inputs":
+        warnings.warn(
+            f"guard in {world} processes, built from a whole model outside of DistributedDataParallel: each sees the inputs "
+            "of its own batches alone, and where these differ, copies drift apart. Build it from the wrapped model, or show "
+            "every process the same batches",
+            stacklevel=4,
+        )
+    return group

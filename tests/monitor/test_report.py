@@ -17,7 +17,7 @@ from carerl_kernels.monitor import Controller, DriftMonitor, JsonLines, reward_s
 from carerl_kernels.monitor.report import RunError, RunRecord, build_page, render, write_report
 from carerl_kernels.monitor.report.chart import Line, line_chart, smooth, thin, ticks
 from carerl_kernels.monitor.report.page import Page
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -314,6 +314,8 @@ def test_command(runs, tmp_path):
 
 
 @given(st.floats(-1e6, 1e6), st.floats(0, 1e6), st.integers(2, 8))
+@example(0.0, 5e-324, 2)
+@example(-1e-320, 1e-320, 5)
 def test_ticks_cover_the_interval_evenly(low, span, count):
     found = ticks(low, low + span, count)
     assert 2 <= len(found) <= count + 3

@@ -1,19 +1,33 @@
 """What compilers take long for is made behind the tests, by a process that uses what these leave of the processor.
 
 `@pytest.mark.behind(made=function)` says that a test needs what `function()` makes: files under `build/`, each once
-(`emulated.once`). The process begins when the tests are known and calls every such function; a test that needs a file before it
+(:func:`once`). The process begins when the tests are known and calls every such function; a test that needs a file before it
 is there waits for it, or makes it. These tests come last.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
+
+
+def once(target: Path, make: Callable[[Path], None]) -> Path:
+    """A file that is made unless it exists; test processes and threads that want the same one wait for the first."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            partial = target.with_suffix(".partial")
+            make(partial)
+            partial.rename(target)
+    return target
 
 
 def start(functions: Iterable[Callable[[], object]]) -> subprocess.Popen:

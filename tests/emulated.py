@@ -6,7 +6,6 @@ the namespace `carerl_emulated` for CPU tensors.
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import os
@@ -17,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from behind import once
 from carerl_kernels import _ops, linalg, reference
 from places import ROOT
 
@@ -50,18 +50,6 @@ def missing() -> str | None:
 def run(arguments: Sequence[str]) -> None:
     done = subprocess.run([str(compiler()), *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def once(target: Path, make: Callable[[Path], None]) -> Path:
-    """A file that is made unless it exists; test processes and threads that want the same one wait for the first."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            partial = target.with_suffix(".partial")
-            make(partial)
-            partial.rename(target)
-    return target
 
 
 def build(name: str, objects: Sequence[Object], link: Sequence[str]) -> Path:

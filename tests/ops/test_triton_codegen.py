@@ -12,10 +12,10 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-import emulated
 import pytest
 import torch
 import triton_codegen
+from behind import once
 from places import ROOT
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
@@ -39,7 +39,7 @@ def reports() -> Path:
     key = hashlib.sha256(repr((PLACES, version("triton"), torch.__version__)).encode())
     for path in sorted(sources):
         key.update(path.read_bytes())
-    return emulated.once(ROOT / "build/codegen" / f"{key.hexdigest()[:16]}.json", compile_all)
+    return once(ROOT / "build/codegen" / f"{key.hexdigest()[:16]}.json", compile_all)
 
 
 def compile_all(out: Path) -> None:

@@ -42,7 +42,11 @@ class Ranks:
 
     @classmethod
     def of(cls, model: nn.Module) -> Ranks:
-        """Those over which `fully_shard` spread a model; this process alone for a model of plain tensors."""
+        """Those over which `fully_shard` spread a model; this process alone for a model of plain tensors.
+
+        Raises:
+            ValueError: It is spread over a mesh of several dimensions.
+        """
         for parameter in model.parameters():
             if is_sharded_type(parameter):
                 mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]

@@ -36,8 +36,8 @@ class GRPOTrainer:
     """Trains a causal LM with GRPO over several domains, in sequence or mixed, optionally behind a guard.
 
     Args:
-        model: Any transformers causal LM, spread over processes by `parallel.shard` or whole. Losses run in the mode (train
-            or eval) it arrives in.
+        model: Any transformers causal LM, adapters on it or not: whole in a single process, spread by `parallel.shard` over
+            several. Losses run in the mode (train or eval) it arrives in.
         config: Settings; defaults if None.
         guard: Edits what the optimizer does to protect earlier domains; None trains plainly.
         monitor: Sees every line of metrics and the scores behind every evaluation; what it says of them is the line's
@@ -60,8 +60,8 @@ class GRPOTrainer:
             push, save.
 
     Raises:
-        ValueError: Domains without distinct names, nothing to train, no end-of-sequence token, editor="guard" without a guard, or
-            a balance by a controller that no monitor has.
+        ValueError: Domains without distinct names, nothing to train, no end-of-sequence token, editor="guard" without a guard, a
+            balance by a controller that no monitor has, or several processes that each have the whole model.
     """
 
     def __init__(

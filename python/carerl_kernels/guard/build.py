@@ -58,7 +58,7 @@ def new_stack(
 
 
 def data_group(model: Any, layout: Layout | MatrixLayout) -> Any:
-    """The process group over which batches are spread: DDP's, or that of the shards."""
+    """The process group over which batches are spread: DDP's, or that of the shards; warns where copies may see others."""
     for part in wrappers(model) if isinstance(model, nn.Module) else ():
         if isinstance(part, nn.parallel.DistributedDataParallel):
             return part.process_group

@@ -42,7 +42,8 @@ class CapabilityGuard(Protection):
     inputs at most (`room`): without the limit, eight domains leave little to learn in (.685 for .736).
 
     Args:
-        model: the module whose trainable parameters are guarded, or pairs of name and parameter.
+        model: the module whose trainable parameters are guarded, in DistributedDataParallel if it is, or pairs of name and
+            parameter.
         rule: "bounded" lets a stage move along a direction by `bound` of what the recorded stage moved, and not at all along
             directions without a stage; "remove" not at all; "integrated", "instant" (one reading of the paper) and
             "probed" decide on the sign of every step, see :mod:`carerl_kernels.guard.rules`.

@@ -206,8 +206,10 @@ def smooth(points: Points, window: int) -> list[tuple[float, float]]:
 def ticks(low: float, high: float, count: int) -> list[float]:
     """About `count` round numbers that cover the interval."""
     span, size = high - low, max(abs(low), abs(high))
-    if span <= 1e-9 * size or size < 1e-300:  # a constant
-        span = 1.0 if size < 1e-300 else size
+    if size < 1e-300:  # nothing, or what has no logarithm
+        span = 1.0
+    elif span <= 1e-9 * size:  # a constant
+        span = size
     raw = span / count
     unit = 10.0 ** math.floor(math.log10(raw))
     step = next(unit * m for m in (1, 2, 2.5, 5, 10) if unit * m >= raw * 0.999)
